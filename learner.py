@@ -1,0 +1,244 @@
+"""The network: a list of layers, with explicit weights.
+
+MAML's inner loop needs a network that is a function of its weights, because it
+runs the same layers with theta, and with the fast weights of every inner step
+of every task. `Learner` owns theta and runs with it, or with weights that it is
+given: one set for all images, or one set a task.
+
+    net = Learner([("conv2d", [64, 1, 3, 3, 2, 0]), ("bn", [64]), ("relu", [True]),
+                   ("flatten", []), ("linear", [5, 64 * 13 * 13])], imgc=1, imgsz=28)
+    logits = net(images)                            # [N, 5], with theta
+    logits = net(images_of_tasks, fast_weights)     # [T, N, 5], task t with its own weights
+
+Inside, images are channels last, [T, N, h, w, c]: the layout in which a
+convolution is a matrix product and batch norm's channels lie side by side.
+"""
+
+import math
+from typing import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import taskwise
+
+Config = Sequence[tuple[str, Sequence]]
+Weights = Mapping[str, Tensor]
+
+# name: what its params mean
+LAYERS = {
+    "conv2d": "[out, in, kernel, kernel, stride, padding]",
+    "convt2d": "[in, out, kernel, kernel, stride, padding]",
+    "linear": "[out, in]",
+    "bn": "[channels]",
+    "relu": "[inplace]",
+    "leakyrelu": "[slope, inplace]",
+    "tanh": "[]",
+    "sigmoid": "[]",
+    "upsample": "[scale]",
+    "max_pool2d": "[kernel, stride, padding]",
+    "avg_pool2d": "[kernel, stride, padding]",
+    "flatten": "[]",
+    "reshape": "[shape without the batch]",
+}
+BLOCK_STARTS = ("conv2d", "convt2d", "linear")
+
+
+class Learner(nn.Module):
+    """A network whose weights can be passed in.
+
+    Conv and linear weights start Kaiming-normal (He et al. 2015: variance 2 / fan in), biases 0, batch norm's scale 1
+    and shift 0. Batch norm always uses the statistics of the batch it is given, task by task (transductive, as in
+    MAML); it keeps no running average.
+
+    Args:
+        config: the layers in order, as (name, params); LAYERS says what the params of each mean.
+        imgc: channels of an image.
+        imgsz: height and width of an image, in pixels.
+    Raises:
+        ValueError: an unknown layer, params of the wrong number, or a layer that can't take what comes before it
+            (an image too small for the kernel, other channels); the text names the layer.
+    """
+
+    def __init__(self, config: Config, imgc: int, imgsz: int):
+        super().__init__()
+        self.config = [(name, list(params)) for name, params in config]
+        self.input_shape = (imgc, imgsz, imgsz)
+        self.shapes = output_shapes(config, imgc, imgsz)  # [c, h, w] or [features] after each layer
+        self.weights = nn.ParameterDict()
+        for i, (name, params) in enumerate(self.config):
+            for kind, weight in _initial_weights(name, params).items():
+                self.weights[f"{i}_{name}_{kind}"] = nn.Parameter(weight)
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of what `forward(..., features=True)` returns: block1, block2, ..., logits."""
+        count = sum(name in BLOCK_STARTS for name, _ in self.config)
+        return [f"block{i}" for i in range(1, count)] + ["logits"]
+
+    def forward(self, x: Tensor, weights: Weights | None = None, features: bool = False):
+        """Logits of a batch of images, or of a batch of tasks.
+
+        Args:
+            x: [N, c, h, w], or [T, N, c, h, w] for T tasks.
+            weights: as `self.weights`, or each with a leading task axis [T, ...] (needs x of tasks); theta if None.
+            features: also return the features of every block, i.e. what enters the next convolution or linear layer,
+                and last the logits: a list of [N, D] or [T, N, D], in the order of `blocks`. A feature's position
+                in D is that of the memory (channels last), not torch's flatten.
+        Returns:
+            Logits [N, n_way] or [T, N, n_way]; with features, (logits, list).
+        """
+        weights = self.weights if weights is None else weights
+        tasks = x if x.dim() == 5 else x[None]
+        weights = {name: self._per_task(name, weight, len(tasks)) for name, weight in weights.items()}
+        h = tasks.permute(0, 1, 3, 4, 2)  # [T, N, h, w, c]
+        seen = []
+        for i, (name, params) in enumerate(self.config):
+            if name in BLOCK_STARTS and i > 0:
+                seen.append(h.flatten(2))
+            own = [weights[f"{i}_{name}_{kind}"] for kind in ("weight", "bias") if f"{i}_{name}_{kind}" in weights]
+            h = _apply(name, params, h, own)
+        logits = h.flatten(2)
+        seen.append(logits)
+        if x.dim() == 4:
+            logits, seen = logits[0], [f[0] for f in seen]
+        return (logits, seen) if features else logits
+
+    def _per_task(self, name: str, weight: Tensor, tasks: int) -> Tensor:
+        own = self.weights[name]
+        return weight if weight.dim() > own.dim() else weight.expand(tasks, *weight.shape)
+
+    def extra_repr(self) -> str:
+        lines = [f"{name}{tuple(params)} -> {tuple(shape)}" for (name, params), shape in zip(self.config, self.shapes)]
+        return "\n".join(lines)
+
+
+def output_shapes(config: Config, imgc: int, imgsz: int) -> list[list[int]]:
+    """Shape [c, h, w] or [features] of one image after each layer.
+
+    Raises:
+        ValueError: as `Learner`.
+    """
+    shape, shapes = [imgc, imgsz, imgsz], []
+    for i, (name, params) in enumerate(config):
+        if name not in LAYERS:
+            raise ValueError(f"layer {i}: unknown layer {name!r}; there are {', '.join(LAYERS)}")
+        try:
+            shape = _output_shape(name, params, shape)
+        except (ValueError, IndexError, TypeError) as error:
+            reason = str(error) if isinstance(error, ValueError) else f"params must be {LAYERS[name]}"
+            raise ValueError(f"layer {i}, {name}{tuple(params)}, after {tuple(shape)}: {reason}") from None
+        shapes.append(shape)
+    return shapes
+
+
+def _output_shape(name: str, params: Sequence, shape: list[int]) -> list[int]:
+    if name in ("conv2d", "convt2d"):
+        first, second, kernel, kernel2, stride, padding = params
+        if kernel != kernel2:
+            raise ValueError("kernels are square here")
+        c_in, c_out = (second, first) if name == "conv2d" else (first, second)
+        c, *size = _image(shape)
+        if c != c_in:
+            raise ValueError(f"takes {c_in} channels, not {c}")
+        if name == "conv2d":
+            return [c_out, *(_slid(s, kernel, stride, padding) for s in size)]
+        return [c_out, *(_positive((s - 1) * stride - 2 * padding + kernel) for s in size)]
+    if name in ("max_pool2d", "avg_pool2d"):
+        c, *size = _image(shape)
+        return [c, *(_slid(s, *params) for s in size)]
+    if name == "upsample":
+        c, *size = _image(shape)
+        return [c, *(int(s * params[0]) for s in size)]
+    if name == "linear":
+        if shape != [params[1]]:
+            raise ValueError(f"takes [{params[1]}], not {shape}")
+        return [params[0]]
+    if name == "bn" and params[0] != shape[0]:
+        raise ValueError(f"takes {params[0]} channels, not {shape[0]}")
+    if name == "flatten":
+        return [math.prod(shape)]
+    if name == "reshape":
+        if math.prod(params) != math.prod(shape):
+            raise ValueError(f"{math.prod(shape)} values can't take the shape {list(params)}")
+        return list(params)
+    return shape
+
+
+def _image(shape: list[int]) -> list[int]:
+    if len(shape) != 3:
+        raise ValueError("takes an image [c, h, w]")
+    return shape
+
+
+def _slid(size: int, kernel: int, stride: int, padding: int) -> int:
+    if size + 2 * padding < kernel:
+        raise ValueError(f"a {kernel}x{kernel} kernel doesn't fit {size}x{size} pixels: take larger images (--imgsz)")
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+def _positive(size: int) -> int:
+    if size < 1:
+        raise ValueError("nothing is left of the image")
+    return size
+
+
+def _initial_weights(name: str, params: Sequence) -> dict[str, Tensor]:
+    if name in ("conv2d", "convt2d"):
+        weight = nn.init.kaiming_normal_(torch.empty(params[:4]))
+        outputs = params[0] if name == "conv2d" else params[1]
+        # stored as [out, kernel, kernel, in], so that taskwise sees each task's kernel as a matrix without a copy
+        return {"weight": weight.contiguous(memory_format=torch.channels_last), "bias": torch.zeros(outputs)}
+    if name == "linear":
+        return {"weight": nn.init.kaiming_normal_(torch.empty(params)), "bias": torch.zeros(params[0])}
+    if name == "bn":
+        return {"weight": torch.ones(params[0]), "bias": torch.zeros(params[0])}
+    return {}
+
+
+def _apply(name: str, params: Sequence, h: Tensor, own: list[Tensor]) -> Tensor:
+    """One layer on all tasks: h is [T, N, h, w, c] or [T, N, features], `own` its weights, each [T, ...]."""
+    match name:
+        case "conv2d":
+            return taskwise.conv2d(h, *own, stride=params[4], padding=params[5])
+        case "convt2d":
+            return _conv_transpose(h, *own, stride=params[4], padding=params[5])
+        case "linear":
+            weight, bias = own
+            return torch.baddbmm(bias[:, None], h, weight.transpose(1, 2))
+        case "bn":
+            return taskwise.batch_norm(h, *own)
+        case "relu":
+            return F.relu(h, *params)
+        case "leakyrelu":
+            return F.leaky_relu(h, *params)
+        case "tanh":
+            return torch.tanh(h)
+        case "sigmoid":
+            return torch.sigmoid(h)
+        case "upsample":
+            return _per_image(h, lambda x: F.interpolate(x, scale_factor=params[0]))
+        case "max_pool2d":
+            return _per_image(h, lambda x: F.max_pool2d(x, *params))
+        case "avg_pool2d":
+            return _per_image(h, lambda x: F.avg_pool2d(x, *params))
+        case "flatten":  # in torch's order, c h w
+            return (h.permute(0, 1, 4, 2, 3) if h.dim() == 5 else h).flatten(2)
+        case "reshape":
+            h = (h.permute(0, 1, 4, 2, 3) if h.dim() == 5 else h).reshape(*h.shape[:2], *params)
+            return h.permute(0, 1, 3, 4, 2) if h.dim() == 5 else h
+
+
+def _per_image(h: Tensor, layer) -> Tensor:
+    """Apply a layer without weights, which takes [images, c, h, w]."""
+    y = layer(h.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return y.unflatten(0, h.shape[:2])
+
+
+def _conv_transpose(h: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+    """Tasks as groups of one native call; weight is [T, in, out, k, k]."""
+    tasks = len(h)
+    x = h.permute(1, 0, 4, 2, 3).flatten(1, 2)  # [N, T*in, h, w]
+    y = F.conv_transpose2d(x, weight.flatten(0, 1), bias.flatten(), stride, padding, groups=tasks)
+    return y.unflatten(1, (tasks, -1)).permute(1, 0, 3, 4, 2)

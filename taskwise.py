@@ -1,0 +1,244 @@
+"""Convolution and batch norm for many tasks at once, each task with weights of its own.
+
+MAML's inner loop gives every task its own fast weights, and its outer gradient
+differentiates through the inner gradients. These two layers are written for
+that: a leading task axis T on inputs and weights, channels last, and a closed
+form for the second derivative, so that the double backward is a few matrix
+products and a few passes over memory instead of a graph of small operations.
+
+Why not `torch.vmap` over `F.conv2d` and `F.batch_norm`: vmap turns a convolution
+with per-task weights into a grouped one, whose backward is slow, and its rule
+for batch norm's double backward is wrong (pytorch/functorch#534).
+
+Letters: T tasks, N samples, h w c height, width, channels in, o channels out,
+k kernel, R = N*h*w rows that share a channel's statistics.
+
+Third derivatives are refused (`once_differentiable`), not silently wrong.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+EPS = 1e-5  # batch norm's, as torch.nn.BatchNorm2d
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+    """Convolve every task's images with that task's kernels.
+
+    Args:
+        x: [T, N, h, w, c], channels last.
+        weight: [T, o, c, k, k]; fastest where each task's kernel is stored [o, k, k, c].
+        bias: [T, o].
+    Returns:
+        [T, N, h', w', o].
+    """
+    if len(x) > 1 and padding:  # one task is padded inside the native kernel
+        x, padding = F.pad(x, (0, 0, padding, padding, padding, padding)), 0
+    return _Conv.apply(x, weight, bias, stride, padding)
+
+
+def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Normalise by the batch's own statistics, task by task (transductive, as in MAML).
+
+    Args:
+        x: [T, N, ..., c], channels last; statistics are over all axes but T and c.
+        weight, bias: [T, c].
+    Returns:
+        As x.
+    """
+    return _BatchNorm.apply(x, weight, bias)
+
+
+# A convolution is bilinear in image and kernel. Its gradients are its two adjoints, and the gradients of those are
+# the same three maps again. So three maps are all it takes, each in two ways: one task goes to the native kernel;
+# several go through im2col, and become one batched matrix product.
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.geometry = stride, padding
+        y, ctx.columns = _convolve(x, weight, bias, *ctx.geometry)
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        gradients = _ConvGradients.apply(x, weight, g, ctx.columns, ctx.geometry, ctx.needs_input_grad[0])
+        return *gradients, None, None
+
+
+class _ConvGradients(torch.autograd.Function):
+    """(x, weight, g) -> gradients for (x, weight, bias)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, g, columns, geometry, for_x):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, g)
+        ctx.columns, ctx.geometry = columns, geometry
+        return _adjoints(x, weight, g, columns, *geometry, [for_x, True, True])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, vx, vw, vb):
+        # Differentiate <vx, for x> + <vw, for weight> + <vb, for bias> = <g, conv(vx, weight) + conv(x, vw) + vb>.
+        x, weight, g = ctx.saved_tensors
+        needs_x, _, needs_g, *_ = ctx.needs_input_grad
+        to_x = to_weight = to_g = None
+        if vw is not None:
+            if needs_g:
+                to_g, _ = _convolve(x, vw, vb, *ctx.geometry, ctx.columns)
+            if needs_x:
+                to_x, _, _ = _adjoints(x, vw, g, None, *ctx.geometry, [True, False, False])
+        elif vb is not None:
+            to_g = vb[:, None, None, None].expand_as(g)
+        if vx is not None:
+            through_x, columns = _convolve(vx, weight, None, *ctx.geometry)
+            to_g = through_x if to_g is None else to_g + through_x
+            _, to_weight, _ = _adjoints(vx, weight, g, columns, *ctx.geometry, [False, True, False])
+        return to_x, to_weight, to_g, None, None, None
+
+
+def _convolve(x, weight, bias, stride, padding, columns=None):
+    """[T, N, h, w, c], [T, o, c, k, k], [T, o] -> [T, N, h', w', o], and the columns where some were made."""
+    if len(x) == 1:
+        y = F.conv2d(_nchw(x), _kernel(weight), None if bias is None else bias[0], stride, padding)
+        return y.permute(0, 2, 3, 1)[None], None
+    tasks, samples, h, w, _ = x.shape
+    o, k = weight.shape[1], weight.shape[-1]
+    if columns is None:
+        columns = _im2col(x, k, stride)
+    matrix = _matrix(weight).transpose(1, 2)
+    y = torch.bmm(columns, matrix) if bias is None else torch.baddbmm(bias[:, None], columns, matrix)
+    return y.view(tasks, samples, (h - k) // stride + 1, (w - k) // stride + 1, o), columns
+
+
+def _adjoints(x, weight, g, columns, stride, padding, wanted):
+    """Gradients of <g, conv(x, weight) + bias> with respect to x, weight and bias; None where not wanted."""
+    for_x, for_weight, for_bias = wanted
+    if len(x) == 1:
+        gx, gw, gb = torch.ops.aten.convolution_backward(
+            _nchw(g), _nchw(x), _kernel(weight), [weight.shape[1]], [stride] * 2, [padding] * 2, [1, 1], False,
+            [0, 0], 1, wanted)
+        return (gx.permute(0, 2, 3, 1)[None] if for_x else None, gw[None] if for_weight else None,
+                gb[None] if for_bias else None)
+    tasks, o, c, k, _ = weight.shape
+    rows = g.reshape(tasks, -1, o)
+    gx = gw = None
+    if for_x:
+        gx = _col2im(torch.bmm(rows, _matrix(weight)), x.shape, k, stride)
+    if for_weight:
+        gw = torch.bmm(rows.transpose(1, 2), columns).view(tasks, o, k, k, c).permute(0, 1, 4, 2, 3)
+    return gx, gw, rows.sum(1) if for_bias else None
+
+
+def _nchw(x):  # [1, N, h, w, c] -> [N, c, h, w], in channels-last memory
+    return x[0].permute(0, 3, 1, 2)
+
+
+def _kernel(weight):
+    return weight[0].contiguous(memory_format=torch.channels_last)
+
+
+def _matrix(weight):  # [T, o, c, k, k] -> [T, o, k*k*c], a view where the memory is [o, k, k, c]
+    return weight.permute(0, 1, 3, 4, 2).reshape(*weight.shape[:2], -1)
+
+
+def _im2col(x, k, stride):
+    """[T, N, h, w, c] -> [T, N*h'*w', k*k*c], each row the patch under one output pixel."""
+    tasks, samples, h, w, c = x.shape
+    t, n, y, z, d = x.stride()
+    out = (h - k) // stride + 1, (w - k) // stride + 1
+    patches = x.as_strided((tasks, samples, *out, k, k, c), (t, n, y * stride, z * stride, y, z, d),
+                           x.storage_offset())
+    return patches.reshape(tasks, samples * out[0] * out[1], k * k * c)
+
+
+def _col2im(columns, shape, k, stride):
+    """The adjoint of _im2col: add every patch back where it was taken from."""
+    tasks, samples, h, w, c = shape
+    rows, cols = (h - k) // stride + 1, (w - k) // stride + 1
+    patches = columns.view(tasks, samples, rows, cols, k, k, c)
+    x = columns.new_zeros(shape)
+    for i in range(k):
+        for j in range(k):
+            x[:, :, i:i + stride * rows:stride, j:j + stride * cols:stride].add_(patches[:, :, :, :, i, j])
+    return x
+
+
+class _BatchNorm(torch.autograd.Function):
+    """y = weight * xhat + bias, xhat = (x - mean) * r, r = 1 / sqrt(variance + eps)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        rows, weight = _rows(x), weight[:, None]  # [T, R, c], [T, 1, c]
+        if len(x) == 1:
+            y, mean, r = torch.native_batch_norm(rows[0], weight[0, 0], bias[0], None, None, True, 0.0, EPS)
+            ctx.statistics = None, mean.view(1, 1, -1), r.view(1, 1, -1)
+        else:
+            xhat = rows - rows.mean(1, keepdim=True)
+            r = torch.linalg.vector_norm(xhat, dim=1, keepdim=True).square_().div_(rows.shape[1]).add_(EPS).rsqrt_()
+            ctx.statistics = xhat.mul_(r), None, r
+            y = torch.addcmul(bias[:, None], xhat, weight)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        return _BatchNormGradients.apply(g, x, weight, ctx.statistics)
+
+
+class _BatchNormGradients(torch.autograd.Function):
+    """(g, x, weight) -> gradients for (x, weight, bias).
+
+    With the means over rows s1 = <g>, s2 = <g xhat> and scale = weight * r:
+        for x: scale (g - s1 - xhat s2);  for weight: R s2;  for bias: R s1.
+    """
+
+    @staticmethod
+    def forward(ctx, g, x, weight, statistics):
+        ctx.save_for_backward(g, x, weight)
+        xhat, mean, r = statistics
+        rows, weight = _rows(g), weight[:, None]
+        n = rows.shape[1]
+        if xhat is None:
+            gx, gw, gb = torch.ops.aten.native_batch_norm_backward(
+                rows[0], _rows(x)[0], weight[0, 0], None, None, mean[0, 0], r[0, 0], True, EPS, [True] * 3)
+            gw, gb = gw[None], gb[None]
+            s1, s2 = gb[:, None] / n, gw[:, None] / n
+        else:
+            s1, s2 = rows.mean(1, keepdim=True), (rows * xhat).mean(1, keepdim=True)
+            scale = weight * r
+            gx = torch.addcmul(-scale * s1, rows, scale).addcmul_(xhat, -scale * s2)
+            gw, gb = (s2 * n)[:, 0], (s1 * n)[:, 0]
+        ctx.statistics = *statistics, s1, s2
+        return gx.view(x.shape), gw, gb
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, v, vw, vb):
+        # Differentiate L = <v, for x> + <vw, for weight> + <vb, for bias>. xhat depends on x through the mean and r,
+        # and dr/dx = -r^2 xhat / R. With a = dL/dxhat = -scale s2 v + e g, and q = mean of v (g - s1 - xhat s2):
+        #   for x: r (a - <a> - xhat <a xhat>) - scale r q xhat
+        g, x, weight = ctx.saved_tensors
+        xhat, mean, r, s1, s2 = ctx.statistics
+        if xhat is None:
+            xhat = torch.addcmul(-mean * r, _rows(x), r)
+        g, v, weight, vw, vb = _rows(g), _rows(v), weight[:, None], vw[:, None], vb[:, None]
+        t1, t2 = v.mean(1, keepdim=True), (v * xhat).mean(1, keepdim=True)
+        q = (v * g).mean(1, keepdim=True) - t1 * s1 - t2 * s2
+        scale = weight * r
+        e = vw - scale * t2
+        to_g = torch.addcmul(vb - scale * t1, v, scale).addcmul_(xhat, e)
+        d = -scale * s2
+        mean_a, mean_a_xhat = d * t1 + e * s1, d * t2 + e * s2
+        to_x = torch.addcmul(-r * mean_a, v, r * d).addcmul_(g, r * e).addcmul_(xhat, -r * (mean_a_xhat + scale * q))
+        return to_g.view(x.shape), to_x.view(x.shape), (r * q)[:, 0] * g.shape[1], None
+
+
+def _rows(x):  # [T, ..., c] -> [T, R, c]
+    return x.reshape(len(x), -1, x.shape[-1])
