@@ -1,0 +1,428 @@
+"""Neural collapse of features, measured task by task.
+
+How far the features of a network have collapsed onto their class means, for
+any layer, as pure functions of tensors: features `[..., N, D]`, labels
+`[..., N]`, any leading batch dimensions (tasks, models), which are never
+pooled, because class c of one task has nothing to do with class c of another.
+`measure` gives everything for all layers in one call.
+
+    Papyan, Han, Donoho 2020: Prevalence of neural collapse during the terminal
+        phase of deep learning training, PNAS 117(40) (NC1 to NC4).
+    Galanti, György, Hutter 2021: On the role of neural collapse in transfer
+        learning, arXiv:2112.15121 (CDNV).
+    Zhu, Ding, Zhou, Li, You, Sulam, Qu 2021: A geometric analysis of neural
+        collapse with unconstrained features, NeurIPS 34 (the ETF's error).
+    Rangamani, Lindegaard, Galanti, Poggio 2023: Feature learning in deep
+        classifiers through intermediate neural collapse, ICML, PMLR 202 (the
+        traces, and the nearest class mean, layer by layer).
+
+Notation: C classes (`n_way`), n = N/C samples a class, mu_c the mean of class
+c, mu_G the mean of the mu_c, M the C x D matrix of rows mu_c - mu_G,
+S_W = 1/N sum (h - mu_c)(h - mu_c)^T, S_B = 1/C sum (mu_c - mu_G)(mu_c - mu_G)^T.
+
+What to beware of when reading the values:
+- With D much larger than N, pure noise looks collapsed to `nc1`, to `etf_error`
+  and to nearest means taken from the same rows. Read them beside the same
+  metric of permuted labels (`permuted`), and take the means for
+  `ncc_accuracy` and `ncc_mismatch` from the support set.
+- One sample a class has no spread: what is built on it is nan, not 0.
+- The unbiased between trace can be negative. It is kept.
+- A zero denominator gives nan. Whatever is zero but for the rounding of a mean
+  of N rows in float64 counts as zero, or a dead layer, whose rows are all the
+  same, would report the quotient of two rounding errors.
+- Labels are 0..C-1 in any order, each equally often; a task whose labels are
+  not, and a task with a feature that is not finite, has nan for its values.
+
+Everything is accumulated and returned in float64, whatever the dtype that
+comes in. No D x D matrix is formed, and but for the svd of a C x C matrix in
+`nc1`, nothing waits for a device.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EPS = torch.finfo(torch.float64).eps
+
+
+# ---- the public functions, one metric each ----
+
+def class_means(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
+    """mu_c, the mean of each class: features [..., N, D], labels [..., N] -> [..., C, D]."""
+    return _means(features.double(), _one_hot(labels, n_way))
+
+
+def covariance_traces(features: Tensor, labels: Tensor, n_way: int) -> tuple[Tensor, Tensor]:
+    """tr S_W and tr S_B (Rangamani et al. 2023): [..., N, D], [..., N] -> (within [...], between [...]).
+
+    Within is summed over centred residuals: a difference of squares would lose it when it is small.
+    At full collapse within is 0. Within is nan for one sample a class; between is not.
+    """
+    group = _group(features, labels, n_way)
+    return _class_variances(group).mean(-1), _between(group)
+
+
+def unbiased_traces(features: Tensor, labels: Tensor, n_way: int) -> tuple[Tensor, Tensor]:
+    """The traces without the bias of few samples: [..., N, D], [..., N] -> (within [...], between [...]).
+
+    Means of n samples swallow 1/n of the spread within and show it as spread between:
+    E tr S_W = t_W (n-1)/n and E tr S_B = t_B + t_W (C-1)/(C n), solved for t_W and t_B.
+    At full collapse within is 0. Between can come out negative and is left so. Both are nan for
+    one sample a class.
+    """
+    group = _group(features, labels, n_way)
+    return _unbiased(_class_variances(group).mean(-1), _between(group), group)
+
+
+def relative_within(within: Tensor, between: Tensor) -> Tensor:
+    """within / (within + between), of either pair of traces: [...], [...] -> [...].
+
+    At full collapse 0; (n-1) / (n-1 + (C-1)/C) on noise (biased traces). Nan when the traces add up to 0.
+    """
+    return _ratio(within.double(), within.double() + between.double())
+
+
+def nc1(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
+    """tr(S_W pinv(S_B)) / C, NC1 of Papyan, Han, Donoho 2020: [..., N, D], [..., N] -> [...].
+
+    At full collapse 0, and near 0 on noise too when D >> N. Nan for one sample a class and when
+    all class means are equal.
+    """
+    return _nc1(_group(features, labels, n_way))
+
+
+def cdnv(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
+    """Class-distance normalized variance of Galanti, György, Hutter 2021: [..., N, D], [..., N] -> [...].
+
+    Mean over pairs i != j of (v_i + v_j) / (2 ||mu_i - mu_j||^2), v_i the mean of ||h - mu_i||^2 in class i.
+    At full collapse 0; (n-1)/2 on noise. Nan for one sample a class and when two class means are equal.
+    """
+    group = _group(features, labels, n_way)
+    return _cdnv(group, _class_variances(group))
+
+
+def equinorm(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
+    """How unequal the centred means are in length: [..., N, D], [..., N] -> [...].
+
+    Population standard deviation over mean of ||M_c||, NC2 of Papyan, Han, Donoho 2020. At full collapse 0.
+    Nan when all class means are equal.
+    """
+    return _equinorm(_group(features, labels, n_way))
+
+
+def equiangularity(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
+    """How far the angles between centred means are from a simplex's: [..., N, D], [..., N] -> [...].
+
+    Mean over pairs i != j of |cos(M_i, M_j) + 1/(C-1)|, NC2 of Papyan, Han, Donoho 2020. At full collapse 0.
+    Nan when a class mean is the mean of all, so that it has no angle.
+    """
+    return _equiangularity(_group(features, labels, n_way))
+
+
+def etf_error(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
+    """|| M M^T/||M M^T||_F - (I - 11^T/C)/sqrt(C-1) ||_F: [..., N, D], [..., N] -> [...].
+
+    NC2 as one number: the distance to a simplex equiangular tight frame, the measure of Zhu et al. 2021
+    for a classifier's weights, here of the class means. At full collapse 0, and near 0 on noise too
+    when D >> N. Nan when all class means are equal.
+    """
+    return _etf_error(_group(features, labels, n_way))
+
+
+def self_duality(weight: Tensor, features: Tensor, labels: Tensor, n_way: int) -> Tensor:
+    """|| W/||W||_F - M/||M||_F ||_F^2, NC3 of Papyan, Han, Donoho 2020.
+
+    weight [..., C, D] are the classifier's rows, features [..., N, D] its input, labels [..., N]; -> [...].
+    At full collapse 0; 2 when weight and means have nothing to do with each other. Nan when all class
+    means are equal or the weight is 0.
+    """
+    return _self_duality(weight, _group(features, labels, n_way))
+
+
+def ncc_mismatch(logits: Tensor, features: Tensor, labels: Tensor, n_way: int, means: Tensor) -> Tensor:
+    """Share of samples that the classifier puts elsewhere than the nearest class mean does.
+
+    NC4 of Papyan, Han, Donoho 2020: logits [..., N, C], features [..., N, D], means [..., C, D] (the support
+    set's, from `class_means`); -> [...]. The two are compared with each other, right or wrong, so the
+    labels [..., N] don't enter; they are taken so that all metrics of features are called alike.
+    At full collapse 0. Nan when a logit, feature or mean is not finite.
+    """
+    if not logits.shape[-1] == means.shape[-2] == n_way:
+        raise ValueError(f"{logits.shape[-1]} logits and {means.shape[-2]} means for {n_way} classes")
+    return _mismatch(_predicted(logits), _nearest(features.double(), means))
+
+
+def ncc_accuracy(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
+    """Share of samples nearest to the mean of their own class, NC4 layer by layer in Rangamani et al. 2023.
+
+    features [..., N, D], labels [..., N], means [..., C, D] (the support set's, by `class_means`); -> [...].
+    By Euclidean distance. At full collapse 1. Nan when a feature or mean is not finite.
+    """
+    return _agreement(labels, _nearest(features.double(), means))
+
+
+def permuted(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """The labels [..., N] of each task in a random order of its own: what a metric makes of them is its null.
+
+    The generator may be on the CPU or on the labels' device; only the latter needs no copy between them.
+    """
+    order = torch.rand(labels.shape, generator=generator, device=generator.device).argsort(-1)
+    return labels.gather(-1, order.to(labels.device))
+
+
+def mean_and_se(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over tasks and its standard error: values [L, T] -> (mean [L], error [L]).
+
+    The error is the sample standard deviation (ddof 1) over sqrt(T), nan for a single task. A task
+    that is nan makes both nan: leaving it out would change which tasks are averaged.
+    """
+    values = values.double()
+    n_tasks = values.shape[-1]
+    mean = values.mean(-1)
+    if n_tasks < 2:
+        return mean, torch.full_like(mean, math.nan)
+    return mean, values.std(-1, correction=1) / math.sqrt(n_tasks)
+
+
+@torch.no_grad()
+def measure(
+    features: list[Tensor],
+    labels: Tensor,
+    support_features: list[Tensor],
+    support_labels: Tensor,
+    n_way: int,
+    classifier_weight: Tensor,
+    null_labels: Tensor,
+    null_support_labels: Tensor,
+) -> dict[str, Tensor]:
+    """All metrics of all L layers at once: each entry is [L, ...], float64, one row a layer.
+
+    Args:
+        features: of the query set, one [..., N, D_l] a layer; the last are the logits [..., N, C].
+        labels: of the query set, [..., N].
+        support_features, support_labels: the same of the support set, [..., N_s, D_l] and [..., N_s]; the
+            class means of the ncc metrics are taken from it.
+        n_way: C.
+        classifier_weight: [..., C, D] for the D of the last hidden layer, the classifier's input.
+        null_labels, null_support_labels: `permuted` labels, for the entries that end in _null.
+
+    ncc_mismatch compares each layer's nearest mean with the logits of the whole network. self_duality
+    is defined on the last hidden layer (row L-2); its other rows are nan.
+    """
+    true, null = _one_hot(labels, n_way), _one_hot(null_labels, n_way)
+    support_true, support_null = _one_hot(support_labels, n_way), _one_hot(null_support_labels, n_way)
+    predicted = _predicted(features[-1])
+
+    rows = []
+    for layer, (query, support) in enumerate(zip(features, support_features, strict=True)):
+        x, support = query.double(), support.double()
+        scale = _scale(x)
+        group, null_group = _grouped(x, true, scale), _grouped(x, null, scale)
+        variances = _class_variances(group)
+        within, between = variances.mean(-1), _between(group)
+        unbiased_within, unbiased_between = _unbiased(within, between, group)
+        nearest = _nearest(x, _means(support, support_true))
+        null_nearest = _nearest(x, _means(support, support_null))
+        is_last_hidden = layer == len(features) - 2
+        rows.append({
+            "within": within,
+            "between": between,
+            "relative_within": relative_within(within, between),
+            "within_unbiased": unbiased_within,
+            "between_unbiased": unbiased_between,
+            "relative_within_unbiased": relative_within(unbiased_within, unbiased_between),
+            "nc1": _nc1(group),
+            "nc1_null": _nc1(null_group),
+            "cdnv": _cdnv(group, variances),
+            "equinorm": _equinorm(group),
+            "equiangularity": _equiangularity(group),
+            "etf_error": _etf_error(group),
+            "etf_error_null": _etf_error(null_group),
+            "ncc_accuracy": _agreement(labels, nearest),
+            "ncc_accuracy_null": _agreement(null_labels, null_nearest),
+            "ncc_mismatch": _mismatch(predicted, nearest),
+            "ncc_mismatch_null": _mismatch(predicted, null_nearest),
+            "self_duality": (_self_duality(classifier_weight, group) if is_last_hidden
+                             else torch.full_like(between, math.nan)),
+        })
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+# ---- what they share ----
+
+class _Group(NamedTuple):
+    """Features sorted into classes, as every metric needs them."""
+
+    x: Tensor        # [..., N, D] float64
+    one_hot: Tensor  # [..., N, C]
+    means: Tensor    # [..., C, D]
+    centred: Tensor  # [..., C, D] M; a row that is zero but for rounding is zero
+    floor: Tensor    # [...] a squared length up to this is zero but for rounding
+    n: int           # samples a class
+
+
+def _one_hot(labels: Tensor, n_way: int) -> Tensor:
+    """[..., N] -> [..., N, C] float64; nan for a task that doesn't have each class equally often."""
+    n_samples = labels.shape[-1]
+    if n_way < 2 or n_samples == 0 or n_samples % n_way:
+        raise ValueError(f"{n_samples} samples can't be {n_way} classes (2 or more) of equal size")
+    one_hot = (labels.unsqueeze(-1) == torch.arange(n_way, device=labels.device)).double()
+    # An assertion on the values would have to wait for the device: spoil the task's values instead.
+    balanced = (one_hot.sum(-2) == n_samples // n_way).all(-1)
+    return one_hot.where(balanced[..., None, None], math.nan)
+
+
+def _means(x: Tensor, one_hot: Tensor) -> Tensor:
+    """[..., N, D] float64, [..., N, C] -> [..., C, D]."""
+    n_samples, n_way = one_hot.shape[-2:]
+    return one_hot.mT @ x / (n_samples // n_way)
+
+
+def _scale(x: Tensor) -> Tensor:
+    """Mean squared length of the rows: [..., N, D] -> [...]."""
+    return torch.linalg.vector_norm(x, dim=(-2, -1)).square() / x.shape[-2]
+
+
+def _grouped(x: Tensor, one_hot: Tensor, scale: Tensor) -> _Group:
+    n_samples, n_way = one_hot.shape[-2:]
+    means = _means(x, one_hot)
+    centred = means - means.mean(-2, keepdim=True)
+    # A sum of N rows in float64 is off by at most about N eps times their size.
+    floor = (n_samples * EPS) ** 2 * scale
+    centred = centred.masked_fill((_square_length(centred) <= floor.unsqueeze(-1)).unsqueeze(-1), 0)
+    return _Group(x, one_hot, means, centred, floor, n_samples // n_way)
+
+
+def _group(features: Tensor, labels: Tensor, n_way: int) -> _Group:
+    x = features.double()
+    return _grouped(x, _one_hot(labels, n_way), _scale(x))
+
+
+def _square_length(rows: Tensor) -> Tensor:
+    """[..., D] -> [...], without a second tensor of the size of `rows`."""
+    return torch.linalg.vector_norm(rows, dim=-1).square()
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient; nan, and not infinity, where the denominator is zero."""
+    return numerator / denominator.where(denominator != 0, math.nan)
+
+
+def _off_diagonal_mean(pairs: Tensor) -> Tensor:
+    """Mean of what is beside the diagonal: [..., C, C] -> [...]."""
+    n_way = pairs.shape[-1]
+    diagonal = torch.eye(n_way, dtype=torch.bool, device=pairs.device)
+    return pairs.masked_fill(diagonal, 0).sum((-2, -1)) / (n_way * (n_way - 1))
+
+
+def _class_variances(group: _Group) -> Tensor:
+    """v_c, the mean of ||h - mu_c||^2 in class c: [..., C]. Their mean over classes is tr S_W."""
+    if group.n == 1:
+        return torch.full_like(group.centred[..., 0], math.nan)
+    # In place, because at [tasks, 75, 10816] one more tensor of this size costs more than the arithmetic.
+    residuals = (group.one_hot @ group.means).sub_(group.x)                                     # [..., N, D]
+    variances = (_square_length(residuals).unsqueeze(-2) @ group.one_hot).squeeze(-2) / group.n   # [..., C]
+    return variances.masked_fill(variances <= group.floor.unsqueeze(-1), 0)
+
+
+def _between(group: _Group) -> Tensor:
+    return _square_length(group.centred).mean(-1)
+
+
+def _unbiased(within: Tensor, between: Tensor, group: _Group) -> tuple[Tensor, Tensor]:
+    n, n_way = group.n, group.centred.shape[-2]
+    freedom = n - 1 if n > 1 else math.nan
+    return within * n / freedom, between - within * (n_way - 1) / (n_way * freedom)
+
+
+def _nc1(group: _Group) -> Tensor:
+    """sum_k mean_i ((h_i - mu_i) . v_k)^2 / s_k^2: M = U diag(s) V^T makes pinv(S_B) = C V diag(1/s^2) V^T.
+
+    V comes from M itself: M M^T would square its condition number. Rows that sum to zero have rank C-1 at
+    most, and a further singular value that is zero but for rounding is left out, as pinv does.
+    """
+    if group.n == 1:
+        return torch.full_like(group.centred[..., 0, 0], math.nan)
+    n_way, n_features = group.centred.shape[-2:]
+    rank = min(n_way - 1, n_features)
+    finite = group.centred.isfinite().all(-1).all(-1)
+    # svd raises on nan, and is fast only on a small matrix: M^T = Q R, R = U' diag(s) V'^T, V = Q U'.
+    q, r = torch.linalg.qr(group.centred.where(finite[..., None, None], 0).mT)   # [..., D, C], [..., C, C]
+    u, s, _ = torch.linalg.svd(r, full_matrices=False)
+    directions, s = q @ u[..., :rank], s[..., :rank]                             # [..., D, C-1], [..., C-1]
+
+    along = group.x @ directions                                                 # [..., N, C-1]
+    along = along - group.one_hot @ (group.one_hot.mT @ along / group.n)
+    spread = along.square().mean(-2)                                             # [..., C-1]
+    rounding = torch.maximum(EPS * max(n_way, n_features) * s[..., :1],
+                             (n_way * group.floor).sqrt().unsqueeze(-1))
+    kept = s > rounding
+    value = (spread / s.where(kept, math.inf).square()).sum(-1)
+    return value.where(finite & kept.any(-1), math.nan)
+
+
+def _cdnv(group: _Group, variances: Tensor) -> Tensor:
+    # Of the differences, not from M M^T, which would lose two close means far from a third.
+    distances = torch.cdist(group.centred, group.centred,
+                            compute_mode="donot_use_mm_for_euclid_dist").square()               # [..., C, C]
+    distances = distances.masked_fill(distances <= group.floor[..., None, None], 0)
+    return _off_diagonal_mean(_ratio(variances.unsqueeze(-1) + variances.unsqueeze(-2), 2 * distances))
+
+
+def _equinorm(group: _Group) -> Tensor:
+    norms = torch.linalg.vector_norm(group.centred, dim=-1)   # [..., C]
+    return _ratio(norms.std(-1, correction=0), norms.mean(-1))
+
+
+def _equiangularity(group: _Group) -> Tensor:
+    n_way = group.centred.shape[-2]
+    unit = _ratio(group.centred, torch.linalg.vector_norm(group.centred, dim=-1, keepdim=True))
+    return _off_diagonal_mean((unit @ unit.mT + 1 / (n_way - 1)).abs())
+
+
+def _etf_error(group: _Group) -> Tensor:
+    n_way = group.centred.shape[-2]
+    gram = group.centred @ group.centred.mT                   # [..., C, C]
+    etf = (torch.eye(n_way, dtype=gram.dtype, device=gram.device) - 1 / n_way) / math.sqrt(n_way - 1)
+    return torch.linalg.matrix_norm(_ratio(gram, torch.linalg.matrix_norm(gram, keepdim=True)) - etf)
+
+
+def _self_duality(weight: Tensor, group: _Group) -> Tensor:
+    weight = weight.double()
+    weight = _ratio(weight, torch.linalg.matrix_norm(weight, keepdim=True))
+    means = _ratio(group.centred, torch.linalg.matrix_norm(group.centred, keepdim=True))
+    return torch.linalg.matrix_norm(weight - means).square()
+
+
+def _nearest(x: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest mean if there is one: [..., N, D], [..., C, D] -> (class, finite), both [..., N].
+
+    ||h - mu_c||^2 is least where (h - g) . (mu_c - g) - ||mu_c - g||^2 / 2 is greatest, for any g. With
+    the mean of the means as g, a large common offset costs no digits.
+    """
+    means = means.double()
+    origin = means.mean(-2, keepdim=True)                     # [..., 1, D]
+    centred = means - origin
+    offset = origin @ centred.mT + _square_length(centred).unsqueeze(-2) / 2   # [..., 1, C]
+    return _best(x @ centred.mT - offset)
+
+
+def _predicted(logits: Tensor) -> tuple[Tensor, Tensor]:
+    return _best(logits)
+
+
+def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., C] -> (argmax [...], whether all scores are finite [...])."""
+    return scores.argmax(-1), scores.isfinite().all(-1)
+
+
+def _agreement(labels: Tensor, nearest: tuple[Tensor, Tensor]) -> Tensor:
+    index, finite = nearest
+    return (index == labels).double().where(finite, math.nan).mean(-1)
+
+
+def _mismatch(predicted: tuple[Tensor, Tensor], nearest: tuple[Tensor, Tensor]) -> Tensor:
+    (predicted, predicted_finite), (nearest, nearest_finite) = predicted, nearest
+    return (predicted != nearest).double().where(predicted_finite & nearest_finite, math.nan).mean(-1)

@@ -1,0 +1,630 @@
+"""nc_metrics against a brute-force oracle, and each of its traps.
+
+The oracle is numpy in float64, one task at a time, with loops over samples and
+classes and with explicit D x D matrices: slow and plain, and nothing of it is
+shared with the module.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import nc_metrics as nc
+
+LEADING = [(), (4,), (2, 3)]
+DTYPES = [torch.float32, torch.float64]
+KEYS = ["within", "between", "relative_within", "within_unbiased", "between_unbiased",
+        "relative_within_unbiased", "nc1", "nc1_null", "cdnv", "equinorm", "equiangularity",
+        "etf_error", "etf_error_null", "ncc_accuracy", "ncc_accuracy_null",
+        "ncc_mismatch", "ncc_mismatch_null", "self_duality"]
+
+
+# ---- the oracle: one task, features [N, D], labels [N] ----
+
+def oracle_means(h, y, c):
+    return np.array([np.mean([row for row, label in zip(h, y) if label == k], axis=0) for k in range(c)])
+
+
+def oracle_covariances(h, y, c):
+    mu = oracle_means(h, y, c)
+    grand = mu.mean(0)
+    s_w = sum(np.outer(row - mu[label], row - mu[label]) for row, label in zip(h, y)) / len(h)
+    s_b = sum(np.outer(m - grand, m - grand) for m in mu) / c
+    return s_w, s_b
+
+
+def oracle_traces(h, y, c):
+    s_w, s_b = oracle_covariances(h, y, c)
+    return np.trace(s_w), np.trace(s_b)
+
+
+def oracle_unbiased(h, y, c):
+    within, between = oracle_traces(h, y, c)
+    n = len(h) // c
+    return within * n / (n - 1), between - (c - 1) / (c * (n - 1)) * within
+
+
+def oracle_nc1(h, y, c):
+    s_w, s_b = oracle_covariances(h, y, c)
+    return np.trace(s_w @ np.linalg.pinv(s_b, rcond=1e-10, hermitian=True)) / c
+
+
+def oracle_cdnv(h, y, c):
+    mu = oracle_means(h, y, c)
+    v = [np.mean([np.sum((row - mu[k]) ** 2) for row, label in zip(h, y) if label == k]) for k in range(c)]
+    return np.mean([(v[i] + v[j]) / (2 * np.sum((mu[i] - mu[j]) ** 2))
+                    for i, j in itertools.permutations(range(c), 2)])
+
+
+def oracle_centred(h, y, c):
+    mu = oracle_means(h, y, c)
+    return mu - mu.mean(0)
+
+
+def oracle_equinorm(h, y, c):
+    norms = [math.sqrt(sum(m ** 2)) for m in oracle_centred(h, y, c)]
+    return np.std(norms) / np.mean(norms)
+
+
+def oracle_equiangularity(h, y, c):
+    m = oracle_centred(h, y, c)
+    return np.mean([abs(m[i] @ m[j] / (np.linalg.norm(m[i]) * np.linalg.norm(m[j])) + 1 / (c - 1))
+                    for i, j in itertools.permutations(range(c), 2)])
+
+
+def oracle_etf_error(h, y, c):
+    m = oracle_centred(h, y, c)
+    gram = m @ m.T
+    return np.linalg.norm(gram / np.linalg.norm(gram) - (np.eye(c) - np.ones((c, c)) / c) / math.sqrt(c - 1))
+
+
+def oracle_self_duality(w, h, y, c):
+    m = oracle_centred(h, y, c)
+    return np.sum((w / np.linalg.norm(w) - m / np.linalg.norm(m)) ** 2)
+
+
+def oracle_nearest(h, means):
+    return np.array([np.argmin([np.sum((row - m) ** 2) for m in means]) for row in h])
+
+
+def oracle_ncc_accuracy(h, y, means):
+    return np.mean(oracle_nearest(h, means) == y)
+
+
+def oracle_ncc_mismatch(logits, h, y, c, means):
+    return np.mean(np.argmax(logits, axis=1) != oracle_nearest(h, means))
+
+
+def oracle_relative(within, between):
+    return within / (within + between)
+
+
+SINGLE = [   # metrics of (features, labels, n_way)
+    (nc.class_means, oracle_means), (nc.covariance_traces, oracle_traces),
+    (nc.unbiased_traces, oracle_unbiased), (nc.nc1, oracle_nc1), (nc.cdnv, oracle_cdnv),
+    (nc.equinorm, oracle_equinorm), (nc.equiangularity, oracle_equiangularity),
+    (nc.etf_error, oracle_etf_error),
+]
+single = pytest.mark.parametrize("metric, oracle", SINGLE, ids=[metric.__name__ for metric, _ in SINGLE])
+
+
+# ---- material ----
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_labels(leading, n_way, n, seed=0):
+    """Each class n times, in an order of its own in every task."""
+    rows = torch.arange(n_way).repeat_interleave(n).expand(*leading, n_way * n)
+    return nc.permuted(rows.contiguous(), generator(seed + 1000))
+
+
+def random_features(labels, n_way, n_features, seed=0, spread=1.0, dtype=torch.float64):
+    """Classes around random means, off the origin, more spread in some directions than in others."""
+    g = generator(seed)
+    leading = labels.shape[:-1]
+    means = 3 + torch.randn(*leading, n_way, n_features, generator=g, dtype=torch.float64)
+    noise = torch.randn(*labels.shape, n_features, generator=g, dtype=torch.float64)
+    noise = noise * torch.linspace(0.2, 2, n_features, dtype=torch.float64)
+    own = means.gather(-2, labels.unsqueeze(-1).expand(*labels.shape, n_features))
+    return (own + spread * noise).to(dtype)
+
+
+def simplex(n_way, n_features, seed=0):
+    """A simplex ETF around the origin, in a random direction: [C, D]."""
+    g = generator(seed)
+    basis, _ = torch.linalg.qr(torch.randn(n_features, n_way, generator=g, dtype=torch.float64))
+    return (torch.eye(n_way, dtype=torch.float64) - 1 / n_way) @ basis.T
+
+
+def each_task(leading):
+    return itertools.product(*map(range, leading))
+
+
+def assert_like(values, leading, expected, rtol=1e-9, atol=1e-11):
+    """`expected(index)` is what the task at `index` should give; values may be a tuple, as traces are."""
+    values = values if isinstance(values, tuple) else (values,)
+    for task in each_task(leading):
+        wanted = expected(task)
+        wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+        for value, want in zip(values, wanted, strict=True):
+            assert value.dtype == torch.float64
+            assert value.shape[:len(leading)] == leading
+            np.testing.assert_allclose(value[task].numpy(), want, rtol=rtol, atol=atol)
+
+
+def as_tuple(values):
+    return values if isinstance(values, tuple) else (values,)
+
+
+def array(tensor):
+    return tensor.double().numpy()
+
+
+# ---- every function against the oracle ----
+
+@pytest.mark.parametrize("n_way, n, n_features", [(5, 4, 9), (3, 6, 12), (5, 3, 3), (2, 5, 4)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("leading", LEADING)
+@single
+def test_oracle(metric, oracle, leading, dtype, n_way, n, n_features):
+    labels = random_labels(leading, n_way, n)
+    features = random_features(labels, n_way, n_features, dtype=dtype)
+    assert_like(metric(features, labels, n_way), leading,
+                lambda task: oracle(array(features[task]), labels[task].numpy(), n_way))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("leading", LEADING)
+def test_oracle_nc3_and_nc4(leading, dtype):
+    n_way, n, d = 5, 4, 9
+    labels, support_labels = random_labels(leading, n_way, n), random_labels(leading, n_way, 2, seed=1)
+    features = random_features(labels, n_way, d, spread=2, dtype=dtype)
+    # With the seed of the features, so that support and query share their class means.
+    support = random_features(support_labels, n_way, d, spread=2, dtype=dtype)
+    g = generator(3)
+    weight = torch.randn(*leading, n_way, d, generator=g).to(dtype)
+    logits = torch.randn(*leading, n_way * n, n_way, generator=g).to(dtype)
+    means = nc.class_means(support, support_labels, n_way)
+
+    assert_like(nc.self_duality(weight, features, labels, n_way), leading,
+                lambda t: oracle_self_duality(array(weight[t]), array(features[t]), labels[t].numpy(), n_way))
+    assert_like(nc.ncc_accuracy(features, labels, means), leading,
+                lambda t: oracle_ncc_accuracy(array(features[t]), labels[t].numpy(), array(means[t])))
+    assert_like(nc.ncc_mismatch(logits, features, labels, n_way, means), leading,
+                lambda t: oracle_ncc_mismatch(array(logits[t]), array(features[t]), labels[t].numpy(), n_way,
+                                              array(means[t])))
+    assert 0.2 < nc.ncc_accuracy(features, labels, means).mean() < 1   # neither trivially right nor wrong
+
+    traces = nc.covariance_traces(features, labels, n_way)
+    assert_like(nc.relative_within(*traces), leading, lambda t: oracle_relative(
+        *oracle_traces(array(features[t]), labels[t].numpy(), n_way)))
+    # One classifier for all tasks, as the meta model has it.
+    shared = weight[(0,) * len(leading)]
+    assert_like(nc.self_duality(shared, features, labels, n_way), leading, lambda t: oracle_self_duality(
+        array(shared), array(features[t]), labels[t].numpy(), n_way))
+
+
+@single
+def test_order_of_rows_does_not_matter(metric, oracle):
+    labels = random_labels((3,), 5, 4)
+    features = random_features(labels, 5, 9)
+    before = as_tuple(metric(features, labels, 5))
+    order = torch.randperm(20, generator=generator(7))
+    after = as_tuple(metric(features[:, order], labels[:, order], 5))
+    shuffled_labels_alone = as_tuple(metric(features, labels[:, order], 5))
+    for old, new, other in zip(before, after, shuffled_labels_alone):
+        torch.testing.assert_close(old, new, rtol=1e-10, atol=1e-12)
+        assert not torch.allclose(old, other)
+
+
+@single
+def test_inputs_stay_as_they_were(metric, oracle):
+    labels = random_labels((2,), 5, 4)
+    features = random_features(labels, 5, 9)
+    copies = features.clone(), labels.clone()
+    metric(features, labels, 5)
+    assert torch.equal(features, copies[0]) and torch.equal(labels, copies[1])
+
+
+# ---- precision ----
+
+def test_within_is_not_a_difference_of_squares():
+    """Spread of 1e-6 around means of size 1e3: in squares, 1e-12 beside 1e6 would be lost in float64."""
+    labels = random_labels((2,), 5, 15)
+    noise = 1e-6 * torch.randn(2, 75, 30, generator=generator(), dtype=torch.float64)
+    means = 1e3 * torch.randn(5, 30, generator=generator(1), dtype=torch.float64)
+    features = means[labels] + noise
+    noise = features - means[labels]   # what is left of it after rounding
+    within, _ = nc.covariance_traces(features, labels, 5)
+    assert_like(within, (2,), lambda t: oracle_traces(array(noise[t]), labels[t].numpy(), 5)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float32_is_accumulated_in_float64(dtype):
+    """A large offset that all samples share, exact in both dtypes, changes nothing."""
+    labels = random_labels((), 5, 15)
+    features = (random_features(labels, 5, 40) * 64).round() / 64   # offset and features fit into 24 bits
+    offset = 2.0 ** 14
+    for metric, _ in SINGLE[1:]:
+        for near, far in zip(as_tuple(metric(features.to(dtype), labels, 5)),
+                             as_tuple(metric((features + offset).to(dtype), labels, 5))):
+            torch.testing.assert_close(near, far, rtol=1e-8, atol=0)
+
+
+def test_nc1_does_not_square_the_condition_number():
+    """Means a million times closer in one direction than in another: M M^T would keep 4 digits, not 9."""
+    labels = random_labels((), 3, 6)
+    means = torch.zeros(3, 8, dtype=torch.float64)
+    means[0, 0], means[1, 1] = 1, 1e-6
+    noise = 1e-6 * torch.randn(18, 8, generator=generator(), dtype=torch.float64)
+    for k in range(3):
+        noise[labels == k] -= noise[labels == k].mean(0)
+    rotation, _ = torch.linalg.qr(torch.randn(8, 8, generator=generator(1), dtype=torch.float64))
+    features = (means[labels] + noise) @ rotation
+    expected = np.sum((array(noise) @ np.linalg.pinv(array(means - means.mean(0)))) ** 2) / 18
+    np.testing.assert_allclose(nc.nc1(features, labels, 3), expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize("directions", [1, 2, 3])
+def test_nc1_of_means_that_span_fewer_directions_is_that_of_pinv(directions):
+    labels = random_labels((2,), 5, 6)
+    coordinates = torch.randn(2, 5, directions, generator=generator(), dtype=torch.float64)
+    basis = torch.randn(directions, 9, generator=generator(1), dtype=torch.float64)
+    noise = torch.randn(2, 30, 9, generator=generator(2), dtype=torch.float64)
+    one_hot = torch.nn.functional.one_hot(labels, 5).double()
+    noise = noise - one_hot @ (one_hot.mT @ noise) / 6
+    features = one_hot @ (7 + coordinates @ basis) + noise
+    assert_like(nc.nc1(features, labels, 5), (2,),
+                lambda t: oracle_nc1(array(features[t]), labels[t].numpy(), 5), rtol=1e-8)
+
+
+def test_wide_features_need_no_square_matrix():
+    """At D = 53,792, the first miniImageNet layer, D x D would be 23 GB."""
+    labels = random_labels((), 5, 2)
+    features = torch.randn(10, 53792, generator=generator())
+    values = [as_tuple(metric(features, labels, 5)) for metric, _ in SINGLE]
+    assert all(value.isfinite().all() for value in itertools.chain(*values))
+
+
+# ---- traps ----
+
+def test_noise_looks_collapsed_to_three_of_them():
+    n_way, n, n_tasks = 5, 15, 40
+    labels = random_labels((n_tasks,), n_way, n)
+    features = torch.randn(n_tasks, 75, 800, generator=generator())
+    within, between = nc.covariance_traces(features, labels, n_way)
+    own_means = nc.class_means(features, labels, n_way)
+    other_means = nc.class_means(torch.randn(n_tasks, 75, 800, generator=generator(1)), labels, n_way)
+
+    assert nc.relative_within(within, between).mean().item() == pytest.approx(14 / 14.8, abs=0.001)   # 0.946
+    assert (within / between).mean().item() == pytest.approx(17.5, abs=0.2)
+    assert nc.cdnv(features, labels, n_way).mean().item() == pytest.approx(7, abs=0.1)
+    assert nc.nc1(features, labels, n_way).mean().item() == pytest.approx(0.07, abs=0.005)
+    assert nc.etf_error(features, labels, n_way).mean().item() == pytest.approx(0.07, abs=0.01)
+    assert nc.ncc_accuracy(features, labels, own_means).mean().item() == pytest.approx(1, abs=0.002)
+    # Which is why the means come from other rows, and why there is a null.
+    assert nc.ncc_accuracy(features, labels, other_means).mean().item() == pytest.approx(0.2, abs=0.03)
+    null = nc.permuted(labels, generator(2))
+    assert nc.nc1(features, null, n_way).mean().item() == pytest.approx(0.07, abs=0.005)
+    assert nc.etf_error(features, null, n_way).mean().item() == pytest.approx(0.07, abs=0.01)
+
+
+@pytest.mark.parametrize("leading", LEADING)
+def test_one_sample_a_class_has_no_spread(leading):
+    labels = random_labels(leading, 5, 1)
+    features = random_features(labels, 5, 9)
+    within, between = nc.covariance_traces(features, labels, 5)
+    unbiased_within, unbiased_between = nc.unbiased_traces(features, labels, 5)
+    for value in (within, unbiased_within, unbiased_between, nc.relative_within(within, between),
+                  nc.nc1(features, labels, 5), nc.cdnv(features, labels, 5)):
+        assert value.shape == leading and value.isnan().all()
+    for value in (between, nc.equinorm(features, labels, 5), nc.equiangularity(features, labels, 5),
+                  nc.etf_error(features, labels, 5)):
+        assert value.shape == leading and value.isfinite().all()
+    assert_like(between, leading, lambda t: oracle_traces(array(features[t]), labels[t].numpy(), 5)[1])
+
+
+def test_unbiased_traces_are_unbiased():
+    n_way, n, d, n_tasks = 5, 3, 6, 20_000
+    labels = random_labels((n_tasks,), n_way, n)
+    means = torch.randn(n_way, d, generator=generator(), dtype=torch.float64)
+    noise = torch.randn(n_tasks, n_way * n, d, generator=generator(1), dtype=torch.float64)
+    features = means[labels] + 1.5 * noise
+    true_within = d * 1.5 ** 2
+    true_between = (means - means.mean(0)).square().sum(-1).mean().item()
+    for value, truth, is_biased in zip(
+            nc.unbiased_traces(features, labels, n_way) + nc.covariance_traces(features, labels, n_way),
+            (true_within, true_between) * 2, (False, False, True, True)):
+        mean, error = nc.mean_and_se(value[None])
+        assert (abs(mean - truth) > 4 * error).item() == is_biased
+
+
+def test_negative_unbiased_between_is_kept():
+    labels = random_labels((200,), 5, 15)
+    features = torch.randn(200, 75, 20, generator=generator())
+    within, between = nc.unbiased_traces(features, labels, 5)
+    assert (within > 0).all()
+    assert 0.2 < (between < 0).double().mean() < 0.8
+    assert abs(between.mean()) < 0.1
+
+
+def test_full_collapse():
+    """On a simplex, off the origin, its classes interleaved, in float32: the values of the table."""
+    n_way, d = 5, 40
+    labels = torch.arange(n_way).repeat(15)[None]
+    m = simplex(n_way, d)
+    features = (2 + m)[labels].float()
+    within, between = nc.covariance_traces(features, labels, n_way)
+    unbiased_within, unbiased_between = nc.unbiased_traces(features, labels, n_way)
+    means = nc.class_means(features, labels, n_way)
+    assert within == 0 and unbiased_within == 0
+    torch.testing.assert_close(between, m.square().sum(-1).mean()[None], rtol=1e-6, atol=0)
+    assert torch.equal(between, unbiased_between)
+    for value in (nc.relative_within(within, between), nc.relative_within(unbiased_within, unbiased_between),
+                  nc.nc1(features, labels, n_way), nc.cdnv(features, labels, n_way)):
+        assert 0 <= value < 1e-20
+    for value in (nc.equinorm(features, labels, n_way), nc.equiangularity(features, labels, n_way),
+                  nc.etf_error(features, labels, n_way), nc.self_duality(3 * m, features, labels, n_way)):
+        assert 0 <= value < 1e-5   # the simplex itself is rounded to float32
+    assert nc.ncc_accuracy(features, labels, means) == 1
+    logits = (features - 2) @ m.T.float()
+    assert nc.ncc_mismatch(logits, features, labels, n_way, means) == 0
+
+
+def test_self_duality_of_unrelated_weight_is_2():
+    labels = random_labels((20,), 5, 15)
+    features = random_features(labels, 5, 2000, dtype=torch.float32)
+    weight = torch.randn(20, 5, 2000, generator=generator(5))
+    assert nc.self_duality(weight, features, labels, 5).mean().item() == pytest.approx(2, abs=0.02)
+
+
+def test_tasks_are_not_pooled():
+    """Class c of one task is unrelated to class c of another: pooled, two collapsed tasks look spread out."""
+    labels = random_labels((2,), 5, 4)
+    features = random_features(labels, 5, 9, spread=1e-3)
+    for metric, _ in SINGLE[1:]:   # class means, being linear, are the same either way
+        batched = as_tuple(metric(features, labels, 5))
+        alone = [as_tuple(metric(features[t], labels[t], 5)) for t in range(2)]
+        pooled = as_tuple(metric(features.flatten(0, 1), labels.flatten(), 5))
+        for value, first, second, both in zip(batched, *alone, pooled):
+            torch.testing.assert_close(value, torch.stack([first, second]), rtol=1e-9, atol=1e-12)
+            assert not torch.isclose(both, value.mean(0), rtol=0.01).all()
+
+
+def original_relative_within(features):
+    """What the original computes: means of consecutive groups of five rows, as many as there are features,
+    and class k is compared with the k-th of them, whatever the labels. Rows lie class after class."""
+    n_samples, c = len(features), len(features[0])   # C is taken to be the feature dimension
+    means = [sum(features[5 * k:5 * k + 5]) / 5 for k in range(c)]
+    grand = sum(features) / n_samples
+    n = n_samples // c
+    within = sum(np.sum((row - means[i // n]) ** 2) for i, row in enumerate(features)) / n_samples
+    between = sum(np.sum((mean - grand) ** 2) for mean in means) / c
+    return within / (within + between)
+
+
+def test_classes_are_where_the_labels_are_not_five_rows_in_a_row():
+    collapsed = torch.eye(5, dtype=torch.float64)   # logits that are all sure and all right
+    by_class, interleaved = torch.arange(5).repeat_interleave(15), torch.arange(5).repeat(15)
+    assert original_relative_within(array(collapsed[by_class])) == pytest.approx(2 / 3)
+    # The same with 5 queries a class is right, which is how the fault stays unseen.
+    assert original_relative_within(array(collapsed[torch.arange(5).repeat_interleave(5)])) == 0
+    for labels in (by_class, interleaved, random_labels((), 5, 15)):
+        traces = nc.covariance_traces(collapsed[labels], labels, 5)
+        assert traces[0] == 0 and nc.relative_within(*traces) == 0
+        assert traces[1].item() == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e5 / 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_dead_layer_has_no_quotients(dtype, value):
+    """All rows the same; not only zeros, whose sums are exact."""
+    labels = random_labels((3,), 5, 15)
+    features = torch.full((3, 75, 11), value, dtype=dtype)
+    within, between = nc.covariance_traces(features, labels, 5)
+    assert (within == 0).all() and (between == 0).all()
+    unbiased = nc.unbiased_traces(features, labels, 5)
+    assert all((trace == 0).all() for trace in unbiased)
+    for quotient in (nc.relative_within(within, between), nc.relative_within(*unbiased),
+                     *(metric(features, labels, 5) for metric, _ in SINGLE[3:]),
+                     nc.self_duality(torch.ones(5, 11), features, labels, 5)):
+        assert quotient.shape == (3,) and quotient.isnan().all()
+
+
+def test_collapsed_means_have_no_quotients():
+    """Spread within the classes, but all classes have the same mean: each sample has its opposite."""
+    labels = torch.arange(5).repeat(14)
+    half = torch.randn(35, 11, generator=generator(), dtype=torch.float64) / 3
+    features = torch.cat([0.3 + half, 0.3 - half])
+    within, between = nc.covariance_traces(features, labels, 5)
+    assert between == 0 and within > 0 and nc.relative_within(within, between) == 1
+    for metric, _ in SINGLE[3:]:
+        assert metric(features, labels, 5).isnan()
+    assert nc.self_duality(torch.ones(5, 11), features, labels, 5).isnan()
+
+
+def test_two_equal_class_means():
+    """Equal but for the rounding of their sums: cdnv has no distance to divide by, the others do."""
+    labels = torch.arange(5).repeat(6)
+    means = torch.randn(5, 9, generator=generator(), dtype=torch.float64)
+    means[1] = means[0]
+    noise = torch.randn(15, 9, generator=generator(1), dtype=torch.float64)
+    features = means[labels] + torch.cat([noise, -noise])
+    assert nc.cdnv(features, labels, 5).isnan()
+    assert all(metric(features, labels, 5).isfinite() for metric, _ in SINGLE[3:] if metric is not nc.cdnv)
+    assert_like(nc.nc1(features, labels, 5), (), lambda t: oracle_nc1(array(features), labels.numpy(), 5))
+
+
+def test_other_zero_denominators():
+    zero, one = torch.zeros(2), torch.ones(2)
+    assert nc.relative_within(zero, zero).isnan().all()
+    assert nc.relative_within(one, -one).isnan().all()   # an unbiased between can be minus the within
+    labels = random_labels((), 5, 4)
+    assert nc.self_duality(torch.zeros(5, 9), random_features(labels, 5, 9), labels, 5).isnan()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_features_that_are_not_finite_spoil_their_task_alone(bad):
+    labels = random_labels((3,), 5, 4)
+    features = random_features(labels, 5, 9, dtype=torch.float32)
+    spoilt = features.clone()
+    spoilt[1, 2, 3] = bad
+    means = nc.class_means(features, labels, 5)
+    calls = [lambda h, metric=metric: metric(h, labels, 5) for metric, _ in SINGLE] + [
+        lambda h: nc.ncc_accuracy(h, labels, means),
+        lambda h: nc.ncc_accuracy(features, labels, nc.class_means(h, labels, 5)),
+        lambda h: nc.ncc_mismatch(features[..., :5], h, labels, 5, means),
+        lambda h: nc.ncc_mismatch(h[..., :5], features, labels, 5, means),
+        lambda h: nc.self_duality(torch.ones(5, 9), h, labels, 5),
+    ]
+    for call in calls:
+        for value, sound in zip(as_tuple(call(spoilt)), as_tuple(call(features))):
+            assert value[1].isnan().any()
+            assert torch.equal(value[::2], sound[::2])
+
+
+def test_labels_that_break_the_contract():
+    features = torch.randn(2, 20, 9, generator=generator())
+    labels = random_labels((2,), 5, 4)
+    unbalanced = labels.clone()
+    unbalanced[1, 0] = (labels[1, 0] + 1) % 5
+    outside = labels.clone()
+    outside[1, labels[1] == 4] = 5
+    for broken in (unbalanced, outside):
+        within, between = nc.covariance_traces(features, broken, 5)
+        assert within.isnan().tolist() == between.isnan().tolist() == [False, True]
+    for n_way in (3, 1):
+        with pytest.raises(ValueError):
+            nc.covariance_traces(features, labels, n_way)
+    with pytest.raises(ValueError):
+        nc.ncc_mismatch(torch.zeros(2, 20, 4), features, labels, 5, nc.class_means(features, labels, 5))
+
+
+# ---- the whole ----
+
+def measure_arguments(leading, n=4, n_support=2, widths=(30, 9, 5), dtype=torch.float32, n_way=5):
+    labels = random_labels(leading, n_way, n)
+    support_labels = random_labels(leading, n_way, n_support, seed=1)
+    return dict(
+        features=[random_features(labels, n_way, d, d, 2, dtype) for d in widths],
+        labels=labels,
+        support_features=[random_features(support_labels, n_way, d, d, 2, dtype) for d in widths],
+        support_labels=support_labels,
+        n_way=n_way,
+        classifier_weight=torch.randn(*leading, n_way, widths[-2], generator=generator(9)).to(dtype),
+        null_labels=nc.permuted(labels, generator(10)),
+        null_support_labels=nc.permuted(support_labels, generator(11)),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("leading", LEADING)
+def test_measure_is_the_single_functions_layer_by_layer(leading, dtype):
+    a = measure_arguments(leading, dtype=dtype)
+    table = nc.measure(**a)
+    assert list(table) == KEYS
+    assert all(value.shape == (3, *leading) and value.dtype == torch.float64 for value in table.values())
+    logits, n_way = a["features"][-1], a["n_way"]
+    for layer, (h, support) in enumerate(zip(a["features"], a["support_features"])):
+        y, null = a["labels"], a["null_labels"]
+        means = nc.class_means(support, a["support_labels"], n_way)
+        null_means = nc.class_means(support, a["null_support_labels"], n_way)
+        traces, unbiased = nc.covariance_traces(h, y, n_way), nc.unbiased_traces(h, y, n_way)
+        expected = {
+            "within": traces[0], "between": traces[1], "relative_within": nc.relative_within(*traces),
+            "within_unbiased": unbiased[0], "between_unbiased": unbiased[1],
+            "relative_within_unbiased": nc.relative_within(*unbiased),
+            "nc1": nc.nc1(h, y, n_way), "nc1_null": nc.nc1(h, null, n_way), "cdnv": nc.cdnv(h, y, n_way),
+            "equinorm": nc.equinorm(h, y, n_way), "equiangularity": nc.equiangularity(h, y, n_way),
+            "etf_error": nc.etf_error(h, y, n_way), "etf_error_null": nc.etf_error(h, null, n_way),
+            "ncc_accuracy": nc.ncc_accuracy(h, y, means),
+            "ncc_accuracy_null": nc.ncc_accuracy(h, null, null_means),
+            "ncc_mismatch": nc.ncc_mismatch(logits, h, y, n_way, means),
+            "ncc_mismatch_null": nc.ncc_mismatch(logits, h, null, n_way, null_means),
+            "self_duality": (nc.self_duality(a["classifier_weight"], h, y, n_way) if layer == 1
+                             else torch.full(leading, math.nan, dtype=torch.float64)),
+        }
+        assert list(expected) == KEYS
+        for key, value in expected.items():
+            torch.testing.assert_close(table[key][layer], value, rtol=1e-12, atol=1e-14, equal_nan=True,
+                                       msg=lambda text, key=key: f"{key}, layer {layer}: {text}")
+
+
+def test_measure_nulls_are_of_the_permuted_labels():
+    """On collapsed features the metrics see collapse, and their nulls don't."""
+    leading, n_way = (6,), 5
+    a = measure_arguments(leading, n=15, n_support=3, widths=(30, 9, 5))
+    a["features"] = [random_features(a["labels"], n_way, d, spread=1e-3) for d in (30, 9, 5)]
+    a["support_features"] = [random_features(a["support_labels"], n_way, d, spread=1e-3) for d in (30, 9, 5)]
+    a["features"][-1] = torch.nn.functional.one_hot(a["labels"], n_way).double()
+    table = {key: value.mean(-1) for key, value in nc.measure(**a).items()}
+    assert (table["nc1"][:2] < 1e-3).all() and (table["nc1_null"] > 1).all()
+    assert (table["ncc_accuracy"][:2] == 1).all() and (table["ncc_accuracy_null"] < 0.5).all()
+    assert (table["ncc_mismatch"][:2] == 0).all() and (table["ncc_mismatch_null"] > 0.5).all()
+
+
+def test_measure_of_one_shot_and_of_the_logits_alone():
+    table = nc.measure(**measure_arguments((2,), n_support=1))   # 1-shot support still gives means
+    assert table["ncc_accuracy"].isfinite().all() and table["within"].isfinite().all()
+    table = nc.measure(**measure_arguments((2,), n=1))
+    assert table["within"].isnan().all() and table["between"].isfinite().all()
+    a = measure_arguments((2,))
+    a["features"], a["support_features"] = a["features"][-1:], a["support_features"][-1:]
+    assert nc.measure(**a)["self_duality"].isnan().all()   # no hidden layer, no input to be dual to
+
+
+def test_measure_leaves_no_trace():
+    a = measure_arguments((2,), dtype=torch.float64)
+    copies = [h.clone() for h in a["features"] + a["support_features"]]
+    a["features"][0].requires_grad_()
+    state = torch.get_rng_state()
+    table = nc.measure(**a)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(map(torch.equal, a["features"] + a["support_features"], copies))
+    assert not any(value.requires_grad for value in table.values())
+
+
+def test_measure_reads_no_value_on_the_host():
+    """On the meta device there are shapes and no values: an .item() or a shape made from data raises."""
+    a = measure_arguments((2, 3))
+    meta = {key: [h.to("meta") for h in value] if isinstance(value, list) else
+            value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in a.items()}
+    assert all(value.shape == (3, 2, 3) for value in nc.measure(**meta).values())
+
+
+# ---- permuted, mean_and_se ----
+
+def test_permuted():
+    labels = torch.arange(5).repeat(2, 50, 15)   # [2, 50, 75]
+    state = torch.get_rng_state()
+    first, again, other = (nc.permuted(labels, generator(seed)) for seed in (0, 0, 1))
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.dtype == labels.dtype and first.shape == labels.shape
+    assert torch.equal(first.sort(-1).values, labels.sort(-1).values)   # each class as often as before
+    assert len({tuple(row.tolist()) for row in first.flatten(0, 1)}) == 100   # each task in its own order
+    assert (first == labels).double().mean().item() == pytest.approx(0.2, abs=0.02)   # unrelated to them
+    g = generator(0)
+    assert not torch.equal(nc.permuted(labels, g), nc.permuted(labels, g))   # the generator moves on
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mean_and_se(dtype):
+    values = torch.randn(4, 9, generator=generator(), dtype=dtype)
+    mean, error = nc.mean_and_se(values)
+    assert mean.dtype == error.dtype == torch.float64
+    np.testing.assert_allclose(mean, array(values).mean(1))
+    np.testing.assert_allclose(error, array(values).std(1, ddof=1) / 3)
+
+
+def test_mean_and_se_of_one_task_and_of_nan(recwarn):
+    mean, error = nc.mean_and_se(torch.tensor([[2.0], [3.0]]))
+    assert mean.tolist() == [2, 3] and error.isnan().all()
+    mean, error = nc.mean_and_se(torch.tensor([[1.0, math.nan, 3.0], [1.0, 2.0, 3.0]]))
+    assert mean.isnan().tolist() == error.isnan().tolist() == [True, False]
+    assert not recwarn.list
