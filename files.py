@@ -1,30 +1,44 @@
-"""Files written whole or not at all, and errors that are the user's to mend.
+"""Files written whole or not at all, locks, and errors that are the user's to mend.
 
 Every program here ends in one of two ways: it did its work, or it prints one
 line that says what is wrong and what to do, with exit status 2 (`run`).
 """
 
+import argparse
 import contextlib
 import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, NoReturn
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: no locks; every file is still written whole, through `atomic`
+    fcntl = None
 
 
 class UserError(Exception):
     """Something the user can mend; its text is one line: what is wrong, where, what to do."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are a UserError, one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help says what there is")
+
+
 @contextlib.contextmanager
-def atomic(path: Path, mode: str = "wb") -> Iterator:
+def atomic(path: Path, mode: str = "wb", remedy: str = "free some space or name another folder") -> Iterator:
     """Open a temporary file beside `path`; on success flush it to disk and rename it to `path`.
 
     A reader never sees a half-written `path`, and a failure leaves neither a
-    half-written file nor the temporary one behind.
+    half-written file nor the temporary one behind. A process killed on the way
+    leaves `.<name>.????????.tmp`, which `remove_stale` finds.
 
     Raises:
-        UserError: the folder can't be written or the disk is full.
+        UserError: the folder can't be written or the disk is full; the line ends in `remedy`.
     """
     path = Path(path)
     temporary = None
@@ -38,7 +52,7 @@ def atomic(path: Path, mode: str = "wb") -> Iterator:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror or error}; free some space or name another folder") from error
+        raise UserError(f"can't write {path}: {error.strerror or error}; {remedy}") from error
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
@@ -50,10 +64,78 @@ def _umask() -> int:
     return mask
 
 
+def remove_stale(folder: Path, pattern: str) -> None:
+    """Delete what killed `atomic` writes of files named like `pattern` left in `folder`.
+
+    Call it only while holding the lock that their writers hold, or a living one loses its file.
+    """
+    for leftover in Path(folder).glob(f".{pattern}.????????.tmp"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True, remedy: str = "name another folder") -> Iterator[bool]:
+    """Hold the lock file `path`; the system lets go of it however the process ends.
+
+    Yields True, or False where the system or file system has no locks. With
+    `wait` a second process waits for the first, saying so in one line.
+
+    Raises:
+        UserError: the folder can't be written, or with `wait=False` another process holds the lock.
+    """
+    path = Path(path)
+    descriptor = None
+    try:
+        try:
+            descriptor = _take_lock(path, wait)
+        except OSError as error:
+            raise UserError(f"can't write in {path.parent}: {error.strerror or error}; {remedy}") from error
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            # Unlinked while held: a process that waits on the unlinked file sees that and starts over.
+            with contextlib.suppress(OSError):
+                path.unlink()
+            os.close(descriptor)
+
+
+def _take_lock(path: Path, wait: bool) -> int | None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                if fcntl is None:
+                    raise OSError("no locks on this system")
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise UserError(f"{path.parent} is in use by another process; name another folder")
+                print(f"waiting for another process that works in {path.parent}", file=sys.stderr, flush=True)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError:  # some network file systems have no locks
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
+                return None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def one_line(text: str) -> str:
+    """`text` with line ends and control characters spelled out: file names may hold any."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main`; a UserError becomes one line on stderr and exit status 2."""
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)

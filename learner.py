@@ -77,6 +77,11 @@ class Learner(nn.Module):
         count = sum(name in BLOCK_STARTS for name, _ in self.config)
         return [f"block{i}" for i in range(1, count)] + ["logits"]
 
+    @property
+    def classifier(self) -> str:
+        """Name of the last linear layer's weight, [n_way, features]."""
+        return [name for name in self.weights if name.endswith("_linear_weight")][-1]
+
     def forward(self, x: Tensor, weights: Weights | None = None, features: bool = False):
         """Logits of a batch of images, or of a batch of tasks.
 
@@ -210,9 +215,9 @@ def _apply(name: str, params: Sequence, h: Tensor, own: list[Tensor]) -> Tensor:
         case "bn":
             return taskwise.batch_norm(h, *own)
         case "relu":
-            return F.relu(h, *params)
+            return F.relu(h)  # inplace or not is the same to a reader; in place, autograd would refuse views
         case "leakyrelu":
-            return F.leaky_relu(h, *params)
+            return F.leaky_relu(h, params[0])
         case "tanh":
             return torch.tanh(h)
         case "sigmoid":

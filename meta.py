@@ -1,0 +1,249 @@
+"""Model-agnostic meta-learning (Finn, Abbeel, Levine 2017), all tasks of a meta-step together.
+
+`adapt` is the inner loop (the paper's equation 1, K times). `Meta.forward` is one
+meta-step (its algorithm 2): adapt theta to every task's support set, take the
+query loss of the adapted weights, and step Adam along its gradient with respect
+to theta. Second order differentiates through the inner gradients; first order
+takes the inner gradients as constants.
+
+    net = Learner(layers, imgc=1, imgsz=28)
+    maml = Meta(net, update_lr=0.4, update_step=5)
+    step = maml(tasks)                  # one meta-step
+    result = maml.finetune(tasks)       # test: accuracy after each inner step; theta stays
+"""
+
+import math
+from typing import Iterator, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import nc_metrics
+from learner import Learner, Weights
+from tasks import Tasks
+
+
+class Step(NamedTuple):
+    """What one meta-step saw, before its update; all on the device."""
+
+    loss: Tensor  # [], query cross-entropy of the adapted weights, mean over tasks and samples
+    accuracy: Tensor  # [T, 1 or K+1] on the query set: after the inner loop, or before it and after each inner step
+    metrics: dict | None  # as `Meta.measure`, at every nc_every-th step
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of each task: [T, N, C], [T, N] -> [T]."""
+    return -F.log_softmax(logits, -1).gather(-1, labels[..., None]).mean((1, 2))
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of right answers in each task: [T, N, C], [T, N] -> [T]."""
+    return (logits.argmax(-1) == labels).float().mean(1)
+
+
+def adapt(
+    net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float, steps: int, second_order: bool = False
+) -> list[Weights]:
+    """The inner loop: SGD on each task's own loss, for all tasks at once.
+
+    A pure function: nothing that is passed in changes.
+
+    Args:
+        net: the network.
+        weights: where to start; one set for all tasks, or each with a leading task axis [T, ...].
+        x, y: support sets, [T, N, c, h, w] and [T, N].
+        lr: of SGD on the mean cross-entropy of a task's support set (the paper's alpha).
+        steps: K.
+        second_order: keep the graph, so that the last weights can be differentiated with respect to the first.
+    Returns:
+        K+1 sets of weights, each [T, ...]: the start, and after each step.
+    """
+    weights = {name: w.expand(len(x), *w.shape) if w.dim() == net.weights[name].dim() else w
+               for name, w in weights.items()}
+    trajectory = [weights]
+    for _ in range(steps):
+        with torch.enable_grad():
+            if not second_order:
+                weights = _leaves(weights)
+            loss = cross_entropy(net(x, weights), y).sum()  # tasks share nothing: each gets its own gradient
+            gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=second_order)
+            weights = {name: w.sub(g, alpha=lr) for (name, w), g in zip(weights.items(), gradients)}
+        trajectory.append(weights)
+    return trajectory
+
+
+def chunk_sizes(device: torch.device, net: Learner, samples: int, n_tasks: int) -> tuple[int, int]:
+    """How many tasks go together through the inner loop, and through the query pass.
+
+    A GPU wants all of them. A CPU core wants what it works on to stay in its cache: the query pass is fastest one task
+    at a time, and the inner loop all together only where a task's largest activation is small (Omniglot's, at up to
+    some 20 support images; not miniImageNet's).
+
+    Args:
+        samples: support images a task.
+    """
+    if device.type != "cpu":
+        return n_tasks, n_tasks
+    largest = samples * max(math.prod(shape) for shape in net.shapes)
+    return (n_tasks if largest <= 2**18 else 1), 1
+
+
+class Meta(nn.Module):
+    """MAML around a Learner: its weights are theta, Adam is the outer optimiser.
+
+    Args:
+        net: the network, on the device where training runs; its last layer is linear, one output a class.
+        update_lr: inner learning rate. meta_lr: Adam's.
+        update_step: inner steps K in training. update_step_test: in `finetune`.
+        first_order: take the inner gradients as constants.
+        nc_every: measure at meta-steps 0, nc_every, 2 nc_every, ...; 0 never.
+        seed: of the permuted labels (the metrics' null).
+    """
+
+    def __init__(self, net: Learner, update_lr: float = 0.4, meta_lr: float = 1e-3, update_step: int = 5,
+                 update_step_test: int = 10, first_order: bool = False, nc_every: int = 0, seed: int = 222):
+        super().__init__()
+        self.net = net
+        self.update_lr = update_lr
+        self.update_step, self.update_step_test = update_step, update_step_test
+        self.first_order = first_order
+        self.nc_every, self.seed = nc_every, seed
+        self.step = 0  # meta-updates done
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=meta_lr)
+
+    def forward(self, tasks: Tasks, every_step: bool = False) -> Step:
+        """One meta-step: gradients, what is measured of the weights as they are, Adam.
+
+        Args:
+            tasks: T tasks; the gradient is of the mean of their query losses.
+            every_step: accuracy before adaptation and after each inner step, not only after the last.
+        """
+        null = self._null(tasks) if self.nc_every > 0 and self.step % self.nc_every == 0 else None
+        inner, query = self._chunk_sizes(tasks)
+        losses, accuracies, metrics, gradients = [], [], [], []
+        for i, chunk in enumerate(tasks.split(inner)):
+            trajectory, loss, last, gradient = self._gradient(chunk, query)
+            losses.append(loss)
+            gradients.append(gradient)
+            accuracies.append(self._accuracies(chunk, trajectory[:-1], query, last) if every_step else last[:, None])
+            if null:
+                metrics.append(self._measure(chunk, trajectory, query, [y.split(inner)[i] for y in null]))
+        for weight, *parts in zip(self.net.weights.values(), *gradients):
+            weight.grad = sum(parts) / len(tasks.y_spt)
+        self.optimizer.step()
+        self.step += 1
+        return Step(torch.cat(losses).mean(), torch.cat(accuracies), _join(metrics) if null else None)
+
+    def _gradient(self, tasks: Tasks, query_chunk: int) -> tuple[list[Weights], Tensor, Tensor, list[Tensor]]:
+        """The gradient of the sum of these tasks' query losses with respect to theta.
+
+        The query loss is differentiated with respect to the adapted weights first, and that gradient is then pulled
+        back through the inner loop: the same as one backward pass, but the two can be chunked differently.
+
+        Returns:
+            The inner loop's weights (detached), losses [t], accuracies [t], and a gradient for each of theta's weights.
+        """
+        theta = dict(self.net.weights)
+        second_order = not self.first_order
+        trajectory = adapt(self.net, theta, tasks.x_spt, tasks.y_spt, self.update_lr, self.update_step, second_order)
+        adapted = trajectory[-1]
+        losses, accuracies, parts = [], [], []
+        for chunk, weights in zip(tasks.split(query_chunk), _split(adapted, query_chunk)):
+            weights = _leaves(weights)
+            logits = self.net(chunk.x_qry, weights)
+            loss = cross_entropy(logits, chunk.y_qry)
+            parts.append(torch.autograd.grad(loss.sum(), list(weights.values())))
+            losses.append(loss.detach())
+            accuracies.append(accuracy(logits, chunk.y_qry))
+        gradient = [torch.cat(same) if len(same) > 1 else same[0] for same in zip(*parts)]  # each [t, ...]
+        if second_order:
+            gradient = torch.autograd.grad(list(adapted.values()), list(theta.values()), gradient)
+        else:  # adapted = theta - constants
+            gradient = [g.sum(0) for g in gradient]
+        trajectory = [{name: w.detach() for name, w in weights.items()} for weights in trajectory]
+        return trajectory, torch.cat(losses), torch.cat(accuracies), gradient
+
+    def finetune(self, tasks: Tasks, measure: bool = False) -> tuple[Tensor, dict | None]:
+        """Test-time adaptation from theta, which stays as it is.
+
+        Args:
+            measure: also the metrics, after `update_step` inner steps as in training.
+        Returns:
+            Query accuracy [T, update_step_test + 1], before adaptation and after each inner step; the metrics or None.
+        """
+        inner, query = self._chunk_sizes(tasks)
+        null = self._null(tasks) if measure else None
+        steps = max(self.update_step_test, self.update_step if measure else 0)
+        theta = {name: w.detach() for name, w in self.net.weights.items()}
+        accuracies, metrics = [], []
+        for i, chunk in enumerate(tasks.split(inner)):
+            trajectory = adapt(self.net, theta, chunk.x_spt, chunk.y_spt, self.update_lr, steps)
+            accuracies.append(self._accuracies(chunk, trajectory[:self.update_step_test + 1], query))
+            if null:
+                metrics.append(self._measure(chunk, trajectory[:self.update_step + 1], query,
+                                             [y.split(inner)[i] for y in null]))
+        return torch.cat(accuracies), _join(metrics) if null else None
+
+    def _chunk_sizes(self, tasks: Tasks) -> tuple[int, int]:
+        return chunk_sizes(tasks.x_spt.device, self.net, tasks.x_spt.shape[1], len(tasks.y_spt))
+
+    def _null(self, tasks: Tasks) -> tuple[Tensor, Tensor]:
+        """Permuted support and query labels, drawn from a generator of their own: measuring changes nothing else."""
+        generator = torch.Generator(tasks.y_qry.device).manual_seed(self.seed + self.step)
+        return nc_metrics.permuted(tasks.y_spt, generator), nc_metrics.permuted(tasks.y_qry, generator)
+
+    @torch.no_grad()
+    def _accuracies(self, tasks: Tasks, trajectory: list[Weights], query_chunk: int,
+                    last: Tensor | None = None) -> Tensor:
+        """Query accuracy [t, steps] with each set of weights; `last` [t] is that of one more, known already."""
+        columns = []
+        for weights in trajectory:
+            chunks = zip(tasks.split(query_chunk), _split(weights, query_chunk))
+            columns.append(torch.cat([accuracy(self.net(chunk.x_qry, w), chunk.y_qry) for chunk, w in chunks]))
+        return torch.stack(columns + ([last] if last is not None else []), 1)
+
+    @torch.no_grad()
+    def _measure(self, tasks: Tasks, trajectory: list[Weights], query_chunk: int, null: list[Tensor]) -> dict:
+        """Neural-collapse metrics of the query sets, task by task, with the weights along the inner loop.
+
+        Returns:
+            "meta" (theta) and "finetuned" (after the last inner step): every entry of `nc_metrics.measure`, [L, t].
+            "inner": "within" and "between" [L, t, K+1] and "accuracy" [1, t, K+1], before and after each inner step.
+        """
+        n_way, last = self.net.shapes[-1][-1], len(trajectory) - 1
+        models, inner = {0: [], last: []}, []
+        for k, weights in enumerate(trajectory):
+            rows = []
+            for chunk, w, null_spt, null_qry in zip(tasks.split(query_chunk), _split(weights, query_chunk),
+                                                    *(y.split(query_chunk) for y in null)):
+                logits, features = self.net(chunk.x_qry, w, features=True)
+                if k in models:
+                    _, support = self.net(chunk.x_spt, w, features=True)
+                    models[k].append(nc_metrics.measure(features, chunk.y_qry, support, chunk.y_spt, n_way,
+                                                        w[self.net.classifier], null_qry, null_spt))
+                    within, between = models[k][-1]["within"], models[k][-1]["between"]
+                else:
+                    traces = [nc_metrics.covariance_traces(f, chunk.y_qry, n_way) for f in features]
+                    within, between = (torch.stack(layers) for layers in zip(*traces))
+                rows.append({"within": within, "between": between, "accuracy": accuracy(logits, chunk.y_qry)[None]})
+            inner.append(_join(rows))
+        return {"meta": _join(models[0]), "finetuned": _join(models[last]),
+                "inner": {name: torch.stack([step[name] for step in inner], -1) for name in inner[0]}}
+
+
+def _leaves(weights: Weights) -> dict[str, Tensor]:
+    return {name: w.detach().requires_grad_() for name, w in weights.items()}
+
+
+def _split(weights: Weights, size: int) -> Iterator[Weights]:
+    """The weights of `size` tasks at a time."""
+    return (dict(zip(weights, part)) for part in zip(*(w.split(size) for w in weights.values())))
+
+
+def _join(parts: list[dict]) -> dict:
+    """Put the tasks (axis 1) of several chunks' measurements side by side."""
+    first = parts[0]
+    if isinstance(next(iter(first.values())), dict):
+        return {name: _join([part[name] for part in parts]) for name in first}
+    return {name: torch.cat([part[name] for part in parts], 1) for name in first}

@@ -1,0 +1,55 @@
+"""MAML on miniImageNet, with neural collapse measured on the way.
+
+    python miniimagenet_train.py                        # 5-way 5-shot; the data in miniimagenet/
+    python miniimagenet_train.py --k_spt 1              # 5-way 1-shot
+    python miniimagenet_train.py --synthetic --epoch 400    # 100 meta-steps on generated photos, no data
+    python miniimagenet_train.py --test RUN_FOLDER      # test a finished run again
+"""
+
+import argparse
+import math
+from typing import Sequence
+
+import miniimagenet
+import synthetic
+import training
+from files import run
+from learner import Config, output_shapes
+
+DEFAULTS = {
+    "script": "miniimagenet_train", "epoch": 60000, "n_way": 5, "k_spt": 5, "k_qry": 15, "imgsz": 84, "imgc": 3,
+    "task_num": 4, "meta_lr": 1e-3, "update_lr": 0.01, "update_step": 5, "update_step_test": 10,
+    "root": "miniimagenet/", "print_every": 100,
+}
+
+
+def layers(args: argparse.Namespace) -> Config:
+    """Four 3x3 convolutions of 32 filters, each followed by a max-pool, then a linear layer."""
+    after = [("bn", [32]), ("relu", [True])]
+    if args.net == "original":
+        after.reverse()
+    blocks = []
+    for channels, stride in ((args.imgc, 2), (32, 2), (32, 2), (32, 1)):
+        blocks += [("conv2d", [32, channels, 3, 3, 1, 0]), *after, ("max_pool2d", [2, stride, 0])]
+    features = math.prod(output_shapes(blocks, args.imgc, args.imgsz)[-1])
+    return blocks + [("flatten", []), ("linear", [args.n_way, features])]
+
+
+def dataset(args: argparse.Namespace) -> training.Dataset:
+    common = miniimagenet.CHANNELS, miniimagenet.MEAN, miniimagenet.STD
+    if args.synthetic:
+        sizes = {split: (classes, synthetic.PHOTO_IMAGES) for split, (_, classes) in synthetic.PHOTO_SPLITS.items()}
+        return training.Dataset(synthetic.PHOTOS, *common, lambda: sizes,
+                                lambda split: synthetic.load_photos(split, args.imgsz))
+    return training.Dataset("miniImageNet", *common, lambda: miniimagenet.sizes(args.root),
+                            lambda split: miniimagenet.load(args.root, split, args.imgsz, args.cache))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = training.parse_args("MAML on miniImageNet, with neural collapse measured on the way.", DEFAULTS, argv,
+                               epoch_help="tasks in all, in epochs of 10,000 (divide by --task_num for meta-steps)")
+    training.train(args, dataset(args), layers)
+
+
+if __name__ == "__main__":
+    run(main)

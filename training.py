@@ -1,0 +1,464 @@
+"""The loop that both training scripts share: settings, run folder, log, validation, test.
+
+A run writes its own folder:
+
+    args.json     every setting, versions, device, data: before the first step
+    log.jsonl     one JSON object a line: "train", "nc" (metrics) and "val"
+    best.pt       weights with the best validation accuracy so far
+    result.json   test accuracy of those weights, at the end
+    timing.json   minutes and memory, apart from what the seed determines
+
+"step" is always the number of meta-updates that the weights had seen.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterator, Sequence
+
+import numpy
+import PIL
+import torch
+import torchvision
+from torch import Tensor
+from tqdm import tqdm
+
+import nc_metrics
+from files import Parser, UserError, atomic
+from learner import Config, Learner
+from meta import Meta
+from tasks import Tasks, sample_tasks
+
+VAL_SEED, TEST_SEED = 1, 2  # of the held-out tasks: the same for every run, so that runs compare on the same tasks
+TEST_FLAGS = ("k_qry", "update_step_test", "test_tasks")  # what --test may set anew
+PLACE_FLAGS = ("root", "cache", "device")  # where a run happens; no part of the experiment
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where a script's images come from."""
+
+    name: str  # as logs and figures call it
+    channels: int
+    mean: Sequence[float]  # a channel, of images scaled to 0..1
+    std: Sequence[float]
+    sizes: Callable[[], dict[str, tuple[int, int]]]  # split -> (classes, images a class), no image read
+    load: Callable[[str], Tensor]  # split -> uint8 [class, image, c, h, w]
+
+
+# ---- settings
+
+
+def parse_args(description: str, defaults: dict, argv: Sequence[str] | None, epoch_help: str) -> argparse.Namespace:
+    """The command line of a training script.
+
+    Args:
+        description: first line of --help.
+        defaults: of the flags whose default is the script's own; "rotations" only where the data has them.
+        argv: arguments without the program's name; sys.argv's if None.
+    Raises:
+        UserError: unknown or malformed flags.
+    """
+    parser = _parser(description, defaults, epoch_help)
+    args = parser.parse_args(argv)
+    if args.test is not None:
+        given = _parser(description, dict.fromkeys(defaults, argparse.SUPPRESS), epoch_help, argparse.SUPPRESS)
+        args = _settings_of(args.test, vars(given.parse_args(argv)))
+    return args
+
+
+def _parser(description: str, defaults: dict, epoch_help: str, default=None) -> argparse.ArgumentParser:
+    """`default` (argparse.SUPPRESS) replaces that of every flag, so that only what is given is set."""
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                    argument_default=default, allow_abbrev=False)
+
+    def flag(name: str, own, text: str, **options):
+        if not isinstance(own, bool):
+            options["type"] = type(own) if own is not None else str
+        parser.add_argument(f"--{name}", default=default or own, help=text, **options)
+
+    def choice(name: str, own: bool, text: str):
+        flag(name, own, text, action=argparse.BooleanOptionalAction)
+
+    flag("epoch", defaults["epoch"], epoch_help)
+    flag("n_way", defaults["n_way"], "classes a task")
+    flag("k_spt", defaults["k_spt"], "support images a class (k-shot)")
+    flag("k_qry", defaults["k_qry"], "query images a class")
+    flag("imgsz", defaults["imgsz"], "images are resized to this square, pixels")
+    flag("imgc", defaults["imgc"], "channels of an image")
+    flag("task_num", defaults["task_num"], "tasks a meta-step (the meta-batch)")
+    flag("meta_lr", defaults["meta_lr"], "learning rate of the outer loop, Adam")
+    flag("update_lr", defaults["update_lr"], "learning rate of the inner loop, SGD on the mean cross-entropy")
+    flag("update_step", defaults["update_step"], "inner steps in training")
+    flag("update_step_test", defaults["update_step_test"], "inner steps in validation and testing")
+    flag("first_order", False, "take the inner gradients as constants (first-order MAML)", action="store_true")
+    flag("net", "paper", "order within a block: paper = conv, batch norm, relu; original = conv, relu, batch norm",
+         choices=["paper", "original"])
+    if "rotations" in defaults:
+        choice("rotations", defaults["rotations"],
+               "in training, every class also turned by 90, 180, 270 degrees as further classes")
+    flag("root", defaults["root"], "folder of the data")
+    flag("cache", None, "folder of the decoded images; ROOT/cache if not given")
+    choice("synthetic", False, "train on generated images, with no data at all")
+    flag("out", None, "folder of the run; runs/SCRIPT-<n>w<k>s-seed<seed>-<time> if not given")
+    flag("seed", 222, "of the initial weights and the training tasks")
+    flag("device", "cuda" if torch.cuda.is_available() else "cpu", "where to compute: cpu, cuda, cuda:1, ...")
+    flag("nc_every", 100, "meta-steps between two neural-collapse measurements on training tasks; 0: none at all")
+    flag("eval_every", 500, "meta-steps between two validations, with metrics on the same held-out tasks")
+    flag("eval_tasks", 100, "tasks of a validation, always the same")
+    flag("test_tasks", 600, "tasks of the test at the end")
+    flag("test", None, f"test a finished run again, on its own settings but for {', '.join(TEST_FLAGS)} where given",
+         metavar="RUN_FOLDER")
+    parser.set_defaults(**({} if default else {name: defaults[name] for name in ("script", "print_every")}))
+    return parser
+
+
+def _settings_of(run: str, given: dict) -> argparse.Namespace:
+    """The settings of a finished run, with what may be given anew."""
+    path = Path(run) / "args.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}; --test takes the folder of a finished run") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not what a run writes; --test takes the folder of a finished run") from error
+    allowed = TEST_FLAGS + PLACE_FLAGS + ("test",)
+    for name in given:
+        if name not in allowed:
+            raise UserError(f"--{name} can't be set with --test: the run's own holds; "
+                            f"there are {', '.join('--' + flag for flag in allowed[:-1])}")
+    return argparse.Namespace(**(settings | given))
+
+
+def check(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse.Namespace], Config]) -> None:
+    """Refuse settings that can't work, before any image is read.
+
+    Raises:
+        UserError: one line that names the flag and what it can be.
+    """
+    for name, least in {"epoch": 1, "n_way": 2, "k_spt": 1, "k_qry": 1, "imgsz": 1, "task_num": 1, "update_step": 1,
+                        "update_step_test": 1, "eval_every": 1, "eval_tasks": 2, "test_tasks": 2, "nc_every": 0,
+                        "seed": 0}.items():
+        if not least <= getattr(args, name) < 2**31:
+            raise UserError(f"--{name} {getattr(args, name)}: must be a whole number from {least}")
+    for name in ("meta_lr", "update_lr"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name} {getattr(args, name)}: must be a number above 0")
+    if args.imgc != dataset.channels:
+        raise UserError(f"--imgc {args.imgc}: {dataset.name} has {dataset.channels}")
+    if meta_steps(args) < 1:
+        raise UserError(f"--epoch {args.epoch}: fewer tasks than one meta-step takes; at least {args.task_num}")
+    _device(args.device)
+    try:
+        Learner(layers(args), args.imgc, args.imgsz)
+    except ValueError as error:
+        raise UserError(f"--imgsz {args.imgsz}: {error}") from error
+    sizes = dataset.sizes()
+    for split, (classes, images) in sizes.items():
+        classes *= 4 if split == "train" and getattr(args, "rotations", False) else 1
+        if args.n_way > classes:
+            raise UserError(f"--n_way {args.n_way}: {dataset.name} has {classes} classes in its {split} split")
+        if args.k_spt + args.k_qry > images:
+            raise UserError(f"--k_spt {args.k_spt} --k_qry {args.k_qry}: {dataset.name} has {images} images "
+                            f"a class in its {split} split; their sum can be at most that")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: {reason}; take cpu, or cuda on a machine with an NVIDIA GPU") from error
+    return device
+
+
+def meta_steps(args: argparse.Namespace) -> int:
+    """How many meta-steps the run takes: --epoch counts meta-steps, or tasks on miniImageNet, as in the original."""
+    return args.epoch if args.script == "omniglot_train" else args.epoch // args.task_num
+
+
+# ---- the run
+
+
+def train(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse.Namespace], Config]) -> None:
+    """Train, validate and test as the settings say; or test a finished run again, with `args.test`."""
+    check(args, dataset, layers)
+    _keep_memory()
+    device = torch.device(args.device)
+    torch.manual_seed(args.seed)
+    net = Learner(layers(args), args.imgc, args.imgsz)
+    net.to(device)
+    maml = Meta(net, args.update_lr, args.meta_lr, args.update_step, args.update_step_test, args.first_order,
+                args.nc_every, args.seed)
+    splits = _Splits(args, dataset, device)
+    if args.test is not None:
+        return _test_again(args, maml, splits)
+
+    steps = meta_steps(args)
+    out = _new_folder(args)
+    _write_args(args, dataset, steps, out)
+    print(_banner(args, net, dataset, steps, out), flush=True)
+    images, held_out = splits("train"), splits("val")
+    generator = torch.Generator(device).manual_seed(args.seed)
+    sizes = args.task_num, args.n_way, args.k_spt, args.k_qry
+    started = time.perf_counter()
+    best = -1.0
+    with open(out / "log.jsonl", "w", encoding="utf-8") as log, _progress(steps) as bar:
+        for step in range(steps):
+            if step % args.eval_every == 0:
+                best = _validate(args, maml, splits.evaluation(held_out, args.eval_tasks, VAL_SEED), best, out, log)
+            tasks = sample_tasks(images, *sizes, generator, splits.mean, splits.std, getattr(args, "rotations", False))
+            seen = maml(tasks, every_step=step % args.print_every == 0)
+            if step % args.print_every == 0:
+                _log(log, "train", step, loss=seen.loss, acc=seen.accuracy.mean(0))
+                _say(f"step: {step} \ttraining acc: {_percent(seen.accuracy.mean(0))}")
+            if seen.metrics:
+                _log_metrics(log, step, "train", maml, seen.metrics)
+            if step % 10 == 0:  # reading the loss waits for the device
+                bar.set_postfix(loss=f"{seen.loss:.3f}", acc=f"{seen.accuracy[:, -1].mean():.3f}", refresh=False)
+            bar.update()
+        best = _validate(args, maml, splits.evaluation(held_out, args.eval_tasks, VAL_SEED), best, out, log)
+    minutes = (time.perf_counter() - started) / 60
+    result = _test(args, maml, splits, out)
+    _write_json(out / "result.json", result)
+    _write_json(out / "timing.json", {"training_minutes": round(minutes, 2), "meta_steps": steps} | _memory(device))
+    print(f"{minutes:.1f} minutes for {steps} meta-steps, {_memory(device)['peak_memory_gb']} GB at most; "
+          f"everything is in {out}")
+
+
+class _Splits:
+    """The images of each split on the device, loaded when first asked for, and tasks from them."""
+
+    def __init__(self, args: argparse.Namespace, dataset: Dataset, device: torch.device):
+        self.args, self.dataset, self.device = args, dataset, device
+        self.mean, self.std = (torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
+
+    def __call__(self, split: str) -> Tensor:
+        return self.dataset.load(split).to(self.device)
+
+    def evaluation(self, images: Tensor, n_tasks: int, seed: int) -> Iterator[Tasks]:
+        """`n_tasks` tasks, always the same for a seed, some at a time."""
+        args, batch = self.args, 32
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for start in range(0, n_tasks, batch):
+            count = min(batch, n_tasks - start)
+            yield sample_tasks(images, count, args.n_way, args.k_spt, args.k_qry, generator, self.mean, self.std)
+
+
+def _validate(args, maml: Meta, tasks: Iterator[Tasks], best: float, out: Path, log) -> float:
+    """Validate, log, keep the weights if they are the best yet; the best accuracy so far."""
+    results = [maml.finetune(batch, measure=args.nc_every > 0) for batch in tasks]
+    accuracy = torch.cat([accuracy for accuracy, _ in results])  # [tasks, steps + 1]
+    mean, interval = _mean_and_interval(accuracy)
+    _log(log, "val", maml.step, acc=mean, ci95=interval, tasks=len(accuracy))
+    if args.nc_every > 0:
+        metrics = {part: {name: torch.cat([found[part][name] for _, found in results], 1)
+                          for name in results[0][1][part]} for part in results[0][1]}
+        _log_metrics(log, maml.step, "heldout", maml, metrics)
+    _say(f"step: {maml.step} \tvalidation acc: {_percent(mean)} (last ± {100 * interval[-1]:.1f})")
+    if mean[-1] > best:
+        best = mean[-1].item()
+        with atomic(out / "best.pt") as file:
+            torch.save({"weights": maml.net.state_dict(), "step": maml.step, "val_accuracy": best}, file)
+    return best
+
+
+def _test(args, maml: Meta, splits: _Splits, run: Path) -> dict:
+    """Test accuracy of a run's best weights on the test classes."""
+    path = run / "best.pt"
+    try:
+        best = torch.load(path, map_location=splits.device, weights_only=True)
+        maml.net.load_state_dict(best["weights"])
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: the run hasn't got to its first validation") from error
+    except Exception as error:  # whatever torch.load makes of a damaged file
+        raise UserError(f"{path} can't be read as this network's weights; train again") from error
+    results = []
+    batches = splits.evaluation(splits("test"), args.test_tasks, TEST_SEED)
+    for batch in tqdm(batches, "test", math.ceil(args.test_tasks / 32), disable=not sys.stderr.isatty(), leave=False):
+        results.append(maml.finetune(batch)[0])
+    mean, interval = _mean_and_interval(torch.cat(results))
+    k = args.update_step_test
+    print(f"test accuracy on {splits.dataset.name}, {args.n_way}-way {args.k_spt}-shot, after {k} inner steps: "
+          f"{100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f} (95%, {args.test_tasks} tasks, {args.k_qry} queries a class, "
+          f"best weights of step {best['step']})")
+    print(f"after 0..{k} inner steps: {_percent(mean)}")
+    return {"data": splits.dataset.name, "test": {"accuracy": _numbers(mean), "ci95": _numbers(interval),
+            "inner_steps": list(range(k + 1)), "tasks": args.test_tasks, "n_way": args.n_way, "k_spt": args.k_spt,
+            "k_qry": args.k_qry}, "best_step": best["step"], "val_accuracy": _numbers(best["val_accuracy"])}
+
+
+def _test_again(args: argparse.Namespace, maml: Meta, splits: _Splits) -> None:
+    run = Path(args.test)
+    result = _test(args, maml, splits, run)
+    path = run / f"test-{args.test_tasks}tasks-{args.k_qry}qry-{args.update_step_test}steps.json"
+    _write_json(path, result)
+    print(f"written to {path}")
+
+
+# ---- what a run writes and says
+
+
+def _new_folder(args: argparse.Namespace) -> Path:
+    name = f"{args.script}-{args.n_way}w{args.k_spt}s-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = Path(args.out or f"runs/{name}")
+    if (out / "log.jsonl").exists():
+        raise UserError(f"--out {out}: there is a run already; name another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; name another folder") from error
+    return out
+
+
+def _write_args(args: argparse.Namespace, dataset: Dataset, steps: int, out: Path) -> None:
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    _write_json(out / "args.json", {
+        "settings": vars(args),
+        "meta_steps": steps,
+        "data": {"name": dataset.name, "synthetic": args.synthetic, "splits": {
+            split: {"classes": classes, "images_per_class": images}
+            for split, (classes, images) in dataset.sizes().items()}},
+        "device": {"type": device.type, "name": name, "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "torchvision": torchvision.__version__, "numpy": numpy.__version__, "pillow": PIL.__version__},
+        "git_commit": _commit(),
+    })
+
+
+def _commit() -> str | None:
+    """The commit of this code, with "+" where files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed.strip() else "")
+
+
+def _banner(args: argparse.Namespace, net: Learner, dataset: Dataset, steps: int, out: Path) -> str:
+    parameters = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
+    settings = ", ".join(f"{name}={value}" for name, value in vars(args).items())
+    return (f"{settings}\n{net}\nTotal trainable parameters: {parameters}\n"
+            f"Data: {dataset.name}. {steps} meta-steps of {args.task_num} tasks on {args.device}, to {out}")
+
+
+def _log(log, kind: str, step: int, **values) -> None:
+    """Add one line to the log; on disk at once, so that a plot can be drawn while it runs."""
+    log.write(json.dumps({"kind": kind, "step": step} | {name: _numbers(value) for name, value in values.items()}))
+    log.write("\n")
+    log.flush()
+
+
+def _log_metrics(log, step: int, classes: str, maml: Meta, metrics: dict) -> None:
+    """One "nc" line: mean and standard error over tasks of every metric, a value a layer."""
+    def summary(values: Tensor) -> dict:  # [..., T]
+        mean, se = nc_metrics.mean_and_se(values.double())
+        return {"mean": _numbers(mean), "se": _numbers(se)}
+
+    inner = {name: values.permute(2, 0, 1) for name, values in metrics["inner"].items()}  # [K+1, L, T]
+    inner["accuracy"] = inner["accuracy"][:, 0]
+    models = {model: {name: summary(values) for name, values in metrics[model].items()}
+              for model in ("meta", "finetuned")}
+    tasks = metrics["meta"]["within"].shape[1]
+    _log(log, "nc", step, classes=classes, tasks=tasks, layers=maml.net.blocks, **models,
+         inner={name: summary(values) for name, values in inner.items()})
+    if classes == "train":
+        traces = [models[model][name]["mean"][-2] for model in models for name in ("within", "between")]
+        _say("step: {} \ttraces of {}: meta within {:.4g} between {:.4g}, finetuned within {:.4g} between {:.4g}".format(
+            step, maml.net.blocks[-2], *(math.nan if t is None else t for t in traces)))
+
+
+def _progress(steps: int):
+    if sys.stderr.isatty():
+        return tqdm(total=steps, unit="step", dynamic_ncols=True)
+    return _Lines(steps)
+
+
+class _Lines:
+    """What tqdm shows, as a plain line every 100 steps: for logs of a batch system."""
+
+    def __init__(self, steps: int):
+        self.steps, self.step, self.started, self.postfix = steps, 0, time.perf_counter(), ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def set_postfix(self, refresh: bool = False, **values: str) -> None:
+        self.postfix = ", ".join(f"{name} {value}" for name, value in values.items())
+
+    def update(self) -> None:
+        self.step += 1
+        if self.step % 100 == 0 or self.step == self.steps:
+            left = (time.perf_counter() - self.started) / self.step * (self.steps - self.step)
+            print(f"{self.step}/{self.steps} steps, {self.postfix}, {left / 60:.1f} minutes left", flush=True)
+
+
+def _say(text: str) -> None:
+    """Print a line, above the bar where there is one."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+def _percent(values: Tensor) -> str:
+    return "[" + " ".join(f"{100 * value:.2f}" for value in values.tolist()) + "]"
+
+
+def _numbers(values):
+    """Tensors to lists, six digits; what is not a number to None, for JSON has none."""
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    if isinstance(values, list):
+        return [_numbers(value) for value in values]
+    if isinstance(values, float):
+        return float(f"{values:.6g}") if math.isfinite(values) else None
+    return values
+
+
+def _write_json(path: Path, value: dict) -> None:
+    with atomic(path, "w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+
+
+def _mean_and_interval(accuracy: Tensor) -> tuple[Tensor, Tensor]:
+    """[tasks, steps] -> mean, and half of the 95% interval over tasks (normal)."""
+    mean, se = nc_metrics.mean_and_se(accuracy.double().T)
+    return mean, 1.96 * se
+
+
+def _memory(device: torch.device) -> dict:
+    """Peak memory of the run: of the device's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return {"peak_memory_gb": round(torch.cuda.max_memory_allocated(device) / 2**30, 2)}
+    scale = 2**30 if sys.platform == "darwin" else 2**20  # getrusage counts bytes there, KiB elsewhere
+    return {"peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 2)}
+
+
+def _keep_memory() -> None:
+    """Let glibc keep large blocks instead of returning them to the system and faulting them in again.
+
+    The inner loop allocates and frees the same megabytes thousands of times; this alone makes it a third faster.
+    """
+    if platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        with contextlib.suppress(AttributeError):
+            libc.mallopt(mmap_threshold, 1 << 30)
+            libc.mallopt(trim_threshold, 2**31 - 1)
