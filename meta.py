@@ -19,9 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import distributed
 import nc_metrics
 from learner import Learner, Weights
 from tasks import Tasks
+
+
+ALL = 2**31 - 1
 
 
 class Step(NamedTuple):
@@ -73,8 +77,8 @@ def adapt(
     return trajectory
 
 
-def chunk_sizes(device: torch.device, net: Learner, samples: int, n_tasks: int) -> tuple[int, int]:
-    """How many tasks go together through the inner loop, and through the query pass.
+def chunk_sizes(device: torch.device, net: Learner, samples: int) -> tuple[int, int]:
+    """How many tasks go together at most through the inner loop, and through the query pass.
 
     A GPU wants all of them. A CPU core wants what it works on to stay in its cache: the query pass is fastest one task
     at a time, and the inner loop all together only where a task's largest activation is small (Omniglot's, at up to
@@ -84,9 +88,9 @@ def chunk_sizes(device: torch.device, net: Learner, samples: int, n_tasks: int) 
         samples: support images a task.
     """
     if device.type != "cpu":
-        return n_tasks, n_tasks
+        return ALL, ALL
     largest = samples * max(math.prod(shape) for shape in net.shapes)
-    return (n_tasks if largest <= 2**18 else 1), 1
+    return ALL if largest <= 2**18 else 1, 1
 
 
 class Meta(nn.Module):
@@ -98,19 +102,29 @@ class Meta(nn.Module):
         update_step: inner steps K in training. update_step_test: in `finetune`.
         first_order: take the inner gradients as constants.
         nc_every: measure at meta-steps 0, nc_every, 2 nc_every, ...; 0 never.
+        task_chunk: tasks in memory together at most; less memory, the same result. 0: all, or as fits the device.
         seed: of the permuted labels (the metrics' null).
+
+    With several processes (`distributed`), each takes an equal share of a meta-step's tasks.
     """
 
     def __init__(self, net: Learner, update_lr: float = 0.4, meta_lr: float = 1e-3, update_step: int = 5,
-                 update_step_test: int = 10, first_order: bool = False, nc_every: int = 0, seed: int = 222):
+                 update_step_test: int = 10, first_order: bool = False, nc_every: int = 0, task_chunk: int = 0,
+                 seed: int = 222):
         super().__init__()
         self.net = net
         self.update_lr = update_lr
         self.update_step, self.update_step_test = update_step, update_step_test
         self.first_order = first_order
-        self.nc_every, self.seed = nc_every, seed
+        self.nc_every, self.task_chunk, self.seed = nc_every, task_chunk, seed
         self.step = 0  # meta-updates done
-        self.optimizer = torch.optim.Adam(net.parameters(), lr=meta_lr)
+        on_cuda = next(net.parameters()).is_cuda
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=meta_lr, capturable=on_cuda)
+
+    @property
+    def measures_next(self) -> bool:
+        """Whether the next meta-step measures."""
+        return self.nc_every > 0 and self.step % self.nc_every == 0
 
     def forward(self, tasks: Tasks, every_step: bool = False) -> Step:
         """One meta-step: gradients, what is measured of the weights as they are, Adam.
@@ -119,21 +133,26 @@ class Meta(nn.Module):
             tasks: T tasks; the gradient is of the mean of their query losses.
             every_step: accuracy before adaptation and after each inner step, not only after the last.
         """
-        null = self._null(tasks) if self.nc_every > 0 and self.step % self.nc_every == 0 else None
-        inner, query = self._chunk_sizes(tasks)
+        n_tasks = len(tasks.y_spt)
+        null = self._null(tasks) if self.measures_next else None
+        tasks = Tasks(*map(distributed.share, tasks))
         losses, accuracies, metrics, gradients = [], [], [], []
+        inner, query = self._chunk_sizes(tasks)
         for i, chunk in enumerate(tasks.split(inner)):
             trajectory, loss, last, gradient = self._gradient(chunk, query)
             losses.append(loss)
             gradients.append(gradient)
             accuracies.append(self._accuracies(chunk, trajectory[:-1], query, last) if every_step else last[:, None])
             if null:
-                metrics.append(self._measure(chunk, trajectory, query, [y.split(inner)[i] for y in null]))
-        for weight, *parts in zip(self.net.weights.values(), *gradients):
-            weight.grad = sum(parts) / len(tasks.y_spt)
+                metrics.append(self._measure(chunk, trajectory, query,
+                                             [distributed.share(y).split(inner)[i] for y in null]))
+        gradients = distributed.add_up([sum(parts) for parts in zip(*gradients)])
+        for weight, gradient in zip(self.net.parameters(), gradients):
+            weight.grad = gradient / n_tasks
         self.optimizer.step()
         self.step += 1
-        return Step(torch.cat(losses).mean(), torch.cat(accuracies), _join(metrics) if null else None)
+        loss, seen = distributed.gather(torch.cat(losses)), distributed.gather(torch.cat(accuracies))
+        return Step(loss.mean(), seen, _gather(_join(metrics)) if null else None)
 
     def _gradient(self, tasks: Tasks, query_chunk: int) -> tuple[list[Weights], Tensor, Tensor, list[Tensor]]:
         """The gradient of the sum of these tasks' query losses with respect to theta.
@@ -156,7 +175,7 @@ class Meta(nn.Module):
             parts.append(torch.autograd.grad(loss.sum(), list(weights.values())))
             losses.append(loss.detach())
             accuracies.append(accuracy(logits, chunk.y_qry))
-        gradient = [torch.cat(same) if len(same) > 1 else same[0] for same in zip(*parts)]  # each [t, ...]
+        gradient = [torch.cat(same) for same in zip(*parts)]  # each [t, ...]
         if second_order:
             gradient = torch.autograd.grad(list(adapted.values()), list(theta.values()), gradient)
         else:  # adapted = theta - constants
@@ -186,7 +205,8 @@ class Meta(nn.Module):
         return torch.cat(accuracies), _join(metrics) if null else None
 
     def _chunk_sizes(self, tasks: Tasks) -> tuple[int, int]:
-        return chunk_sizes(tasks.x_spt.device, self.net, tasks.x_spt.shape[1], len(tasks.y_spt))
+        sizes = chunk_sizes(tasks.x_spt.device, self.net, tasks.x_spt.shape[1])
+        return tuple(min(size, self.task_chunk or ALL) for size in sizes)
 
     def _null(self, tasks: Tasks) -> tuple[Tensor, Tensor]:
         """Permuted support and query labels, drawn from a generator of their own: measuring changes nothing else."""
@@ -247,3 +267,9 @@ def _join(parts: list[dict]) -> dict:
     if isinstance(next(iter(first.values())), dict):
         return {name: _join([part[name] for part in parts]) for name in first}
     return {name: torch.cat([part[name] for part in parts], 1) for name in first}
+
+
+def _gather(found: dict) -> dict:
+    """The tasks (axis 1) that each process measured, all together in every process."""
+    return {name: _gather(part) if isinstance(part, dict) else distributed.gather(part, 1)
+            for name, part in found.items()}

@@ -40,20 +40,18 @@ def load(root: str | Path, split: str, imgsz: int, cache: str | Path | None = No
             a name is there twice or leads out of images/; the classes have
             different numbers of images; the cache folder can't be written.
     """
-    root = Path(root)
     images.check_request(split, imgsz)
-    table = root / f"{split}.csv"
-    if not os.path.isdir(root):
-        raise UserError(f"there is no folder {root}; {_where(root)}")
-    for path, there in ((root / "images", os.path.isdir), (table, os.path.isfile)):
-        if not there(path):
-            raise UserError(f"{path} is missing; {_where(root)}")
-    classes = _classes(table, root / "images")
-    _check_counts(classes, table)
+    classes = _split(Path(root), split)
     return images.load(
         [classes[label] for label in sorted(classes)], dataset="miniimagenet", split=split, channels=CHANNELS,
-        imgsz=imgsz, resample=Image.Resampling.BILINEAR, cache=Path(cache) if cache else root / "cache",
+        imgsz=imgsz, resample=Image.Resampling.BILINEAR, cache=Path(cache) if cache else Path(root) / "cache",
     )
+
+
+def sizes(root: str | Path) -> dict[str, tuple[int, int]]:
+    """(classes, images a class) of each split; reads the CSV files and no image. Errors as `load`."""
+    found = {split: _split(Path(root), split) for split in images.SPLITS}
+    return {split: (len(classes), len(next(iter(classes.values())))) for split, classes in found.items()}
 
 
 class MiniImagenet(torch.utils.data.Dataset):
@@ -103,6 +101,19 @@ class MiniImagenet(torch.utils.data.Dataset):
         sizes = self.n_way, self.k_shot, self.k_query
         tasks = sample_tasks(self.images, 1, *sizes, generator, mean=MEAN, std=STD)
         return tuple(tensor[0] for tensor in tasks)
+
+
+def _split(root: Path, split: str) -> dict[str, list[ImageFile]]:
+    """The images of each label of one split, all there and equally many."""
+    table = root / f"{split}.csv"
+    if not os.path.isdir(root):
+        raise UserError(f"there is no folder {root}; {_where(root)}")
+    for path, there in ((root / "images", os.path.isdir), (table, os.path.isfile)):
+        if not there(path):
+            raise UserError(f"{path} is missing; {_where(root)}")
+    classes = _classes(table, root / "images")
+    _check_counts(classes, table)
+    return classes
 
 
 def _classes(table: Path, folder: Path) -> dict[str, list[ImageFile]]:

@@ -19,7 +19,7 @@ from learner import Config, output_shapes
 DEFAULTS = {
     "script": "miniimagenet_train", "epoch": 60000, "n_way": 5, "k_spt": 5, "k_qry": 15, "imgsz": 84, "imgc": 3,
     "task_num": 4, "meta_lr": 1e-3, "update_lr": 0.01, "update_step": 5, "update_step_test": 10,
-    "root": "miniimagenet/", "print_every": 100,
+    "root": "miniimagenet/", "data_name": None, "print_every": 100,
 }
 
 
@@ -41,7 +41,10 @@ def dataset(args: argparse.Namespace) -> training.Dataset:
         sizes = {split: (classes, synthetic.PHOTO_IMAGES) for split, (_, classes) in synthetic.PHOTO_SPLITS.items()}
         return training.Dataset(synthetic.PHOTOS, *common, lambda: sizes,
                                 lambda split: synthetic.load_photos(split, args.imgsz))
-    return training.Dataset("miniImageNet", *common, lambda: miniimagenet.sizes(args.root),
+    if args.data_name is None:
+        real = miniimagenet.sizes(args.root) == {"train": (64, 600), "val": (16, 600), "test": (20, 600)}
+        args.data_name = "miniImageNet" if real else "photos in the miniImageNet layout"
+    return training.Dataset(args.data_name, *common, lambda: miniimagenet.sizes(args.root),
                             lambda split: miniimagenet.load(args.root, split, args.imgsz, args.cache))
 
 

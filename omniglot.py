@@ -205,7 +205,7 @@ def _download(root: Path, parts: list[str]) -> None:
             for part in parts:
                 os.replace(Path(folder) / f"{part}.zip", root / f"{part}.zip")
     except Exception as error:  # URLError, a timeout, HTTPException, RuntimeError: wrong md5, a full disk
-        reason = one_line(str(error)) or type(error).__name__
+        reason = one_line(str(error)).strip("<>") or type(error).__name__
         if type(error) is RuntimeError:
             reason = "what came is cut or not the official file: its md5 is wrong"
         raise UserError(f"can't download Omniglot, absent from {root} ({reason}); {_where(root)}") from error

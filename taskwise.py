@@ -22,6 +22,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 EPS = 1e-5  # batch norm's, as torch.nn.BatchNorm2d
+_products_in_bf16 = False
+
+
+def use_bf16(on: bool) -> None:
+    """Round what enters the batched matrix products of convolutions to bfloat16; all else stays as it is."""
+    global _products_in_bf16
+    _products_in_bf16 = on
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
@@ -112,7 +119,7 @@ def _convolve(x, weight, bias, stride, padding, columns=None):
     if columns is None:
         columns = _im2col(x, k, stride)
     matrix = _matrix(weight).transpose(1, 2)
-    y = torch.bmm(columns, matrix) if bias is None else torch.baddbmm(bias[:, None], columns, matrix)
+    y = _bmm(columns, matrix, bias)
     return y.view(tasks, samples, (h - k) // stride + 1, (w - k) // stride + 1, o), columns
 
 
@@ -129,10 +136,18 @@ def _adjoints(x, weight, g, columns, stride, padding, wanted):
     rows = g.reshape(tasks, -1, o)
     gx = gw = None
     if for_x:
-        gx = _col2im(torch.bmm(rows, _matrix(weight)), x.shape, k, stride)
+        gx = _col2im(_bmm(rows, _matrix(weight)), x.shape, k, stride)
     if for_weight:
-        gw = torch.bmm(rows.transpose(1, 2), columns).view(tasks, o, k, k, c).permute(0, 1, 4, 2, 3)
+        gw = _bmm(rows.transpose(1, 2), columns).view(tasks, o, k, k, c).permute(0, 1, 4, 2, 3)
     return gx, gw, rows.sum(1) if for_bias else None
+
+
+def _bmm(a, b, bias=None):
+    """[T, i, j] @ [T, j, k], plus bias [T, k]."""
+    if _products_in_bf16:
+        product = torch.bmm(a.bfloat16(), b.bfloat16()).to(a.dtype)
+        return product if bias is None else product + bias[:, None]
+    return torch.bmm(a, b) if bias is None else torch.baddbmm(bias[:, None], a, b)
 
 
 def _nchw(x):  # [1, N, h, w, c] -> [N, c, h, w], in channels-last memory

@@ -24,7 +24,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Sequence
 
 import numpy
 import PIL
@@ -33,14 +33,18 @@ import torchvision
 from torch import Tensor
 from tqdm import tqdm
 
+import distributed
 import nc_metrics
+import taskwise
+from cuda_graph import GraphedStep
 from files import Parser, UserError, atomic
 from learner import Config, Learner
-from meta import Meta
+from meta import Meta, Step
 from tasks import Tasks, sample_tasks
 
 VAL_SEED, TEST_SEED = 1, 2  # of the held-out tasks: the same for every run, so that runs compare on the same tasks
 TEST_FLAGS = ("k_qry", "update_step_test", "test_tasks")  # what --test may set anew
+EVALUATION_BATCH = 50  # tasks drawn together for validation and test
 PLACE_FLAGS = ("root", "cache", "device")  # where a run happens; no part of the experiment
 
 
@@ -108,9 +112,16 @@ def _parser(description: str, defaults: dict, epoch_help: str, default=None) -> 
         choice("rotations", defaults["rotations"],
                "in training, every class also turned by 90, 180, 270 degrees as further classes")
     flag("root", defaults["root"], "folder of the data")
+    if "data_name" in defaults:
+        flag("data_name", defaults["data_name"], "what logs and figures call the data in ROOT; miniImageNet only where "
+             "the splits have its 64, 16 and 20 classes of 600 images")
     flag("cache", None, "folder of the decoded images; ROOT/cache if not given")
     choice("synthetic", False, "train on generated images, with no data at all")
     flag("out", None, "folder of the run; runs/SCRIPT-<n>w<k>s-seed<seed>-<time> if not given")
+    flag("task_chunk", 0, "tasks in memory together at most: less memory, the same result; 0: as fits the device")
+    choice("cuda_graph", True, "on CUDA, capture the training step once and replay it: the same result, sooner")
+    flag("precision", "float32", "of matrix products: tf32 (CUDA) and bf16 are faster and coarser",
+         choices=["float32", "tf32", "bf16"])
     flag("seed", 222, "of the initial weights and the training tasks")
     flag("device", "cuda" if torch.cuda.is_available() else "cpu", "where to compute: cpu, cuda, cuda:1, ...")
     flag("nc_every", 100, "meta-steps between two neural-collapse measurements on training tasks; 0: none at all")
@@ -140,15 +151,17 @@ def _settings_of(run: str, given: dict) -> argparse.Namespace:
     return argparse.Namespace(**(settings | given))
 
 
-def check(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse.Namespace], Config]) -> None:
+def check(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse.Namespace], Config]) -> dict:
     """Refuse settings that can't work, before any image is read.
 
+    Returns:
+        The data's sizes: split -> (classes, images a class).
     Raises:
         UserError: one line that names the flag and what it can be.
     """
     for name, least in {"epoch": 1, "n_way": 2, "k_spt": 1, "k_qry": 1, "imgsz": 1, "task_num": 1, "update_step": 1,
                         "update_step_test": 1, "eval_every": 1, "eval_tasks": 2, "test_tasks": 2, "nc_every": 0,
-                        "seed": 0}.items():
+                        "task_chunk": 0, "seed": 0}.items():
         if not least <= getattr(args, name) < 2**31:
             raise UserError(f"--{name} {getattr(args, name)}: must be a whole number from {least}")
     for name in ("meta_lr", "update_lr"):
@@ -158,7 +171,10 @@ def check(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse
         raise UserError(f"--imgc {args.imgc}: {dataset.name} has {dataset.channels}")
     if meta_steps(args) < 1:
         raise UserError(f"--epoch {args.epoch}: fewer tasks than one meta-step takes; at least {args.task_num}")
-    _device(args.device)
+    _check_device(args.device)
+    if args.task_num % distributed.size():
+        raise UserError(f"--task_num {args.task_num}: {distributed.size()} processes need a multiple of "
+                        f"{distributed.size()}")
     try:
         Learner(layers(args), args.imgc, args.imgsz)
     except ValueError as error:
@@ -171,16 +187,15 @@ def check(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse
         if args.k_spt + args.k_qry > images:
             raise UserError(f"--k_spt {args.k_spt} --k_qry {args.k_qry}: {dataset.name} has {images} images "
                             f"a class in its {split} split; their sum can be at most that")
+    return sizes
 
 
-def _device(name: str) -> torch.device:
+def _check_device(name: str) -> None:
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: {reason}; take cpu, or cuda on a machine with an NVIDIA GPU") from error
-    return device
 
 
 def meta_steps(args: argparse.Namespace) -> int:
@@ -193,90 +208,119 @@ def meta_steps(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse.Namespace], Config]) -> None:
     """Train, validate and test as the settings say; or test a finished run again, with `args.test`."""
-    check(args, dataset, layers)
-    _keep_memory()
+    args.device = distributed.local_device(args.device)
+    sizes = check(args, dataset, layers)
     device = torch.device(args.device)
+    distributed.start(device)
+    try:
+        _train(args, dataset, sizes, layers(args), device)
+    finally:
+        distributed.stop()
+
+
+def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, config: Config, device: torch.device) -> None:
+    _keep_memory()
+    _set_precision(args.precision)
     torch.manual_seed(args.seed)
-    net = Learner(layers(args), args.imgc, args.imgsz)
+    net = Learner(config, args.imgc, args.imgsz)
     net.to(device)
     maml = Meta(net, args.update_lr, args.meta_lr, args.update_step, args.update_step_test, args.first_order,
-                args.nc_every, args.seed)
+                args.nc_every, args.task_chunk, args.seed)
     splits = _Splits(args, dataset, device)
     if args.test is not None:
         return _test_again(args, maml, splits)
 
     steps = meta_steps(args)
     out = _new_folder(args)
-    _write_args(args, dataset, steps, out)
-    print(_banner(args, net, dataset, steps, out), flush=True)
-    images, held_out = splits("train"), splits("val")
+    _write_args(args, dataset, sizes, steps, out)
+    _say(_banner(args, net, dataset, steps, out))
+    images, held_out = splits.load("train"), splits.load("val")
     generator = torch.Generator(device).manual_seed(args.seed)
-    sizes = args.task_num, args.n_way, args.k_spt, args.k_qry
-    started = time.perf_counter()
+    rotations = getattr(args, "rotations", False)
+
+    def meta_step(every_step: bool = False) -> Step:
+        tasks = splits.sample(images, args.task_num, generator, rotations)
+        return maml(tasks, every_step)
+
+    replayed = None  # the CUDA graph of a step on which nothing is looked at
     best = -1.0
-    with open(out / "log.jsonl", "w", encoding="utf-8") as log, _progress(steps) as bar:
+    started = time.perf_counter()
+    with Log(out / "log.jsonl") as log, _progress(steps) as bar:
         for step in range(steps):
             if step % args.eval_every == 0:
-                best = _validate(args, maml, splits.evaluation(held_out, args.eval_tasks, VAL_SEED), best, out, log)
-            tasks = sample_tasks(images, *sizes, generator, splits.mean, splits.std, getattr(args, "rotations", False))
-            seen = maml(tasks, every_step=step % args.print_every == 0)
-            if step % args.print_every == 0:
-                _log(log, "train", step, loss=seen.loss, acc=seen.accuracy.mean(0))
+                best = _validate(args, maml, splits, held_out, best, out, log)
+            shown = step % args.print_every == 0
+            if shown or maml.measures_next or not (device.type == "cuda" and args.cuda_graph):
+                seen = meta_step(every_step=shown)
+            else:
+                replayed = replayed or GraphedStep(maml, meta_step, generator)
+                seen = replayed()
+            if shown:
+                log.add("train", step, loss=seen.loss, acc=seen.accuracy.mean(0))
                 _say(f"step: {step} \ttraining acc: {_percent(seen.accuracy.mean(0))}")
             if seen.metrics:
-                _log_metrics(log, step, "train", maml, seen.metrics)
+                _log_metrics(log, step, "train", net, seen.metrics)
             if step % 10 == 0:  # reading the loss waits for the device
                 bar.set_postfix(loss=f"{seen.loss:.3f}", acc=f"{seen.accuracy[:, -1].mean():.3f}", refresh=False)
             bar.update()
-        best = _validate(args, maml, splits.evaluation(held_out, args.eval_tasks, VAL_SEED), best, out, log)
+        best = _validate(args, maml, splits, held_out, best, out, log)
     minutes = (time.perf_counter() - started) / 60
-    result = _test(args, maml, splits, out)
-    _write_json(out / "result.json", result)
-    _write_json(out / "timing.json", {"training_minutes": round(minutes, 2), "meta_steps": steps} | _memory(device))
-    print(f"{minutes:.1f} minutes for {steps} meta-steps, {_memory(device)['peak_memory_gb']} GB at most; "
-          f"everything is in {out}")
+    del images, held_out
+    _write_json(out / "result.json", _test(args, maml, splits, out))
+    memory = _memory(device)
+    _write_json(out / "timing.json", {"training_minutes": round(minutes, 2), "meta_steps": steps} | memory)
+    _say(f"{minutes:.1f} minutes for {steps} meta-steps, peak memory {memory['peak_memory_gb']} GB; results in {out}")
 
 
 class _Splits:
-    """The images of each split on the device, loaded when first asked for, and tasks from them."""
+    """The images of each split, and tasks from them."""
 
     def __init__(self, args: argparse.Namespace, dataset: Dataset, device: torch.device):
-        self.args, self.dataset, self.device = args, dataset, device
+        self.dataset, self.device = dataset, device
+        self.sizes = args.n_way, args.k_spt, args.k_qry
         self.mean, self.std = (torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
 
-    def __call__(self, split: str) -> Tensor:
+    def load(self, split: str) -> Tensor:
+        """uint8 [class, image, c, h, w], on the device."""
         return self.dataset.load(split).to(self.device)
 
-    def evaluation(self, images: Tensor, n_tasks: int, seed: int) -> Iterator[Tasks]:
-        """`n_tasks` tasks, always the same for a seed, some at a time."""
-        args, batch = self.args, 32
+    def sample(self, images: Tensor, n_tasks: int, generator: torch.Generator, rotations: bool = False) -> Tasks:
+        return sample_tasks(images, n_tasks, *self.sizes, generator, self.mean, self.std, rotations)
+
+    def evaluate(self, maml: Meta, images: Tensor, n_tasks: int, seed: int, measure: bool = False) -> list:
+        """`maml.finetune` of `n_tasks` tasks, always the same for a seed, a batch at a time."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        for start in range(0, n_tasks, batch):
-            count = min(batch, n_tasks - start)
-            yield sample_tasks(images, count, args.n_way, args.k_spt, args.k_qry, generator, self.mean, self.std)
+        results = []
+        for i, start in enumerate(range(0, n_tasks, EVALUATION_BATCH)):
+            tasks = self.sample(images, min(EVALUATION_BATCH, n_tasks - start), generator)
+            if i % distributed.size() == distributed.rank():
+                results.append(maml.finetune(tasks, measure))
+        return distributed.gather_lists(results)
 
 
-def _validate(args, maml: Meta, tasks: Iterator[Tasks], best: float, out: Path, log) -> float:
+def _validate(args, maml: Meta, splits: _Splits, images: Tensor, best: float, out: Path, log: "Log") -> float:
     """Validate, log, keep the weights if they are the best yet; the best accuracy so far."""
-    results = [maml.finetune(batch, measure=args.nc_every > 0) for batch in tasks]
+    results = splits.evaluate(maml, images, args.eval_tasks, VAL_SEED, measure=args.nc_every > 0)
     accuracy = torch.cat([accuracy for accuracy, _ in results])  # [tasks, steps + 1]
     mean, interval = _mean_and_interval(accuracy)
-    _log(log, "val", maml.step, acc=mean, ci95=interval, tasks=len(accuracy))
+    log.add("val", maml.step, acc=mean, ci95=interval, tasks=len(accuracy))
     if args.nc_every > 0:
         metrics = {part: {name: torch.cat([found[part][name] for _, found in results], 1)
                           for name in results[0][1][part]} for part in results[0][1]}
-        _log_metrics(log, maml.step, "heldout", maml, metrics)
+        _log_metrics(log, maml.step, "heldout", maml.net, metrics)
     _say(f"step: {maml.step} \tvalidation acc: {_percent(mean)} (last ± {100 * interval[-1]:.1f})")
     if mean[-1] > best:
         best = mean[-1].item()
-        with atomic(out / "best.pt") as file:
-            torch.save({"weights": maml.net.state_dict(), "step": maml.step, "val_accuracy": best}, file)
+        if distributed.rank() == 0:
+            with atomic(out / "best.pt") as file:
+                torch.save({"weights": maml.net.state_dict(), "step": maml.step, "val_accuracy": best}, file)
     return best
 
 
-def _test(args, maml: Meta, splits: _Splits, run: Path) -> dict:
+def _test(args: argparse.Namespace, maml: Meta, splits: _Splits, run: Path) -> dict:
     """Test accuracy of a run's best weights on the test classes."""
     path = run / "best.pt"
+    distributed.wait()  # for the process that writes it
     try:
         best = torch.load(path, map_location=splits.device, weights_only=True)
         maml.net.load_state_dict(best["weights"])
@@ -284,16 +328,14 @@ def _test(args, maml: Meta, splits: _Splits, run: Path) -> dict:
         raise UserError(f"{path} is missing: the run hasn't got to its first validation") from error
     except Exception as error:  # whatever torch.load makes of a damaged file
         raise UserError(f"{path} can't be read as this network's weights; train again") from error
-    results = []
-    batches = splits.evaluation(splits("test"), args.test_tasks, TEST_SEED)
-    for batch in tqdm(batches, "test", math.ceil(args.test_tasks / 32), disable=not sys.stderr.isatty(), leave=False):
-        results.append(maml.finetune(batch)[0])
-    mean, interval = _mean_and_interval(torch.cat(results))
+    _say(f"testing on {args.test_tasks} tasks of the test classes")
+    results = splits.evaluate(maml, splits.load("test"), args.test_tasks, TEST_SEED)
+    mean, interval = _mean_and_interval(torch.cat([accuracy for accuracy, _ in results]))
     k = args.update_step_test
-    print(f"test accuracy on {splits.dataset.name}, {args.n_way}-way {args.k_spt}-shot, after {k} inner steps: "
-          f"{100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f} (95%, {args.test_tasks} tasks, {args.k_qry} queries a class, "
-          f"best weights of step {best['step']})")
-    print(f"after 0..{k} inner steps: {_percent(mean)}")
+    _say(f"test accuracy on {splits.dataset.name}, {args.n_way}-way {args.k_spt}-shot, after {k} inner steps: "
+         f"{100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f} (95%, {args.test_tasks} tasks, {args.k_qry} queries a class, "
+         f"best weights of step {best['step']})")
+    _say(f"after 0..{k} inner steps: {_percent(mean)}")
     return {"data": splits.dataset.name, "test": {"accuracy": _numbers(mean), "ci95": _numbers(interval),
             "inner_steps": list(range(k + 1)), "tasks": args.test_tasks, "n_way": args.n_way, "k_spt": args.k_spt,
             "k_qry": args.k_qry}, "best_step": best["step"], "val_accuracy": _numbers(best["val_accuracy"])}
@@ -304,7 +346,12 @@ def _test_again(args: argparse.Namespace, maml: Meta, splits: _Splits) -> None:
     result = _test(args, maml, splits, run)
     path = run / f"test-{args.test_tasks}tasks-{args.k_qry}qry-{args.update_step_test}steps.json"
     _write_json(path, result)
-    print(f"written to {path}")
+    _say(f"written to {path}")
+
+
+def _set_precision(precision: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    taskwise.use_bf16(precision == "bf16")
 
 
 # ---- what a run writes and says
@@ -313,6 +360,8 @@ def _test_again(args: argparse.Namespace, maml: Meta, splits: _Splits) -> None:
 def _new_folder(args: argparse.Namespace) -> Path:
     name = f"{args.script}-{args.n_way}w{args.k_spt}s-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(args.out or f"runs/{name}")
+    if distributed.rank() > 0:
+        return out
     if (out / "log.jsonl").exists():
         raise UserError(f"--out {out}: there is a run already; name another folder")
     try:
@@ -322,7 +371,7 @@ def _new_folder(args: argparse.Namespace) -> Path:
     return out
 
 
-def _write_args(args: argparse.Namespace, dataset: Dataset, steps: int, out: Path) -> None:
+def _write_args(args: argparse.Namespace, dataset: Dataset, sizes: dict, steps: int, out: Path) -> None:
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     _write_json(out / "args.json", {
@@ -330,7 +379,7 @@ def _write_args(args: argparse.Namespace, dataset: Dataset, steps: int, out: Pat
         "meta_steps": steps,
         "data": {"name": dataset.name, "synthetic": args.synthetic, "splits": {
             split: {"classes": classes, "images_per_class": images}
-            for split, (classes, images) in dataset.sizes().items()}},
+            for split, (classes, images) in sizes.items()}},
         "device": {"type": device.type, "name": name, "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "torchvision": torchvision.__version__, "numpy": numpy.__version__, "pillow": PIL.__version__},
@@ -356,14 +405,25 @@ def _banner(args: argparse.Namespace, net: Learner, dataset: Dataset, steps: int
             f"Data: {dataset.name}. {steps} meta-steps of {args.task_num} tasks on {args.device}, to {out}")
 
 
-def _log(log, kind: str, step: int, **values) -> None:
-    """Add one line to the log; on disk at once, so that a plot can be drawn while it runs."""
-    log.write(json.dumps({"kind": kind, "step": step} | {name: _numbers(value) for name, value in values.items()}))
-    log.write("\n")
-    log.flush()
+class Log:
+    """log.jsonl: one JSON object a line, on disk at once, so that a plot can be drawn while it runs."""
+
+    def __init__(self, path: Path):
+        self.file = open(path if distributed.rank() == 0 else os.devnull, "w", encoding="utf-8")
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+    def add(self, kind: str, step: int, **values) -> None:
+        line = {"kind": kind, "step": step} | {name: _numbers(value) for name, value in values.items()}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
 
 
-def _log_metrics(log, step: int, classes: str, maml: Meta, metrics: dict) -> None:
+def _log_metrics(log: Log, step: int, classes: str, net: Learner, metrics: dict) -> None:
     """One "nc" line: mean and standard error over tasks of every metric, a value a layer."""
     def summary(values: Tensor) -> dict:  # [..., T]
         mean, se = nc_metrics.mean_and_se(values.double())
@@ -374,17 +434,17 @@ def _log_metrics(log, step: int, classes: str, maml: Meta, metrics: dict) -> Non
     models = {model: {name: summary(values) for name, values in metrics[model].items()}
               for model in ("meta", "finetuned")}
     tasks = metrics["meta"]["within"].shape[1]
-    _log(log, "nc", step, classes=classes, tasks=tasks, layers=maml.net.blocks, **models,
-         inner={name: summary(values) for name, values in inner.items()})
+    log.add("nc", step, classes=classes, tasks=tasks, layers=net.blocks, **models,
+            inner={name: summary(values) for name, values in inner.items()})
     if classes == "train":
         traces = [models[model][name]["mean"][-2] for model in models for name in ("within", "between")]
         _say("step: {} \ttraces of {}: meta within {:.4g} between {:.4g}, finetuned within {:.4g} between {:.4g}".format(
-            step, maml.net.blocks[-2], *(math.nan if t is None else t for t in traces)))
+            step, net.blocks[-2], *(math.nan if t is None else t for t in traces)))
 
 
 def _progress(steps: int):
     if sys.stderr.isatty():
-        return tqdm(total=steps, unit="step", dynamic_ncols=True)
+        return tqdm(total=steps, unit="step", dynamic_ncols=True, disable=distributed.rank() > 0)
     return _Lines(steps)
 
 
@@ -407,13 +467,14 @@ class _Lines:
         self.step += 1
         if self.step % 100 == 0 or self.step == self.steps:
             left = (time.perf_counter() - self.started) / self.step * (self.steps - self.step)
-            print(f"{self.step}/{self.steps} steps, {self.postfix}, {left / 60:.1f} minutes left", flush=True)
+            _say(f"{self.step}/{self.steps} steps, {self.postfix}, {left / 60:.1f} minutes left")
 
 
 def _say(text: str) -> None:
-    """Print a line, above the bar where there is one."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    """Print a line, above the bar where there is one; of several processes only the first speaks."""
+    if distributed.rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def _percent(values: Tensor) -> str:
@@ -432,6 +493,8 @@ def _numbers(values):
 
 
 def _write_json(path: Path, value: dict) -> None:
+    if distributed.rank() > 0:
+        return
     with atomic(path, "w") as file:
         json.dump(value, file, indent=1)
         file.write("\n")

@@ -50,7 +50,7 @@ def encode(array: np.ndarray, kind: str = "PNG", **options) -> bytes:
 def drawing(number: int) -> bytes:
     """A 1-bit PNG of 105 x 105, like Omniglot's, with a bar whose place tells `number`."""
     pixels = np.full((105, 105), True)
-    pixels[10:95, 3 * number:3 * number + 3] = False
+    pixels[10:95, 4 * number:4 * number + 4] = False
     return encode(pixels)
 
 
@@ -654,6 +654,11 @@ def test_cache_is_taken_and_rebuilt_when_anything_changes(photos, builds):
     file.write_bytes(same_size)
     os.utime(file, ns=(1, 1))
     assert load()[1] == 1
+    file.write_bytes(same_size + b"\0")
+    os.utime(file, ns=(1, 1))
+    assert load()[1] == 1
+    names = [path.stem.split("-") for path in (photos / "cache").iterdir()]
+    assert len({key for *_, key in names}) == len(names) == 6  # the key alone tells splits and sizes apart
     lines = (photos / "train.csv").read_text().split()
     write_csv(photos, [lines[0], *reversed(lines[1:])])
     flipped, built = load()
@@ -797,6 +802,32 @@ def test_lock_refuses_a_second_holder(tmp_path):
     with files.locked(tmp_path / "lock", wait=False) as held:
         assert held
     assert listing(tmp_path) == []
+
+
+def test_lock_that_was_waited_for_is_held(tmp_path, capfd):
+    """The first holder unlinks the file that the second waits on: that one must not lock nothing."""
+    taken, done = threading.Event(), threading.Event()
+
+    def second():
+        with files.locked(tmp_path / "lock"):
+            taken.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=second)
+    with files.locked(tmp_path / "lock"):
+        thread.start()
+        said, deadline = "", time.monotonic() + 10
+        while "waiting" not in said and time.monotonic() < deadline:
+            said += capfd.readouterr().err
+            time.sleep(0.01)
+        assert "waiting" in said and not taken.wait(0.1)
+    try:
+        assert taken.wait(10)
+        with refused("in use"), files.locked(tmp_path / "lock", wait=False):
+            pass
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_without_locks_everything_still_works(photos, monkeypatch):

@@ -1,0 +1,273 @@
+"""Learner against the same network of torch.nn layers, for every layer type; its features, its start, its errors."""
+
+import argparse
+import math
+
+import pytest
+import torch
+
+import miniimagenet_train
+import omniglot_train
+from learner import LAYERS, Learner
+from oracle import network
+
+# name of a case: (channels, image size, layers). Each ends flat, so that the order of values counts.
+FLAT = ("flatten", [])
+CASES = {
+    "conv2d": (3, 9, [("conv2d", [4, 3, 3, 3, 1, 0]), FLAT]),
+    "conv2d stride": (3, 9, [("conv2d", [4, 3, 3, 3, 2, 0]), ("conv2d", [5, 4, 2, 2, 1, 0]), FLAT]),
+    "conv2d padding": (3, 6, [("conv2d", [4, 3, 3, 3, 2, 1]), FLAT]),
+    "convt2d": (3, 5, [("convt2d", [3, 4, 3, 3, 1, 0]), FLAT]),
+    "convt2d stride, padding": (3, 5, [("convt2d", [3, 4, 4, 4, 2, 1]), ("conv2d", [2, 4, 3, 3, 1, 0]), FLAT]),
+    "linear": (3, 4, [FLAT, ("linear", [6, 48]), ("relu", [True]), ("linear", [2, 6])]),
+    "bn": (3, 6, [("conv2d", [4, 3, 3, 3, 1, 0]), ("bn", [4]), FLAT]),
+    "bn first": (3, 6, [("bn", [3]), ("conv2d", [4, 3, 3, 3, 1, 0]), FLAT]),
+    "bn of features": (3, 4, [FLAT, ("linear", [6, 48]), ("bn", [6]), ("linear", [2, 6])]),
+    "relu": (3, 6, [("conv2d", [4, 3, 3, 3, 1, 0]), ("relu", [False]), FLAT]),
+    "relu in place": (3, 6, [("conv2d", [4, 3, 3, 3, 1, 0]), ("bn", [4]), ("relu", [True]), FLAT]),
+    "leakyrelu": (3, 6, [("conv2d", [4, 3, 3, 3, 1, 0]), ("leakyrelu", [0.2, False]), FLAT]),
+    "leakyrelu in place": (3, 6, [("conv2d", [4, 3, 3, 3, 1, 0]), ("leakyrelu", [0.3, True]), FLAT]),
+    "tanh": (3, 6, [("conv2d", [4, 3, 3, 3, 1, 0]), ("tanh", []), FLAT]),
+    "sigmoid": (3, 6, [("conv2d", [4, 3, 3, 3, 1, 0]), ("sigmoid", []), FLAT]),
+    "upsample": (3, 4, [("upsample", [2]), ("conv2d", [4, 3, 3, 3, 1, 0]), ("upsample", [3]), FLAT]),
+    "max_pool2d": (3, 9, [("conv2d", [4, 3, 3, 3, 1, 0]), ("max_pool2d", [2, 2, 0]), FLAT]),
+    "max_pool2d stride 1": (3, 9, [("conv2d", [4, 3, 3, 3, 1, 0]), ("max_pool2d", [2, 1, 0]), FLAT]),
+    "max_pool2d padding": (3, 8, [("conv2d", [4, 3, 3, 3, 1, 0]), ("max_pool2d", [3, 2, 1]), FLAT]),
+    "avg_pool2d": (3, 8, [("conv2d", [4, 3, 3, 3, 1, 0]), ("avg_pool2d", [3, 2, 1]), FLAT]),
+    "flatten": (3, 5, [FLAT]),
+    "reshape": (3, 4, [("reshape", [12, 2, 2]), ("conv2d", [4, 12, 2, 2, 1, 0]), FLAT]),
+    "reshape to features": (3, 4, [("reshape", [48]), ("linear", [2, 48])]),
+    "reshape to an image": (3, 4, [FLAT, ("linear", [12, 48]), ("reshape", [3, 2, 2]), ("bn", [3]), FLAT]),
+    "all": (3, 16, [("conv2d", [6, 3, 3, 3, 1, 1]), ("bn", [6]), ("relu", [True]), ("max_pool2d", [2, 2, 0]),
+                    ("convt2d", [6, 4, 3, 3, 1, 1]), ("leakyrelu", [0.1, True]), ("upsample", [2]), ("tanh", []),
+                    ("avg_pool2d", [4, 4, 0]), ("sigmoid", []), ("reshape", [16, 2, 2]), FLAT, ("linear", [5, 64])]),
+}
+
+
+def make(case):
+    """(the Learner in float64 with random weights everywhere, images of 3 tasks with 4 samples each)"""
+    imgc, imgsz, config = CASES[case]
+    torch.manual_seed(0)
+    net = Learner(config, imgc, imgsz).double()
+    for weight in net.weights.values():
+        weight.data += 0.3 * torch.randn_like(weight)
+    return net, torch.randn(3, 4, imgc, imgsz, imgsz, dtype=torch.float64)
+
+
+def output_and_gradients(run, inputs):
+    """Of a loss that tells all outputs apart, with respect to inputs: one list of tensors."""
+    output = run()
+    loss = (output.sin() * torch.linspace(1, 2, output.numel(), dtype=output.dtype).view(output.shape)).sum()
+    return [output.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+def assert_close(got, expected):
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_every_layer_type_has_a_case():
+    assert {name for _, _, config in CASES.values() for name, _ in config} == set(LAYERS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_batch_of_images(case):
+    net, x = make(case)
+    x = x[0].requires_grad_()
+    native = network(net.config, net.weights)
+    assert_close(output_and_gradients(lambda: net(x), [x, *net.parameters()]),
+                 output_and_gradients(lambda: native(x.clone()), [x, *native.parameters()]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tasks_that_share_theta(case):
+    net, x = make(case)
+    x.requires_grad_()
+    native = network(net.config, net.weights)  # one task at a time: batch norm is task by task
+    assert_close(output_and_gradients(lambda: net(x), [x, *net.parameters()]),
+                 output_and_gradients(lambda: torch.stack([native(task.clone()) for task in x]),
+                                      [x, *native.parameters()]))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_tasks_with_weights_of_their_own(case, tasks):
+    net, x = make(case)
+    x = x[:tasks].requires_grad_()
+    weights = {name: (w + 0.2 * torch.randn(tasks, *w.shape, dtype=w.dtype)).detach().requires_grad_()
+               for name, w in net.weights.items()}
+    native = [network(net.config, {name: w[t] for name, w in weights.items()}) for t in range(tasks)]
+    output, to_x, *to_weights = output_and_gradients(lambda: net(x, weights), [x, *weights.values()])
+    per_task = [parameter for layers in native for parameter in layers.parameters()]
+    expected, expected_to_x, *rest = output_and_gradients(
+        lambda: torch.stack([layers(task.clone()) for layers, task in zip(native, x)]), [x, *per_task])
+    each = [torch.stack(rest[i::len(weights)]) for i in range(len(weights))]
+    assert_close([output, to_x, *to_weights], [expected, expected_to_x, *each])
+
+
+def test_given_weights_are_used_and_theta_is_not():
+    net, x = make("all")
+    other = {name: (w * 1.1).detach().requires_grad_() for name, w in net.weights.items()}
+    assert_close([net(x[0], other)], [network(net.config, other)(x[0])])
+    assert not torch.allclose(net(x[0], other), net(x[0]))
+    net(x, other).sum().backward()
+    assert all(w.grad is None for w in net.parameters()) and all(w.grad is not None for w in other.values())
+
+
+# ---- the scripts' networks ----
+
+def script_net(script, imgsz=None, net="paper", n_way=5):
+    imgc = script.DEFAULTS["imgc"]
+    imgsz = imgsz or script.DEFAULTS["imgsz"]
+    args = argparse.Namespace(net=net, imgc=imgc, imgsz=imgsz, n_way=n_way)
+    torch.manual_seed(1)
+    return Learner(script.layers(args), imgc, imgsz)
+
+
+NETS = pytest.mark.parametrize("net", ["paper", "original"])
+
+
+@NETS
+@pytest.mark.parametrize("script, dims", [
+    (omniglot_train, [10816, 64 * 6 * 6, 64 * 2 * 2, 64, 5]),
+    (miniimagenet_train, [53792, 32 * 19 * 19, 32 * 8 * 8, 800, 5]),
+])
+def test_features_names_and_sizes(script, dims, net):
+    learner = script_net(script, net=net)
+    x = torch.randn(2, 3, *learner.input_shape)
+    logits, features = learner(x, features=True)
+    assert learner.blocks == ["block1", "block2", "block3", "block4", "logits"]
+    assert [f.shape for f in features] == [(2, 3, d) for d in dims]
+    assert torch.equal(features[-1], logits)
+    _, single = learner(x[0], features=True)
+    assert [f.shape for f in single] == [(3, d) for d in dims]
+
+
+@NETS
+@pytest.mark.parametrize("script, imgsz", [(omniglot_train, 28), (miniimagenet_train, 46)])
+def test_features_are_the_blocks_outputs(script, imgsz, net):
+    """Up to the order of values in a row: products of rows don't depend on it."""
+    learner = script_net(script, imgsz, net).double()
+    x = torch.randn(4, *learner.input_shape, dtype=torch.float64)
+    _, features = learner(x, features=True)
+    native, expected = network(learner.config, learner.weights), []
+    for (name, _), layer in zip(learner.config, native):
+        if name in ("conv2d", "linear"):
+            expected.append(x.flatten(1))
+        x = layer(x.clone())
+    for got, rows in zip(features, [*expected[1:], x], strict=True):
+        assert_close([got @ got.T, got.sort().values], [rows @ rows.T, rows.sort().values])
+
+
+@NETS
+@pytest.mark.parametrize("script, imgsz", [(omniglot_train, 44), (miniimagenet_train, 84)])
+def test_classifier_reads_the_last_but_one_features_in_torchs_order(script, imgsz, net):
+    learner = script_net(script, imgsz, net).double()
+    x = torch.randn(4, *learner.input_shape, dtype=torch.float64)
+    logits, features = learner(x, features=True)
+    weight = learner.weights[learner.classifier]
+    assert weight.shape == (5, features[-2].shape[1])
+    assert_close([logits], [features[-2] @ weight.T + learner.weights[learner.classifier[:-len("weight")] + "bias"]])
+    assert_close([logits], [network(learner.config, learner.weights)(x)])
+
+
+def test_numbers_of_weights():
+    assert sum(w.numel() for w in script_net(miniimagenet_train).parameters()) == 32901
+    omniglot = 64 * 9 + 2 * 64 * 64 * 9 + 64 * 64 * 4 + 4 * 3 * 64
+    assert sum(w.numel() for w in script_net(omniglot_train).parameters()) == omniglot + 5 * 64 + 5
+    assert sum(w.numel() for w in script_net(omniglot_train, n_way=20).parameters()) == omniglot + 20 * 64 + 20
+
+
+@NETS
+@pytest.mark.parametrize("script, imgsz", [(omniglot_train, 28), (omniglot_train, 32), (omniglot_train, 64),
+                                           (miniimagenet_train, 46), (miniimagenet_train, 84)])
+def test_image_sizes(script, imgsz, net):
+    learner = script_net(script, imgsz, net)
+    assert learner(torch.randn(2, *learner.input_shape)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("script", [omniglot_train, miniimagenet_train])
+def test_an_image_too_small_for_the_script_names_the_layer_and_the_flag(script):
+    with pytest.raises(ValueError, match=r"layer \d+, \w+\(.*doesn't fit.*--imgsz"):
+        script_net(script, 20)
+
+
+# ---- how weights start ----
+
+def test_initial_weights():
+    net = script_net(omniglot_train)
+    for name, weight in net.weights.items():
+        if "bn_weight" in name:
+            assert (weight == 1).all()
+        elif name.endswith("bias"):
+            assert (weight == 0).all()
+        else:
+            fan_in = weight[0].numel()
+            assert weight.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=3 / math.sqrt(weight.numel()))
+            assert abs(weight.mean().item()) < 4 * math.sqrt(2 / fan_in / weight.numel())
+
+
+def test_same_seed_same_weights():
+    first, second = script_net(miniimagenet_train), script_net(miniimagenet_train)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_evaluation_mode_is_the_same_and_there_are_no_running_statistics():
+    net, x = make("all")
+    expected = net(x)
+    assert torch.equal(net.eval()(x), expected) and torch.equal(net.train()(x), expected)
+    assert list(net.buffers()) == []
+
+
+def test_weights_can_be_saved_and_loaded():
+    net, x = make("all")
+    other = Learner(net.config, 3, 16).double()
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other(x), net(x))
+
+
+# ---- what it refuses ----
+
+@pytest.mark.parametrize("config, text", [
+    ([("conv2d", [4, 3, 3, 3, 1, 0]), ("convolution", [])], r"layer 1: unknown layer 'convolution'; there are conv2d"),
+    ([("conv2d", [4, 3, 3, 1, 0])], r"layer 0, conv2d.*"),
+    ([("conv2d", [4, 3, 3, 2, 1, 0])], r"layer 0, conv2d.*square"),
+    ([("conv2d", [4, 1, 3, 3, 1, 0])], r"layer 0, conv2d.*takes 1 channels, not 3"),
+    ([("convt2d", [1, 4, 3, 3, 1, 0])], r"layer 0, convt2d.*takes 1 channels, not 3"),
+    ([("conv2d", [4, 3, 9, 9, 1, 0])], r"layer 0, conv2d.*9x9 kernel doesn't fit 8x8"),
+    ([("conv2d", [4, 3, 3, 3, 1, 0]), ("bn", [3])], r"layer 1, bn.*takes 3 channels, not 4"),
+    ([("max_pool2d", [2, 2, 0]), ("max_pool2d", [5, 2, 0])], r"layer 1, max_pool2d.*5x5 kernel doesn't fit 4x4"),
+    ([("avg_pool2d", [9, 9, 0])], r"layer 0, avg_pool2d.*doesn't fit"),
+    ([("convt2d", [3, 4, 1, 1, 1, 4])], r"layer 0, convt2d.*nothing is left"),
+    ([FLAT, ("linear", [5, 100])], r"layer 1, linear.*takes \[100\], not \[192\]"),
+    ([("linear", [5, 192])], r"layer 0, linear.*takes \[192\], not \[3, 8, 8\]"),
+    ([FLAT, ("conv2d", [4, 3, 3, 3, 1, 0])], r"layer 1, conv2d.*takes an image"),
+    ([FLAT, ("max_pool2d", [2, 2, 0])], r"layer 1, max_pool2d.*takes an image"),
+    ([("reshape", [5, 5])], r"layer 0, reshape.*192 values can't take the shape"),
+])
+def test_layers_that_do_not_fit_are_refused_by_name(config, text):
+    with pytest.raises(ValueError, match=text):
+        Learner(config, imgc=3, imgsz=8)
+
+
+RIGHT = {"conv2d": [4, 3, 3, 3, 1, 0], "convt2d": [3, 4, 3, 3, 1, 0], "linear": [5, 192], "bn": [3], "relu": [True],
+         "leakyrelu": [0.1, True], "tanh": [], "sigmoid": [], "upsample": [2], "max_pool2d": [2, 2, 0],
+         "avg_pool2d": [2, 2, 0], "flatten": []}
+
+
+@pytest.mark.parametrize("name, params", [(name, params) for name, right in RIGHT.items()
+                                          for params in ([right[:-1]] if right else []) + [[*right, 1]]])
+def test_wrong_number_of_params_is_refused_by_name(name, params):
+    before = [FLAT] if name == "linear" else []
+    with pytest.raises(ValueError, match=f"layer {len(before)}, {name}"):
+        Learner([*before, (name, params)], imgc=3, imgsz=8)
+
+
+@pytest.mark.parametrize("config", [
+    [("bn", [3]), ("conv2d", [4, 3, 3, 3, 1, 0]), FLAT, ("linear", [5, 144])],
+    [FLAT, ("linear", [20, 192]), ("relu", [True]), ("linear", [5, 20])],
+])
+def test_as_many_names_as_features_when_another_layer_comes_first(config):
+    net = Learner(config, imgc=3, imgsz=8)
+    logits, features = net(torch.randn(4, 3, 8, 8), features=True)
+    assert len(net.blocks) == len(features)

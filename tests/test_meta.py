@@ -1,0 +1,439 @@
+"""MAML against the plain loop over tasks, torch's own optimisers and finite differences, all in float64."""
+
+import argparse
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import meta
+import miniimagenet_train
+import nc_metrics
+import omniglot_train
+import oracle
+from learner import Learner
+from meta import Meta, adapt
+from tasks import Tasks
+
+N_WAY = 3
+SMALL = [("conv2d", [4, 1, 3, 3, 1, 0]), ("bn", [4]), ("relu", [True]), ("max_pool2d", [2, 2, 0]),
+         ("conv2d", [5, 4, 2, 2, 1, 0]), ("bn", [5]), ("relu", [True]), ("flatten", []), ("linear", [N_WAY, 45])]
+SMOOTH = [("conv2d", [4, 1, 3, 3, 1, 0]), ("bn", [4]), ("tanh", []), ("avg_pool2d", [2, 2, 0]),
+          ("conv2d", [5, 4, 2, 2, 1, 0]), ("bn", [5]), ("sigmoid", []), ("flatten", []), ("linear", [N_WAY, 45])]
+CHUNKS = [(1, 1), (4, 1), (4, 4), (2, 1), (2, 2), (3, 2), (1, 4)]
+
+
+def small_net(config=SMALL, seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    net = Learner(config, 1, 10)
+    with torch.no_grad():
+        for name, weight in net.weights.items():  # away from where all biases are 0
+            weight += 0.1 * torch.randn_like(weight)
+    return net.to(dtype)
+
+
+def make_tasks(n_tasks=4, n_way=N_WAY, k_spt=1, k_qry=4, imgc=1, imgsz=10, seed=0, dtype=torch.float64):
+    """Noise around a pattern for each class, rows in a random order."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.randn(n_tasks, n_way, imgc, imgsz, imgsz, generator=generator, dtype=torch.float64)
+
+    def images(k):
+        labels = torch.stack([torch.arange(n_way).repeat(k)[torch.randperm(n_way * k, generator=generator)]
+                              for _ in range(n_tasks)])
+        x = torch.stack([pattern[y] for pattern, y in zip(patterns, labels)])
+        return (x + torch.randn(x.shape, generator=generator, dtype=torch.float64)).to(dtype), labels
+
+    return Tasks(*images(k_spt), *images(k_qry))
+
+
+def meta_step(net, tasks, every_step=False, **options):
+    """(the gradient of one meta-step from these weights, what it returned); net stays as it is."""
+    maml = Meta(copy.deepcopy(net), **options)
+    step = maml(tasks, every_step)
+    return {name: w.grad for name, w in maml.net.weights.items()}, step
+
+
+def oracle_forward(net, weights, x):
+    return oracle.forward(net.config, weights, x)
+
+
+def oracle_trajectories(net, tasks, lr, steps):
+    """The inner loop of each task."""
+    theta = {name: w.detach().clone().requires_grad_() for name, w in net.weights.items()}
+    return [oracle.adapt(net.config, theta, x, y, lr, steps) for x, y in zip(tasks.x_spt, tasks.y_spt)]
+
+
+def oracle_accuracies(net, tasks, trajectories):
+    """[T, K+1]"""
+    return torch.tensor([[(oracle_forward(net, w, x)[0].argmax(1) == y).double().mean() for w in trajectory]
+                         for trajectory, x, y in zip(trajectories, tasks.x_qry, tasks.y_qry)])
+
+
+def same(a, b):
+    """Equal in every bit, through dicts, lists and tensors; nan equals nan."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor):
+        return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    return a == b
+
+
+# ---- the inner loop ----
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_adapt_is_sgd_on_each_task(second_order):
+    net, tasks, lr, steps = small_net(), make_tasks(k_spt=2), 0.3, 4
+    trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, lr, steps, second_order)
+    assert len(trajectory) == steps + 1
+    for t, (x, y) in enumerate(zip(tasks.x_spt, tasks.y_spt)):
+        model = oracle.network(net.config, net.weights)
+        optimizer = torch.optim.SGD(model.parameters(), lr)
+        for weights in trajectory:
+            for (name, got), expected in zip(weights.items(), model.parameters(), strict=True):
+                torch.testing.assert_close(got[t], expected, rtol=1e-9, atol=1e-12, msg=name)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x.clone()), y).backward()
+            optimizer.step()
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_adapt_changes_nothing_that_is_passed_in(second_order):
+    net, tasks = small_net(), make_tasks()
+    weights = {name: w.detach().clone() for name, w in net.weights.items()}
+    before = copy.deepcopy((net.state_dict(), weights, tuple(tasks)))
+    state = torch.get_rng_state()
+    given = dict(weights) if not second_order else dict(net.weights)
+    adapt(net, given, tasks.x_spt, tasks.y_spt, 0.3, 2, second_order)
+    assert same((net.state_dict(), weights, tuple(tasks)), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(w.grad is None for w in net.parameters()) and all(not w.requires_grad for w in weights.values())
+    assert all(w.requires_grad for w in net.parameters())
+
+
+def test_adapt_of_no_steps_is_the_start():
+    net, tasks = small_net(), make_tasks()
+    [start] = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, 0.3, 0)
+    assert all(torch.equal(start[name], w.expand(4, *w.shape)) for name, w in net.weights.items())
+
+
+def test_adapt_goes_on_from_each_tasks_own_weights():
+    net, tasks = small_net(), make_tasks()
+    whole = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, 0.3, 3)
+    rest = adapt(net, whole[1], tasks.x_spt, tasks.y_spt, 0.3, 2)
+    assert same([{n: w.detach() for n, w in weights.items()} for weights in whole[1:]],
+                [{n: w.detach() for n, w in weights.items()} for weights in rest])
+
+
+def test_adapt_works_where_gradients_are_switched_off():
+    net, tasks = small_net(), make_tasks()
+    expected = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, 0.3, 2)[-1]
+    with torch.no_grad():
+        got = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, 0.3, 2)[-1]
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_first_order_weights_do_not_lead_back_to_theta():
+    net, tasks = small_net(), make_tasks()
+    last = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, 0.3, 2)[-1]
+    total = sum(w.sum() for w in last.values())
+    reached = torch.autograd.grad(total, list(net.weights.values()), allow_unused=True)
+    assert all(g is None for g in reached)
+
+
+# ---- the outer gradient ----
+
+@pytest.mark.parametrize("config, tolerance", [(SMOOTH, 1e-7), (SMALL, 1e-6)], ids=["smooth", "relu"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_second_order_gradient_is_the_finite_difference_of_the_adapted_loss(config, tolerance, steps):
+    net, tasks, lr = small_net(config, seed=2), make_tasks(n_tasks=2, k_spt=2), 0.2
+    gradient, step = meta_step(net, tasks, update_lr=lr, update_step=steps)
+    norm = sum(g.square().sum() for g in gradient.values()).sqrt().item()
+
+    def loss(direction, size):
+        theta = {name: (w + size * direction[name]).detach().requires_grad_() for name, w in net.weights.items()}
+        return oracle.meta_loss(config, theta, tasks, lr, steps).item()
+
+    def slope(direction, size=1e-5):
+        return (loss(direction, size) - loss(direction, -size)) / (2 * size)
+
+    directions = [{name: torch.randn_like(w) for name, w in net.weights.items()} for _ in range(3)]
+    for name, g in gradient.items():  # and the weight of each layer that matters most
+        one = {other: torch.zeros_like(w) for other, w in net.weights.items()}
+        one[name].view(-1)[g.flatten().abs().argmax()] = 1
+        directions.append(one)
+    for direction in directions:
+        size = sum(d.square().sum() for d in direction.values()).sqrt().item()
+        along = sum((g * direction[name]).sum() for name, g in gradient.items()).item()
+        assert along == pytest.approx(slope(direction, 1e-5 / size), abs=tolerance * norm * size)
+    assert step.loss.item() == pytest.approx(loss(directions[0], 0), rel=1e-12)
+
+
+def script_case(script, net, imgsz, k_spt):
+    imgc = script.DEFAULTS["imgc"]
+    args = argparse.Namespace(net=net, imgc=imgc, imgsz=imgsz, n_way=N_WAY)
+    torch.manual_seed(3)
+    learner = Learner(script.layers(args), imgc, imgsz).double()
+    tasks = make_tasks(n_tasks=2, k_spt=k_spt, k_qry=3, imgc=imgc, imgsz=imgsz)
+    return learner, tasks, script.DEFAULTS["update_lr"]
+
+
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("k_spt", [1, 5])
+@pytest.mark.parametrize("net", ["paper", "original"])
+@pytest.mark.parametrize("script, imgsz", [(omniglot_train, 28), (miniimagenet_train, 46)])
+def test_gradient_of_the_scripts_networks_is_the_plain_loops(script, imgsz, net, k_spt, steps, first_order):
+    learner, tasks, lr = script_case(script, net, imgsz, k_spt)
+    gradient, step = meta_step(learner, tasks, update_lr=lr, update_step=steps, first_order=first_order)
+    loss, expected = oracle.meta_gradient(learner.config, learner.weights, tasks, lr, steps, not first_order)
+    assert oracle.relative_error(gradient, expected) <= 1e-9
+    assert step.loss.item() == pytest.approx(loss.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_gradient_does_not_depend_on_chunks(monkeypatch, chunks, first_order):
+    net, tasks, lr, steps = small_net(), make_tasks(), 0.3, 2
+    monkeypatch.setattr(meta, "chunk_sizes", lambda *_: chunks)
+    gradient, step = meta_step(net, tasks, update_lr=lr, update_step=steps, first_order=first_order)
+    loss, expected = oracle.meta_gradient(net.config, net.weights, tasks, lr, steps, not first_order)
+    assert oracle.relative_error(gradient, expected) <= 1e-9
+    assert step.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+
+
+def test_orders_differ():
+    net, tasks = small_net(), make_tasks()
+    second, _ = meta_step(net, tasks, update_lr=0.3, update_step=2)
+    first, _ = meta_step(net, tasks, update_lr=0.3, update_step=2, first_order=True)
+    assert oracle.relative_error(first, second) > 0.01
+
+
+def test_gradient_does_not_depend_on_the_order_of_tasks():
+    net, tasks, order = small_net(), make_tasks(), torch.tensor([2, 0, 3, 1])
+    gradient, step = meta_step(net, tasks, every_step=True, update_step=2)
+    turned, turned_step = meta_step(net, Tasks(*(field[order] for field in tasks)), every_step=True, update_step=2)
+    assert oracle.relative_error(turned, gradient) <= 1e-9
+    assert torch.equal(turned_step.accuracy, step.accuracy[order])
+
+
+def test_one_task_alone():
+    net, tasks = small_net(), make_tasks(n_tasks=1)
+    gradient, step = meta_step(net, tasks, update_lr=0.3, update_step=2)
+    _, expected = oracle.meta_gradient(net.config, net.weights, tasks, 0.3, 2, True)
+    assert oracle.relative_error(gradient, expected) <= 1e-9 and step.accuracy.shape == (1, 1)
+
+
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+def test_meta_steps_are_adams_on_the_plain_loops_gradient(first_order):
+    net = small_net()
+    maml = Meta(copy.deepcopy(net), update_lr=0.3, meta_lr=0.01, update_step=2, first_order=first_order)
+    theta = {name: w.detach().clone().requires_grad_() for name, w in net.weights.items()}
+    optimizer = torch.optim.Adam(theta.values(), lr=0.01)
+    for seed in range(4):
+        tasks = make_tasks(seed=seed)
+        maml(tasks)
+        _, gradient = oracle.meta_gradient(net.config, theta, tasks, 0.3, 2, not first_order)
+        for name, weight in theta.items():
+            weight.grad = gradient[name]
+        optimizer.step()
+    assert maml.step == 4
+    # Adam divides by the gradient's size, so a gradient that is 0 but for rounding still moves a weight
+    moved = {name: (maml.net.weights[name] - net.weights[name]).detach() for name in theta}
+    expected = {name: (theta[name] - net.weights[name]).detach() for name in theta}
+    for name in set(theta) - {"0_conv2d_bias", "4_conv2d_bias"}:
+        torch.testing.assert_close(moved[name], expected[name], rtol=1e-5, atol=1e-9, msg=name)
+
+
+def test_meta_steps_lower_the_loss():
+    net, tasks = small_net(), make_tasks()
+    maml = Meta(net, update_lr=0.1, meta_lr=0.01, update_step=1)
+    losses = [maml(tasks).loss.item() for _ in range(15)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+# ---- what is measured ----
+
+def own_metrics(net, weights, tasks, t, null_spt, null_qry):
+    """Each metric of one task, one function at a time, on the plain forward pass: {name: [value of each layer]}."""
+    logits, features = oracle_forward(net, weights, tasks.x_qry[t])
+    _, support = oracle_forward(net, weights, tasks.x_spt[t])
+    y = tasks.y_qry[t]
+    rows = []
+    for layer, (h, s) in enumerate(zip(features, support)):
+        within, between = nc_metrics.covariance_traces(h, y, N_WAY)
+        unbiased = nc_metrics.unbiased_traces(h, y, N_WAY)
+        means = nc_metrics.class_means(s, tasks.y_spt[t], N_WAY)
+        null_means = nc_metrics.class_means(s, null_spt[t], N_WAY)
+        rows.append({
+            "within": within, "between": between, "relative_within": nc_metrics.relative_within(within, between),
+            "within_unbiased": unbiased[0], "between_unbiased": unbiased[1],
+            "relative_within_unbiased": nc_metrics.relative_within(*unbiased),
+            "nc1": nc_metrics.nc1(h, y, N_WAY), "nc1_null": nc_metrics.nc1(h, null_qry[t], N_WAY),
+            "cdnv": nc_metrics.cdnv(h, y, N_WAY), "equinorm": nc_metrics.equinorm(h, y, N_WAY),
+            "equiangularity": nc_metrics.equiangularity(h, y, N_WAY),
+            "etf_error": nc_metrics.etf_error(h, y, N_WAY),
+            "etf_error_null": nc_metrics.etf_error(h, null_qry[t], N_WAY),
+            "ncc_accuracy": nc_metrics.ncc_accuracy(h, y, means),
+            "ncc_accuracy_null": nc_metrics.ncc_accuracy(h, null_qry[t], null_means),
+            "ncc_mismatch": nc_metrics.ncc_mismatch(logits, h, y, N_WAY, means),
+            "ncc_mismatch_null": nc_metrics.ncc_mismatch(logits, h, y, N_WAY, null_means),
+            "self_duality": (nc_metrics.self_duality(weights["8_linear_weight"], h, y, N_WAY)
+                             if layer == len(features) - 2 else torch.tensor(torch.nan)),
+        })
+    return {name: torch.stack([row[name].detach().double() for row in rows]) for name in rows[0]}
+
+
+def expected_metrics(net, tasks, lr, steps, null_spt, null_qry):
+    """What Meta should measure: "meta", "finetuned" {name: [L, T]} and "inner" {name: [L or 1, T, K+1]}."""
+    trajectories = oracle_trajectories(net, tasks, lr, steps)
+    every = [[own_metrics(net, weights, tasks, t, null_spt, null_qry) for weights in trajectory]
+             for t, trajectory in enumerate(trajectories)]  # [T][K+1]
+    names = every[0][0]
+    inner = {name: torch.stack([torch.stack([m[name] for m in task], -1) for task in every], 1)
+             for name in ("within", "between")}
+    inner["accuracy"] = oracle_accuracies(net, tasks, trajectories)[None]
+    return {"meta": {name: torch.stack([task[0][name] for task in every], 1) for name in names},
+            "finetuned": {name: torch.stack([task[-1][name] for task in every], 1) for name in names},
+            "inner": inner}
+
+
+@pytest.fixture
+def null_labels(monkeypatch):
+    """The permuted labels that Meta draws, in the order in which it draws them."""
+    drawn, permuted = [], nc_metrics.permuted
+    monkeypatch.setattr(nc_metrics, "permuted", lambda *args: drawn.append(permuted(*args)) or drawn[-1])
+    return drawn
+
+
+@pytest.mark.parametrize("call", ["forward", "finetune"])
+@pytest.mark.parametrize("chunks", [(4, 1), (1, 1), (4, 4), (2, 2)])
+@pytest.mark.parametrize("k_spt", [1, 2])
+def test_metrics_are_those_of_each_tasks_query_set(monkeypatch, null_labels, call, chunks, k_spt):
+    net, tasks, lr, steps = small_net(), make_tasks(k_spt=k_spt), 0.3, 2
+    monkeypatch.setattr(meta, "chunk_sizes", lambda *_: chunks)
+    maml = Meta(copy.deepcopy(net), update_lr=lr, update_step=steps, update_step_test=3, nc_every=1)
+    metrics = maml(tasks).metrics if call == "forward" else maml.finetune(tasks, measure=True)[1]
+    null_spt, null_qry = null_labels
+    expected = expected_metrics(net, tasks, lr, steps, null_spt, null_qry)
+    assert metrics.keys() == expected.keys()
+    for model in expected:
+        assert metrics[model].keys() == expected[model].keys()
+        for name, values in expected[model].items():
+            torch.testing.assert_close(metrics[model][name].double(), values, rtol=1e-6, atol=1e-9, equal_nan=True,
+                                       msg=lambda text: f"{model} {name}: {text}")
+    assert metrics["meta"]["within"].shape == (3, 4) and metrics["inner"]["within"].shape == (3, 4, steps + 1)
+    assert metrics["inner"]["accuracy"].shape == (1, 4, steps + 1)
+
+
+def test_null_labels_are_the_tasks_labels_permuted(null_labels):
+    net, tasks = small_net(), make_tasks()
+    maml = Meta(net, update_step=1, nc_every=1)
+    for _ in range(2):
+        maml(tasks)
+    for got, labels in zip(null_labels, [tasks.y_spt, tasks.y_qry] * 2, strict=True):
+        assert torch.equal(got.sort(1).values, labels.sort(1).values)
+    assert not torch.equal(null_labels[1], tasks.y_qry)
+    assert not torch.equal(null_labels[1], null_labels[3]), "another step, other labels"
+
+
+def test_null_labels_come_again_with_the_seed_and_owe_nothing_to_the_global_generator(null_labels):
+    tasks = make_tasks()
+    for rng, seed in ((0, 222), (1, 222), (1, 223)):
+        net = small_net()
+        torch.manual_seed(rng)
+        state = torch.get_rng_state()
+        Meta(net, update_step=1, nc_every=1, seed=seed)(tasks)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(null_labels[1], null_labels[3]) and torch.equal(null_labels[0], null_labels[2])
+    assert not torch.equal(null_labels[1], null_labels[5])
+
+
+def test_metrics_at_every_nc_every_th_step():
+    tasks = make_tasks(n_tasks=1)
+    for nc_every, measured in ((0, []), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3])):
+        maml = Meta(small_net(), update_step=1, nc_every=nc_every)
+        assert [i for i in range(5) if maml(tasks).metrics is not None] == measured
+
+
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+@pytest.mark.parametrize("k_spt", [1, 5])
+def test_measuring_changes_no_bit_of_the_weights(first_order, k_spt):
+    results = []
+    for nc_every, every_step in ((0, False), (1, False), (0, True), (1, True)):
+        maml = Meta(small_net(dtype=torch.float32), update_step=2, first_order=first_order, nc_every=nc_every)
+        for seed in range(4):
+            tasks = make_tasks(seed=seed, k_spt=k_spt, dtype=torch.float32)
+            if nc_every:
+                maml.finetune(tasks, measure=True)
+            maml(tasks, every_step)
+        results.append(copy.deepcopy((maml.net.state_dict(), maml.optimizer.state_dict())))
+    assert all(same(result, results[0]) for result in results[1:])
+
+
+@pytest.mark.parametrize("chunks", [(4, 1), (1, 1), (3, 2)])
+def test_accuracies(monkeypatch, chunks):
+    net, tasks, lr = small_net(), make_tasks(), 0.3
+    monkeypatch.setattr(meta, "chunk_sizes", lambda *_: chunks)
+    expected = oracle_accuracies(net, tasks, oracle_trajectories(net, tasks, lr, 3)).float()
+    assert expected.unique().numel() > 3
+    options = {"update_lr": lr, "update_step": 2, "update_step_test": 3}
+    torch.testing.assert_close(meta_step(net, tasks, every_step=True, **options)[1].accuracy, expected[:, :3])
+    torch.testing.assert_close(meta_step(net, tasks, **options)[1].accuracy, expected[:, 2:3])
+    torch.testing.assert_close(Meta(net, **options).finetune(tasks)[0], expected)
+
+
+@pytest.mark.parametrize("test_steps", [1, 2, 5])
+def test_finetune_measures_after_update_step_steps_whatever_the_test_steps(test_steps):
+    net, tasks = small_net(), make_tasks()
+    maml = Meta(net, update_lr=0.3, update_step=2, update_step_test=test_steps)
+    accuracy, metrics = maml.finetune(tasks, measure=True)
+    plain, nothing = maml.finetune(tasks)
+    assert nothing is None and torch.equal(plain, accuracy) and accuracy.shape == (4, test_steps + 1)
+    _, step = meta_step(net, tasks, update_lr=0.3, update_step=2, nc_every=1)
+    for model in metrics:
+        for name, values in step.metrics[model].items():
+            torch.testing.assert_close(metrics[model][name], values, equal_nan=True)
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_finetune_leaves_everything_as_it_was(measure):
+    maml = Meta(small_net(), update_step=2, update_step_test=3, nc_every=1)
+    for seed in range(2):
+        maml(make_tasks(seed=seed))
+    tasks = make_tasks(seed=9)
+
+    def everything():
+        return copy.deepcopy((maml.net.state_dict(), {name: w.grad for name, w in maml.net.weights.items()},
+                              maml.optimizer.state_dict(), maml.step, torch.get_rng_state(), tuple(tasks),
+                              [w.requires_grad for w in maml.net.parameters()], maml.training))
+
+    before, weights = everything(), list(maml.net.parameters())
+    first = maml.finetune(tasks, measure)
+    assert same(everything(), before)
+    assert all(a is b for a, b in zip(maml.net.parameters(), weights, strict=True))
+    assert same(maml.finetune(tasks, measure), first)
+
+
+def test_what_a_step_returns_holds_no_graph():
+    maml = Meta(small_net(), update_step=2, nc_every=1)
+    step = maml(make_tasks(), every_step=True)
+    results = [step.loss, step.accuracy, *itertools.chain(*(model.values() for model in step.metrics.values())),
+               maml.finetune(make_tasks())[0], *(w.grad for w in maml.net.parameters())]
+    assert not any(tensor.requires_grad for tensor in results)
+
+
+# ---- chunks by device ----
+
+def test_a_gpu_takes_all_tasks_at_once_and_a_cpu_what_stays_in_its_cache():
+    def sizes(script, device, samples, n_tasks):
+        args = argparse.Namespace(net="paper", n_way=5, **{k: script.DEFAULTS[k] for k in ("imgc", "imgsz")})
+        net = Learner(script.layers(args), args.imgc, args.imgsz)
+        return meta.chunk_sizes(torch.device(device), net, samples, n_tasks)
+
+    assert sizes(omniglot_train, "cuda", 5, 32) == sizes(miniimagenet_train, "cuda", 5, 32) == (32, 32)
+    assert sizes(omniglot_train, "cpu", 5, 32) == (32, 1)
+    assert sizes(miniimagenet_train, "cpu", 25, 4) == (1, 1)
