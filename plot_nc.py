@@ -4,6 +4,7 @@
     python plot_nc.py RUN                      draw another run into RUN/result.png
     python plot_nc.py RUN RUN RUN -o FILE.png  several seeds of one setting: their mean with a 95% band
     python plot_nc.py RUN --layer block2       another layer than the last hidden one
+    python plot_nc.py RUN RUN --accuracy -o FILE.png    validation accuracy of different settings, a line each
 
 A RUN is a run's folder (log.jsonl or log.jsonl.gz, and args.json) or the log itself with args.json beside it.
 
@@ -14,8 +15,8 @@ of query features, task by task (Rangamani, Lindegaard, Galanti and Poggio, 2023
 over seeds; for a single run it is the mean over tasks and 1.96 standard errors to each side.
 """
 
-import argparse
 import gzip
+import itertools
 import json
 import math
 import sys
@@ -38,8 +39,9 @@ DEFAULT_RUNS = "omniglot-5w1s"  # run folders under res/ whose names start so ma
 EARLY_STEPS = 7_500  # the original's first figure: 3 epochs of 2,500 meta-steps
 
 # Settings that leave the measured numbers' meaning alone: runs that differ in these are seeds of one setting.
-NOT_COMPARED = {"seed", "out", "root", "cache", "device", "workers", "threads", "resume", "test_tasks"}
+NOT_COMPARED = {"seed", "out", "root", "cache", "device", "task_chunk", "cuda_graph", "print_every", "test_tasks"}
 
+LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's, of --accuracy
 WITHIN, BETWEEN, NOISE = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's blue and vermilion; grey
 DARKER = {WITHIN: "#00324F", BETWEEN: "#6B2F00"}  # the same hues for held-out tasks, drawn on top
 STYLE = {
@@ -153,11 +155,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     runs = [read_run(path) for path in paths]
     first = runs[0]
     for index, run in enumerate(runs):
-        differing = sorted(
-            key
-            for key in (first.settings.keys() | run.settings.keys()) - NOT_COMPARED
-            if first.settings.get(key) != run.settings.get(key)
-        )
+        differing = differing_settings([first, run])
         if first.data["name"] != run.data["name"]:
             differing.insert(0, "the data set")
         if differing:
@@ -172,6 +170,12 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
                     f"name one of them"
                 )
     return runs
+
+
+def differing_settings(runs: Sequence[Run]) -> list[str]:
+    """Names of the settings in which the runs differ, apart from what doesn't change the experiment."""
+    names = set().union(*(run.settings for run in runs)) - NOT_COMPARED
+    return sorted(name for name in names if len({repr(run.settings.get(name)) for run in runs}) > 1)
 
 
 def committed_runs() -> list[Path]:
@@ -335,6 +339,42 @@ def figure(runs: Sequence[Run], layer: str | None = None) -> Figure:
     return figure
 
 
+def accuracy_figure(runs: Sequence[Run]) -> Figure:
+    """Validation accuracy against meta-steps, one line a run, named by what the runs differ in.
+
+    Raises:
+        UserError: a run was never validated.
+    """
+    figure = Figure(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    names = differing_settings(runs) or ["seed"]
+    for run, colour in zip(runs, itertools.cycle(LINES)):
+        rows = [row for row in run.rows if row.get("kind") == "val"]
+        if not rows:
+            raise files.UserError(f"{run.path} holds no validation accuracy; let it run to its first validation")
+        steps = [row["step"] for row in rows]
+        mean, half = (100 * np.array([row[key][-1] for row in rows], float) for key in ("acc", "ci95"))
+        label = ", ".join(_phrase(name, run.settings.get(name)) for name in names)
+        axes.plot(steps, mean, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
+        axes.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
+    settings, tasks = runs[0].settings, rows[0]["tasks"]
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlabel("meta-step")
+    axes.set_ylabel("accuracy on held-out classes (%)")
+    axes.set_title(f"{', '.join(sorted({run.data['name'] for run in runs}))}: {settings['n_way']}-way "
+                   f"{settings['k_spt']}-shot, {settings['k_qry']} queries a class\n"
+                   f"after {settings['update_step_test']} inner steps, {tasks} validation tasks; band: 95% over tasks")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _phrase(name: str, value) -> str:
+    if name == "first_order":
+        return "first order" if value else "second order"
+    return f"{name} {value}"
+
+
 def captions(runs: Sequence[Run], layer: str) -> tuple[str, str]:
     """Title and subtitle: data set ("synthetic" if it is), layer, task shape, tasks a measurement, seeds."""
     settings = runs[0].settings
@@ -446,7 +486,7 @@ def _legend(figure: Figure, heldout: bool, noise: float, n_runs: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the runs that the command line names, draw them, write the picture, say where it is."""
-    parser = argparse.ArgumentParser(
+    parser = files.Parser(
         description="Draw within- and between-class traces against meta-steps from training logs.",
         epilog="With no RUN: rewrite result.png from the logs committed under res/.",
     )
@@ -455,17 +495,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "-o", "--output", type=Path, metavar="FILE", help="PNG to write (default: result.png in the RUN)"
     )
     parser.add_argument("--layer", metavar="NAME", help="layer to draw (default: the last hidden layer)")
+    parser.add_argument("--accuracy", action="store_true", help="draw validation accuracy, one line a RUN")
     options = parser.parse_args(arguments)
     if options.output is not None and options.output.suffix.lower() != ".png":
         raise files.UserError(f"{options.output}: pictures are PNG files; name one that ends in .png")
 
-    runs = read_runs(options.runs or committed_runs())
-    _note_unequal(runs)
-    output = options.output or (runs[0].path if options.runs else HERE) / "result.png"
+    paths = options.runs or committed_runs()
+    runs = [read_run(path) for path in paths] if options.accuracy else read_runs(paths)
+    if not options.accuracy:
+        _note_unequal(runs)
+    output = options.output or (runs[0].path if options.runs else HERE) / (
+        "accuracy.png" if options.accuracy else "result.png")
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # the same picture whatever the user's matplotlibrc says
         matplotlib.rcParams.update(STYLE)
-        picture = figure(runs, options.layer)
+        picture = accuracy_figure(runs) if options.accuracy else figure(runs, options.layer)
         with files.atomic(output) as file:
             picture.savefig(file, format="png", metadata={"Software": None})  # same input, same bytes
     print(f"wrote {output}: {len(runs)} run(s), {runs[0].data['name']}")

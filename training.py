@@ -76,23 +76,22 @@ def parse_args(description: str, defaults: dict, argv: Sequence[str] | None, epo
     parser = _parser(description, defaults, epoch_help)
     args = parser.parse_args(argv)
     if args.test is not None:
-        given = _parser(description, dict.fromkeys(defaults, argparse.SUPPRESS), epoch_help, argparse.SUPPRESS)
-        args = _settings_of(args.test, vars(given.parse_args(argv)))
+        given = _parser(description, defaults, epoch_help, only_given=True).parse_args(argv)
+        args = _settings_of(args.test, vars(given))
     return args
 
 
-def _parser(description: str, defaults: dict, epoch_help: str, default=None) -> argparse.ArgumentParser:
-    """`default` (argparse.SUPPRESS) replaces that of every flag, so that only what is given is set."""
-    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    argument_default=default, allow_abbrev=False)
+def _parser(description: str, defaults: dict, epoch_help: str, only_given: bool = False) -> argparse.ArgumentParser:
+    """The flags; with `only_given`, those that are not on the command line are left unset."""
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 
-    def flag(name: str, own, text: str, **options):
-        if not isinstance(own, bool):
-            options["type"] = type(own) if own is not None else str
-        parser.add_argument(f"--{name}", default=default or own, help=text, **options)
+    def flag(name: str, default, text: str, **options):
+        if not isinstance(default, bool):
+            options["type"] = str if default is None else type(default)
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS if only_given else default, help=text, **options)
 
-    def choice(name: str, own: bool, text: str):
-        flag(name, own, text, action=argparse.BooleanOptionalAction)
+    def choice(name: str, default: bool, text: str):
+        flag(name, default, text, action=argparse.BooleanOptionalAction)
 
     flag("epoch", defaults["epoch"], epoch_help)
     flag("n_way", defaults["n_way"], "classes a task")
@@ -130,7 +129,8 @@ def _parser(description: str, defaults: dict, epoch_help: str, default=None) -> 
     flag("test_tasks", 600, "tasks of the test at the end")
     flag("test", None, f"test a finished run again, on its own settings but for {', '.join(TEST_FLAGS)} where given",
          metavar="RUN_FOLDER")
-    parser.set_defaults(**({} if default else {name: defaults[name] for name in ("script", "print_every")}))
+    if not only_given:
+        parser.set_defaults(script=defaults["script"], print_every=defaults["print_every"])
     return parser
 
 

@@ -1,0 +1,59 @@
+"""Two processes on a CPU take the steps that one process takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import two_processes
+
+HERE = Path(__file__).parent
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command],
+                          capture_output=True, text=True, env=environment)
+
+
+def same(one, two) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            same(one[key], two[key])
+    elif isinstance(one, list):
+        for a, b in zip(one, two, strict=True):
+            same(a, b)
+    elif one is not None:
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+def test_weights_and_what_was_seen(tmp_path):
+    two_processes.main(str(tmp_path / "one.pt"))
+    done = torchrun(str(HERE / "two_processes.py"), str(tmp_path / "two.pt"))
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
+    for name, weight in one["weights"].items():
+        assert name.endswith("conv2d_bias") or torch.allclose(weight, two["weights"][name], rtol=1e-7, atol=1e-10), name
+    same(one["seen"], two["seen"])
+
+
+def test_only_the_first_process_writes_and_speaks(tmp_path):
+    done = torchrun(str(HERE.parent / "omniglot_train.py"), *"--synthetic --device cpu --epoch 3 --task_num 2 --k_qry 3 "
+                    "--update_step 1 --update_step_test 1 --eval_tasks 55 --test_tasks 55 --nc_every 2".split(),
+                    "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Total trainable parameters") == 1
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [(row["kind"], row["step"]) for row in rows] == [
+        ("val", 0), ("nc", 0), ("train", 0), ("nc", 0), ("nc", 2), ("val", 3), ("nc", 3)]
+    assert rows[0]["tasks"] == 55
+    assert json.loads((tmp_path / "run/result.json").read_text())["test"]["tasks"] == 55
+
+
+def test_tasks_must_divide(tmp_path):
+    done = torchrun(str(HERE.parent / "omniglot_train.py"), "--synthetic", "--task_num", "3", "--out", str(tmp_path / "run"))
+    assert done.returncode != 0
+    assert "--task_num 3: 2 processes need a multiple of 2" in done.stderr

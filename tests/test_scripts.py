@@ -1,0 +1,214 @@
+"""Both training scripts from the command line: what they refuse, write, say and repeat."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import miniimagenet_train
+import omniglot_train
+import plot_nc
+import training
+from files import UserError
+
+PROJECT = Path(training.__file__).parent
+TINY = ("--synthetic --device cpu --task_num 2 --k_qry 3 --update_step 2 --update_step_test 3 "
+        "--eval_every 3 --eval_tasks 2 --test_tasks 3 --nc_every 2").split()
+OMNIGLOT = [*TINY, "--epoch", "5"]
+PHOTOS = [*TINY, "--epoch", "8", "--imgsz", "48", "--k_spt", "2"]  # 8 tasks: 4 meta-steps
+
+
+def lines(run: Path, kind: str) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def program(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, PROJECT / name, *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def omniglot_run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "omniglot"
+    done = program("omniglot_train.py", *OMNIGLOT, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    (out / "stdout").write_text(done.stdout)
+    return out
+
+
+@pytest.fixture(scope="module")
+def photos_run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "photos"
+    miniimagenet_train.main([*PHOTOS, "--out", str(out)])
+    return out
+
+
+# ---- a run
+
+
+def test_a_run_says_what_the_original_says(omniglot_run):
+    said = (omniglot_run / "stdout").read_text()
+    for part in ("n_way=5", "conv2d(64, 1, 3, 3, 2, 0)", "Total trainable parameters: 91781", "5 meta-steps",
+                 "training acc: [", "meta within", "validation acc: [", "synthetic characters", "5/5 steps, loss"):
+        assert part in said, part
+
+
+def test_args_are_complete(omniglot_run):
+    args = json.loads((omniglot_run / "args.json").read_text())
+    assert args["settings"]["update_lr"] == 0.4 and args["settings"]["seed"] == 222
+    assert args["data"]["name"] == "synthetic characters" and args["data"]["synthetic"]
+    assert args["data"]["splits"]["train"] == {"classes": 200, "images_per_class": 20}
+    assert args["versions"]["torch"] == torch.__version__
+    assert args["device"]["type"] == "cpu" and args["meta_steps"] == 5
+
+
+def test_log_has_every_measurement_once(omniglot_run):
+    assert [row["step"] for row in lines(omniglot_run, "val")] == [0, 3, 5]
+    assert [row["step"] for row in lines(omniglot_run, "train")] == [0]
+    measured = lines(omniglot_run, "nc")
+    assert [row["step"] for row in measured if row["classes"] == "train"] == [0, 2, 4]
+    assert [row["step"] for row in measured if row["classes"] == "heldout"] == [0, 3, 5]
+    row = measured[1]
+    assert row["layers"] == ["block1", "block2", "block3", "block4", "logits"]
+    for model in ("meta", "finetuned"):
+        assert all(len(row[model][name]["mean"]) == len(row[model][name]["se"]) == 5 for name in row[model])
+        assert {"nc1_null", "etf_error_null", "ncc_mismatch_null", "cdnv", "self_duality"} <= set(row[model])
+    within = row["inner"]["within"]["mean"]
+    assert len(within) == 3 and len(within[0]) == 5  # inner steps 0..2, layers
+    assert within[0] == row["meta"]["within"]["mean"] and within[-1] == row["finetuned"]["within"]["mean"]
+    assert len(row["inner"]["accuracy"]["mean"]) == 3
+
+
+def test_best_weights_and_result(omniglot_run):
+    best = torch.load(omniglot_run / "best.pt", weights_only=True)
+    scores = {row["step"]: row["acc"][-1] for row in lines(omniglot_run, "val")}
+    assert scores[best["step"]] == max(scores.values())
+    result = json.loads((omniglot_run / "result.json").read_text())
+    test = result["test"]
+    assert len(test["accuracy"]) == len(test["ci95"]) == 4 and test["inner_steps"] == [0, 1, 2, 3]
+    assert (test["tasks"], test["k_qry"]) == (3, 3) and result["best_step"] == best["step"]
+    assert result["data"] == "synthetic characters"
+
+
+def test_testing_again(omniglot_run, capsys):
+    omniglot_train.main(["--test", str(omniglot_run)])
+    again = json.loads((omniglot_run / "test-3tasks-3qry-3steps.json").read_text())
+    assert again == json.loads((omniglot_run / "result.json").read_text())
+    omniglot_train.main(["--test", str(omniglot_run), "--k_qry", "1", "--update_step_test", "1", "--test_tasks", "4"])
+    other = json.loads((omniglot_run / "test-4tasks-1qry-1steps.json").read_text())["test"]
+    assert (other["tasks"], other["k_qry"], len(other["accuracy"])) == (4, 1, 2)
+    with pytest.raises(UserError, match="--n_way can't be set with --test"):
+        omniglot_train.main(["--test", str(omniglot_run), "--n_way", "4"])
+
+
+def test_figure_of_a_run(omniglot_run, photos_run, tmp_path):
+    done = program("plot_nc.py", str(omniglot_run), "-o", str(tmp_path / "figure.png"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    plot_nc.main([str(photos_run), "-o", str(tmp_path / "photos.png")])
+    assert (tmp_path / "photos.png").stat().st_size > 10_000
+
+
+def test_photos_run(photos_run):
+    args = json.loads((photos_run / "args.json").read_text())
+    assert args["meta_steps"] == 4 and args["data"]["name"] == "synthetic photos"
+    assert [row["step"] for row in lines(photos_run, "val")] == [0, 3, 4]
+    assert (photos_run / "result.json").exists()
+
+
+def test_same_command_same_log_and_measuring_changes_nothing(tmp_path):
+    runs = {}
+    for name, extra in {"a": [], "b": [], "unmeasured": ["--nc_every", "0"], "other": ["--seed", "3"]}.items():
+        out = tmp_path / name
+        omniglot_train.main([*OMNIGLOT, *extra, "--out", str(out)])
+        runs[name] = ((out / "log.jsonl").read_text(), (out / "result.json").read_text(),
+                      torch.load(out / "best.pt", weights_only=True))
+    assert runs["a"][:2] == runs["b"][:2]
+    assert runs["a"][0] != runs["other"][0]
+    assert runs["unmeasured"][1] == runs["a"][1]
+    assert not lines(tmp_path / "unmeasured", "nc")
+    for name, weight in runs["a"][2]["weights"].items():
+        assert torch.equal(weight, runs["unmeasured"][2]["weights"][name])
+
+
+@pytest.mark.parametrize("flags", [["--first_order", "--net", "original"], ["--update_step", "1"], ["--no-rotations"],
+                                   ["--k_spt", "5", "--n_way", "3"], ["--task_chunk", "1"], ["--precision", "bf16"]])
+def test_variants_run(flags, tmp_path):
+    omniglot_train.main([*OMNIGLOT, *flags, "--epoch", "2", "--out", str(tmp_path / "run")])
+    assert (tmp_path / "run/result.json").exists()
+
+
+# ---- what is refused, before any data is read
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--k_qry", "20"], "--k_spt 1 --k_qry 20: Omniglot has 20 images a class"),
+    (["--n_way", "101"], "--n_way 101: Omniglot has 100 classes in its val split"),
+    (["--imgsz", "14"], "--imgsz 14: layer"),
+    (["--imgc", "3"], "--imgc 3: Omniglot has 1"),
+    (["--update_lr", "-0.1"], "--update_lr -0.1: must be"),
+    (["--meta_lr", "nan"], "--meta_lr nan: must be"),
+    (["--meta_lr", "inf"], "--meta_lr inf: must be"),
+    (["--update_step", "0"], "--update_step 0: must be"),
+    (["--update_step_test", "0"], "--update_step_test 0: must be"),
+    (["--epoch", "0"], "--epoch 0: must be"),
+    (["--k_spt", "0"], "--k_spt 0: must be"),
+    (["--n_way", "1"], "--n_way 1: must be"),
+    (["--task_num", "-4"], "--task_num -4: must be"),
+    (["--nc_every", "-1"], "--nc_every -1: must be"),
+    (["--eval_tasks", "1"], "--eval_tasks 1: must be"),
+    (["--seed", "-1"], "--seed -1: must be"),
+    (["--device", "tpu7"], "--device tpu7:"),
+    (["--device", "cuda:99"], "--device cuda:99:"),
+    (["--epoch", "ten"], "argument --epoch: invalid int value"),
+    (["--net", "resnet"], "argument --net: invalid choice"),
+    (["--epochs", "3"], "unrecognized arguments: --epochs"),
+    (["--test", "nowhere"], "can't read nowhere/args.json"),
+])
+def test_omniglot_refuses(flags, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        omniglot_train.main(flags)
+    assert line in str(refused.value) and "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())  # nothing read, downloaded or made
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--epoch", "3"], "--epoch 3: fewer tasks than one meta-step"),
+    (["--imgsz", "30"], "--imgsz 30: layer"),
+    (["--n_way", "17"], "--n_way 17: synthetic photos has 16 classes in its val split"),
+    (["--k_spt", "30"], "synthetic photos has 40 images a class"),
+])
+def test_photos_refuses(flags, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        miniimagenet_train.main(["--synthetic", *flags])
+    assert line in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_refusal_is_one_line_and_status_2(tmp_path):
+    done = program("miniimagenet_train.py", "--root", str(tmp_path / "nothing"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "--synthetic" in done.stderr
+
+
+def test_run_folder_is_not_overwritten(omniglot_run):
+    before = (omniglot_run / "log.jsonl").read_text()
+    with pytest.raises(UserError, match="there is a run already"):
+        omniglot_train.main([*OMNIGLOT, "--out", str(omniglot_run)])
+    assert (omniglot_run / "log.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["omniglot_train.py", "miniimagenet_train.py"])
+def test_help_tells_every_flag_and_default(name):
+    said = program(name, "--help").stdout
+    for flag in ("epoch n_way k_spt k_qry imgsz imgc task_num meta_lr update_lr update_step update_step_test root out "
+                 "seed device nc_every first_order net eval_every eval_tasks test_tasks synthetic test").split():
+        assert f"--{flag} " in said, flag
+    assert ("--no-rotations" in said) == (name == "omniglot_train.py")
+    assert said.count("(default:") >= 22
