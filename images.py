@@ -275,15 +275,10 @@ def _read_cache(path: Path, key: str, shape: tuple[int, ...]) -> tuple[np.ndarra
             size = len(header) + int(np.prod(shape, dtype=np.int64)) + trailer_size
             if os.fstat(file.fileno()).st_size != size or file.read(len(header)) != header:
                 return None, "is cut or not of this program"
-            array = np.empty(shape, np.uint8)
-            rest, checksum = memoryview(array).cast("B"), 0
-            while rest:
-                count = file.readinto(rest[:CHUNK])
-                if not count:
-                    return None, "is cut"
-                checksum = zlib.crc32(rest[:count], checksum)
-                rest = rest[count:]
-            if file.read(trailer_size) != _trailer(key, checksum):
+            # mapped, not read: several processes share one copy; a page that is written to becomes private
+            array = np.memmap(file, np.uint8, "c", offset=len(header), shape=shape)
+            file.seek(-trailer_size, os.SEEK_END)
+            if file.read(trailer_size) != _trailer(key, zlib.crc32(array)):
                 return None, "is damaged (wrong checksum)"
     except OSError as error:
         return None, f"can't be read ({error.strerror})"

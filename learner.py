@@ -74,8 +74,8 @@ class Learner(nn.Module):
     @property
     def blocks(self) -> list[str]:
         """Names of what `forward(..., features=True)` returns: block1, block2, ..., logits."""
-        count = sum(name in BLOCK_STARTS for name, _ in self.config)
-        return [f"block{i}" for i in range(1, count)] + ["logits"]
+        ends = sum(name in BLOCK_STARTS for name, _ in self.config[1:])
+        return [f"block{i}" for i in range(1, ends + 1)] + ["logits"]
 
     @property
     def classifier(self) -> str:
@@ -114,9 +114,10 @@ class Learner(nn.Module):
         own = self.weights[name]
         return weight if weight.dim() > own.dim() else weight.expand(tasks, *weight.shape)
 
-    def extra_repr(self) -> str:
-        lines = [f"{name}{tuple(params)} -> {tuple(shape)}" for (name, params), shape in zip(self.config, self.shapes)]
-        return "\n".join(lines)
+    def __repr__(self) -> str:
+        """The layers, and the shape of one image after each."""
+        lines = [f"  {name}{params} -> {shape}" for (name, params), shape in zip(self.config, self.shapes)]
+        return "\n".join(["Learner(", f"  {list(self.input_shape)}", *lines, ")"])
 
 
 def output_shapes(config: Config, imgc: int, imgsz: int) -> list[list[int]]:
@@ -130,6 +131,8 @@ def output_shapes(config: Config, imgc: int, imgsz: int) -> list[list[int]]:
         if name not in LAYERS:
             raise ValueError(f"layer {i}: unknown layer {name!r}; there are {', '.join(LAYERS)}")
         try:
+            if name != "reshape" and len(params) != len(LAYERS[name].strip("[]").split()):
+                raise TypeError
             shape = _output_shape(name, params, shape)
         except (ValueError, IndexError, TypeError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"params must be {LAYERS[name]}"
@@ -160,6 +163,8 @@ def _output_shape(name: str, params: Sequence, shape: list[int]) -> list[int]:
         if shape != [params[1]]:
             raise ValueError(f"takes [{params[1]}], not {shape}")
         return [params[0]]
+    if name == "bn" and len(shape) not in (1, 3):
+        raise ValueError("takes features or an image [c, h, w]")
     if name == "bn" and params[0] != shape[0]:
         raise ValueError(f"takes {params[0]} channels, not {shape[0]}")
     if name == "flatten":
@@ -178,6 +183,8 @@ def _image(shape: list[int]) -> list[int]:
 
 
 def _slid(size: int, kernel: int, stride: int, padding: int) -> int:
+    if kernel < 1 or stride < 1 or padding < 0:
+        raise ValueError("kernel and stride must be 1 or more, padding 0 or more")
     if size + 2 * padding < kernel:
         raise ValueError(f"a {kernel}x{kernel} kernel doesn't fit {size}x{size} pixels: take larger images (--imgsz)")
     return (size + 2 * padding - kernel) // stride + 1

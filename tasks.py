@@ -6,7 +6,8 @@ support and query, so they are disjoint by construction. Labels are 0..n_way-1,
 whatever the classes: which class gets which label is drawn anew for every task.
 """
 
-from typing import Iterator, NamedTuple, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -49,32 +50,73 @@ def sample_tasks(
     Raises:
         ValueError: too few classes, or too few images a class.
     """
+    return finish(*pick(images, n_tasks, n_way, k_spt + k_qry, generator, rotations), k_spt, mean, std)
+
+
+def pick(images: Tensor, n_tasks: int, n_way: int, k: int, generator: torch.Generator,
+         rotations: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The images of `sample_tasks` as they are stored, on their own device: what there is to copy to another.
+
+    Returns:
+        uint8 [T, n_way, k, c, h, w], and by how many quarter turns each class is to be rotated, [T, n_way];
+        None without rotations.
+    """
     classes, per_class = images.shape[:2]
     turns = 4 if rotations else 1
     if n_way > classes * turns:
         raise ValueError(f"{n_way}-way tasks need {n_way} classes, here are {classes * turns}")
-    if k_spt + k_qry > per_class:
-        raise ValueError(f"{k_spt} support and {k_qry} query images need {k_spt + k_qry} a class, here are {per_class}")
+    if k > per_class:
+        raise ValueError(f"support and query images need {k} a class, here are {per_class}")
     random = {"device": images.device, "generator": generator}
     chosen = torch.rand(n_tasks, classes * turns, **random).topk(n_way).indices  # [T, n_way]
-    order = torch.rand(n_tasks, n_way, per_class, **random).topk(k_spt + k_qry).indices  # [T, n_way, k]
-    picked = images[(chosen // turns)[..., None], order]  # [T, n_way, k, c, h, w]
-    if rotations:
-        picked = _rotate(picked, chosen % turns)
+    order = torch.rand(n_tasks, n_way, per_class, **random).topk(k).indices  # [T, n_way, k]
+    return images[(chosen // turns)[..., None], order], chosen % turns if rotations else None
+
+
+def finish(picked: Tensor, quarter_turns: Tensor | None, k_spt: int, mean: Tensor | Sequence[float],
+           std: Tensor | Sequence[float]) -> Tasks:
+    """Rotate, scale and normalise what `pick` returns, and cut each class into support and query."""
+    n_tasks, n_way, k = picked.shape[:3]
+    if quarter_turns is not None:
+        picked = _rotate(picked, quarter_turns)
     shape = (1, 1, 1, -1, 1, 1)
-    mean = torch.as_tensor(mean, device=images.device).view(shape)
-    std = torch.as_tensor(std, device=images.device).view(shape)
+    mean = torch.as_tensor(mean, device=picked.device).view(shape)
+    std = torch.as_tensor(std, device=picked.device).view(shape)
     picked = (picked.float() / 255 - mean) / std
-    labels = torch.arange(n_way, device=images.device).repeat_interleave(k_spt + k_qry)
-    labels = labels.view(1, n_way, -1).expand(n_tasks, -1, -1)  # [T, n_way, k]
-    x_spt, x_qry = (part.flatten(1, 2) for part in picked.split([k_spt, k_qry], 2))
-    y_spt, y_qry = (part.flatten(1, 2) for part in labels.split([k_spt, k_qry], 2))
+    labels = torch.arange(n_way, device=picked.device).view(1, n_way, 1).expand(n_tasks, n_way, k)
+    x_spt, x_qry = (part.flatten(1, 2) for part in picked.split([k_spt, k - k_spt], 2))
+    y_spt, y_qry = (part.flatten(1, 2) for part in labels.split([k_spt, k - k_spt], 2))
     return Tasks(x_spt, y_spt, x_qry, y_qry)
 
 
-def _rotate(picked: Tensor, quarters: Tensor) -> Tensor:
+class Prefetched:
+    """Calls `draw` (a `pick`) in a thread, one batch ahead, and copies its result to `device` from pinned memory.
+
+    For images that stay on the host because the device can't hold them: drawing and copying go on beside a meta-step.
+    """
+
+    def __init__(self, draw: Callable[[], tuple[Tensor | None, ...]], device: torch.device):
+        self.draw, self.device = draw, device
+        self.thread = ThreadPoolExecutor(1)
+        self.next = self.thread.submit(self._draw)
+
+    def _draw(self) -> tuple[Tensor | None, ...]:
+        drawn = self.draw()
+        return tuple(t if t is None else t.pin_memory() for t in drawn) if self.device.type == "cuda" else drawn
+
+    def __call__(self) -> tuple[Tensor | None, ...]:
+        drawn, self.next = self.next.result(), self.thread.submit(self._draw)
+        return to_device(drawn, self.device)
+
+
+def to_device(drawn: tuple[Tensor | None, ...], device: torch.device) -> tuple[Tensor | None, ...]:
+    """What `pick` returns, on `device`; nothing is copied where it is there already."""
+    return tuple(t if t is None else t.to(device, non_blocking=True) for t in drawn)
+
+
+def _rotate(picked: Tensor, quarter_turns: Tensor) -> Tensor:
     """Turn the images of each class by its own number of quarter turns: [T, n_way, k, c, s, s], [T, n_way]."""
     for turn in (1, 2, 3):
         turned = torch.rot90(picked, turn, (-2, -1))
-        picked = torch.where((quarters == turn)[..., None, None, None, None], turned, picked)
+        picked = torch.where((quarter_turns == turn)[..., None, None, None, None], turned, picked)
     return picked

@@ -39,8 +39,8 @@ import taskwise
 from cuda_graph import GraphedStep
 from files import Parser, UserError, atomic
 from learner import Config, Learner
-from meta import Meta, Step
-from tasks import Tasks, sample_tasks
+from meta import Meta
+from tasks import Prefetched, Tasks, finish, pick, to_device
 
 VAL_SEED, TEST_SEED = 1, 2  # of the held-out tasks: the same for every run, so that runs compare on the same tasks
 TEST_FLAGS = ("k_qry", "update_step_test", "test_tasks")  # what --test may set anew
@@ -77,7 +77,7 @@ def parse_args(description: str, defaults: dict, argv: Sequence[str] | None, epo
     args = parser.parse_args(argv)
     if args.test is not None:
         given = _parser(description, defaults, epoch_help, only_given=True).parse_args(argv)
-        args = _settings_of(args.test, vars(given))
+        args = _settings_of(args.test, vars(parser.parse_args([])), vars(given))
     return args
 
 
@@ -134,21 +134,26 @@ def _parser(description: str, defaults: dict, epoch_help: str, only_given: bool 
     return parser
 
 
-def _settings_of(run: str, given: dict) -> argparse.Namespace:
+def _settings_of(run: str, defaults: dict, given: dict) -> argparse.Namespace:
     """The settings of a finished run, with what may be given anew."""
     path = Path(run) / "args.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        wrong = [name for name, default in defaults.items() if name not in settings
+                 or default is not None and type(settings[name]) is not type(default)]
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}; --test takes the folder of a finished run") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not what a run writes; --test takes the folder of a finished run") from error
+    if wrong or settings["script"] != defaults["script"]:
+        raise UserError(f"{path} is not of this script and version ({', '.join(wrong) or settings['script']}); "
+                        "test the run with the code that made it")
     allowed = TEST_FLAGS + PLACE_FLAGS + ("test",)
     for name in given:
         if name not in allowed:
             raise UserError(f"--{name} can't be set with --test: the run's own holds; "
                             f"there are {', '.join('--' + flag for flag in allowed[:-1])}")
-    return argparse.Namespace(**(settings | given))
+    return argparse.Namespace(**({name: settings[name] for name in defaults} | given))
 
 
 def check(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse.Namespace], Config]) -> dict:
@@ -235,13 +240,9 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, config: Conf
     _write_args(args, dataset, sizes, steps, out)
     _say(_banner(args, net, dataset, steps, out))
     images, held_out = splits.load("train"), splits.load("val")
-    generator = torch.Generator(device).manual_seed(args.seed)
-    rotations = getattr(args, "rotations", False)
-
-    def meta_step(every_step: bool = False) -> Step:
-        tasks = splits.sample(images, args.task_num, generator, rotations)
-        return maml(tasks, every_step)
-
+    on_host = images.device != device
+    generator, sample = splits.sampler(images, args.seed, args.task_num, getattr(args, "rotations", False), on_host)
+    replay = device.type == "cuda" and args.cuda_graph and not on_host
     replayed = None  # the CUDA graph of a step on which nothing is looked at
     best = -1.0
     started = time.perf_counter()
@@ -250,10 +251,10 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, config: Conf
             if step % args.eval_every == 0:
                 best = _validate(args, maml, splits, held_out, best, out, log)
             shown = step % args.print_every == 0
-            if shown or maml.measures_next or not (device.type == "cuda" and args.cuda_graph):
-                seen = meta_step(every_step=shown)
+            if shown or maml.measures_next or not replay:
+                seen = maml(sample(), every_step=shown)
             else:
-                replayed = replayed or GraphedStep(maml, meta_step, generator)
+                replayed = replayed or GraphedStep(maml, lambda: maml(sample()), generator)
                 seen = replayed()
             if shown:
                 log.add("train", step, loss=seen.loss, acc=seen.accuracy.mean(0))
@@ -277,22 +278,38 @@ class _Splits:
 
     def __init__(self, args: argparse.Namespace, dataset: Dataset, device: torch.device):
         self.dataset, self.device = dataset, device
-        self.sizes = args.n_way, args.k_spt, args.k_qry
+        self.n_way, self.k_spt, self.k = args.n_way, args.k_spt, args.k_spt + args.k_qry
         self.mean, self.std = (torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
 
     def load(self, split: str) -> Tensor:
-        """uint8 [class, image, c, h, w], on the device."""
-        return self.dataset.load(split).to(self.device)
+        """uint8 [class, image, c, h, w] on the device, or on the host where it would take over half of what is free."""
+        images = self.dataset.load(split)
+        if self.device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(self.device)[0] / 2:
+            _say(f"the {split} images stay on the host: {images.numel() / 2**30:.1f} GB")
+            return images
+        return images.to(self.device)
 
-    def sample(self, images: Tensor, n_tasks: int, generator: torch.Generator, rotations: bool = False) -> Tasks:
-        return sample_tasks(images, n_tasks, *self.sizes, generator, self.mean, self.std, rotations)
+    def sampler(self, images: Tensor, seed: int, n_tasks: int, rotations: bool = False, prefetch: bool = False):
+        """A generator of tasks, and the function that draws the next `n_tasks` from it."""
+        generator = torch.Generator(images.device).manual_seed(seed)
+
+        def draw(count: int = n_tasks) -> tuple[Tensor | None, ...]:
+            return pick(images, count, self.n_way, self.k, generator, rotations)
+
+        ahead = Prefetched(draw, self.device) if prefetch else None
+
+        def sample(*count: int) -> Tasks:
+            drawn = ahead() if ahead else to_device(draw(*count), self.device)
+            return finish(*drawn, self.k_spt, self.mean, self.std)
+
+        return generator, sample
 
     def evaluate(self, maml: Meta, images: Tensor, n_tasks: int, seed: int, measure: bool = False) -> list:
         """`maml.finetune` of `n_tasks` tasks, always the same for a seed, a batch at a time."""
-        generator = torch.Generator(self.device).manual_seed(seed)
+        _, sample = self.sampler(images, seed, EVALUATION_BATCH)
         results = []
         for i, start in enumerate(range(0, n_tasks, EVALUATION_BATCH)):
-            tasks = self.sample(images, min(EVALUATION_BATCH, n_tasks - start), generator)
+            tasks = sample(min(EVALUATION_BATCH, n_tasks - start))
             if i % distributed.size() == distributed.rank():
                 results.append(maml.finetune(tasks, measure))
         return distributed.gather_lists(results)

@@ -19,9 +19,11 @@ from tasks import Tasks
 
 N_WAY = 3
 SMALL = [("conv2d", [4, 1, 3, 3, 1, 0]), ("bn", [4]), ("relu", [True]), ("max_pool2d", [2, 2, 0]),
-         ("conv2d", [5, 4, 2, 2, 1, 0]), ("bn", [5]), ("relu", [True]), ("flatten", []), ("linear", [N_WAY, 45])]
+         ("conv2d", [5, 4, 2, 2, 1, 0]), ("bn", [5]), ("relu", [True]),
+         ("flatten", []), ("linear", [N_WAY, 45])]
 SMOOTH = [("conv2d", [4, 1, 3, 3, 1, 0]), ("bn", [4]), ("tanh", []), ("avg_pool2d", [2, 2, 0]),
-          ("conv2d", [5, 4, 2, 2, 1, 0]), ("bn", [5]), ("sigmoid", []), ("flatten", []), ("linear", [N_WAY, 45])]
+          ("conv2d", [5, 4, 2, 2, 1, 0]), ("bn", [5]), ("sigmoid", []),
+          ("flatten", []), ("linear", [N_WAY, 45])]
 CHUNKS = [(1, 1), (4, 1), (4, 4), (2, 1), (2, 2), (3, 2), (1, 4)]
 
 
@@ -110,8 +112,8 @@ def test_adapt_changes_nothing_that_is_passed_in(second_order):
     adapt(net, given, tasks.x_spt, tasks.y_spt, 0.3, 2, second_order)
     assert same((net.state_dict(), weights, tuple(tasks)), before)
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(w.grad is None for w in net.parameters()) and all(not w.requires_grad for w in weights.values())
-    assert all(w.requires_grad for w in net.parameters())
+    assert all(w.grad is None and w.requires_grad for w in net.parameters())
+    assert not any(w.requires_grad for w in weights.values())
 
 
 def test_adapt_of_no_steps_is_the_start():
@@ -154,7 +156,8 @@ def test_second_order_gradient_is_the_finite_difference_of_the_adapted_loss(conf
     norm = sum(g.square().sum() for g in gradient.values()).sqrt().item()
 
     def loss(direction, size):
-        theta = {name: (w + size * direction[name]).detach().requires_grad_() for name, w in net.weights.items()}
+        theta = {name: (w.detach() + size * direction[name]).requires_grad_()
+                 for name, w in net.weights.items()}
         return oracle.meta_loss(config, theta, tasks, lr, steps).item()
 
     def slope(direction, size=1e-5):
@@ -163,7 +166,7 @@ def test_second_order_gradient_is_the_finite_difference_of_the_adapted_loss(conf
     directions = [{name: torch.randn_like(w) for name, w in net.weights.items()} for _ in range(3)]
     for name, g in gradient.items():  # and the weight of each layer that matters most
         one = {other: torch.zeros_like(w) for other, w in net.weights.items()}
-        one[name].view(-1)[g.flatten().abs().argmax()] = 1
+        one[name][torch.unravel_index(g.abs().argmax(), g.shape)] = 1
         directions.append(one)
     for direction in directions:
         size = sum(d.square().sum() for d in direction.values()).sqrt().item()
@@ -172,22 +175,19 @@ def test_second_order_gradient_is_the_finite_difference_of_the_adapted_loss(conf
     assert step.loss.item() == pytest.approx(loss(directions[0], 0), rel=1e-12)
 
 
-def script_case(script, net, imgsz, k_spt):
-    imgc = script.DEFAULTS["imgc"]
-    args = argparse.Namespace(net=net, imgc=imgc, imgsz=imgsz, n_way=N_WAY)
-    torch.manual_seed(3)
-    learner = Learner(script.layers(args), imgc, imgsz).double()
-    tasks = make_tasks(n_tasks=2, k_spt=k_spt, k_qry=3, imgc=imgc, imgsz=imgsz)
-    return learner, tasks, script.DEFAULTS["update_lr"]
-
-
 @pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("k_spt", [1, 5])
 @pytest.mark.parametrize("net", ["paper", "original"])
-@pytest.mark.parametrize("script, imgsz", [(omniglot_train, 28), (miniimagenet_train, 46)])
-def test_gradient_of_the_scripts_networks_is_the_plain_loops(script, imgsz, net, k_spt, steps, first_order):
-    learner, tasks, lr = script_case(script, net, imgsz, k_spt)
+@pytest.mark.parametrize("script, imgsz, n_way", [(omniglot_train, 28, 3), (miniimagenet_train, 46, 2)])
+def test_gradient_of_the_scripts_networks(script, imgsz, n_way, net, k_spt, steps, first_order):
+    imgc, lr = script.DEFAULTS["imgc"], script.DEFAULTS["update_lr"]
+    # With some seeds the original network starts with dead channels, which batch norm turns into gradients
+    # 10,000 times as large: there the plain loop is off from itself, rows in another order, by 1e-9 to 1e-7.
+    torch.manual_seed(1)
+    args = argparse.Namespace(net=net, imgc=imgc, imgsz=imgsz, n_way=n_way)
+    learner = Learner(script.layers(args), imgc, imgsz).double()
+    tasks = make_tasks(2, n_way, k_spt, k_qry=3, imgc=imgc, imgsz=imgsz)
     gradient, step = meta_step(learner, tasks, update_lr=lr, update_step=steps, first_order=first_order)
     loss, expected = oracle.meta_gradient(learner.config, learner.weights, tasks, lr, steps, not first_order)
     assert oracle.relative_error(gradient, expected) <= 1e-9
@@ -205,6 +205,15 @@ def test_gradient_does_not_depend_on_chunks(monkeypatch, chunks, first_order):
     assert step.loss.item() == pytest.approx(loss.item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("task_chunk", [0, 1, 2, 3, 4, 9])
+def test_task_chunk_changes_nothing_but_memory(task_chunk):
+    net, tasks = small_net(), make_tasks()
+    expected, whole = meta_step(net, tasks, every_step=True, update_step=2, nc_every=1)
+    gradient, step = meta_step(net, tasks, every_step=True, update_step=2, nc_every=1, task_chunk=task_chunk)
+    assert oracle.relative_error(gradient, expected) <= 1e-9
+    torch.testing.assert_close(step, whole, rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
 def test_orders_differ():
     net, tasks = small_net(), make_tasks()
     second, _ = meta_step(net, tasks, update_lr=0.3, update_step=2)
@@ -215,7 +224,8 @@ def test_orders_differ():
 def test_gradient_does_not_depend_on_the_order_of_tasks():
     net, tasks, order = small_net(), make_tasks(), torch.tensor([2, 0, 3, 1])
     gradient, step = meta_step(net, tasks, every_step=True, update_step=2)
-    turned, turned_step = meta_step(net, Tasks(*(field[order] for field in tasks)), every_step=True, update_step=2)
+    permuted = Tasks(*(field[order] for field in tasks))
+    turned, turned_step = meta_step(net, permuted, every_step=True, update_step=2)
     assert oracle.relative_error(turned, gradient) <= 1e-9
     assert torch.equal(turned_step.accuracy, step.accuracy[order])
 
@@ -258,7 +268,7 @@ def test_meta_steps_lower_the_loss():
 # ---- what is measured ----
 
 def own_metrics(net, weights, tasks, t, null_spt, null_qry):
-    """Each metric of one task, one function at a time, on the plain forward pass: {name: [value of each layer]}."""
+    """Each metric of task t, one function at a time, on the plain forward pass: {name: [a value a layer]}."""
     logits, features = oracle_forward(net, weights, tasks.x_qry[t])
     _, support = oracle_forward(net, weights, tasks.x_spt[t])
     y = tasks.y_qry[t]
@@ -269,7 +279,8 @@ def own_metrics(net, weights, tasks, t, null_spt, null_qry):
         means = nc_metrics.class_means(s, tasks.y_spt[t], N_WAY)
         null_means = nc_metrics.class_means(s, null_spt[t], N_WAY)
         rows.append({
-            "within": within, "between": between, "relative_within": nc_metrics.relative_within(within, between),
+            "within": within, "between": between,
+            "relative_within": nc_metrics.relative_within(within, between),
             "within_unbiased": unbiased[0], "between_unbiased": unbiased[1],
             "relative_within_unbiased": nc_metrics.relative_within(*unbiased),
             "nc1": nc_metrics.nc1(h, y, N_WAY), "nc1_null": nc_metrics.nc1(h, null_qry[t], N_WAY),
@@ -323,8 +334,8 @@ def test_metrics_are_those_of_each_tasks_query_set(monkeypatch, null_labels, cal
     for model in expected:
         assert metrics[model].keys() == expected[model].keys()
         for name, values in expected[model].items():
-            torch.testing.assert_close(metrics[model][name].double(), values, rtol=1e-6, atol=1e-9, equal_nan=True,
-                                       msg=lambda text: f"{model} {name}: {text}")
+            torch.testing.assert_close(metrics[model][name].double(), values, rtol=1e-6, atol=1e-9,
+                                       equal_nan=True, msg=lambda text: f"{model} {name}: {text}")
     assert metrics["meta"]["within"].shape == (3, 4) and metrics["inner"]["within"].shape == (3, 4, steps + 1)
     assert metrics["inner"]["accuracy"].shape == (1, 4, steps + 1)
 
@@ -359,14 +370,13 @@ def test_metrics_at_every_nc_every_th_step():
         assert [i for i in range(5) if maml(tasks).metrics is not None] == measured
 
 
-@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
-@pytest.mark.parametrize("k_spt", [1, 5])
+@pytest.mark.parametrize("first_order, k_spt", [(False, 1), (True, 1), (False, 5)])
 def test_measuring_changes_no_bit_of_the_weights(first_order, k_spt):
     results = []
     for nc_every, every_step in ((0, False), (1, False), (0, True), (1, True)):
         maml = Meta(small_net(dtype=torch.float32), update_step=2, first_order=first_order, nc_every=nc_every)
-        for seed in range(4):
-            tasks = make_tasks(seed=seed, k_spt=k_spt, dtype=torch.float32)
+        for seed in range(3):
+            tasks = make_tasks(2, k_spt=k_spt, seed=seed, dtype=torch.float32)
             if nc_every:
                 maml.finetune(tasks, measure=True)
             maml(tasks, every_step)
@@ -421,19 +431,22 @@ def test_finetune_leaves_everything_as_it_was(measure):
 def test_what_a_step_returns_holds_no_graph():
     maml = Meta(small_net(), update_step=2, nc_every=1)
     step = maml(make_tasks(), every_step=True)
-    results = [step.loss, step.accuracy, *itertools.chain(*(model.values() for model in step.metrics.values())),
-               maml.finetune(make_tasks())[0], *(w.grad for w in maml.net.parameters())]
+    measured = itertools.chain(*(model.values() for model in step.metrics.values()))
+    results = [step.loss, step.accuracy, *measured, maml.finetune(make_tasks())[0],
+               *(w.grad for w in maml.net.parameters())]
     assert not any(tensor.requires_grad for tensor in results)
 
 
 # ---- chunks by device ----
 
 def test_a_gpu_takes_all_tasks_at_once_and_a_cpu_what_stays_in_its_cache():
-    def sizes(script, device, samples, n_tasks):
+    def sizes(script, device, samples):
         args = argparse.Namespace(net="paper", n_way=5, **{k: script.DEFAULTS[k] for k in ("imgc", "imgsz")})
         net = Learner(script.layers(args), args.imgc, args.imgsz)
-        return meta.chunk_sizes(torch.device(device), net, samples, n_tasks)
+        return meta.chunk_sizes(torch.device(device), net, samples)
 
-    assert sizes(omniglot_train, "cuda", 5, 32) == sizes(miniimagenet_train, "cuda", 5, 32) == (32, 32)
-    assert sizes(omniglot_train, "cpu", 5, 32) == (32, 1)
-    assert sizes(miniimagenet_train, "cpu", 25, 4) == (1, 1)
+    for size in (*sizes(omniglot_train, "cuda", 5), *sizes(miniimagenet_train, "cuda", 25)):
+        assert size >= 1000
+    inner, query = sizes(omniglot_train, "cpu", 5)
+    assert inner >= 1000 and query == 1
+    assert sizes(miniimagenet_train, "cpu", 25) == (1, 1)

@@ -1,0 +1,203 @@
+"""Sampled tasks, of images whose pixels say which class and image they are: a task can be read back."""
+
+import pytest
+import torch
+
+import tasks as module
+from tasks import Tasks, sample_tasks
+
+CLASSES, PER_CLASS = 12, 7
+
+
+def encoded(classes=CLASSES, per_class=PER_CLASS, channels=1):
+    """uint8 [classes, images, c, 2, 2]: class and image number above, 255 and 254 below."""
+    images = torch.empty(classes, per_class, channels, 2, 2, dtype=torch.uint8)
+    images[..., 0, 0] = torch.arange(classes, dtype=torch.uint8)[:, None, None]
+    images[..., 0, 1] = torch.arange(per_class, dtype=torch.uint8)[:, None]
+    images[..., 1, 0], images[..., 1, 1] = 255, 254
+    return images
+
+
+def decoded(x):
+    """Of images [T, N, c, 2, 2]: class, image number and quarter turns, each [T, N]."""
+    upright = torch.full(x.shape[:2], -1)
+    pixels = (x[:, :, 0] * 255).round().long()
+    read = pixels.clone()
+    for turn in range(4):
+        back = torch.rot90(pixels, -turn, (-2, -1))
+        here = (back[..., 1, 0] == 255) & (back[..., 1, 1] == 254)
+        upright[here], read[here] = turn, back[here]
+    assert (upright >= 0).all()
+    return read[..., 0, 0], read[..., 0, 1], upright
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(n_tasks=40, n_way=5, k_spt=2, k_qry=3, seed=0, images=None, **options):
+    images = encoded() if images is None else images
+    return sample_tasks(images, n_tasks, n_way, k_spt, k_qry, generator(seed), **options)
+
+
+def test_shapes_and_types():
+    tasks = draw(images=encoded(channels=3))
+    assert tasks.x_spt.shape == (40, 10, 3, 2, 2) and tasks.x_qry.shape == (40, 15, 3, 2, 2)
+    assert tasks.y_spt.shape == (40, 10) and tasks.y_qry.shape == (40, 15)
+    assert tasks.x_spt.dtype == tasks.x_qry.dtype == torch.float32
+    assert tasks.y_spt.dtype == tasks.y_qry.dtype == torch.int64
+
+
+@pytest.mark.parametrize("rotations", [False, True])
+def test_support_and_query_share_no_image(rotations):
+    tasks = draw(rotations=rotations)
+    x = torch.cat([tasks.x_spt, tasks.x_qry], 1)
+    for row in torch.stack(decoded(x), -1):
+        assert len(set(map(tuple, row.tolist()))) == 25
+
+
+def test_all_images_of_a_class_can_be_used():
+    tasks = draw(k_spt=3, k_qry=4)
+    classes, images, _ = decoded(torch.cat([tasks.x_spt, tasks.x_qry], 1))
+    for task_classes, task_images in zip(classes, images):
+        for c in task_classes.unique():
+            assert task_images[task_classes == c].sort().values.tolist() == list(range(PER_CLASS))
+
+
+@pytest.mark.parametrize("rotations", [False, True])
+def test_a_label_is_one_class_in_support_and_query_and_each_has_its_images(rotations):
+    tasks = draw(rotations=rotations)
+    (spt_classes, _, spt_turns), (qry_classes, _, qry_turns) = decoded(tasks.x_spt), decoded(tasks.x_qry)
+    for t in range(40):
+        seen = set()
+        for label in range(5):
+            spt, qry = tasks.y_spt[t] == label, tasks.y_qry[t] == label
+            assert spt.sum() == 2 and qry.sum() == 3
+            pairs = set(zip(spt_classes[t][spt].tolist(), spt_turns[t][spt].tolist()))
+            pairs |= set(zip(qry_classes[t][qry].tolist(), qry_turns[t][qry].tolist()))
+            assert len(pairs) == 1
+            seen |= pairs
+        assert len(seen) == 5
+        assert set(tasks.y_spt[t].tolist()) == set(tasks.y_qry[t].tolist()) == set(range(5))
+
+
+def label_of_class(tasks):
+    """[T] dicts."""
+    return [dict(zip(classes.tolist(), labels.tolist()))
+            for classes, labels in zip(decoded(tasks.x_spt)[0], tasks.y_spt)]
+
+
+def test_which_label_a_class_gets_is_drawn_anew():
+    tasks = draw(n_tasks=400, n_way=4, images=encoded(classes=4))
+    labels = torch.tensor([[mapping[c] for c in range(4)] for mapping in label_of_class(tasks)])  # [T, class]
+    for c in range(4):
+        counts = labels[:, c].bincount(minlength=4)
+        assert (counts > 60).all(), "each about 100 of 400 times"
+
+
+def test_classes_and_images_are_drawn_evenly():
+    tasks = draw(n_tasks=2000, n_way=3, k_spt=1, k_qry=1)
+    for x in (tasks.x_spt, tasks.x_qry):
+        classes, images, turns = decoded(x)
+        for values, count in ((classes, CLASSES), (images, PER_CLASS)):
+            share = values.flatten().bincount(minlength=count) / values.numel()
+            assert ((share * count - 1).abs() < 0.2).all()
+        assert (turns == 0).all(), "nothing is turned unless asked for"
+
+
+def test_same_state_same_tasks_and_the_state_moves_on():
+    images, first, second = encoded(), generator(3), generator(3)
+    one = [sample_tasks(images, 4, 5, 1, 2, first) for _ in range(2)]
+    two = [sample_tasks(images, 4, 5, 1, 2, second) for _ in range(2)]
+    for a, b in zip(one, two):
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+    assert not torch.equal(one[0].x_qry, one[1].x_qry)
+    assert not torch.equal(one[0].x_qry, sample_tasks(images, 4, 5, 1, 2, generator(4)).x_qry)
+
+
+def test_tasks_of_one_call_differ():
+    tasks = draw(n_tasks=30)
+    assert len({tuple(x.flatten().tolist()) for x in tasks.x_qry}) == 30
+
+
+def test_global_generator_and_images_stay_as_they_were():
+    images = encoded()
+    before, state = images.clone(), torch.get_rng_state()
+    draw(images=images, rotations=True, mean=(0.4,), std=(0.2,))
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(images, before)
+
+
+def test_rotations_make_four_classes_of_one():
+    tasks = draw(n_tasks=20, n_way=12, images=encoded(classes=3), rotations=True)
+    classes, _, turns = decoded(tasks.x_spt)
+    for t in range(20):
+        for label in range(12):
+            assert len(set(zip(classes[t][tasks.y_spt[t] == label].tolist(),
+                               turns[t][tasks.y_spt[t] == label].tolist()))) == 1
+        assert len(set(zip(classes[t].tolist(), turns[t].tolist()))) == 12
+
+
+def test_a_turned_image_is_the_whole_image_turned():
+    generator_ = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (1, 4, 3, 5, 5), dtype=torch.uint8, generator=generator_)
+    tasks = sample_tasks(images, 3, 4, 2, 2, generator(), rotations=True)
+    turned = {tuple(torch.rot90(image, turn, (1, 2)).flatten().tolist()): turn
+              for image in images[0] for turn in range(4)}
+    for x, y in zip(tasks.x_spt, tasks.y_spt):
+        turns = [turned[tuple((image * 255).round().long().flatten().tolist())] for image in x]
+        assert len(set(zip(turns, y.tolist()))) == 4 and set(turns) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_normalisation(as_tensor):
+    mean, std = (0.5, 0.25, 0.125), (0.5, 2.0, 4.0)
+    if as_tensor:
+        mean, std = torch.tensor(mean), torch.tensor(std)
+    images = encoded(channels=3)
+    raw, normalised = draw(images=images), draw(images=images, mean=mean, std=std)
+    assert raw.x_spt.min() >= 0 and raw.x_spt.max() == 1
+    for c, (m, s) in enumerate(zip(mean, std)):
+        torch.testing.assert_close(normalised.x_qry[:, :, c], (raw.x_qry[:, :, c] - m) / s)
+        torch.testing.assert_close(normalised.x_spt[:, :, c], (raw.x_spt[:, :, c] - m) / s)
+
+
+def test_one_mean_for_all_channels():
+    images = encoded(channels=3)
+    raw, normalised = draw(images=images), draw(images=images, mean=(0.3,), std=(0.7,))
+    torch.testing.assert_close(normalised.x_spt, (raw.x_spt - 0.3) / 0.7)
+
+
+@pytest.mark.parametrize("options, text", [
+    ({"n_way": 13}, "13-way tasks need 13 classes, here are 12"),
+    ({"n_way": 49, "rotations": True}, "49-way tasks need 49 classes, here are 48"),
+    ({"k_spt": 3, "k_qry": 5}, "support and .*query images need 8 a class, here are 7"),
+])
+def test_too_few(options, text):
+    with pytest.raises(ValueError, match=text):
+        draw(**options)
+
+
+def test_picking_first_and_finishing_elsewhere_is_the_same():
+    images, mean, std = encoded(channels=3), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    picked, turns = module.pick(images, 6, 5, 5, generator(1), rotations=True)
+    assert picked.dtype == torch.uint8 and picked.shape == (6, 5, 5, 3, 2, 2) and turns.shape == (6, 5)
+    whole = sample_tasks(images, 6, 5, 2, 3, generator(1), mean, std, rotations=True)
+    for one, other in zip(module.finish(picked, turns, 2, mean, std), whole):
+        assert torch.equal(one, other)
+
+
+def test_prefetched_batches_are_the_same_ones_in_the_same_order():
+    images, ahead, now = encoded(), generator(2), generator(2)
+    prefetched = module.Prefetched(lambda: module.pick(images, 3, 5, 4, ahead, rotations=True), torch.device("cpu"))
+    for _ in range(5):
+        for one, other in zip(prefetched(), module.pick(images, 3, 5, 4, now, rotations=True), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_split_cuts_along_tasks():
+    tasks = draw(n_tasks=5)
+    parts = list(tasks.split(2))
+    assert [len(part.y_spt) for part in parts] == [2, 2, 1]
+    assert all(isinstance(part, Tasks) for part in parts)
+    for field, *pieces in zip(tasks, *parts):
+        assert torch.equal(torch.cat(pieces), field)

@@ -1,0 +1,204 @@
+"""Per-task convolution and batch norm against torch's native ones, task by task: values, two derivatives."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import taskwise
+
+TASKS = [1, 3]
+# kernel, stride, padding, size: some sizes are no multiple of the stride, some kernels as large as the image
+GEOMETRIES = [(3, 1, 0, 7), (3, 2, 0, 8), (3, 2, 0, 7), (2, 1, 0, 2), (1, 1, 0, 4), (3, 2, 1, 6),
+              (5, 1, 2, 5), (2, 3, 0, 9), (3, 1, 1, 1)]
+
+
+def native_conv2d(x, weight, bias, stride=1, padding=0):
+    return torch.stack([F.conv2d(images.permute(0, 3, 1, 2), w, b, stride, padding).permute(0, 2, 3, 1)
+                        for images, w, b in zip(x, weight, bias)])
+
+
+def native_batch_norm(x, weight, bias):
+    return torch.stack([F.batch_norm(rows.flatten(0, -2), None, None, w, b, training=True).view(rows.shape)
+                        for rows, w, b in zip(x, weight, bias)])
+
+
+def random(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def conv_inputs(tasks, kernel, size, samples=2, channels=3, out=4):
+    return [random(tasks, samples, size, size, channels),
+            random(tasks, out, channels, kernel, kernel, seed=1), random(tasks, out, seed=2)]
+
+
+def batch_norm_inputs(tasks, *middle, channels=3):
+    weight, bias = random(tasks, channels, seed=1), random(tasks, channels, seed=2)
+    return [random(tasks, *middle, channels), weight, bias]
+
+
+def conv(kernel, stride, padding, size):
+    """(ours, native, inputs by number of tasks)"""
+    return (lambda *inputs: taskwise.conv2d(*inputs, stride=stride, padding=padding),
+            lambda *inputs: native_conv2d(*inputs, stride=stride, padding=padding),
+            lambda tasks: conv_inputs(tasks, kernel, size))
+
+
+LAYERS = {f"conv2d-{'-'.join(map(str, geometry))}": conv(*geometry) for geometry in GEOMETRIES}
+BATCH_NORMS = taskwise.batch_norm, native_batch_norm
+LAYERS["batch_norm"] = *BATCH_NORMS, lambda tasks: batch_norm_inputs(tasks, 4, 3, 2)
+LAYERS["batch_norm-flat"] = *BATCH_NORMS, lambda tasks: batch_norm_inputs(tasks, 5)
+
+
+def first_derivatives(layer, inputs, wrt, g):
+    return torch.autograd.grad(layer(*inputs), [inputs[i] for i in wrt], g, create_graph=True)
+
+
+def second_derivatives(layer, inputs, wrt, g, then_wrt):
+    """Of the first derivatives (with respect to `wrt`), each along a direction; None is 0."""
+    first = first_derivatives(layer, inputs, wrt, g)
+    loss = sum((random(*f.shape, seed=7 + i).detach() * f).sum() for i, f in zip(wrt, first))
+    second = torch.autograd.grad(loss, then_wrt, allow_unused=True)
+    return [torch.zeros_like(x) if s is None else s for x, s in zip(then_wrt, second)]
+
+
+def assert_close(got, expected):
+    for ours, native in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, native, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_values_and_both_derivatives_are_the_native_ones(name, tasks):
+    ours, native, make = LAYERS[name]
+    inputs, wrt = make(tasks), (0, 1, 2)
+    expected = native(*inputs)
+    assert_close([ours(*inputs)], [expected])
+    g = random(*expected.shape, seed=5)
+    assert_close(first_derivatives(ours, inputs, wrt, g), first_derivatives(native, inputs, wrt, g))
+    assert_close(second_derivatives(ours, inputs, wrt, g, [*inputs, g]),
+                 second_derivatives(native, inputs, wrt, g, [*inputs, g]))
+
+
+SOME = [some for count in (1, 2, 3) for some in itertools.combinations(range(3), count)]
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("name", ["conv2d-3-2-0-8", "conv2d-3-2-1-6", "batch_norm"])
+def test_second_derivative_of_some_first_ones_with_respect_to_some_inputs(name, tasks):
+    """Every combination: which first derivatives are used, and which inputs are differentiated then."""
+    ours, native, make = LAYERS[name]
+    for first, second in itertools.product(SOME, SOME):
+        inputs = make(tasks)
+        for i, x in enumerate(inputs):
+            x.requires_grad_(i in first + second)
+        g = random(*native(*inputs).shape, seed=5)
+        for then_wrt in ([inputs[i] for i in second], [*(inputs[i] for i in second), g]):
+            assert_close(second_derivatives(ours, inputs, first, g, then_wrt),
+                         second_derivatives(native, inputs, first, g, then_wrt))
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("padding", [0, 1])
+def test_first_layer_takes_images_without_gradient(tasks, padding):
+    """As in the inner loop: the images ask for no gradient, the weights are differentiated twice."""
+    inputs = conv_inputs(tasks, 3, 7)
+    inputs[0].requires_grad_(False)
+    results = []
+    for layer in (taskwise.conv2d, native_conv2d):
+        def function(x, weight, bias, layer=layer):
+            return layer(x, weight, bias, 2, padding)
+        g = random(*function(*inputs).shape, seed=5)
+        first = first_derivatives(function, inputs, (1, 2), g)
+        results.append([*first, *second_derivatives(function, inputs, (1, 2), g, [*inputs[1:], g])])
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("name", ["conv2d-2-1-0-2", "conv2d-3-2-1-4", "conv2d-2-1-0-3", "batch_norm"])
+def test_gradcheck_and_gradgradcheck(name, tasks):
+    if name == "batch_norm":
+        layer, inputs = taskwise.batch_norm, batch_norm_inputs(tasks, 3, 2, channels=2)
+    else:
+        kernel, stride, padding, size = map(int, name.split("-")[1:])
+        layer = conv(kernel, stride, padding, size)[0]
+        inputs = conv_inputs(tasks, kernel, size, channels=2, out=2)
+    assert torch.autograd.gradcheck(layer, inputs)
+    assert torch.autograd.gradgradcheck(layer, inputs)
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+def test_any_memory_layout_of_the_weights_and_images_will_do(tasks):
+    x, weight, bias = conv_inputs(tasks, 3, 7)
+    expected = native_conv2d(x, weight, bias, 2)
+    rows_last = weight.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)  # stored [o, k, k, c]
+    channels_first = x.permute(0, 1, 4, 2, 3).contiguous().permute(0, 1, 3, 4, 2)  # stored [c, h, w]
+    every_second = torch.stack([x, -x], 2).flatten(1, 2)[:, ::2]
+    g = random(*expected.shape, seed=5)
+    for images, w in itertools.product((x, channels_first, every_second), (weight, rows_last)):
+        inputs = [images, w, bias]
+        assert_close([taskwise.conv2d(*inputs, stride=2)], [expected])
+        assert_close(*(second_derivatives(lambda *i: layer(*i, stride=2), inputs, (0, 1, 2), g, [*inputs, g])
+                       for layer in (taskwise.conv2d, native_conv2d)))
+
+
+def test_weights_shared_by_an_expanded_task_axis_gather_the_gradients_of_all_tasks():
+    x, weight, bias = conv_inputs(3, 3, 5)
+    weight, bias = weight[0].detach().requires_grad_(), bias[0].detach().requires_grad_()
+    results = []
+    for layer in (taskwise.conv2d, native_conv2d):
+        loss = layer(x, weight.expand(3, *weight.shape), bias.expand(3, -1)).square().sum()
+        first = torch.autograd.grad(loss, [x, weight, bias], create_graph=True)
+        second = torch.autograd.grad(sum(f.square().sum() for f in first), [x, weight, bias])
+        results.append([*first, *second])
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+def test_batch_norm_of_a_channel_that_is_constant(tasks):
+    """As behind a dead relu: variance 0, derivatives finite and large."""
+    inputs = batch_norm_inputs(tasks, 4, 2)
+    with torch.no_grad():
+        inputs[0][..., 1] = 0.25
+    g = random(*inputs[0].shape, seed=5)
+    for derivatives in (first_derivatives, lambda *args: second_derivatives(*args, [*inputs, g])):
+        for got, expected in zip(derivatives(taskwise.batch_norm, inputs, (0, 1, 2), g),
+                                 derivatives(native_batch_norm, inputs, (0, 1, 2), g), strict=True):
+            assert got.isfinite().all()
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+def test_batch_norm_in_float32_survives_a_large_mean(tasks):
+    x, weight, bias = (tensor.detach() for tensor in batch_norm_inputs(tasks, 200))
+    x = (x + 300).float()
+    got = taskwise.batch_norm(x, weight.float(), bias.float())
+    expected = native_batch_norm(x.double(), weight, bias)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_bf16_rounds_products_only_while_it_is_on():
+    inputs = [tensor.detach().float().requires_grad_() for tensor in conv_inputs(3, 3, 7)]
+    g = random(3, 2, 5, 5, 4, seed=5).detach().float()
+    exact = [taskwise.conv2d(*inputs), *first_derivatives(taskwise.conv2d, inputs, (0, 1, 2), g)]
+    taskwise.use_bf16(True)
+    try:
+        rounded = [taskwise.conv2d(*inputs), *first_derivatives(taskwise.conv2d, inputs, (0, 1, 2), g)]
+    finally:
+        taskwise.use_bf16(False)
+    for a, b in zip(rounded, exact):
+        assert a.dtype == torch.float32 and (a - b).norm() < 0.01 * b.norm()
+    assert not torch.equal(rounded[0], exact[0]) and torch.equal(taskwise.conv2d(*inputs), exact[0])
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("name", ["conv2d-3-2-0-7", "batch_norm"])
+def test_third_derivative_is_refused(name, tasks):
+    layer, _, make = LAYERS[name]
+    inputs = make(tasks)
+    first = torch.autograd.grad(layer(*inputs).square().sum(), inputs, create_graph=True)
+    second = torch.autograd.grad(sum(f.square().sum() for f in first), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(s.square().sum() for s in second).backward()
