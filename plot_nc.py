@@ -30,7 +30,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 import files
 
@@ -456,6 +456,7 @@ def _draw(axes: Axes, curves: dict, model: str, metric: str, colour: str, until:
         axes.plot(steps, mean, marker=marker, markersize=3.5, **line)
     axes.set_xlim(0, until * 1.02)
     axes.set_xlabel("meta-step")
+    axes.xaxis.set_major_locator(MaxNLocator(5 if axes.get_subplotspec().colspan.stop - axes.get_subplotspec().colspan.start == 1 else 8))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 

@@ -390,7 +390,7 @@ def _new_folder(args: argparse.Namespace) -> Path:
 
 def _write_args(args: argparse.Namespace, dataset: Dataset, sizes: dict, steps: int, out: Path) -> None:
     device = torch.device(args.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     _write_json(out / "args.json", {
         "settings": vars(args),
         "meta_steps": steps,
@@ -402,6 +402,14 @@ def _write_args(args: argparse.Namespace, dataset: Dataset, sizes: dict, steps: 
                      "torchvision": torchvision.__version__, "numpy": numpy.__version__, "pillow": PIL.__version__},
         "git_commit": _commit(),
     })
+
+
+def processor() -> str:
+    """What the processor calls itself, e.g. "AMD EPYC"; its architecture where it doesn't say."""
+    with contextlib.suppress(OSError, StopIteration):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line for line in file if line.startswith("model name")).split(":")[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
