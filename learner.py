@@ -97,7 +97,8 @@ class Learner(nn.Module):
         weights = self.weights if weights is None else weights
         tasks = x if x.dim() == 5 else x[None]
         weights = {name: self._per_task(name, weight, len(tasks)) for name, weight in weights.items()}
-        h = tasks.permute(0, 1, 3, 4, 2)  # [T, N, h, w, c]
+        # a copy even of one channel, whose stride torch takes to tell the layout: channels last, for all that follows
+        h = tasks.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format)  # [T, N, h, w, c]
         seen = []
         for i, (name, params) in enumerate(self.config):
             if name in BLOCK_STARTS and i > 0:
@@ -232,7 +233,7 @@ def _apply(name: str, params: Sequence, h: Tensor, own: list[Tensor]) -> Tensor:
         case "upsample":
             return _per_image(h, lambda x: F.interpolate(x, scale_factor=params[0]))
         case "max_pool2d":
-            return _per_image(h, lambda x: F.max_pool2d(x, *params))
+            return taskwise.max_pool2d(h, *params)
         case "avg_pool2d":
             return _per_image(h, lambda x: F.avg_pool2d(x, *params))
         case "flatten":  # in torch's order, c h w

@@ -72,7 +72,7 @@ def adapt(
                 weights = _leaves(weights)
             loss = cross_entropy(net(x, weights), y).sum()  # tasks share nothing: each gets its own gradient
             gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=second_order)
-            weights = {name: w.sub(g, alpha=lr) for (name, w), g in zip(weights.items(), gradients)}
+            weights = {name: w.add(g, alpha=-lr) for (name, w), g in zip(weights.items(), gradients)}
         trajectory.append(weights)
     return trajectory
 

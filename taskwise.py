@@ -58,6 +58,11 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _BatchNorm.apply(x, weight, bias)
 
 
+def max_pool2d(x: Tensor, kernel: int, stride: int, padding: int = 0) -> Tensor:
+    """The largest value under a sliding window: [T, N, h, w, c] -> [T, N, h', w', c]."""
+    return _MaxPool.apply(x.flatten(0, 1), kernel, stride, padding).unflatten(0, x.shape[:2])
+
+
 # A convolution is bilinear in image and kernel. Its gradients are its two adjoints, and the gradients of those are
 # the same three maps again. So three maps are all it takes, each in two ways: one task goes to the native kernel;
 # several go through im2col, and become one batched matrix product.
@@ -196,7 +201,7 @@ class _BatchNorm(torch.autograd.Function):
             ctx.statistics = None, mean.view(1, 1, -1), r.view(1, 1, -1)
         else:
             xhat = rows - rows.mean(1, keepdim=True)
-            r = torch.linalg.vector_norm(xhat, dim=1, keepdim=True).square_().div_(rows.shape[1]).add_(EPS).rsqrt_()
+            r = xhat.square().mean(1, keepdim=True).add_(EPS).rsqrt_()
             ctx.statistics = xhat.mul_(r), None, r
             y = torch.addcmul(bias[:, None], xhat, weight)
         return y.view(x.shape)
@@ -253,6 +258,38 @@ class _BatchNormGradients(torch.autograd.Function):
         mean_a, mean_a_xhat = d * t1 + e * s1, d * t2 + e * s2
         to_x = torch.addcmul(-r * mean_a, v, r * d).addcmul_(g, r * e).addcmul_(xhat, -r * (mean_a_xhat + scale * q))
         return to_g.view(x.shape), to_x.view(x.shape), (r * q)[:, 0] * g.shape[1], None
+
+
+class _MaxPool(torch.autograd.Function):
+    """[N, h, w, c] -> [N, h', w', c]. torch's own double backward gathers in another memory order, and is slow here."""
+
+    @staticmethod
+    def forward(ctx, x, kernel, stride, padding):
+        geometry = [kernel] * 2, [stride] * 2, [padding] * 2
+        y, indices = torch.ops.aten.max_pool2d_with_indices(x.permute(0, 3, 1, 2), *geometry)
+        ctx.of_forward = x, indices, geometry
+        return y.permute(0, 2, 3, 1).contiguous()
+
+    @staticmethod
+    def backward(ctx, g):
+        return _MaxPoolGradient.apply(g, *ctx.of_forward), None, None, None
+
+
+class _MaxPoolGradient(torch.autograd.Function):
+    """Put each gradient where the largest value was; linear, and its adjoint picks from there."""
+
+    @staticmethod
+    def forward(ctx, g, x, indices, geometry):
+        ctx.indices = indices
+        gx = torch.ops.aten.max_pool2d_with_indices_backward(
+            g.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), *geometry, [1, 1], False, indices)
+        return gx.permute(0, 2, 3, 1).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, v):
+        picked = v.flatten(1, 2).gather(1, ctx.indices.permute(0, 2, 3, 1).flatten(1, 2))  # [N, h'*w', c]
+        return picked.unflatten(1, ctx.indices.shape[2:]), None, None, None
 
 
 def _rows(x):  # [T, ..., c] -> [T, R, c]
