@@ -175,7 +175,8 @@ class Meta(nn.Module):
             parts.append(torch.autograd.grad(loss.sum(), list(weights.values())))
             losses.append(loss.detach())
             accuracies.append(accuracy(logits, chunk.y_qry))
-        gradient = [torch.cat(same) for same in zip(*parts)]  # each [t, ...]
+        # each [t, ...], in the weights' memory layout: the double backward reads it as it reads them
+        gradient = [torch.cat(same, out=torch.empty_like(w)) for same, w in zip(zip(*parts), adapted.values())]
         if second_order:
             gradient = torch.autograd.grad(list(adapted.values()), list(theta.values()), gradient)
         else:  # adapted = theta - constants

@@ -143,7 +143,11 @@ def _adjoints(x, weight, g, columns, stride, padding, wanted):
     if for_x:
         gx = _col2im(_bmm(rows, _matrix(weight)), x.shape, k, stride)
     if for_weight:
-        gw = _bmm(rows.transpose(1, 2), columns).view(tasks, o, k, k, c).permute(0, 1, 4, 2, 3)
+        if k * k * c < o:  # a product is slow where its last side is short
+            gw = _bmm(columns.transpose(1, 2), rows).transpose(1, 2).contiguous()
+        else:
+            gw = _bmm(rows.transpose(1, 2), columns)
+        gw = gw.view(tasks, o, k, k, c).permute(0, 1, 4, 2, 3)
     return gx, gw, rows.sum(1) if for_bias else None
 
 
