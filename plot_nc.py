@@ -364,7 +364,7 @@ def accuracy_figure(runs: Sequence[Run]) -> Figure:
     axes.set_ylabel("accuracy on held-out classes (%)")
     axes.set_title(f"{', '.join(sorted({run.data['name'] for run in runs}))}: {settings['n_way']}-way "
                    f"{settings['k_spt']}-shot, {settings['k_qry']} queries a class\n"
-                   f"after {settings['update_step_test']} inner steps, {tasks} validation tasks; band: 95% over tasks")
+                   f"after {settings.get('update_step_test', 'all')} inner steps, {tasks} validation tasks; band: 95% over tasks")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 

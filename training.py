@@ -3,7 +3,7 @@
 A run writes its own folder:
 
     args.json     every setting, versions, device, data: before the first step
-    log.jsonl     one JSON object a line: "train", "nc" (metrics) and "val"
+    log.jsonl     one JSON object a line: "run" (the data's name), then "train", "nc" (metrics) and "val"
     best.pt       weights with the best validation accuracy so far
     result.json   test accuracy of those weights, at the end
     timing.json   minutes and memory, apart from what the seed determines
@@ -176,7 +176,7 @@ def check(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse
         raise UserError(f"--imgc {args.imgc}: {dataset.name} has {dataset.channels}")
     if meta_steps(args) < 1:
         raise UserError(f"--epoch {args.epoch}: fewer tasks than one meta-step takes; at least {args.task_num}")
-    _check_device(args.device)
+    check_device(args.device)
     if args.task_num % distributed.size():
         raise UserError(f"--task_num {args.task_num}: {distributed.size()} processes need a multiple of "
                         f"{distributed.size()}")
@@ -195,7 +195,7 @@ def check(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse
     return sizes
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -224,7 +224,7 @@ def train(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse
 
 
 def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, config: Config, device: torch.device) -> None:
-    _keep_memory()
+    keep_memory()
     _set_precision(args.precision)
     torch.manual_seed(args.seed)
     net = Learner(config, args.imgc, args.imgsz)
@@ -247,6 +247,7 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, config: Conf
     best = -1.0
     started = time.perf_counter()
     with Log(out / "log.jsonl") as log, _progress(steps) as bar:
+        log.add("run", 0, data=dataset.name, meta_steps=steps)
         for step in range(steps):
             if step % args.eval_every == 0:
                 best = _validate(args, maml, splits, held_out, best, out, log)
@@ -539,7 +540,7 @@ def _memory(device: torch.device) -> dict:
     return {"peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 2)}
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Let glibc keep large blocks instead of returning them to the system and faulting them in again.
 
     The inner loop allocates and frees the same megabytes thousands of times; this alone makes it a third faster.
@@ -548,5 +549,5 @@ def _keep_memory() -> None:
         libc = ctypes.CDLL(None)
         trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
         with contextlib.suppress(AttributeError):
-            libc.mallopt(mmap_threshold, 1 << 30)
+            libc.mallopt(mmap_threshold, 1 << 30) or libc.mallopt(mmap_threshold, 1 << 25)  # the most that some allow
             libc.mallopt(trim_threshold, 2**31 - 1)

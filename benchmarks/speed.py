@@ -349,7 +349,7 @@ def measure(case: Case, settings: Settings, allocator: str, only: Sequence[str] 
     """
     device = start(settings)
     if allocator == "kept":
-        training._keep_memory()
+        training.keep_memory()
     implementations, tasks = prepare(case, device, torch.float32)
     if only:
         implementations = {name: implementations[name] for name in only}
@@ -528,7 +528,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name} {getattr(args, name)}: must be a whole number from 1")
     if args.chart.suffix.lower() != ".png":
         raise UserError(f"--chart {args.chart}: pictures are PNG files; name one that ends in .png")
-    training._check_device(args.device)
+    training.check_device(args.device)
     return args
 
 

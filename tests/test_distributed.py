@@ -48,8 +48,8 @@ def test_only_the_first_process_writes_and_speaks(tmp_path):
     assert done.stdout.count("Total trainable parameters") == 1
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [(row["kind"], row["step"]) for row in rows] == [
-        ("val", 0), ("nc", 0), ("train", 0), ("nc", 0), ("nc", 2), ("val", 3), ("nc", 3)]
-    assert rows[0]["tasks"] == 55
+        ("run", 0), ("val", 0), ("nc", 0), ("train", 0), ("nc", 0), ("nc", 2), ("val", 3), ("nc", 3)]
+    assert rows[1]["tasks"] == 55
     assert json.loads((tmp_path / "run/result.json").read_text())["test"]["tasks"] == 55
 
 

@@ -304,3 +304,21 @@ def test_wrong_options(tmp_path):
     (tmp_path / "folder.png").mkdir()
     assert "can't write" in refused(run, "-o", tmp_path / "folder.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.png", "run"]
+
+
+# ---- accuracy
+
+
+def test_accuracy_draws_a_line_for_each_setting(tmp_path):
+    runs = []
+    for name, first_order in (("second", False), ("first", True)):
+        log = [{"kind": "val", "step": step, "acc": [0.2, 0.5 + first_order / 4], "ci95": [0.01, 0.02], "tasks": 100}
+               for step in (0, 500)]
+        runs.append(write_run(tmp_path / name, log, first_order=first_order))
+    (axes,) = plot_nc.accuracy_figure([plot_nc.read_run(run) for run in runs]).axes
+    assert [line.get_label() for line in axes.get_lines()] == ["second order", "first order"]
+    assert axes.get_lines()[1].get_ydata()[-1] == 75
+    plot_nc.main([*map(str, runs), "--accuracy", "-o", str(tmp_path / "accuracy.png")])
+    assert (tmp_path / "accuracy.png").exists()
+    unvalidated = write_run(tmp_path / "unvalidated", [nc_row(0)])
+    assert "holds no validation accuracy" in refused(unvalidated, "--accuracy", "-o", tmp_path / "x.png")
