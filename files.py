@@ -133,9 +133,11 @@ def one_line(text: str) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr and exit status 2."""
+    """Call `main`; a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     try:
         main()
     except UserError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports it

@@ -236,11 +236,12 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, config: Conf
         return _test_again(args, maml, splits)
 
     steps = meta_steps(args)
-    out = _new_folder(args)
+    out = _folder(args)
+    images, held_out = splits.load("train"), splits.load("val")
+    dataset.load("test")  # not looked at: what is wrong with it is said now, not after the training
     _write_args(args, dataset, sizes, steps, out)
     _say(_banner(args, net, dataset, steps, out))
-    images, held_out = splits.load("train"), splits.load("val")
-    on_host = images.device != device
+    on_host = images.device.type != device.type
     generator, sample = splits.sampler(images, args.seed, args.task_num, getattr(args, "rotations", False), on_host)
     replay = device.type == "cuda" and args.cuda_graph and not on_host
     replayed = None  # the CUDA graph of a step on which nothing is looked at
@@ -375,17 +376,12 @@ def _set_precision(precision: str) -> None:
 # ---- what a run writes and says
 
 
-def _new_folder(args: argparse.Namespace) -> Path:
+def _folder(args: argparse.Namespace) -> Path:
+    """Where the run goes; it is made when its first file is written."""
     name = f"{args.script}-{args.n_way}w{args.k_spt}s-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(args.out or f"runs/{name}")
-    if distributed.rank() > 0:
-        return out
-    if (out / "log.jsonl").exists():
+    if distributed.rank() == 0 and (out / "log.jsonl").exists():
         raise UserError(f"--out {out}: there is a run already; name another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; name another folder") from error
     return out
 
 

@@ -11,6 +11,7 @@ import torch
 import miniimagenet_train
 import omniglot_train
 import plot_nc
+import synthetic
 import training
 from files import UserError
 
@@ -196,6 +197,19 @@ def test_refusal_is_one_line_and_status_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "--synthetic" in done.stderr
+
+
+def test_data_that_cannot_be_read_leaves_no_run(tmp_path, monkeypatch):
+    def broken(split: str, imgsz: int):
+        if split == "test":
+            raise UserError("one image is broken")
+        return load(split, imgsz)
+
+    load = synthetic.load_characters
+    monkeypatch.setattr(synthetic, "load_characters", broken)
+    with pytest.raises(UserError, match="one image is broken"):
+        omniglot_train.main([*OMNIGLOT, "--out", str(tmp_path / "run")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_run_folder_is_not_overwritten(omniglot_run):
