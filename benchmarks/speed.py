@@ -27,7 +27,6 @@ glibc told to keep large blocks, as the training scripts do ("kept").
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import gc
@@ -390,13 +389,7 @@ def _synchronize(device: torch.device) -> None:
 
 def device_name(device: torch.device) -> str:
     """The GPU's, or the processor's, as they call themselves."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else training.processor()
 
 
 def in_a_process(function: Callable, *arguments):
