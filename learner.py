@@ -96,7 +96,7 @@ class Learner(nn.Module):
         """
         weights = self.weights if weights is None else weights
         tasks = x if x.dim() == 5 else x[None]
-        weights = {name: self._per_task(name, weight, len(tasks)) for name, weight in weights.items()}
+        weights = self.per_task(weights, len(tasks))
         # a copy even of one channel, whose stride torch takes to tell the layout: channels last, for all that follows
         h = tasks.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format)  # [T, N, h, w, c]
         seen = []
@@ -111,9 +111,10 @@ class Learner(nn.Module):
             logits, seen = logits[0], [f[0] for f in seen]
         return (logits, seen) if features else logits
 
-    def _per_task(self, name: str, weight: Tensor, tasks: int) -> Tensor:
-        own = self.weights[name]
-        return weight if weight.dim() > own.dim() else weight.expand(tasks, *weight.shape)
+    def per_task(self, weights: Weights, tasks: int) -> dict[str, Tensor]:
+        """The weights with a leading task axis [T, ...]: one set is shared by all tasks, without a copy."""
+        return {name: w if w.dim() > self.weights[name].dim() else w.expand(tasks, *w.shape)
+                for name, w in weights.items()}
 
     def __repr__(self) -> str:
         """The layers, and the shape of one image after each."""

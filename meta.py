@@ -63,8 +63,7 @@ def adapt(
     Returns:
         K+1 sets of weights, each [T, ...]: the start, and after each step.
     """
-    weights = {name: w.expand(len(x), *w.shape) if w.dim() == net.weights[name].dim() else w
-               for name, w in weights.items()}
+    weights = net.per_task(weights, len(x))
     trajectory = [weights]
     for _ in range(steps):
         with torch.enable_grad():
@@ -152,7 +151,7 @@ class Meta(nn.Module):
         self.optimizer.step()
         self.step += 1
         loss, seen = distributed.gather(torch.cat(losses)), distributed.gather(torch.cat(accuracies))
-        return Step(loss.mean(), seen, _gather(_join(metrics)) if null else None)
+        return Step(loss.mean(), seen, _gather(join(metrics)) if null else None)
 
     def _gradient(self, tasks: Tasks, query_chunk: int) -> tuple[list[Weights], Tensor, Tensor, list[Tensor]]:
         """The gradient of the sum of these tasks' query losses with respect to theta.
@@ -203,7 +202,7 @@ class Meta(nn.Module):
             if null:
                 metrics.append(self._measure(chunk, trajectory[:self.update_step + 1], query,
                                              [y.split(inner)[i] for y in null]))
-        return torch.cat(accuracies), _join(metrics) if null else None
+        return torch.cat(accuracies), join(metrics) if null else None
 
     def _chunk_sizes(self, tasks: Tasks) -> tuple[int, int]:
         sizes = chunk_sizes(tasks.x_spt.device, self.net, tasks.x_spt.shape[1])
@@ -248,8 +247,8 @@ class Meta(nn.Module):
                     traces = [nc_metrics.covariance_traces(f, chunk.y_qry, n_way) for f in features]
                     within, between = (torch.stack(layers) for layers in zip(*traces))
                 rows.append({"within": within, "between": between, "accuracy": accuracy(logits, chunk.y_qry)[None]})
-            inner.append(_join(rows))
-        return {"meta": _join(models[0]), "finetuned": _join(models[last]),
+            inner.append(join(rows))
+        return {"meta": join(models[0]), "finetuned": join(models[last]),
                 "inner": {name: torch.stack([step[name] for step in inner], -1) for name in inner[0]}}
 
 
@@ -262,11 +261,11 @@ def _split(weights: Weights, size: int) -> Iterator[Weights]:
     return (dict(zip(weights, part)) for part in zip(*(w.split(size) for w in weights.values())))
 
 
-def _join(parts: list[dict]) -> dict:
-    """Put the tasks (axis 1) of several chunks' measurements side by side."""
+def join(parts: list[dict]) -> dict:
+    """Put the tasks (axis 1) of several measurements side by side."""
     first = parts[0]
     if isinstance(next(iter(first.values())), dict):
-        return {name: _join([part[name] for part in parts]) for name in first}
+        return {name: join([part[name] for part in parts]) for name in first}
     return {name: torch.cat([part[name] for part in parts], 1) for name in first}
 
 

@@ -7,6 +7,7 @@
 """
 
 import argparse
+import functools
 import math
 from typing import Sequence
 
@@ -39,13 +40,15 @@ def dataset(args: argparse.Namespace) -> training.Dataset:
     common = miniimagenet.CHANNELS, miniimagenet.MEAN, miniimagenet.STD
     if args.synthetic:
         sizes = {split: (classes, synthetic.PHOTO_IMAGES) for split, (_, classes) in synthetic.PHOTO_SPLITS.items()}
-        return training.Dataset(synthetic.PHOTOS, *common, lambda: sizes,
+        return training.Dataset(lambda: synthetic.PHOTOS, *common, lambda: sizes,
                                 lambda split: synthetic.load_photos(split, args.imgsz))
-    if args.data_name is None:
-        real = miniimagenet.sizes(args.root) == {"train": (64, 600), "val": (16, 600), "test": (20, 600)}
-        args.data_name = "miniImageNet" if real else "photos in the miniImageNet layout"
-    return training.Dataset(args.data_name, *common, lambda: miniimagenet.sizes(args.root),
-                            lambda split: miniimagenet.load(args.root, split, args.imgsz, args.cache))
+    sizes = functools.cache(lambda: miniimagenet.sizes(args.root))
+
+    def name() -> str:
+        real = sizes() == {"train": (64, 600), "val": (16, 600), "test": (20, 600)}
+        return args.data_name or ("miniImageNet" if real else "photos in the miniImageNet layout")
+
+    return training.Dataset(name, *common, sizes, lambda split: miniimagenet.load(args.root, split, args.imgsz, args.cache))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -40,10 +40,10 @@ def dataset(args: argparse.Namespace) -> training.Dataset:
     if args.synthetic:
         sizes = {split: (classes, synthetic.CHARACTER_IMAGES)
                  for split, (_, classes) in synthetic.CHARACTER_SPLITS.items()}
-        return training.Dataset(synthetic.CHARACTERS, *common, lambda: sizes,
+        return training.Dataset(lambda: synthetic.CHARACTERS, *common, lambda: sizes,
                                 lambda split: synthetic.load_characters(split, args.imgsz))
     sizes = {split: (classes, omniglot.DRAWINGS) for split, classes in omniglot.SPLITS.items()}
-    return training.Dataset("Omniglot", *common, lambda: sizes,
+    return training.Dataset(lambda: "Omniglot", *common, lambda: sizes,
                             lambda split: omniglot.load(args.root, split, args.imgsz, args.cache))
 
 

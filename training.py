@@ -39,7 +39,7 @@ import taskwise
 from cuda_graph import GraphedStep
 from files import Parser, UserError, atomic
 from learner import Config, Learner
-from meta import Meta
+from meta import Meta, join
 from tasks import Prefetched, Tasks, finish, pick, to_device
 
 VAL_SEED, TEST_SEED = 1, 2  # of the held-out tasks: the same for every run, so that runs compare on the same tasks
@@ -52,12 +52,16 @@ PLACE_FLAGS = ("root", "cache", "device")  # where a run happens; no part of the
 class Dataset:
     """Where a script's images come from."""
 
-    name: str  # as logs and figures call it
+    called: Callable[[], str]  # what logs and figures call it; may look at the sizes
     channels: int
     mean: Sequence[float]  # a channel, of images scaled to 0..1
     std: Sequence[float]
     sizes: Callable[[], dict[str, tuple[int, int]]]  # split -> (classes, images a class), no image read
     load: Callable[[str], Tensor]  # split -> uint8 [class, image, c, h, w]
+
+    @property
+    def name(self) -> str:
+        return self.called()
 
 
 # ---- settings
@@ -324,9 +328,7 @@ def _validate(args, maml: Meta, splits: _Splits, images: Tensor, best: float, ou
     mean, interval = _mean_and_interval(accuracy)
     log.add("val", maml.step, acc=mean, ci95=interval, tasks=len(accuracy))
     if args.nc_every > 0:
-        metrics = {part: {name: torch.cat([found[part][name] for _, found in results], 1)
-                          for name in results[0][1][part]} for part in results[0][1]}
-        _log_metrics(log, maml.step, "heldout", maml.net, metrics)
+        _log_metrics(log, maml.step, "heldout", maml.net, join([metrics for _, metrics in results]))
     _say(f"step: {maml.step} \tvalidation acc: {_percent(mean)} (last ± {100 * interval[-1]:.1f})")
     if mean[-1] > best:
         best = mean[-1].item()
@@ -539,7 +541,8 @@ def _memory(device: torch.device) -> dict:
 def keep_memory() -> None:
     """Let glibc keep large blocks instead of returning them to the system and faulting them in again.
 
-    The inner loop allocates and frees the same megabytes thousands of times; this alone makes it a third faster.
+    The inner loop allocates and frees the same megabytes thousands of times. What it saves are page faults: it helps
+    code that allocates more (benchmarks/speed.py shows vmap 1.5 times as fast); a whole step here is about the same.
     """
     if platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         libc = ctypes.CDLL(None)

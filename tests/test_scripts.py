@@ -192,6 +192,11 @@ def test_photos_refuses(flags, line, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_settings_are_checked_before_the_data_is_looked_for(tmp_path):
+    with pytest.raises(UserError, match="--update_lr -1.0: must be"):
+        miniimagenet_train.main(["--root", str(tmp_path / "nothing"), "--update_lr", "-1"])
+
+
 def test_refusal_is_one_line_and_status_2(tmp_path):
     done = program("miniimagenet_train.py", "--root", str(tmp_path / "nothing"))
     assert done.returncode == 2
