@@ -26,7 +26,7 @@ class GraphedStep:
 
     def __init__(self, maml: Meta, step: Callable[[], Step], generator: torch.Generator):
         self.maml = maml
-        tensors = list(maml.net.parameters())
+        tensors = [*maml.net.parameters(), maml.updates, maml.going]
         tensors += [t for state in maml.optimizer.state.values() for t in state.values()]
         before = [t.detach().clone() for t in tensors], generator.get_state(), maml.step
         side = torch.cuda.Stream()

@@ -26,12 +26,13 @@ from tasks import Tasks
 
 
 ALL = 2**31 - 1
+LATE = 7_500  # meta-steps: the three epochs of the original's first figure, which measured more often than later ones
 
 
 class Step(NamedTuple):
     """What one meta-step saw, before its update; all on the device."""
 
-    loss: Tensor  # [], query cross-entropy of the adapted weights, mean over tasks and samples
+    losses: Tensor  # [T], each task's query cross-entropy with its adapted weights, mean over samples
     accuracy: Tensor  # [T, 1 or K+1] on the query set: after the inner loop, or before it and after each inner step
     metrics: dict | None  # as `Meta.measure`, at every nc_every-th step
 
@@ -101,29 +102,42 @@ class Meta(nn.Module):
         update_step: inner steps K in training. update_step_test: in `finetune`.
         first_order: take the inner gradients as constants.
         nc_every: measure at meta-steps 0, nc_every, 2 nc_every, ...; 0 never.
+        nc_every_late: the same from meta-step LATE on; nc_every if None.
         task_chunk: tasks in memory together at most; less memory, the same result. 0: all, or as fits the device.
         seed: of the permuted labels (the metrics' null).
+        clip: the outer gradient is clipped to [-clip, clip], value by value, as in the paper's code; 0 doesn't clip.
+        skip_nonfinite: what to do when a loss or the gradient isn't finite. That update is never made: weights and
+            Adam stay as they are. True goes on with the next tasks; False makes no further update either, so that
+            whoever looks at `updates` later still finds the weights that failed.
+
+    `step` counts meta-steps and `updates`, on the device, how many of them changed the weights: the two differ after
+    a loss that wasn't finite, and knowing it costs no wait for the device.
 
     With several processes (`distributed`), each takes an equal share of a meta-step's tasks.
     """
 
     def __init__(self, net: Learner, update_lr: float = 0.4, meta_lr: float = 1e-3, update_step: int = 5,
                  update_step_test: int = 10, first_order: bool = False, nc_every: int = 0, task_chunk: int = 0,
-                 seed: int = 222):
+                 seed: int = 222, nc_every_late: int | None = None, clip: float = 0.0, skip_nonfinite: bool = False):
         super().__init__()
         self.net = net
         self.update_lr = update_lr
         self.update_step, self.update_step_test = update_step, update_step_test
         self.first_order = first_order
         self.nc_every, self.task_chunk, self.seed = nc_every, task_chunk, seed
-        self.step = 0  # meta-updates done
-        on_cuda = next(net.parameters()).is_cuda
-        self.optimizer = torch.optim.Adam(net.parameters(), lr=meta_lr, capturable=on_cuda)
+        self.nc_every_late = nc_every if nc_every_late is None else nc_every_late
+        self.clip, self.skip_nonfinite = clip, skip_nonfinite
+        self.step = 0
+        weight = next(net.parameters())
+        self.updates = torch.zeros((), dtype=torch.int64, device=weight.device)
+        self.going = torch.ones((), dtype=torch.bool, device=weight.device)  # False: no update is made any more
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=meta_lr, capturable=weight.is_cuda)
 
     @property
     def measures_next(self) -> bool:
         """Whether the next meta-step measures."""
-        return self.nc_every > 0 and self.step % self.nc_every == 0
+        every = self.nc_every if self.step < LATE else self.nc_every_late
+        return every > 0 and self.step % every == 0
 
     def forward(self, tasks: Tasks, every_step: bool = False) -> Step:
         """One meta-step: gradients, what is measured of the weights as they are, Adam.
@@ -145,13 +159,35 @@ class Meta(nn.Module):
             if null:
                 metrics.append(self._measure(chunk, trajectory, query,
                                              [distributed.share(y).split(inner)[i] for y in null]))
+        losses, seen = distributed.gather(torch.cat(losses)), distributed.gather(torch.cat(accuracies))
         gradients = distributed.add_up([sum(parts) for parts in zip(*gradients)])
-        for weight, gradient in zip(self.net.parameters(), gradients):
-            weight.grad = gradient / n_tasks
+        self._update([gradient / n_tasks for gradient in gradients], losses)
+        return Step(losses, seen, _gather(join(metrics)) if null else None)
+
+    @torch.no_grad()
+    def _update(self, gradients: list[Tensor], losses: Tensor) -> None:
+        """Adam's step, undone on the device where it must not be made."""
+        made = torch.stack([values.isfinite().all() for values in (losses, *gradients)]).all()
+        made &= self.going
+        weights = list(self.net.parameters())
+        for weight, gradient in zip(weights, gradients):
+            weight.grad = gradient.clamp(-self.clip, self.clip) if self.clip else gradient
+        before = [weight.clone() for weight in weights]
+        moments = [{name: t.clone() for name, t in self.optimizer.state[weight].items()} for weight in weights]
         self.optimizer.step()
+        for weight, old, state in zip(weights, before, moments):
+            weight.copy_(torch.where(made, weight, old))
+            for name, new in self.optimizer.state[weight].items():  # Adam makes them, all zero, in its first step
+                new.copy_(torch.where(made, new, state.get(name, torch.zeros_like(new))))
+        self.updates += made
+        if not self.skip_nonfinite:
+            self.going.copy_(made)
         self.step += 1
-        loss, seen = distributed.gather(torch.cat(losses)), distributed.gather(torch.cat(accuracies))
-        return Step(loss.mean(), seen, _gather(join(metrics)) if null else None)
+
+    def losses(self, tasks: Tasks) -> Tensor:
+        """What `forward` would see as `Step.losses`, [T]; nothing is updated."""
+        inner, query = self._chunk_sizes(tasks)
+        return torch.cat([self._gradient(chunk, query)[1] for chunk in tasks.split(inner)])
 
     def _gradient(self, tasks: Tasks, query_chunk: int) -> tuple[list[Weights], Tensor, Tensor, list[Tensor]]:
         """The gradient of the sum of these tasks' query losses with respect to theta.

@@ -172,7 +172,7 @@ def test_second_order_gradient_is_the_finite_difference_of_the_adapted_loss(conf
         size = sum(d.square().sum() for d in direction.values()).sqrt().item()
         along = sum((g * direction[name]).sum() for name, g in gradient.items()).item()
         assert along == pytest.approx(slope(direction, 1e-5 / size), abs=tolerance * norm * size)
-    assert step.loss.item() == pytest.approx(loss(directions[0], 0), rel=1e-12)
+    assert step.losses.mean().item() == pytest.approx(loss(directions[0], 0), rel=1e-12)
 
 
 @pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
@@ -191,7 +191,7 @@ def test_gradient_of_the_scripts_networks(script, imgsz, n_way, net, k_spt, step
     gradient, step = meta_step(learner, tasks, update_lr=lr, update_step=steps, first_order=first_order)
     loss, expected = oracle.meta_gradient(learner.config, learner.weights, tasks, lr, steps, not first_order)
     assert oracle.relative_error(gradient, expected) <= 1e-9
-    assert step.loss.item() == pytest.approx(loss.item(), rel=1e-9)
+    assert step.losses.mean().item() == pytest.approx(loss.item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
@@ -202,7 +202,7 @@ def test_gradient_does_not_depend_on_chunks(monkeypatch, chunks, first_order):
     gradient, step = meta_step(net, tasks, update_lr=lr, update_step=steps, first_order=first_order)
     loss, expected = oracle.meta_gradient(net.config, net.weights, tasks, lr, steps, not first_order)
     assert oracle.relative_error(gradient, expected) <= 1e-9
-    assert step.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+    assert step.losses.mean().item() == pytest.approx(loss.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("task_chunk", [0, 1, 2, 3, 4, 9])
@@ -261,8 +261,69 @@ def test_meta_steps_are_adams_on_the_plain_loops_gradient(first_order):
 def test_meta_steps_lower_the_loss():
     net, tasks = small_net(), make_tasks()
     maml = Meta(net, update_lr=0.1, meta_lr=0.01, update_step=1)
-    losses = [maml(tasks).loss.item() for _ in range(15)]
+    losses = [maml(tasks).losses.mean().item() for _ in range(15)]
     assert losses[-1] < 0.7 * losses[0]
+
+
+# ---- what is not finite, and what is too steep ----
+
+def state(maml):
+    """Copies of the weights and of Adam's moments and count."""
+    weights = list(maml.net.parameters())
+    moments = [t for weight in weights for t in maml.optimizer.state[weight].values()]
+    return [t.detach().clone() for t in weights + moments]
+
+
+def spoiled(tasks, task=1):
+    """The same tasks with a query image of one that isn't finite."""
+    x_qry = tasks.x_qry.clone()
+    x_qry[task, 0, 0, 0, 0] = torch.inf
+    return tasks._replace(x_qry=x_qry)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_no_update_where_a_loss_is_not_finite(skip):
+    good, bad = make_tasks(), spoiled(make_tasks(seed=1))
+    maml, other = (Meta(small_net(), update_step=2, skip_nonfinite=skip) for _ in range(2))
+    maml(good), other(good)
+    before = state(maml)
+    step = maml(bad)
+    assert step.losses.isfinite().tolist() == [True, False, True, True]
+    assert all(torch.equal(old, new) for old, new in zip(before, state(maml), strict=True))
+    assert (maml.step, maml.updates.item()) == (2, 1)
+    maml(good)
+    if skip:  # as if the bad tasks had never been
+        other(good)
+        assert (maml.step, maml.updates.item()) == (3, 2)
+    else:
+        assert (maml.step, maml.updates.item()) == (3, 1)
+    assert all(torch.equal(old, new) for old, new in zip(state(other), state(maml), strict=True))
+
+
+def test_no_update_in_the_first_step_either():
+    maml, untouched = (Meta(small_net(), update_step=1, skip_nonfinite=True) for _ in range(2))
+    maml(spoiled(make_tasks()))
+    assert all(torch.equal(w, v) for w, v in zip(maml.net.parameters(), untouched.net.parameters()))
+    maml(make_tasks()), untouched(make_tasks())
+    assert all(torch.equal(old, new) for old, new in zip(state(untouched), state(maml), strict=True))
+
+
+def test_losses_are_those_of_a_step_and_change_nothing():
+    maml, tasks = Meta(small_net(), update_step=2, task_chunk=3), make_tasks()
+    weights = state(maml)
+    losses = maml.losses(tasks)
+    assert all(torch.equal(old, new) for old, new in zip(weights, state(maml), strict=True)) and maml.step == 0
+    assert torch.equal(losses, maml(tasks).losses) and losses.shape == (4,) and not losses.requires_grad
+
+
+def test_clip_bounds_each_value_of_the_gradient():
+    net, tasks = small_net(), make_tasks()
+    gradient, _ = meta_step(net, tasks, update_step=2)
+    bound = 0.5 * max(g.abs().max() for g in gradient.values()).item()
+    clipped, _ = meta_step(net, tasks, update_step=2, clip=bound)
+    for name, g in gradient.items():
+        assert torch.equal(clipped[name], g.clip(-bound, bound)), name
+    assert any((g.abs() > bound).any() for g in gradient.values())
 
 
 # ---- what is measured ----
@@ -370,6 +431,16 @@ def test_metrics_at_every_nc_every_th_step():
         assert [i for i in range(5) if maml(tasks).metrics is not None] == measured
 
 
+@pytest.mark.parametrize("late, measured", [(None, [0, 2, 4, 6, 8, 10, 12]), (3, [0, 2, 4, 6, 9, 12]), (0, [0, 2, 4])])
+def test_a_second_rhythm_of_metrics(monkeypatch, late, measured):
+    monkeypatch.setattr(meta, "LATE", 5)
+    maml = Meta(small_net(), nc_every=2, nc_every_late=late)
+    found = []
+    for maml.step in range(13):
+        found += [maml.step] if maml.measures_next else []
+    assert found == measured
+
+
 @pytest.mark.parametrize("first_order, k_spt", [(False, 1), (True, 1), (False, 5)])
 def test_measuring_changes_no_bit_of_the_weights(first_order, k_spt):
     results = []
@@ -432,7 +503,7 @@ def test_what_a_step_returns_holds_no_graph():
     maml = Meta(small_net(), update_step=2, nc_every=1)
     step = maml(make_tasks(), every_step=True)
     measured = itertools.chain(*(model.values() for model in step.metrics.values()))
-    results = [step.loss, step.accuracy, *measured, maml.finetune(make_tasks())[0],
+    results = [step.losses, step.accuracy, *measured, maml.finetune(make_tasks())[0],
                *(w.grad for w in maml.net.parameters())]
     assert not any(tensor.requires_grad for tensor in results)
 
