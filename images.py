@@ -115,7 +115,8 @@ def folder_files(folder: Path) -> dict[str, os.DirEntry]:
     except OSError as error:
         raise UserError(f"can't read the folder {folder}: {error.strerror}; check path and rights") from error
     for entry in found.values():
-        if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(Path(folder).resolve()):
+        # realpath, for Path.resolve raises at a link to itself
+        if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(os.path.realpath(folder)):
             raise UserError(f"{entry.path} is a link that leads out of its folder; put the file itself there")
     return found
 

@@ -101,11 +101,13 @@ def _folder(root: Path, part: str) -> list[ImageFile]:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return [Path(entry.path) for entry in images.folder_files(folder).values() if entry.is_dir()]
+    return [Path(entry.path) for entry in images.folder_files(folder).values() if os.path.isdir(entry.path)]
 
 
 def _zip(path: Path, part: str, stack: contextlib.ExitStack) -> list[ImageFile]:
     """The drawings `<part>/<alphabet>/<character>/*.png` in a zip file, open until `stack` closes."""
+    if not os.path.isfile(path):  # a pipe would be waited on for ever, a device be read without end
+        raise UserError(f"{path} is not a file; {_where(path.parent)}")
     try:
         archive = stack.enter_context(zipfile.ZipFile(path))
     except OSError as error:

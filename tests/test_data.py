@@ -233,6 +233,25 @@ def test_omniglot_damaged_zips(tmp_path, small_omniglot):
     assert not list(tmp_path.rglob("*.npy*")) and not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_omniglot_zip_that_is_no_file(tmp_path, small_omniglot, kind):
+    """A pipe would be waited on for ever, a device be read until the memory is full."""
+    write_zips(tmp_path, small_omniglot)
+    path = tmp_path / "images_background.zip"
+    path.unlink()
+    {"pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir}[kind]()
+    with refused("images_background.zip is not a file", "--synthetic"):
+        omniglot.load(tmp_path, "train", 28)
+
+
+def test_omniglot_link_to_itself_in_the_place_of_a_folder(tmp_path, small_omniglot):
+    write_folders(tmp_path, small_omniglot)
+    shutil.rmtree(tmp_path / "images_background" / "Greek")
+    (tmp_path / "images_background" / "Greek").symlink_to("Greek")
+    with refused("4 characters"):
+        omniglot.load(tmp_path, "train", 28)
+
+
 def test_omniglot_zip_entry_that_understates_its_size(tmp_path, small_omniglot, monkeypatch):
     """A few kilobytes that unpack to 200 MB, said to be 100 bytes: no more than those are unpacked."""
     name = "images_background/Greek/character01/0000_01.png"
@@ -413,6 +432,9 @@ def break_photos(root: Path, fault: str) -> None:
     elif fault == "link that leads nowhere":
         (root / "images" / "p00.png").unlink()
         (root / "images" / "p00.png").symlink_to("absent.png")
+    elif fault == "link to itself":
+        (root / "images" / "p00.png").unlink()
+        (root / "images" / "p00.png").symlink_to("p00.png")
     elif fault == "csv with NUL":
         (root / "train.csv").write_bytes(b"filename,label\np\x000.png,a\n")
     elif fault == "csv not utf-8":
@@ -457,6 +479,7 @@ FAULTS = {  # and the words that the line must hold
     "empty image": ["p00.png"], "bomb": ["p00.png", "million pixels"],
     "folder for an image": ["p00.png", "not a file"], "pipe for an image": ["p00.png", "not a file"],
     "link that leads out": ["p00.png", "link"], "link that leads nowhere": ["p00.png", "not a file"],
+    "link to itself": ["p00.png", "can't read"],
     "csv with NUL": ["train.csv"], "csv not utf-8": ["train.csv", "UTF-8"],
     "csv with a long field": ["train.csv"],
     "no column": ["train.csv", "column label"], "no header": ["train.csv", "column filename"],
