@@ -55,6 +55,13 @@ def add_up(tensors: list[Tensor]) -> list[Tensor]:
     return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
 
 
+def largest(value: Tensor) -> Tensor:
+    """The largest of the processes' values, element by element; `value` itself is overwritten by it."""
+    if size() > 1:
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
+
+
 def gather(values: Tensor, axis: int = 0) -> Tensor:
     """Put the processes' equal parts side by side along `axis`: the inverse of `share`."""
     if size() == 1:

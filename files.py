@@ -40,7 +40,7 @@ def atomic(path: Path, mode: str = "wb", remedy: str = "free some space or name 
     Raises:
         UserError: the folder can't be written or the disk is full; the line ends in `remedy`.
     """
-    path = Path(path)
+    path = _without_nul(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +56,13 @@ def atomic(path: Path, mode: str = "wb", remedy: str = "free some space or name 
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _without_nul(path: Path) -> Path:
+    """Python raises a ValueError, not an OSError, for the one character that no path can hold."""
+    if "\0" in str(path):
+        raise UserError(f"{path} holds a NUL character, which no file's name can; name another")
+    return Path(path)
 
 
 def _umask() -> int:
@@ -84,7 +91,7 @@ def locked(path: Path, wait: bool = True, remedy: str = "name another folder") -
     Raises:
         UserError: the folder can't be written, or with `wait=False` another process holds the lock.
     """
-    path = Path(path)
+    path = _without_nul(path)
     descriptor = None
     try:
         try:

@@ -3,6 +3,7 @@
     python miniimagenet_train.py                        # 5-way 5-shot; the data in miniimagenet/
     python miniimagenet_train.py --k_spt 1              # 5-way 1-shot
     python miniimagenet_train.py --synthetic --epoch 400    # 100 meta-steps on generated photos, no data
+    python miniimagenet_train.py --resume RUN_FOLDER        # go on with a stopped run
     python miniimagenet_train.py --test RUN_FOLDER      # test a finished run again
 """
 
@@ -12,10 +13,12 @@ import math
 from typing import Sequence
 
 import miniimagenet
+import settings
 import synthetic
 import training
 from files import run
 from learner import Config, output_shapes
+from splits import Dataset
 
 DEFAULTS = {
     "script": "miniimagenet_train", "epoch": 60000, "n_way": 5, "k_spt": 5, "k_qry": 15, "imgsz": 84, "imgc": 3,
@@ -36,23 +39,23 @@ def layers(args: argparse.Namespace) -> Config:
     return blocks + [("flatten", []), ("linear", [args.n_way, features])]
 
 
-def dataset(args: argparse.Namespace) -> training.Dataset:
+def dataset(args: argparse.Namespace) -> Dataset:
     common = miniimagenet.CHANNELS, miniimagenet.MEAN, miniimagenet.STD
     if args.synthetic:
         sizes = {split: (classes, synthetic.PHOTO_IMAGES) for split, (_, classes) in synthetic.PHOTO_SPLITS.items()}
-        return training.Dataset(lambda: synthetic.PHOTOS, *common, lambda: sizes,
-                                lambda split: synthetic.load_photos(split, args.imgsz))
+        return Dataset(lambda: synthetic.PHOTOS, *common, lambda: sizes,
+                       lambda split: synthetic.load_photos(split, args.imgsz))
     sizes = functools.cache(lambda: miniimagenet.sizes(args.root))
 
     def name() -> str:
         real = sizes() == {"train": (64, 600), "val": (16, 600), "test": (20, 600)}
         return args.data_name or ("miniImageNet" if real else "photos in the miniImageNet layout")
 
-    return training.Dataset(name, *common, sizes, lambda split: miniimagenet.load(args.root, split, args.imgsz, args.cache))
+    return Dataset(name, *common, sizes, lambda split: miniimagenet.load(args.root, split, args.imgsz, args.cache))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = training.parse_args("MAML on miniImageNet, with neural collapse measured on the way.", DEFAULTS, argv,
+    args = settings.parse_args("MAML on miniImageNet, with neural collapse measured on the way.", DEFAULTS, argv,
                                epoch_help="tasks in all, in epochs of 10,000 (divide by --task_num for meta-steps)")
     training.train(args, dataset(args), layers)
 

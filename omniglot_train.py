@@ -3,6 +3,7 @@
     python omniglot_train.py                            # 5-way 1-shot; downloads Omniglot when it is absent
     python omniglot_train.py --n_way 20 --task_num 16   # 20-way 1-shot
     python omniglot_train.py --synthetic --epoch 200    # generated characters, no download
+    python omniglot_train.py --resume RUN_FOLDER        # go on with a stopped run
     python omniglot_train.py --test RUN_FOLDER          # test a finished run again
 """
 
@@ -11,10 +12,12 @@ import math
 from typing import Sequence
 
 import omniglot
+import settings
 import synthetic
 import training
 from files import run
 from learner import Config, output_shapes
+from splits import Dataset
 
 DEFAULTS = {
     "script": "omniglot_train", "epoch": 40000, "n_way": 5, "k_spt": 1, "k_qry": 15, "imgsz": 28, "imgc": 1,
@@ -35,20 +38,20 @@ def layers(args: argparse.Namespace) -> Config:
     return blocks + [("flatten", []), ("linear", [args.n_way, features])]
 
 
-def dataset(args: argparse.Namespace) -> training.Dataset:
+def dataset(args: argparse.Namespace) -> Dataset:
     common = omniglot.CHANNELS, omniglot.MEAN, omniglot.STD
     if args.synthetic:
         sizes = {split: (classes, synthetic.CHARACTER_IMAGES)
                  for split, (_, classes) in synthetic.CHARACTER_SPLITS.items()}
-        return training.Dataset(lambda: synthetic.CHARACTERS, *common, lambda: sizes,
-                                lambda split: synthetic.load_characters(split, args.imgsz))
+        return Dataset(lambda: synthetic.CHARACTERS, *common, lambda: sizes,
+                       lambda split: synthetic.load_characters(split, args.imgsz))
     sizes = {split: (classes, omniglot.DRAWINGS) for split, classes in omniglot.SPLITS.items()}
-    return training.Dataset(lambda: "Omniglot", *common, lambda: sizes,
-                            lambda split: omniglot.load(args.root, split, args.imgsz, args.cache))
+    return Dataset(lambda: "Omniglot", *common, lambda: sizes,
+                   lambda split: omniglot.load(args.root, split, args.imgsz, args.cache))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = training.parse_args("MAML on Omniglot, with neural collapse measured on the way.", DEFAULTS, argv,
+    args = settings.parse_args("MAML on Omniglot, with neural collapse measured on the way.", DEFAULTS, argv,
                                epoch_help="meta-steps in all")
     training.train(args, dataset(args), layers)
 

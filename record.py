@@ -1,0 +1,246 @@
+"""What a run writes and says: its folder, args.json, log.jsonl, JSON files, lines on the screen."""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Iterator
+
+import numpy
+import PIL
+import torch
+import torchvision
+from torch import Tensor
+from tqdm import tqdm
+
+import distributed
+import machine
+import nc_metrics
+from files import UserError, atomic, locked, remove_stale
+
+WRITTEN = ("args.json", "checkpoint.pt", "best.pt", "nonfinite.pt", "result.json", "timing.json")
+REMEDY = "free some space or give rights there, then go on with --resume"
+
+
+# ---- the folder
+
+
+def folder(args: argparse.Namespace) -> Path:
+    """Where the run goes; of a new run it mustn't hold one already."""
+    name = f"{args.script}-{args.n_way}w{args.k_spt}s-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = Path(args.out or f"runs/{name}")
+    if args.resume is None and distributed.rank() == 0:
+        if any(os.path.exists(out / file) for file in ("args.json", "log.jsonl")):
+            raise UserError(f"--out {out}: there is a run already; name another folder, or go on with it: --resume {out}")
+    return out
+
+
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Hold the run's folder, made when absent; a folder in which nothing was written goes again.
+
+    Raises:
+        UserError: another process holds it, or it can't be made.
+    """
+    if distributed.rank() > 0:
+        yield
+        return
+    absent = [path for path in (out, *out.parents) if not os.path.exists(path)]
+    try:
+        with locked(out / ".run.lock", wait=False, remedy="give rights there or name another folder with --out"):
+            for name in WRITTEN:
+                remove_stale(out, name)
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for path in absent:
+                path.rmdir()
+
+
+def write_args(out: Path, settings: dict, steps: int, data: dict, device: torch.device) -> None:
+    """args.json: what the run is, before its first step."""
+    write_json(out / "args.json", {
+        "settings": settings,
+        "meta_steps": steps,
+        "data": data,
+        "device": {"type": device.type, "name": machine.device_name(device), "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "torchvision": torchvision.__version__, "numpy": numpy.__version__, "pillow": PIL.__version__},
+        "git_commit": _commit(),
+    })
+
+
+def complete(out: Path, epoch: int) -> bool:
+    """Whether the run has its result, and no longer one is asked for."""
+    return os.path.exists(out / "result.json") and _args(out)["settings"]["epoch"] == epoch
+
+
+def lines(out: Path) -> int:
+    """Whole lines in the log; 0 without one."""
+    with contextlib.suppress(FileNotFoundError):
+        return (out / "log.jsonl").read_bytes().count(b"\n")
+    return 0
+
+
+def _args(out: Path) -> dict:
+    return json.loads((out / "args.json").read_text(encoding="utf-8"))
+
+
+def lengthen(out: Path, epoch: int, steps: int) -> None:
+    """Make args.json that of a longer run; what else it says stays, from the run's first start."""
+    recorded = _args(out)
+    if recorded["settings"]["epoch"] != epoch and distributed.rank() == 0:
+        for name in ("result.json", "timing.json"):  # first: with a result a run is complete
+            (out / name).unlink(missing_ok=True)
+        recorded["settings"]["epoch"], recorded["meta_steps"] = epoch, steps
+        write_json(out / "args.json", recorded)
+
+
+def _commit() -> str | None:
+    """The commit of this code, with "+" where files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed.strip() else "")
+
+
+def write_json(path: Path, value: dict) -> None:
+    if distributed.rank() > 0:
+        return
+    with atomic(path, "w", remedy=REMEDY) as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+
+
+# ---- the log
+
+
+class Log:
+    """log.jsonl: one JSON object a line, handed to the system at once, so that a plot can be drawn while it runs.
+
+    Args:
+        path: of the file.
+        keep: bytes of an existing log that stay; what came after them is cut off. 0: a new log.
+    Raises:
+        UserError: it can't be written; or it is missing or shorter than `keep`.
+    """
+
+    def __init__(self, path: Path, keep: int = 0):
+        self.path = path
+        try:
+            if distributed.rank() > 0:
+                self.file = open(os.devnull, "wb", buffering=0)
+                return
+            self.file = open(path, "r+b" if keep else "wb", buffering=0)
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is missing, and the run can't go on without it; put it back") from error
+        except OSError as error:
+            raise UserError(f"can't write {path}: {error.strerror}; {REMEDY}") from error
+        size = self.file.seek(0, os.SEEK_END)
+        if size < keep:
+            self.file.close()
+            raise UserError(f"{path} is cut: {size:,} of the {keep:,} bytes that the checkpoint knows; put it back whole")
+        self.file.truncate(keep)
+        self.file.seek(keep)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+    def add(self, kind: str, step: int, **values) -> None:
+        line = {"kind": kind, "step": step} | {name: numbers(value) for name, value in values.items()}
+        rest = json.dumps(line).encode() + b"\n"
+        try:
+            while rest:
+                rest = rest[self.file.write(rest):]
+        except OSError as error:
+            raise UserError(f"can't write {self.path}: {error.strerror}; {REMEDY}") from error
+
+    def metrics(self, step: int, classes: str, layers: list[str], found: dict) -> None:
+        """One "nc" line: mean and standard error over tasks of every metric, a value a layer."""
+        def summary(values: Tensor) -> dict:  # [..., T]
+            mean, se = nc_metrics.mean_and_se(values.double())
+            return {"mean": numbers(mean), "se": numbers(se)}
+
+        inner = {name: values.permute(2, 0, 1) for name, values in found["inner"].items()}  # [K+1, L, T]
+        inner["accuracy"] = inner["accuracy"][:, 0]
+        models = {model: {name: summary(values) for name, values in found[model].items()}
+                  for model in ("meta", "finetuned")}
+        self.add("nc", step, classes=classes, tasks=found["meta"]["within"].shape[1], layers=layers, **models,
+                 inner={name: summary(values) for name, values in inner.items()})
+        if classes == "train":
+            traces = [models[model][name]["mean"][-2] for model in models for name in ("within", "between")]
+            say("step: {} \ttraces of {}: meta within {:.4g} between {:.4g}, finetuned within {:.4g} between {:.4g}".format(
+                step, layers[-2], *(math.nan if t is None else t for t in traces)))
+
+    def sync(self) -> int:
+        """Wait until it is on the disk; its size in bytes."""
+        if distributed.rank() > 0:
+            return 0
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+
+def numbers(values):
+    """Tensors to lists, six digits; what is not a number to None, for JSON has none."""
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    if isinstance(values, list):
+        return [numbers(value) for value in values]
+    if isinstance(values, float):
+        return float(f"{values:.6g}") if math.isfinite(values) else None
+    return values
+
+
+# ---- the screen
+
+
+def say(text: str) -> None:
+    """Print a line, above the bar where there is one; of several processes only the first speaks."""
+    if distributed.rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def percent(values: Tensor) -> str:
+    return "[" + " ".join(f"{100 * value:.2f}" for value in values.tolist()) + "]"
+
+
+def progress(steps: int, done: int):
+    """A bar on a terminal, else a line every 100 steps; of `steps`, `done` were made before this process."""
+    if sys.stderr.isatty():
+        return tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=distributed.rank() > 0)
+    return _Lines(steps, done)
+
+
+class _Lines:
+    """What tqdm shows, as a plain line every 100 steps: for logs of a batch system."""
+
+    def __init__(self, steps: int, done: int):
+        self.steps, self.done, self.step, self.started, self.postfix = steps, done, done, time.perf_counter(), ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def set_postfix(self, refresh: bool = False, **values: str) -> None:
+        self.postfix = ", ".join(f"{name} {value}" for name, value in values.items())
+
+    def update(self) -> None:
+        self.step += 1
+        if self.step % 100 == 0 or self.step == self.steps:
+            left = (time.perf_counter() - self.started) / (self.step - self.done) * (self.steps - self.step)
+            say(f"{self.step}/{self.steps} steps, {self.postfix}, {left / 60:.1f} minutes left")

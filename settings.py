@@ -1,0 +1,225 @@
+"""The settings of a training run: its flags, a finished run's settings again, and what can't work refused.
+
+    parse_args(...)   the command line; with --resume, --test and --from_args the settings of the run named there
+    check(...)        refuses, before any image is read, what can't work
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Callable, Sequence
+
+import torch
+
+import distributed
+from files import Parser, UserError
+from learner import Config, Learner
+from splits import Dataset
+
+MODES = ("resume", "test", "from_args")  # name the run that the other settings come from; they are no settings
+PLACE = ("root", "cache", "device")  # where a run happens; no part of the experiment
+MAY_CHANGE = {  # what may be given anew
+    "resume": ("epoch", *PLACE, "save_every"),
+    "test": ("k_qry", "update_step_test", "test_tasks", *PLACE),
+}
+
+
+def parse_args(description: str, defaults: dict, argv: Sequence[str] | None, epoch_help: str) -> argparse.Namespace:
+    """The command line of a training script.
+
+    Args:
+        description: first line of --help.
+        defaults: of the flags whose default is the script's own; "rotations" only where the data has them.
+        argv: arguments without the program's name; sys.argv's if None.
+    Raises:
+        UserError: unknown or malformed flags; a run that can't be read, or isn't of this script.
+    """
+    parser = _parser(description, defaults, epoch_help)
+    args = parser.parse_args(argv)
+    modes = [mode for mode in MODES if getattr(args, mode) is not None]
+    if not modes:
+        return args
+    if len(modes) > 1:
+        raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other; give one")
+    given = vars(_parser(description, defaults, epoch_help, only_given=True).parse_args(argv))
+    return _of_a_run(modes[0], given, parser)
+
+
+def _parser(description: str, defaults: dict, epoch_help: str, only_given: bool = False) -> argparse.ArgumentParser:
+    """The flags; with `only_given`, those that are not on the command line are left unset."""
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+
+    def flag(name: str, default, text: str, **options):
+        if not isinstance(default, bool):
+            options.setdefault("type", str if default is None else type(default))
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS if only_given else default, help=text, **options)
+
+    def choice(name: str, default: bool, text: str):
+        flag(name, default, text, action=argparse.BooleanOptionalAction)
+
+    flag("epoch", defaults["epoch"], epoch_help)
+    flag("n_way", defaults["n_way"], "classes a task")
+    flag("k_spt", defaults["k_spt"], "support images a class (k-shot)")
+    flag("k_qry", defaults["k_qry"], "query images a class")
+    flag("imgsz", defaults["imgsz"], "images are resized to this square, pixels")
+    flag("imgc", defaults["imgc"], "channels of an image")
+    flag("task_num", defaults["task_num"], "tasks a meta-step (the meta-batch)")
+    flag("meta_lr", defaults["meta_lr"], "learning rate of the outer loop, Adam")
+    flag("update_lr", defaults["update_lr"], "learning rate of the inner loop, SGD on the mean cross-entropy")
+    flag("update_step", defaults["update_step"], "inner steps in training")
+    flag("update_step_test", defaults["update_step_test"], "inner steps in validation and testing")
+    choice("first_order", False, "take the inner gradients as constants (first-order MAML)")
+    flag("net", "paper", "order within a block: paper = conv, batch norm, relu; original = conv, relu, batch norm",
+         choices=["paper", "original"])
+    if "rotations" in defaults:
+        choice("rotations", defaults["rotations"],
+               "in training, every class also turned by 90, 180, 270 degrees as further classes")
+    flag("clip", 0.0, "the outer gradient is clipped to -CLIP..CLIP, value by value (the paper's code: 10 on "
+         "miniImageNet); 0: not at all")
+    choice("skip_nonfinite", False, "go on without an update whose loss or gradient is not finite, and count it, "
+           "instead of stopping there")
+    flag("root", defaults["root"], "folder of the data")
+    if "data_name" in defaults:
+        flag("data_name", defaults["data_name"], "what logs and figures call the data in ROOT; miniImageNet only where "
+             "the splits have its 64, 16 and 20 classes of 600 images")
+    flag("cache", None, "folder of the decoded images; ROOT/cache if not given")
+    choice("synthetic", False, "train on generated images, with no data at all")
+    flag("out", None, "folder of the run; runs/SCRIPT-<n>w<k>s-seed<seed>-<time> if not given")
+    flag("task_chunk", 0, "tasks in memory together at most: less memory, the same result; 0: as fits the device")
+    choice("cuda_graph", True, "on CUDA, capture the training step once and replay it: the same result, sooner")
+    flag("precision", "float32", "of matrix products: tf32 (CUDA) and bf16 are faster and coarser",
+         choices=["float32", "tf32", "bf16"])
+    choice("deterministic", False, "on CUDA, only kernels that give the same bits every time; a CPU always does")
+    flag("seed", 222, "of the initial weights and the training tasks")
+    flag("device", "cuda" if torch.cuda.is_available() else "cpu", "where to compute: cpu, cuda, cuda:1, ...")
+    flag("nc_every", 100, "meta-steps between two neural-collapse measurements on training tasks; 0: none at all")
+    flag("nc_every_late", None, "the same from meta-step 7,500 on; NC_EVERY if not given", type=int)
+    flag("eval_every", 500, "meta-steps between two validations, with metrics on the same held-out tasks")
+    flag("eval_tasks", 100, "tasks of a validation, always the same")
+    flag("test_tasks", 600, "tasks of the test at the end")
+    flag("save_every", 500, "meta-steps between two checkpoints; 0: only at the start, at the end and when stopped")
+    flag("resume", None, f"go on with a stopped run, on its own settings; {_flags(MAY_CHANGE['resume'])} may be given "
+         "anew, and EPOCH may only grow", metavar="RUN_FOLDER")
+    flag("test", None, f"test a finished run again, on its own settings but for {_flags(MAY_CHANGE['test'])} where given",
+         metavar="RUN_FOLDER")
+    flag("from_args", None, "repeat a run, in a new folder; flags that are given change it", metavar="RUN_FOLDER/args.json")
+    if not only_given:
+        parser.set_defaults(script=defaults["script"], print_every=defaults["print_every"])
+    return parser
+
+
+def _flags(names: Sequence[str]) -> str:
+    return ", ".join(f"--{name}" for name in names)
+
+
+def _of_a_run(mode: str, given: dict, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The settings that a run's args.json holds, with those given anew.
+
+    A file of an older version lacks the flags that came later: these take their defaults. A run is resumed only by
+    the version that began it, because a new flag's default need not be what the old code did.
+    """
+    named = Path(given[mode])
+    path = named if mode == "from_args" else named / "args.json"
+    takes = f"--{mode} takes {'the args.json of a run' if mode == 'from_args' else 'the folder of a run'}"
+    defaults = vars(parser.parse_args([]))
+    recorded = _recorded(path, takes)
+    unknown, absent = recorded.keys() - defaults.keys(), defaults.keys() - recorded.keys() - set(MODES)
+    if unknown or recorded.get("script") != defaults["script"] or mode == "resume" and absent:
+        which = ", ".join(sorted(unknown or absent)) or f"script {recorded.get('script')}"
+        raise UserError(f"{path} is not of this script and version ({which}); use the code that made the run")
+    try:
+        settings = vars(parser.parse_args(_as_flags(recorded, defaults)))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if mode == "from_args":
+        return argparse.Namespace(**settings | {"out": None} | given)
+    for name, value in given.items():
+        if name not in MAY_CHANGE[mode] and name != mode and (name == "out" or value != settings[name]):
+            raise UserError(f"--{name} can't be set with --{mode}: the run's own holds; "
+                            f"there are {_flags(MAY_CHANGE[mode])}")
+    if mode == "resume" and given.get("epoch", settings["epoch"]) < settings["epoch"]:
+        raise UserError(f"--epoch {given['epoch']}: the run has {settings['epoch']}; that may only grow")
+    return argparse.Namespace(**settings | given | ({"out": given["resume"]} if mode == "resume" else {}))
+
+
+def _recorded(path: Path, takes: str) -> dict:
+    """What `path` holds under "settings"."""
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}; {takes}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is not what a run writes; {takes}") from error
+    if not isinstance(recorded, dict):
+        raise UserError(f"{path} is not what a run writes; {takes}")
+    return recorded
+
+
+def _as_flags(recorded: dict, defaults: dict) -> list[str]:
+    """The command line that gives these settings, so that a file is checked as strictly as a command line is."""
+    flags = []
+    for name, value in recorded.items():
+        if name in MODES or name in ("script", "print_every") or value is None and defaults[name] is None:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def recorded_settings(args: argparse.Namespace) -> dict:
+    """What args.json holds of them."""
+    return {name: value for name, value in vars(args).items() if name not in MODES}
+
+
+def experiment(args: argparse.Namespace) -> dict:
+    """The settings that a checkpoint must share with the run that goes on from it."""
+    return {name: value for name, value in recorded_settings(args).items()
+            if name not in MAY_CHANGE["resume"] and name != "out"}
+
+
+def meta_steps(args: argparse.Namespace) -> int:
+    """How many meta-steps the run takes: --epoch counts meta-steps, or tasks on miniImageNet, as in the original."""
+    return args.epoch if args.script == "omniglot_train" else args.epoch // args.task_num
+
+
+def check(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse.Namespace], Config]) -> dict:
+    """Refuse settings that can't work, before any image is read.
+
+    Returns:
+        The data's sizes: split -> (classes, images a class).
+    Raises:
+        UserError: one line that names the flag and what it can be.
+    """
+    for name, least in {"epoch": 1, "n_way": 2, "k_spt": 1, "k_qry": 1, "imgsz": 1, "task_num": 1, "update_step": 1,
+                        "update_step_test": 1, "eval_every": 1, "eval_tasks": 2, "test_tasks": 2, "nc_every": 0,
+                        "nc_every_late": 0, "task_chunk": 0, "save_every": 0, "seed": 0}.items():
+        if getattr(args, name) is not None and not least <= getattr(args, name) < 2**31:
+            raise UserError(f"--{name} {getattr(args, name)}: must be a whole number from {least}")
+    for name in ("meta_lr", "update_lr"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name} {getattr(args, name)}: must be a number above 0")
+    if not 0 <= args.clip < math.inf:
+        raise UserError(f"--clip {args.clip}: must be a number above 0, or 0 for none")
+    if args.imgc != dataset.channels:
+        raise UserError(f"--imgc {args.imgc}: {dataset.name} has {dataset.channels}")
+    if meta_steps(args) < 1:
+        raise UserError(f"--epoch {args.epoch}: fewer tasks than one meta-step takes; at least {args.task_num}")
+    if args.task_num % distributed.size():
+        raise UserError(f"--task_num {args.task_num}: {distributed.size()} processes need a multiple of "
+                        f"{distributed.size()}")
+    try:
+        Learner(layers(args), args.imgc, args.imgsz)
+    except ValueError as error:
+        raise UserError(f"--imgsz {args.imgsz}: {error}") from error
+    sizes = dataset.sizes()
+    for split, (classes, images) in sizes.items():
+        classes *= 4 if split == "train" and getattr(args, "rotations", False) else 1
+        if args.n_way > classes:
+            raise UserError(f"--n_way {args.n_way}: {dataset.name} has {classes} classes in its {split} split")
+        if args.k_spt + args.k_qry > images:
+            raise UserError(f"--k_spt {args.k_spt} --k_qry {args.k_qry}: {dataset.name} has {images} images "
+                            f"a class in its {split} split; their sum can be at most that")
+    return sizes
