@@ -2,18 +2,25 @@
 
 import copy
 import gzip
+import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 import files
+import nc_logs
+import nc_statistics
 import plot_nc
+import runs as logs
 
 PROJECT = Path(plot_nc.__file__).parent
 LAYERS = ["block1", "block2", "logits"]
@@ -46,14 +53,9 @@ def rows(shift: float = 0.0) -> list[dict]:
     ]
 
 
-def write_run(folder: Path, log: list[dict] | None = None, name: str = "Omniglot", **settings) -> Path:
-    """A run's folder as the training scripts write it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    usual = {"n_way": 5, "k_spt": 1, "k_qry": 15, "seed": 222, "nc_every": 100, "out": str(folder)}
-    (folder / "args.json").write_text(json.dumps({"settings": usual | settings, "data": {"name": name}}))
-    lines = [json.dumps(row) for row in (rows() if log is None else log)]
-    (folder / "log.jsonl").write_text("".join(line + "\n" for line in lines))
-    return folder
+def write_run(folder: Path, log: list[dict] | None = None, **settings) -> Path:
+    """A run's folder as the training scripts write it, with two hidden layers and three measurements."""
+    return nc_logs.write_run(folder, rows() if log is None else log, **settings)
 
 
 def program(*arguments: object) -> subprocess.CompletedProcess:
@@ -89,8 +91,7 @@ def test_one_run_is_drawn_into_its_folder(tmp_path):
     with Image.open(tmp_path / "run" / "result.png") as picture:
         assert picture.format == "PNG" and picture.width == 1800 and picture.height > 1800
         assert np.asarray(picture.convert("L")).std() > 10, "an empty picture"
-    written = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert written == ["args.json", "log.jsonl", "result.png"]
+    assert [path.name for path in (tmp_path / "run").glob("*.png")] == ["result.png"]
 
 
 def test_three_seeds_twice_give_the_same_bytes(tmp_path):
@@ -100,15 +101,29 @@ def test_three_seeds_twice_give_the_same_bytes(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_no_argument_draws_the_committed_runs(tmp_path, monkeypatch, capsys):
+def test_no_argument_draws_every_figure_of_the_committed_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plot_nc, "HERE", tmp_path)
-    assert "res/omniglot-5w1s" in refused()
-    for seed in (1, 2):
-        write_run(tmp_path / "res" / f"{plot_nc.DEFAULT_RUNS}-seed{seed}", rows(seed), seed=seed)
-    write_run(tmp_path / "res" / "another-setting", n_way=20)
+    assert "no run of the study" in refused()
+    nc_logs.write_study(tmp_path / "res", steps=300, seeds=2)
+    longer = nc_logs.log(300)
+    nc_logs.write_run(tmp_path / "res" / "omniglot-5w1s-32-tasks-seed1", longer, task_num=32)
+    nc_logs.write_run(tmp_path / "res" / f"{logs.STUDY[-1].name}-seed1", longer, name="photographs", k_spt=5)
     plot_nc.main([])
-    assert (tmp_path / "result.png").is_file()
-    assert "2 run(s), Omniglot" in capsys.readouterr().out
+    pictures = {path.name for path in tmp_path.rglob("*.png")}
+    assert pictures == {file for _, file in plot_nc.FIGURES.values()} | {"photographs.png"}
+    said = dict(re.findall(r"wrote .*/(\S+): (\d+) run", capsys.readouterr().out))
+    assert said["result.png"] == "2" and said["nc.png"] == said["layers.png"] == "6"
+    assert said["accuracy.png"] == "7", "the other number of tasks is compared, and in no other figure"
+    assert "-o takes one picture" in refused("-o", tmp_path / "x.png")
+
+
+def test_the_study_takes_only_its_own_runs(tmp_path):
+    """omniglot-5w1s must not take the runs of omniglot-5w1s-first-order-original."""
+    for name in ("omniglot-5w1s-seed2", "omniglot-5w1s-seed1", "omniglot-5w1s-first-order-original-seed1",
+                 "omniglot-5w1s-seeds", "omniglot-5w1s-32-tasks-seed1"):  # fmt: skip
+        write_run(tmp_path / name)
+    found = [path.name for path in logs.committed("omniglot-5w1s", tmp_path)]
+    assert found == ["omniglot-5w1s-seed1", "omniglot-5w1s-seed2"]
 
 
 def test_torch_and_windows_stay_out(tmp_path):
@@ -122,12 +137,12 @@ def test_torch_and_windows_stay_out(tmp_path):
 
 
 def test_panels_axes_and_captions(tmp_path):
-    figure = plot_nc.figure([plot_nc.read_run(write_run(tmp_path / "run", first_order=False, net="paper"))])
+    figure = plot_nc.traces_figure([[logs.read_run(write_run(tmp_path / "run", first_order=False, net="paper"))]])
     words = texts(figure)
     assert len(figure.axes) == 6
     assert all(axes.get_xlabel() == "meta-step" for axes in figure.axes)
     assert "squared feature units" in words and "share of total trace" in words
-    assert "Omniglot" in words and "5-way 1-shot, 15 queries a class, second order, paper network" in words
+    assert "Omniglot" in words and "5-way 1-shot, second order, paper network, 15 queries a class" in words
     assert "layer block2 (last hidden layer)" in words
     assert "8 training tasks or 100 held-out tasks; 1 seed" in words
     assert "within, pure noise: 0.946" in words
@@ -135,14 +150,14 @@ def test_panels_axes_and_captions(tmp_path):
 
 
 def test_synthetic_runs_say_so_in_the_title(tmp_path):
-    run = plot_nc.read_run(write_run(tmp_path / "run", name="synthetic characters"))
+    run = logs.read_run(write_run(tmp_path / "run", name="synthetic characters"))
     title, _ = plot_nc.captions([run], "block2")
     assert "synthetic characters" in title
-    assert title in [text.get_text() for text in plot_nc.figure([run]).texts]
+    assert title in [text.get_text() for text in plot_nc.traces_figure([[run]]).texts]
 
 
 def test_drawn_values_are_those_of_the_chosen_layer(tmp_path):
-    figure = plot_nc.figure([plot_nc.read_run(write_run(tmp_path / "run"))], "logits")
+    figure = plot_nc.traces_figure([[logs.read_run(write_run(tmp_path / "run"))]], "logits")
     assert "layer logits" in texts(figure)
     drawn = {}
     for line in figure.axes[2].get_lines():  # the meta model's traces over the whole run
@@ -158,7 +173,7 @@ def test_drawn_values_are_those_of_the_chosen_layer(tmp_path):
 
 def test_the_first_panels_stop_at_the_early_steps(tmp_path):
     log = [nc_row(step, within=9 + step / 1e4) for step in range(500, 12_001, 500)]
-    figure = plot_nc.figure([plot_nc.read_run(write_run(tmp_path / "run", log))])
+    figure = plot_nc.traces_figure([[logs.read_run(write_run(tmp_path / "run", log))]])
     assert max(figure.axes[0].get_lines()[0].get_xdata()) == 7500
     assert max(figure.axes[2].get_lines()[0].get_xdata()) == 12_000
     assert "first 7,500 meta-steps" in texts(figure) and "held-out" not in texts(figure)
@@ -166,7 +181,7 @@ def test_the_first_panels_stop_at_the_early_steps(tmp_path):
 
 def test_traces_of_very_different_size_get_a_logarithmic_axis(tmp_path):
     log = [nc_row(step, within=90, between=0.5) for step in (100, 200)]
-    figure = plot_nc.figure([plot_nc.read_run(write_run(tmp_path / "run", log))])
+    figure = plot_nc.traces_figure([[logs.read_run(write_run(tmp_path / "run", log))]])
     assert figure.axes[0].get_yscale() == "log" and "log scale" in texts(figure)
     assert figure.axes[1].get_yscale() == "linear"
 
@@ -175,7 +190,7 @@ def test_traces_of_very_different_size_get_a_logarithmic_axis(tmp_path):
 
 
 def test_band_over_tasks_for_one_run(tmp_path):
-    found = plot_nc.curve([plot_nc.read_run(write_run(tmp_path / "run"))], "meta", "within", "block2")
+    found = logs.curve([logs.read_run(write_run(tmp_path / "run"))], "meta", "within", "block2")
     assert found.steps.tolist() == [100, 200, 300]
     assert found.mean.tolist() == [18, 16, 14]
     assert found.high - found.mean == pytest.approx([0.196] * 3)
@@ -184,23 +199,23 @@ def test_band_over_tasks_for_one_run(tmp_path):
 
 def test_band_over_seeds_for_several(tmp_path):
     runs = [write_run(tmp_path / str(seed), rows(seed), seed=seed) for seed in (0, 1, 2)]
-    found = plot_nc.curve(plot_nc.read_runs(runs), "finetuned", "within", "block1")
+    found = logs.curve(logs.read_runs(runs), "finetuned", "within", "block1")
     assert found.mean == pytest.approx([10, 9, 8])
     assert found.high - found.mean == pytest.approx([4.303 / math.sqrt(3)] * 3)  # t(2), deviation 1, 3 seeds
 
 
 @pytest.mark.parametrize("freedom, t", [(1, 12.706), (2, 4.303), (9, 2.262), (11, 2.201), (20, 2.086)])
 def test_student_t(freedom, t):  # from a printed table
-    assert plot_nc.student_t(freedom) == pytest.approx(t, abs=1.1e-3)
+    assert logs.student_t(freedom) == pytest.approx(t, abs=1.1e-3)
 
 
 def test_noise_share():
-    assert plot_nc.noise_share(5, 15) == pytest.approx(14 / 14.8)
+    assert logs.noise_share(5, 15) == pytest.approx(14 / 14.8)
 
 
 def test_runs_of_unequal_length_are_drawn_as_far_as_all_go(tmp_path, capsys):
     runs = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", rows()[:-1], seed=2)]
-    assert plot_nc.curve(plot_nc.read_runs(runs), "meta", "within", "block1").steps.tolist() == [100, 200]
+    assert logs.curve(logs.read_runs(runs), "meta", "within", "block1").steps.tolist() == [100, 200]
     plot_nc.main([*map(str, runs), "-o", str(tmp_path / "both.png")])
     assert "up to meta-step 200" in capsys.readouterr().err
 
@@ -209,10 +224,10 @@ def test_missing_values_are_gaps_and_a_repeated_step_counts_once(tmp_path):
     gap = nc_row(200)
     gap["meta"]["within"]["mean"][1] = None
     log = [nc_row(100, within=1), nc_row(100, within=5), gap]
-    run = plot_nc.read_run(write_run(tmp_path / "run", log))
-    found = plot_nc.curve([run], "meta", "within", "block2")
+    run = logs.read_run(write_run(tmp_path / "run", log))
+    found = logs.curve([run], "meta", "within", "block2")
     assert found.mean[0] == 10 and math.isnan(found.mean[1])
-    plot_nc.figure([run])
+    plot_nc.traces_figure([[run]])
 
 
 # ---- reading
@@ -220,10 +235,10 @@ def test_missing_values_are_gaps_and_a_repeated_step_counts_once(tmp_path):
 
 def test_a_log_itself_and_a_gzipped_one_are_accepted(tmp_path):
     run = write_run(tmp_path / "run")
-    plain = plot_nc.read_run(run / "log.jsonl")
+    plain = logs.read_run(run / "log.jsonl")
     (run / "log.jsonl.gz").write_bytes(gzip.compress((run / "log.jsonl").read_bytes()))
     (run / "log.jsonl").unlink()
-    assert plot_nc.read_run(run / "log.jsonl.gz").rows == plot_nc.read_run(run).rows == plain.rows == rows()
+    assert logs.read_run(run / "log.jsonl.gz").rows == logs.read_run(run).rows == plain.rows == rows()
 
 
 @pytest.mark.parametrize("tail", ['{"kind": "nc", "step": 4', '{"kind": "tr\n'])
@@ -231,7 +246,7 @@ def test_a_half_written_last_line_is_ignored_with_a_note(tmp_path, capsys, tail)
     run = write_run(tmp_path / "run")
     with (run / "log.jsonl").open("a") as log:
         log.write(tail)
-    assert plot_nc.read_log(run / "log.jsonl") == rows()
+    assert logs.read_log(run / "log.jsonl") == rows()
     assert capsys.readouterr().err == f"note: {run / 'log.jsonl'}, line 7: half-written, ignored\n"
 
 
@@ -294,7 +309,7 @@ def test_runs_that_are_not_seeds_of_one_setting_are_refused(tmp_path):
     generated = write_run(tmp_path / "d", name="synthetic characters", seed=2)
     assert "differ in the data set" in refused(first, generated)
     assert "same seed, 1" in refused(first, write_run(tmp_path / "e", seed=1))
-    plot_nc.read_runs([first, write_run(tmp_path / "f", seed=2, device="cuda", root="elsewhere")])
+    logs.read_runs([first, write_run(tmp_path / "f", seed=2, device="cuda", root="elsewhere")])
 
 
 def test_wrong_options(tmp_path):
@@ -306,6 +321,114 @@ def test_wrong_options(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.png", "run"]
 
 
+# ---- the other figures
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Two seeds of each Omniglot setting."""
+    folder = tmp_path_factory.mktemp("study")
+    nc_logs.write_study(folder, steps=300, seeds=2)
+    return nc_statistics.committed_study(folder)
+
+
+def drawn_alike(axes, **wanted) -> list[np.ndarray]:
+    """The y values of the panel's lines with such properties."""
+    return [line.get_ydata() for line in axes.get_lines()
+            if all(getattr(line, f"get_{name}")() == value for name, value in wanted.items())]  # fmt: skip
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("name", plot_nc.FIGURES)
+def test_nothing_overlaps_and_nothing_is_cut_off(study, name, alone):
+    with matplotlib.rc_context():
+        matplotlib.rcParams.update(plot_nc.STYLE)
+        figure = plot_nc.FIGURES[name][0](study[:1] if alone or name == "traces" else study, None)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        boxes = {text.get_text()[:30]: text.get_window_extent() for text in figure.texts}
+        boxes |= {f"legend {i}": legend.get_window_extent() for i, legend in enumerate(figure.legends)}
+        boxes |= {f"panel {i}": axes.get_tightbbox() for i, axes in enumerate(figure.axes)}
+    assert len(figure.texts) == 3 and len(figure.legends) == 1
+    for one, box in boxes.items():
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, f"{one} is cut off"
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, f"{one} is cut off"
+    for (one, box), (other, box2) in itertools.combinations(boxes.items(), 2):
+        width = min(box.x1, box2.x1) - max(box.x0, box2.x0)
+        height = min(box.y1, box2.y1) - max(box.y0, box2.y0)
+        assert min(width, height) < 3, f"{one} overlaps {other}"  # pixels of 1,800
+
+
+def test_nc_draws_each_metric_with_its_null(study):
+    figure = plot_nc.nc_figure(study)
+    assert len(figure.axes) == len(plot_nc.NC_PANELS) * 3
+    words = "\n".join(text.get_text() for text in figure.texts)
+    assert "8 training tasks or 100 held-out tasks" in words and "transductive" in words and "2 seeds" in words
+    runs, panel = study[1], figure.axes[2 * 3 + 1]  # the third metric of the second setting
+    rows = [[row for row in run.rows if row["kind"] == "nc"] for run in runs]
+
+    def expected(metric: str, classes: str) -> list[float]:
+        return [(a["meta"][metric]["mean"][3] + b["meta"][metric]["mean"][3]) / 2
+                for a, b in zip(*rows) if a["classes"] == classes]  # fmt: skip
+
+    lines = [line.tolist() for line in drawn_alike(panel, color=plot_nc.META)]
+    assert lines[0] == pytest.approx(expected("cdnv", "train"))
+    assert lines[1] == pytest.approx(expected("cdnv_null", "heldout"))
+    assert drawn_alike(panel, color=plot_nc.DARKER[plot_nc.META])[0] == pytest.approx(expected("cdnv", "heldout"))
+
+
+def test_a_log_without_nulls_is_drawn_and_said_to_have_none(tmp_path):
+    runs = [logs.read_run(nc_logs.write_run(tmp_path / "run", nc_logs.log(60, null=False)))]
+    for draw in (plot_nc.nc_figure, plot_nc.layers_figure):
+        assert "no null is drawn where the log has none" in draw([runs]).texts[-1].get_text()
+    assert len(plot_nc.nc_figure([runs]).axes[0].get_lines()) == 4  # two models on two kinds of tasks
+
+
+def test_layers_draws_a_line_a_checkpoint_of_either_model(study):
+    figure = plot_nc.layers_figure(study)
+    relative = figure.axes[0]
+    assert len(relative.get_lines()) == 2 * 3 + 1  # steps 0, 250, 300; the null
+    rows = [row for run in study[0] for row in run.rows if row["kind"] == "nc" and row["classes"] == "heldout"]
+    last = np.mean([row["finetuned"]["relative_within"]["mean"] for row in rows if row["step"] == 300], axis=0)
+    assert relative.get_lines()[2].get_ydata() == pytest.approx(last)
+    assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == nc_logs.LAYERS
+    assert "--layer doesn't go" in refused(study[0][0].path, "--figure", "layers", "--layer", "block1")
+
+
+def test_inner_steps_draws_before_early_and_late(study):
+    figure = plot_nc.inner_steps_figure(study)
+    traces, relative = figure.axes[0], figure.axes[3]
+    assert len(traces.get_lines()) == 6 and len(relative.get_lines()) == 3
+    rows = [row for run in study[0] for row in run.rows if row["kind"] == "nc" and row["classes"] == "heldout"]
+    ends = [row["inner"] for row in rows if row["step"] == 300]
+    within, between = (np.array([end[name]["mean"] for end in ends])[:, :, 3] for name in ("within", "between"))
+    assert relative.get_lines()[-1].get_ydata() == pytest.approx((within / (within + between)).mean(0))
+    assert figure.axes[9].get_lines()[-1].get_ydata() == pytest.approx(
+        np.mean([end["accuracy"]["mean"] for end in ends], axis=0)
+    )
+
+
+def test_collapse_vs_accuracy_draws_every_checkpoint_and_says_the_correlation(study):
+    figure = plot_nc.collapse_figure(study)
+    points = np.concatenate([drawn.get_offsets() for drawn in figure.axes[0].collections])
+    rows = [row for group in study for run in group for row in run.rows if row.get("classes") == "heldout"]
+    expected = [[row["finetuned"]["cdnv"]["mean"][3], 100 * (1 - row["inner"]["accuracy"]["mean"][-1])] for row in rows]
+    np.testing.assert_allclose(sorted(points.tolist()), sorted(expected))
+    assert figure.axes[0].get_xscale() == figure.axes[0].get_yscale() == "log"
+    legend = figure.legends[0].get_texts()[0].get_text()
+    assert legend.startswith("5-way 1-shot, second order, 2 seeds: r = 1.00 [") and legend.endswith("from step 1,000: undefined")
+    without = [row for row in nc_logs.log(60) if row.get("classes") != "heldout"]
+    run = nc_logs.write_run(Path(study[0][0].path).parent / "trained", without)
+    assert "no measurement on held-out tasks" in refused(run, "--figure", "collapse_vs_accuracy")
+
+
+def test_seeds_are_averaged_and_settings_kept_apart(tmp_path):
+    for name, seed, first_order in (("a", 1, False), ("b", 2, False), ("c", 1, True)):
+        write_run(tmp_path / name, seed=seed, first_order=first_order)
+    groups = logs.grouped([tmp_path / name for name in "acb"])
+    assert [[run.path.name for run in runs] for runs in groups] == [["a", "b"], ["c"]]
+
+
 # ---- accuracy
 
 
@@ -315,10 +438,14 @@ def test_accuracy_draws_a_line_for_each_setting(tmp_path):
         log = [{"kind": "val", "step": step, "acc": [0.2, 0.5 + first_order / 4], "ci95": [0.01, 0.02], "tasks": 100}
                for step in (0, 500)]
         runs.append(write_run(tmp_path / name, log, first_order=first_order))
-    (axes,) = plot_nc.accuracy_figure([plot_nc.read_run(run) for run in runs]).axes
-    assert [line.get_label() for line in axes.get_lines()] == ["second order", "first order"]
-    assert axes.get_lines()[1].get_ydata()[-1] == 75
-    plot_nc.main([*map(str, runs), "--accuracy", "-o", str(tmp_path / "accuracy.png")])
-    assert (tmp_path / "accuracy.png").exists()
+    figure = plot_nc.accuracy_figure(logs.grouped(runs))
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [label.split(", ")[1] for label in labels] == ["second order", "first order"]
+    assert [line.get_ydata().tolist() for line in figure.axes[0].get_lines()] == [[50, 50], [75, 75]]
+    plot_nc.main([*map(str, runs), "--figure", "accuracy"])
+    assert (runs[0] / "accuracy.png").exists()
+    seeds = [write_run(tmp_path / str(seed), [nc_logs.val_row(0, 0.5 + seed / 10)], seed=seed) for seed in (1, 2, 3)]
+    found = logs.validation(logs.read_runs(seeds))
+    assert found.mean == pytest.approx([0.7]) and found.high == pytest.approx([0.7 + 4.303 * 0.1 / math.sqrt(3)])
     unvalidated = write_run(tmp_path / "unvalidated", [nc_row(0)])
-    assert "holds no validation accuracy" in refused(unvalidated, "--accuracy", "-o", tmp_path / "x.png")
+    assert "holds no validation accuracy" in refused(unvalidated, "--figure", "accuracy")

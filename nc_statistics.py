@@ -1,0 +1,467 @@
+"""The study's numbers, computed from the logs under res/ and written where the README shows them.
+
+    python nc_statistics.py            rewrite res/statistics.md and the README's tables
+    python nc_statistics.py --check    exit with status 2 if they aren't what the logs give
+
+In README.md the tables stand between `<!-- statistics -->` and `<!-- /statistics -->` (the claims, short) and between
+`<!-- accuracies -->` and `<!-- /accuracies -->`; res/statistics.md has both, and every metric, layer and model.
+
+A number is computed for each run first; then come the mean over runs, which differ only in their seed, and its 95% t
+interval. Correlations go through Fisher's z. Two moments recur: `FROM_STEP`, where the original's decline begins to
+count, and the end, which is the mean over the last tenth of training.
+"""
+
+import itertools
+import math
+from pathlib import Path
+from typing import Callable, NamedTuple, Sequence
+
+import numpy as np
+
+import files
+import runs as logs
+from runs import Run
+
+HERE = Path(__file__).resolve().parent
+FROM_STEP = 100  # changes are counted from the measurement nearest to this meta-step
+SLOPE_FROM = 30  # meta-steps; the first measurement whose step has a logarithm
+END_SHARE = 0.1  # the last part of training, whose measurements are averaged to "the end"
+LATE = 1_000  # meta-steps: slopes and correlations are given from here on too, past the fast beginning
+
+MODELS = ("meta", "finetuned")
+NAMES = {  # of the logged metrics, in tables
+    "relative_within": "NC1: relative within trace",
+    "relative_within_unbiased": "NC1: relative within trace, unbiased",
+    "nc1": "NC1: tr(S_W pinv S_B) / C",
+    "cdnv": "CDNV",
+    "equinorm": "NC2: equinorm",
+    "equiangularity": "NC2: equiangularity",
+    "etf_error": "NC2: ETF error",
+    "self_duality": "NC3: self-duality",
+    "ncc_mismatch": "NC4: mismatch with the nearest class mean",
+    "ncc_accuracy": "NC4: nearest-class-mean accuracy",
+}
+
+# In percent, MAML / first order; as published (see accuracies).
+PUBLISHED = {
+    ("Omniglot", 5, 1): "98.7 ± 0.4 / 98.3 ± 0.5",
+    ("Omniglot", 5, 5): "99.9 ± 0.1 / 99.2 ± 0.2",
+    ("Omniglot", 20, 1): "95.8 ± 0.3 / 89.4 ± 0.5",
+    ("Omniglot", 20, 5): "98.9 ± 0.2 / 97.9 ± 0.1",
+    ("miniImageNet", 5, 1): "48.70 ± 1.84 / 48.07 ± 1.75",
+    ("miniImageNet", 5, 5): "63.11 ± 0.92 / 63.15 ± 0.91",
+}
+
+
+class Estimate(NamedTuple):
+    """A mean over runs and the edges of its 95% interval; the edges are nan for a single run."""
+
+    mean: float
+    low: float
+    high: float
+
+
+# ---- numbers of one run
+
+
+def at(run: Run, model: str, metric: str, layer: str, classes: str, step: int) -> float:
+    """The metric at a measured step."""
+    found = logs.series(run, model, metric, layer, classes)
+    return float(found.mean[found.steps.tolist().index(step)])
+
+
+def first_step(run: Run, classes: str = "train") -> int:
+    """The measured step nearest to FROM_STEP."""
+    return logs.nearest(sorted(logs.measurements(run, classes)), FROM_STEP)
+
+
+def at_end(run: Run, model: str, metric: str, layer: str, classes: str) -> float:
+    """The mean over the measurements of the last tenth of training."""
+    found = logs.series(run, model, metric, layer, classes)
+    return float(found.mean[found.steps >= end_from(run)].mean())
+
+
+def end_from(run: Run) -> float:
+    """Where the last tenth of training begins, in meta-steps."""
+    return (1 - END_SHARE) * max(max(logs.measurements(run, classes), default=0) for classes in ("train", "heldout"))
+
+
+def change(run: Run, model: str, metric: str, layer: str) -> float:
+    """From the step nearest to FROM_STEP to the end, on training tasks."""
+    return at_end(run, model, metric, layer, "train") - at(run, model, metric, layer, "train", first_step(run))
+
+
+def slope(run: Run, model: str, metric: str, layer: str, from_step: int) -> float:
+    """Change of the metric per tenfold of meta-steps on training tasks: least squares on log10 of the step.
+
+    Nan for fewer than three measurements.
+    """
+    found = logs.series(run, model, metric, layer, "train")
+    used = found.steps >= from_step
+    if used.sum() < 3:
+        return math.nan
+    x, y = np.log10(found.steps[used]), found.mean[used]
+    x = x - x.mean()
+    return float((x * y).sum() / (x * x).sum())
+
+
+def models_apart(run: Run, metric: str, layer: str, classes: str) -> float:
+    """Finetuned minus meta at the end."""
+    finetuned, meta = (at_end(run, model, metric, layer, classes) for model in ("finetuned", "meta"))
+    return finetuned - meta
+
+
+def classes_apart(run: Run, model: str, metric: str, layer: str) -> float:
+    """Held-out minus training tasks at the end."""
+    heldout, train = (at_end(run, model, metric, layer, classes) for classes in ("heldout", "train"))
+    return heldout - train
+
+
+def from_null(run: Run, model: str, metric: str, layer: str) -> float:
+    """The metric minus its permuted-label null at the end, on held-out tasks."""
+    value, null = (at_end(run, model, metric + suffix, layer, "heldout") for suffix in ("", "_null"))
+    return value - null
+
+
+def collapse_and_error(run: Run, layer: str, from_step: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, CDNV of the finetuned model's layer, and the error after the inner steps, on the same held-out tasks."""
+    cdnv = logs.series(run, "finetuned", "cdnv", layer, "heldout")
+    error = [1 - logs.inner_steps([run], "accuracy", layer, "heldout", int(step)).mean[-1] for step in cdnv.steps]
+    used = cdnv.steps >= from_step
+    return cdnv.steps[used], cdnv.mean[used], np.array(error)[used]
+
+
+def correlation(run: Run, layer: str, from_step: int = 0) -> float:
+    """Pearson's correlation of log CDNV with log held-out error over a run's checkpoints; nan for fewer than three."""
+    _, cdnv, error = collapse_and_error(run, layer, from_step)
+    if len(cdnv) < 3:
+        return math.nan
+    with np.errstate(divide="ignore", invalid="ignore"):  # an error of 0 has no logarithm: nan
+        return float(np.corrcoef(np.log(cdnv), np.log(error))[0, 1])
+
+
+# ---- over seeds
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """Mean over runs and its 95% t interval."""
+    values = np.array(values, float)
+    half = float(logs.half_interval(values))
+    return Estimate(float(values.mean()), float(values.mean()) - half, float(values.mean()) + half)
+
+
+def correlations_over_seeds(values: Sequence[float]) -> Estimate:
+    """The same for correlations, through Fisher's z, which keeps the interval within -1..1."""
+    return Estimate(*(math.tanh(edge) for edge in over_seeds(np.arctanh(np.array(values, float)))))
+
+
+def written(estimate: Estimate) -> str:
+    """ "0.38 ± 0.02", or "0.97 [0.93, 0.99]" where the interval isn't symmetric; for a single run the mean alone."""
+    mean, low, high = estimate
+    half = (high - low) / 2
+    if not half > 0:  # a single run, or all runs equal
+        return number(mean)
+    decimals = min(max(1 - math.floor(math.log10(half)), 0), 4)  # two digits of the half-width, four at most
+    mean_text, low_text, high_text, half_text = (_fixed(value, decimals) for value in (mean, low, high, half))
+    if math.isclose(mean - low, high - mean, rel_tol=1e-6):
+        return f"{mean_text} ± {half_text}"
+    return f"{mean_text} [{low_text}, {high_text}]"
+
+
+def number(value: float) -> str:
+    """Three significant digits."""
+    if not math.isfinite(value):
+        return "undefined"
+    return _fixed(value, max(2 - math.floor(math.log10(abs(value))), 0) if value else 0)
+
+
+def _fixed(value: float, decimals: int) -> str:
+    """With a typographic minus sign, and none for zero."""
+    return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+
+
+# ---- tables: a row is a label and a function of a setting's runs and a layer
+
+Row = tuple[str, Callable[[Sequence[Run], str], str]]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def filled(rows: Sequence[Row], columns: Sequence[tuple[Sequence[Run], str]]) -> list[list[str]]:
+    """The rows' cells, one for each column's runs and layer."""
+    return [[label, *(cell(runs, layer) for runs, layer in columns)] for label, cell in rows]
+
+
+def estimate(runs: Sequence[Run], value: Callable[[Run], float]) -> str:
+    """A number of each run, over the runs."""
+    return written(over_seeds([value(run) for run in runs]))
+
+
+def moved(runs: Sequence[Run], start: Callable[[Run], float], end: Callable[[Run], float]) -> str:
+    """From where to where, as means over the runs."""
+    return " → ".join(number(over_seeds([value(run) for run in runs]).mean) for value in (start, end))
+
+
+def trace_rows(model: str, metric: str, step: str) -> list[Row]:
+    """How a metric moves on training tasks: from step to end, the change, the slope."""
+
+    def slope_row(first: int) -> Row:
+        return (f"{model}, slope a tenfold of steps, from step {first:,}",
+                lambda runs, layer: estimate(runs, lambda run: slope(run, model, metric, layer, first)))
+
+    return [
+        (f"{model}, step {step} → end", lambda runs, layer: moved(
+            runs,
+            lambda run: at(run, model, metric, layer, "train", first_step(run)),
+            lambda run: at_end(run, model, metric, layer, "train"))),
+        (f"{model}, change", lambda runs, layer: estimate(runs, lambda run: change(run, model, metric, layer))),
+        slope_row(SLOPE_FROM),
+        slope_row(LATE),
+    ]  # fmt: skip
+
+
+def difference_rows(metric: str) -> list[Row]:
+    """At the end: finetuned against meta on either classes, held-out against training for either model."""
+    return [
+        *((f"finetuned \N{MINUS SIGN} meta, {label}",
+           lambda runs, layer, classes=classes: estimate(
+               runs, lambda run: models_apart(run, metric, layer, classes)))
+          for classes, label in (("train", "training tasks"), ("heldout", "held-out tasks"))),
+        *((f"held-out \N{MINUS SIGN} training tasks, {model}",
+           lambda runs, layer, model=model: estimate(
+               runs, lambda run: classes_apart(run, model, metric, layer)))
+          for model in MODELS),
+    ]  # fmt: skip
+
+
+def correlation_rows() -> list[Row]:
+    """CDNV of the finetuned model against held-out error, over all checkpoints and over the late ones."""
+
+    def row(name: str, first: int) -> Row:
+        return name, lambda runs, layer: written(
+            correlations_over_seeds([correlation(run, layer, first) for run in runs]))
+
+    return [row("all checkpoints", 0), row(f"from step {LATE:,}", LATE)]
+
+
+def null_rows(model: str) -> list[Row]:
+    """Each metric before training and at the end, and how far the end is from its null."""
+
+    def cell(runs: Sequence[Run], layer: str, metric: str) -> str:
+        return f"{untrained_to_end(runs, model, metric, layer)}; {end_from_null(runs, model, metric, layer)}"
+
+    return [(name, lambda runs, layer, metric=metric: cell(runs, layer, metric)) for metric, name in NAMES.items()]
+
+
+def untrained_to_end(runs: Sequence[Run], model: str, metric: str, layer: str) -> str:
+    return moved(
+        runs,
+        lambda run: at(run, model, metric, layer, "heldout", 0),
+        lambda run: at_end(run, model, metric, layer, "heldout"),
+    )
+
+
+def end_from_null(runs: Sequence[Run], model: str, metric: str, layer: str) -> str:
+    if not logs.is_logged(runs, model, f"{metric}_null", "heldout"):
+        return "null not logged"
+    return estimate(runs, lambda run: from_null(run, model, metric, layer))
+
+
+def null_at_end(runs: Sequence[Run], model: str, metric: str, layer: str) -> str:
+    if not logs.is_logged(runs, model, f"{metric}_null", "heldout"):
+        return "not logged"
+    return estimate(runs, lambda run: at_end(run, model, f"{metric}_null", layer, "heldout"))
+
+
+# ---- what is written
+
+
+def claims(study: Sequence[Sequence[Run]]) -> str:
+    """The README's table: a column a setting, a row a claim, at the last hidden layer."""
+    step = _steps(study)
+    hidden = [(runs, logs.last_hidden(runs[0])) for runs in study]
+    logits = [(runs, logs.layers_of(runs[0])[-1]) for runs in study]
+    layer = _one({layer for _, layer in hidden})
+    sections = [
+        (f"Relative within trace of the last hidden layer ({layer}), training tasks",
+         [row for model in MODELS for row in trace_rows(model, "relative_within", step)], hidden),
+        (f"Relative within trace of {layer} at the end", difference_rows("relative_within"), hidden),
+        ("The same at the logits", difference_rows("relative_within"), logits),
+        (f"Finetuned, {layer}, held-out tasks: untrained → end; end \N{MINUS SIGN} null",
+         null_rows("finetuned"), hidden),
+        (f"Correlation of log CDNV ({layer}, finetuned) with log held-out error", correlation_rows(), hidden),
+    ]  # fmt: skip
+    rows = [["seeds", *(str(len(runs)) for runs in study)]]
+    for heading, section, columns in sections:
+        rows += [[f"**{heading}**", *[""] * len(study)], *filled(section, columns)]
+    return table(["", *(_heading(runs) for runs in study)], rows) + "\n\n" + notes(study)
+
+
+def notes(study: Sequence[Sequence[Run]]) -> str:
+    """What the tables' words mean, with the steps that these runs have."""
+    tasks = {classes: _one({logs.tasks_of(runs, classes) for runs in study}) for classes in ("train", "heldout")}
+    ends = _one({math.ceil(end_from(run)) for runs in study for run in runs})
+    return (
+        "± and [ ] are 95% t intervals over seeds (of correlations through Fisher's z), one at a time, not corrected "
+        "for their number; a single seed has none. The held-out tasks are the same for every seed: the intervals don't "
+        f"cover their choice. Step {_steps(study)}: the measurement nearest to {FROM_STEP}. The end: mean over the "
+        f"measurements of the last tenth of training, from step {ends}. Slope: least squares on log10 of the step. "
+        f"Null: the same metric with permuted labels. A measurement: {tasks['train']} training tasks or "
+        f"{tasks['heldout']} held-out tasks, features of their query sets, normalised by the query batch's own "
+        "statistics. Held-out error: after the inner steps of training, on the same tasks as CDNV. Correlations are "
+        "over the checkpoints of a run, along which both move with training: they say that the two go together, not "
+        "that one makes the other."
+    )
+
+
+def details(runs: Sequence[Run]) -> str:
+    """Every layer, model and metric of one setting."""
+    last = logs.last_hidden(runs[0])
+    columns = [(runs, layer) for layer in logs.layers_of(runs[0])]
+    header = ["", *(layer for _, layer in columns)]
+    step = _steps([runs])
+    parts = [f"## {logs.describe(runs[0], data=True)}, {len(runs)} seed{'s' * (len(runs) > 1)}"]
+    for metric in ("relative_within", "relative_within_unbiased"):
+        rows = [row for model in MODELS for row in trace_rows(model, metric, step)]
+        parts += [f"{NAMES[metric]}, training tasks:", table(header, filled(rows, columns))]
+    for metric in ("relative_within", "cdnv"):
+        parts += [f"{NAMES[metric]}, at the end:", table(header, filled(difference_rows(metric), columns))]
+    parts += ["Correlation of log CDNV (finetuned) with log held-out error:",
+              table(header, filled(correlation_rows(), columns))]  # fmt: skip
+    rows = [
+        [name, model, *(cell(runs, model, metric, last) for cell in (untrained_to_end, null_at_end, end_from_null))]
+        for metric, name in NAMES.items()
+        for model in MODELS
+    ]
+    header = ["", "model", "untrained → end", "null at the end", "end \N{MINUS SIGN} null"]
+    return "\n\n".join([*parts, f"Held-out tasks, {last}:", table(header, rows)])
+
+
+def accuracies(groups: Sequence[Sequence[Run]]) -> str:
+    """Test accuracy of every committed run, beside the published ones: a row a setting."""
+    header = ["", "meta-steps x tasks", "test accuracy, %", "each seed ± over tasks", "minutes a run", "published, %"]
+    rows = []
+    for runs in groups:
+        tests = [logs.read_json(run, "result.json")["test"] for run in runs]
+        percent = [100 * test["accuracy"][-1] for test in tests]
+        seeds = (f"{run.settings['seed']}: {value:.2f} ± {100 * test['ci95'][-1]:.2f}"
+                 for run, value, test in zip(runs, percent, tests))  # fmt: skip
+        task = runs[0].data["name"], runs[0].settings["n_way"], runs[0].settings["k_spt"]
+        steps = _one({logs.read_json(run, "args.json")["meta_steps"] for run in runs})
+        rows.append([
+            _heading(runs, data=True), f"{steps} x {runs[0].settings['task_num']}",
+            written(over_seeds(percent)) if len(runs) > 1 else f"{percent[0]:.2f}", "<br>".join(seeds), _machine(runs),
+            PUBLISHED.get(task, ""),
+        ])  # fmt: skip
+    return table(header, rows) + "\n\n" + _accuracy_notes(groups)
+
+
+def _accuracy_notes(groups: Sequence[Sequence[Run]]) -> str:
+    tests = [logs.read_json(run, "result.json")["test"] for runs in groups for run in runs]
+    tasks, queries, steps = (
+        _one({pick(test) for test in tests})
+        for pick in (lambda test: test["tasks"], lambda test: test["k_qry"], lambda test: test["inner_steps"][-1])
+    )
+    return (
+        f"On {tasks} tasks of the test classes, {queries} queries a class, after {steps} inner steps, with the weights "
+        "of the best validation accuracy. ±: 95%, a t interval over seeds, normal over tasks. Published: MAML / "
+        "first-order MAML (Finn, Abbeel, Levine 2017; first order on Omniglot from Nichol, Achiam, Schulman 2018), "
+        "after 60,000 meta-steps of 32 tasks (5-way Omniglot) and with as many queries a class as shots. With more "
+        "queries the same model measures lower, because batch norm uses the query batch's own statistics, and these "
+        "runs are shorter: the published numbers are for orientation."
+    )
+
+
+def _machine(runs: Sequence[Run]) -> str:
+    """Minutes from the fastest run to the slowest, and what they ran on."""
+    minutes = sorted({round(logs.read_json(run, "timing.json")["training_minutes"]) for run in runs})
+    devices = [logs.read_json(run, "args.json")["device"] for run in runs]
+    names = {
+        f"{device['name']}, {device['threads']} thread{'s' * (device['threads'] > 1)}"
+        if device["type"] == "cpu"
+        else device["name"]
+        for device in devices
+    }
+    return f"{' to '.join(str(value) for value in sorted({minutes[0], minutes[-1]}))}; {_one(names)}"
+
+
+def _heading(runs: Sequence[Run], data: bool = False) -> str:
+    """A setting's name; with its data set where that isn't Omniglot."""
+    return logs.describe(runs[0], data=data or runs[0].data["name"] != "Omniglot")
+
+
+def _steps(study: Sequence[Sequence[Run]]) -> str:
+    return _one({first_step(run) for runs in study for run in runs})
+
+
+def _one(values: set) -> str:
+    """What all agree on; else all of it, joined by "or"."""
+    return " or ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in sorted(values))
+
+
+# ---- the program
+
+
+def committed_study(folder: Path) -> list[list[Run]]:
+    """The study's settings that have runs in `folder`, in the study's order.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = [paths for setting in logs.STUDY if (paths := logs.committed(setting.name, folder))]
+    if not found:
+        raise files.UserError(f"no run of the study in {folder}; run it first: python study.py, and --collect")
+    return [logs.read_runs(paths) for paths in found]
+
+
+def documents(home: Path) -> dict[Path, str]:
+    """The files that hold numbers, with the text that the logs under `home`/res give them.
+
+    Raises:
+        UserError: a log is missing or broken, or README.md has no place for the tables.
+    """
+    study = committed_study(home / "res")
+    trained = sorted({path.parent for path in (home / "res").glob("*/result.json")})
+    marked = {"statistics": claims(study), "accuracies": accuracies(logs.grouped(trained))}
+    readme = home / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, body in marked.items():
+        text = between_markers(text, name, body, readme)
+    whole = ["# The study's numbers", "Written by `python nc_statistics.py` from the logs in this folder.",
+             marked["statistics"], "## Accuracy", marked["accuracies"], *(details(runs) for runs in study)]
+    return {home / "res" / "statistics.md": "\n\n".join(whole) + "\n", readme: text}
+
+
+def between_markers(text: str, name: str, body: str, path: Path) -> str:
+    """`text` with `body` between `<!-- name -->` and `<!-- /name -->`.
+
+    Raises:
+        UserError: the markers aren't there, once each, in order.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise files.UserError(f"{path} needs one {start} and after it one {end}, where the numbers go")
+    return f"{text[:text.index(start)]}{start}\n{body}\n{text[text.index(end):]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the tables, or with --check say which aren't what the logs give."""
+    parser = files.Parser(description="Compute the study's numbers from the logs in res/; write them where they stand.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file would change")
+    options = parser.parse_args(arguments)
+    for path, text in documents(HERE).items():
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            print(f"{path.relative_to(HERE)}: as the logs give it")
+        elif options.check:
+            raise files.UserError(f"{path} isn't what the logs in res/ give; run python nc_statistics.py")
+        else:
+            with files.atomic(path, "w") as file:
+                file.write(text)
+            print(f"wrote {path.relative_to(HERE)}")
+
+
+if __name__ == "__main__":
+    files.run(main)

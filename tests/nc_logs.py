@@ -1,0 +1,113 @@
+"""Runs as the training scripts leave them, with curves that the tests choose: no training, no torch.
+
+    python tests/nc_logs.py FOLDER     three seeds of each Omniglot setting of the study, to try the figures on
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+
+LAYERS = ["block1", "block2", "block3", "block4", "logits"]
+INNER_STEPS = 5
+
+# Each metric's value on permuted labels, before training, and where it ends, at the last hidden layer.
+METRICS = {
+    "within": (20.0, 19.0, 30.0), "between": (1.0, 2.6, 60.0),
+    "relative_within": (0.946, 0.88, 0.34), "relative_within_unbiased": (1.0, 0.93, 0.30),
+    "within_unbiased": (21.0, 20.0, 32.0), "between_unbiased": (0.0, 1.5, 58.0),
+    "nc1": (6.9, 0.63, 0.15), "cdnv": (7.0, 3.2, 0.31), "equinorm": (0.12, 0.123, 0.20),
+    "equiangularity": (0.11, 0.146, 0.16), "etf_error": (0.58, 0.38, 0.46), "self_duality": (2.0, 1.33, 0.97),
+    "ncc_accuracy": (0.2, 0.478, 0.90), "ncc_mismatch": (0.75, 0.22, 0.06),
+}  # fmt: skip
+
+
+def usual(model: str, metric: str, layer: int, step: int, classes: str) -> float:
+    """A plausible value: metrics move from start to end as training goes on, deeper layers more, meta a little less."""
+    name = metric.removesuffix("_null")
+    null, start, end = METRICS[name]
+    if metric != name:
+        return null
+    moved = (1 - math.exp(-step / 400)) * (layer + 1) / 4 * (1.0 if model == "finetuned" else 0.9)
+    moved = min(moved, 1.1) * (0.97 if classes == "heldout" else 1.0)
+    return start * (end / start) ** moved if start > 0 and end > 0 else start + moved * (end - start)
+
+
+def nc_row(step: int, classes: str = "train", value: Callable = usual, tasks: int = 8, null: bool = True,
+           noise: Callable[[], float] = lambda: 0.0) -> dict:
+    """One measurement; `value(model, metric, layer, step, classes)` gives each mean, `noise` a relative error."""
+
+    def summary(mean: list) -> dict:
+        return {"mean": mean, "se": [None if m is None else 0.02 * abs(m) for m in mean]}
+
+    def metric(model: str, name: str) -> dict:
+        layers = range(len(LAYERS))
+        means = [value(model, name, layer, step, classes) * (1 + noise()) for layer in layers]
+        if name.startswith("self_duality"):
+            means = [means[layer] if layer == len(LAYERS) - 2 else None for layer in layers]
+        return summary(means)
+
+    names = [name + suffix for name in METRICS for suffix in ("", "_null")[: 1 + null]]
+    models = {model: {name: metric(model, name) for name in names} for model in ("meta", "finetuned")}
+    ends = {name: [models[model][name]["mean"] for model in ("meta", "finetuned")] for name in ("within", "between")}
+    share = np.linspace(0, 1, INNER_STEPS + 1)
+    inner = {name: [[a + s * (b - a) for a, b in zip(*pair)] for s in share] for name, pair in ends.items()}
+    best = models["finetuned"]["ncc_accuracy"]["mean"][-2]
+    accuracy = [0.2] + [best * (1 - 0.1 / k) for k in range(1, INNER_STEPS + 1)]
+    return {
+        "kind": "nc", "step": step, "classes": classes, "tasks": tasks, "layers": LAYERS, **models,
+        "inner": {name: {"mean": rows, "se": [[0.02 * v for v in row] for row in rows]} for name, rows in inner.items()}
+        | {"accuracy": {"mean": accuracy, "se": [0.01] * len(accuracy)}},
+    }  # fmt: skip
+
+
+def val_row(step: int, accuracy: float) -> dict:
+    return {"kind": "val", "step": step, "acc": [0.2] + [accuracy] * 10, "ci95": [0.01] * 11, "tasks": 100}
+
+
+def log(steps: int = 600, every: int = 30, eval_every: int = 250, **options) -> list[dict]:
+    """The log of a run of so many meta-steps, measured as the study's."""
+    rows = []
+    for step in range(steps + 1):
+        if step % eval_every == 0 or step == steps:
+            row = nc_row(step, "heldout", tasks=100, **options)
+            rows += [val_row(step, row["inner"]["accuracy"]["mean"][-1]), row]
+        if step % every == 0 and step < steps:
+            rows.append(nc_row(step, **options))
+    return rows
+
+
+def write_run(folder: Path, rows: list[dict], name: str = "Omniglot", accuracy: float = 0.9, **settings) -> Path:
+    """A finished run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"n_way": 5, "k_spt": 1, "k_qry": 15, "task_num": 8, "epoch": 600, "first_order": False, "net": "paper",
+                "update_step_test": 10, "seed": 1, "nc_every": 30, "out": str(folder)} | settings  # fmt: skip
+    args = {"settings": settings, "meta_steps": settings["epoch"], "data": {"name": name},
+            "device": {"type": "cpu", "name": "a processor", "threads": 1}}  # fmt: skip
+    test = {"accuracy": [0.2] + [accuracy] * 10, "ci95": [0.01] + [0.006] * 10, "inner_steps": list(range(11)),
+            "tasks": 600} | {name: settings[name] for name in ("n_way", "k_spt", "k_qry")}  # fmt: skip
+    for file, content in {
+        "args.json": args, "timing.json": {"training_minutes": 50.5, "meta_steps": settings["epoch"]},
+        "result.json": {"data": name, "test": test, "best_step": settings["epoch"], "val_accuracy": accuracy},
+    }.items():  # fmt: skip
+        (folder / file).write_text(json.dumps(content))
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def write_study(folder: Path, steps: int = 6000, seeds: int = 3, spread: float = 0.03, every: int = 30) -> None:
+    """Runs of the study's Omniglot settings, with relative errors of `spread`."""
+    settings = {"omniglot-5w1s": {}, "omniglot-5w5s": {"k_spt": 5},
+                "omniglot-5w1s-first-order-original": {"first_order": True, "net": "original"}}  # fmt: skip
+    for index, (name, options) in enumerate(settings.items()):
+        for seed in range(1, seeds + 1):
+            generator = np.random.default_rng(10 * index + seed)
+            rows = log(steps, every, noise=lambda: spread * generator.standard_normal())
+            write_run(folder / f"{name}-seed{seed}", rows, epoch=steps, seed=seed, **options)
+
+
+if __name__ == "__main__":
+    write_study(Path(sys.argv[1]))
