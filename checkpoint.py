@@ -20,7 +20,7 @@ from torch import Tensor
 
 import distributed
 import record
-from files import UserError, atomic
+from files import UserError, atomic, contents
 from meta import Meta
 from splits import Sampler
 
@@ -46,17 +46,13 @@ def read(path: Path, device: torch.device, remedy: str) -> dict:
         FileNotFoundError: there is none.
         UserError: it can't be read, or is cut, damaged, or not such a file; the line ends in `remedy`.
     """
+    data = io.BytesIO(contents(path, remedy))
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}; check its rights") from error
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with zipfile.ZipFile(data) as archive:
             if archive.testzip():  # torch.load doesn't look at the checksums
                 raise ValueError("wrong checksum")
-        value = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        data.seek(0)
+        value = torch.load(data, map_location=device, weights_only=True)
         if not isinstance(value, dict):
             raise ValueError("no dictionary")
     except Exception as error:  # whatever zipfile, pickle and torch make of damage

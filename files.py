@@ -7,6 +7,7 @@ line that says what is wrong and what to do, with exit status 2 (`run`).
 import argparse
 import contextlib
 import os
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -56,6 +57,25 @@ def atomic(path: Path, mode: str = "wb", remedy: str = "free some space or name 
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def contents(path: Path, remedy: str) -> bytes:
+    """What the file `path` holds.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it is a folder, a pipe (which would be waited on for ever) or a device, or can't be read; the line
+            ends in `remedy`.
+    """
+    path = _without_nul(path)
+    try:
+        if stat.S_ISREG(os.stat(path).st_mode):
+            return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}; {remedy}") from error
+    raise UserError(f"{path} is not a file; {remedy}")
 
 
 def _without_nul(path: Path) -> Path:
@@ -110,7 +130,7 @@ def locked(path: Path, wait: bool = True, remedy: str = "name another folder") -
 def _take_lock(path: Path, wait: bool) -> int | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)  # a link may lead outside
         try:
             try:
                 if fcntl is None:

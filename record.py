@@ -136,10 +136,12 @@ class Log:
 
     def __init__(self, path: Path, keep: int = 0):
         self.path = path
+        if distributed.rank() > 0:
+            self.file = open(os.devnull, "wb", buffering=0)
+            return
+        if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
+            raise UserError(f"{path} is not a file of its own; remove it")  # a link may lead out of the folder
         try:
-            if distributed.rank() > 0:
-                self.file = open(os.devnull, "wb", buffering=0)
-                return
             self.file = open(path, "r+b" if keep else "wb", buffering=0)
         except FileNotFoundError as error:
             raise UserError(f"{path} is missing, and the run can't go on without it; put it back") from error

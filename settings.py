@@ -13,7 +13,7 @@ from typing import Callable, Sequence
 import torch
 
 import distributed
-from files import Parser, UserError
+from files import Parser, UserError, contents
 from learner import Config, Learner
 from splits import Dataset
 
@@ -146,8 +146,8 @@ def _of_a_run(mode: str, given: dict, parser: argparse.ArgumentParser) -> argpar
 def _recorded(path: Path, takes: str) -> dict:
     """What `path` holds under "settings"."""
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except OSError as error:
+        recorded = json.loads(contents(path, takes))["settings"]
+    except FileNotFoundError as error:
         raise UserError(f"can't read {path}: {error.strerror}; {takes}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not what a run writes; {takes}") from error

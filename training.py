@@ -259,7 +259,7 @@ def _test(args: argparse.Namespace, maml: Meta, splits: Splits, run: Path, signa
         step, val_accuracy = int(best["step"]), float(best["val_accuracy"])
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: the run hasn't got to its first validation") from error
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path} doesn't hold this network's weights; train again") from error
     say(f"testing on {args.test_tasks} tasks of the test classes")
     results = _evaluate(maml, splits, splits.load("test"), args.test_tasks, TEST_SEED, signals)
