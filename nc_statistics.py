@@ -209,7 +209,7 @@ def trace_rows(model: str, metric: str, step: str) -> list[Row]:
     """How a metric moves on training tasks: from step to end, the change, the slope."""
 
     def slope_row(first: int) -> Row:
-        return (f"{model}, slope a tenfold of steps, from step {first:,}",
+        return (f"{model}, slope per tenfold of steps, from step {first:,}",
                 lambda runs, layer: estimate(runs, lambda run: slope(run, model, metric, layer, first)))
 
     return [

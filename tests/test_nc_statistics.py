@@ -1,0 +1,332 @@
+"""The study's numbers: known effects come out as they were put in, and the committed tables are what the logs give.
+
+The recomputation here shares nothing with the project: it reads JSON lines and uses numpy's polyfit and Python's
+statistics module.
+"""
+
+import gzip
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import files
+import nc_logs
+import nc_statistics
+import runs as logs
+
+PROJECT = Path(nc_statistics.__file__).parent
+README = """Before.
+
+<!-- statistics -->
+stale
+<!-- /statistics -->
+
+Between.
+<!-- accuracies -->
+<!-- /accuracies -->
+After.
+"""
+T = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # by number of runs: 97.5% points, from a printed table
+MINUS = "\N{MINUS SIGN}"
+
+
+# ---- an independent recomputation
+
+
+def rows_of(folder: Path, kind: str, classes: str | None = None) -> list[dict]:
+    compressed = folder / "log.jsonl.gz"
+    lines = gzip.open(compressed) if compressed.exists() else open(folder / "log.jsonl", "rb")
+    with lines:
+        rows = [json.loads(line) for line in lines]
+    return [row for row in rows if row["kind"] == kind and row.get("classes") == classes]
+
+
+def points(folder: Path, model: str, metric: str, layer: int, classes: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[model][metric]["mean"][layer]) for row in rows_of(folder, "nc", classes)]
+
+
+def end(folder: Path, model: str, metric: str, layer: int, classes: str) -> float:
+    last = max(row["step"] for kind in ("train", "heldout") for row in rows_of(folder, "nc", kind))
+    return statistics.fmean(value for step, value in points(folder, model, metric, layer, classes) if step >= 0.9 * last)
+
+
+def change(folder: Path, model: str) -> float:
+    found = points(folder, model, "relative_within", -2, "train")
+    start = min(found, key=lambda point: abs(point[0] - 100))[1]
+    return end(folder, model, "relative_within", -2, "train") - start
+
+
+def slope(folder: Path, model: str, first: int) -> float:
+    steps, values = zip(*(p for p in points(folder, model, "relative_within", -2, "train") if p[0] >= first))
+    return np.polyfit(np.log10(steps), values, 1)[0]
+
+
+def z_of_correlation(folder: Path, first: int) -> float:
+    rows = [row for row in rows_of(folder, "nc", "heldout") if row["step"] >= first]
+    cdnv = [math.log(row["finetuned"]["cdnv"]["mean"][-2]) for row in rows]
+    error = [math.log(1 - row["inner"]["accuracy"]["mean"][-1]) for row in rows]
+    return math.atanh(statistics.correlation(cdnv, error))
+
+
+def over(values: list[float]) -> tuple[float, float]:
+    """Mean and half of its 95% t interval."""
+    if len(values) == 1:
+        return values[0], math.nan
+    return statistics.fmean(values), T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+# ---- reading the tables
+
+
+def cells(text: str) -> dict[tuple[str, str], list[str]]:
+    """The claims' table by (its heading's first words, label)."""
+    heading, found = "", {}
+    for line in text[: text.index("\n\n±")].splitlines():
+        label, *rest = (cell.strip() for cell in line.strip("|").split("|"))
+        if label.startswith("**"):
+            heading = label.strip("*")
+        found[heading[:24], label] = rest
+    return found
+
+
+def parse(cell: str) -> list[float]:
+    """The numbers of "a ± b", "a [b, c]" or "a"."""
+    for mark in ("±", "[", "]", ",", "→", ";"):
+        cell = cell.replace(mark, " ")
+    return [float(word.replace(MINUS, "-")) for word in cell.split()]
+
+
+def agrees(cell: str, mean: float, half: float) -> None:
+    """Within half a unit of the last digit that is written."""
+    numbers = parse(cell)
+    decimals = len(cell.split()[0].partition(".")[2])
+    assert numbers[0] == pytest.approx(mean, abs=0.51 * 10**-decimals), cell
+    if math.isnan(half):
+        assert "±" not in cell
+    else:
+        assert numbers[1] == pytest.approx(half, abs=0.51 * 10**-decimals), cell
+
+
+def study_folders(folder: Path) -> list[list[Path]]:
+    """The study's runs by setting, in the table's order, found by their folders' names."""
+    names = [setting.name for setting in logs.STUDY]
+    found = {name: sorted(path for path in folder.iterdir() if path.name.rpartition("-seed")[0] == name) for name in names}
+    return [paths for paths in found.values() if paths]
+
+
+def check_claims(folder: Path, text: str) -> None:
+    table = cells(text)
+    (traces,) = {heading for heading, _ in table if heading.startswith("Relative within trace of")
+                 and (heading, "meta, change") in table}  # fmt: skip
+    (nulls,) = {heading for heading, _ in table if heading.startswith("Finetuned, ")}
+    (together,) = {heading for heading, _ in table if heading.startswith("Correlation of log CDNV")}
+    apart = next(heading for heading, label in table if label.startswith(f"finetuned {MINUS} meta"))
+    logits = next(heading for heading, _ in table if heading.startswith("The same at the logits"))
+    for column, paths in enumerate(study_folders(folder)):
+        assert table["", "seeds"][column] == str(len(paths))
+        for model in ("meta", "finetuned"):
+            agrees(table[traces, f"{model}, change"][column], *over([change(path, model) for path in paths]))
+            agrees(table[traces, f"{model}, slope per tenfold of steps, from step 30"][column],
+                   *over([slope(path, model, 30) for path in paths]))  # fmt: skip
+            for classes, label in (("train", "training tasks"), ("heldout", "held-out tasks")):
+                for heading, layer in ((apart, -2), (logits, -1)):
+                    differences = [end(path, "finetuned", "relative_within", layer, classes)
+                                   - end(path, "meta", "relative_within", layer, classes) for path in paths]  # fmt: skip
+                    agrees(table[heading, f"finetuned {MINUS} meta, {label}"][column], *over(differences))
+        start, last, *rest = parse(table[nulls, "CDNV"][column].replace("null not logged", ""))
+        first = [points(path, "finetuned", "cdnv", -2, "heldout")[0][1] for path in paths]
+        assert start == pytest.approx(statistics.fmean(first), rel=0.006)
+        assert last == pytest.approx(statistics.fmean(end(p, "finetuned", "cdnv", -2, "heldout") for p in paths), rel=0.006)
+        if rest:
+            agrees(table[nulls, "CDNV"][column].split("; ")[1], *over(
+                [end(path, "finetuned", "cdnv", -2, "heldout") - end(path, "finetuned", "cdnv_null", -2, "heldout")
+                 for path in paths]))  # fmt: skip
+        mean, half = over([z_of_correlation(path, 0) for path in paths])
+        numbers = parse(table[together, "all checkpoints"][column])
+        assert numbers[0] == pytest.approx(math.tanh(mean), abs=0.006)
+        if not math.isnan(half):
+            assert numbers[1:] == pytest.approx([math.tanh(mean - half), math.tanh(mean + half)], abs=0.006)
+
+
+# ---- the committed numbers
+
+
+def test_the_committed_tables_are_what_the_logs_give():
+    done = subprocess.run([sys.executable, PROJECT / "nc_statistics.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_committed_claims_recomputed():
+    readme = (PROJECT / "README.md").read_text()
+    body = readme.split("<!-- statistics -->\n")[1].split("\n<!-- /statistics -->")[0]
+    check_claims(PROJECT / "res", body)
+    assert body in (PROJECT / "res" / "statistics.md").read_text()
+
+
+# ---- on runs with noise
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A project of which only README.md and res/ exist, with three seeds of each Omniglot setting."""
+    folder = tmp_path_factory.mktemp("home")
+    nc_logs.write_study(folder / "res", steps=1_500, every=60)
+    (folder / "README.md").write_text(README)
+    for path, text in nc_statistics.documents(folder).items():
+        path.write_text(text)
+    return folder
+
+
+def test_claims_agree_with_an_independent_recomputation(home):
+    text = (home / "README.md").read_text()
+    check_claims(home / "res", text.split("<!-- statistics -->\n")[1].split("\n<!-- /statistics -->")[0])
+    assert text.startswith("Before.\n") and "\nBetween.\n" in text and text.endswith("After.\n") and "stale" not in text
+
+
+def test_check_passes_only_on_what_the_logs_give(home, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "home"
+    shutil.copytree(home, copy)
+    monkeypatch.setattr(nc_statistics, "HERE", copy)
+    nc_statistics.main(["--check"])
+    assert capsys.readouterr().out.count("as the logs give it") == 2
+    for path in (copy / "README.md", copy / "res" / "statistics.md"):
+        text = path.read_text()
+        path.write_text(text.replace("0.9", "0.8", 1))
+        with pytest.raises(files.UserError, match="isn't what the logs"):
+            nc_statistics.main(["--check"])
+        assert path.read_text() != text, "--check writes nothing"
+        path.write_text(text)
+    log = copy / "res" / "omniglot-5w5s-seed2" / "log.jsonl"
+    with gzip.open(log.with_suffix(".jsonl.gz"), "wb") as file:
+        file.write(log.read_bytes())
+    log.unlink()
+    nc_statistics.main(["--check"])  # a compressed log is the same log
+    shutil.rmtree(log.parent)
+    with pytest.raises(files.UserError, match="isn't what the logs"):
+        nc_statistics.main(["--check"])
+    nc_statistics.main([])
+    nc_statistics.main(["--check"])
+
+
+def test_without_torch():
+    code = "import sys, nc_statistics, plot_nc; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT)
+    assert done.stdout == "False\n", done.stderr
+
+
+# ---- on runs with known effects
+
+
+def exact(seed: int):
+    """Values with effects that can be worked out by hand; they differ between seeds as `seed` does."""
+
+    def value(model: str, metric: str, layer: int, step: int, classes: str) -> float:
+        shift = 0.01 * seed * (layer + 1)
+        if metric == "relative_within":
+            return (0.9 - 0.1 * math.log10(max(step, 1)) - (0.05 + shift) * (model == "finetuned")
+                    + 0.02 * (classes == "heldout"))  # fmt: skip
+        if metric == "ncc_accuracy":
+            return 0.9 - 0.5 / (1 + step / 100)
+        if metric == "cdnv":
+            return (1 - 0.98 * (0.9 - 0.5 / (1 + step / 100))) ** 2  # the error, squared
+        if metric == "cdnv_null":
+            return 7.0
+        return nc_logs.usual(model, metric, layer, step, classes)
+
+    return value
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("known")
+    paths = [nc_logs.write_run(folder / str(seed), nc_logs.log(1_200, value=exact(seed)), seed=seed, epoch=1_200,
+                               accuracy=0.9 + seed / 100) for seed in (1, 2, 3)]  # fmt: skip
+    return logs.read_runs(paths)
+
+
+def test_slope_and_change_of_a_straight_line(known):
+    for run in known:
+        for first in (30, 600):
+            assert nc_statistics.slope(run, "meta", "relative_within", "block4", first) == pytest.approx(-0.1)
+        assert nc_statistics.first_step(run) == 90
+        ends = [math.log10(step) for step in range(1_080, 1_200, 30)]  # the last tenth of 1,200
+        expected = -0.1 * (sum(ends) / len(ends) - math.log10(90))
+        assert nc_statistics.change(run, "meta", "relative_within", "block4") == pytest.approx(expected)
+        assert math.isnan(nc_statistics.slope(run, "meta", "relative_within", "block4", 1_150))
+
+
+def test_differences_between_models_classes_and_the_null(known):
+    apart = [nc_statistics.models_apart(run, "relative_within", "block4", "train") for run in known]
+    assert apart == pytest.approx([-0.09, -0.13, -0.17])
+    assert nc_statistics.over_seeds(apart) == pytest.approx((-0.13, -0.13 - 0.0994, -0.13 + 0.0994), abs=1e-4)
+    found = nc_statistics.classes_apart(known[0], "meta", "relative_within", "block1")
+    steps = range(1_080, 1_200, 30)
+    later = math.log10(1_200) - sum(map(math.log10, steps)) / len(steps)  # held-out tasks: at step 1,200 alone
+    assert found == pytest.approx(0.02 - 0.1 * later)
+    end = (1 - 0.98 * (0.9 - 0.5 / 13)) ** 2
+    assert nc_statistics.from_null(known[0], "meta", "cdnv", "block1") == pytest.approx(end - 7)
+
+
+def test_correlations_go_through_fishers_z(known):
+    assert nc_statistics.correlation(known[0], "block4") == pytest.approx(1)
+    assert nc_statistics.correlation(known[0], "block4", 1_000) != nc_statistics.correlation(known[0], "block4", 1_000)
+    mean, low, high = nc_statistics.correlations_over_seeds([0.5, 0.6, 0.7])
+    z = [math.atanh(r) for r in (0.5, 0.6, 0.7)]
+    half = 4.303 * statistics.stdev(z) / math.sqrt(3)
+    assert (mean, low, high) == pytest.approx([math.tanh(statistics.fmean(z) + h) for h in (0, -half, half)])
+
+
+@pytest.mark.parametrize(
+    "estimate, text",
+    [
+        ((0.3812, 0.3612, 0.4012), "0.381 ± 0.020"),
+        ((-12.3, -15.7, -8.9), f"{MINUS}12.3 ± 3.4"),
+        ((0.97, 0.93, 0.99), "0.970 [0.930, 0.990]"),
+        ((-0.001, -0.2, 0.198), "0.00 ± 0.20"),
+        ((0.34, math.nan, math.nan), "0.340"),
+        ((6.9, 6.9, 6.9), "6.90"),
+        ((math.nan, math.nan, math.nan), "undefined"),
+    ],
+)
+def test_how_numbers_are_written(estimate, text):
+    assert nc_statistics.written(nc_statistics.Estimate(*estimate)) == text
+
+
+def test_accuracies(known):
+    row = nc_statistics.accuracies([known]).splitlines()[2]
+    assert row == (
+        "| Omniglot, 5-way 1-shot, second order | 1,200 x 8 | 92.0 ± 2.5 | 1: 91.00 ± 0.60<br>2: 92.00 ± 0.60"
+        "<br>3: 93.00 ± 0.60 | 50; a processor, 1 thread | 98.7 ± 0.4 / 98.3 ± 0.5 |"
+    )
+    assert "On 600 tasks of the test classes, 15 queries a class" in nc_statistics.accuracies([known])
+
+
+def test_a_single_seed_has_no_interval_and_a_log_without_nulls_says_so(tmp_path):
+    run = logs.read_run(nc_logs.write_run(tmp_path / "run", nc_logs.log(600, null=False)))
+    text = nc_statistics.claims([[run]]).split("\n\n")[0]
+    assert "±" not in text.replace("[", "±") and "null not logged" in text
+    nc_statistics.details([run])
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(files.UserError, match="no run of the study"):
+        nc_statistics.documents(tmp_path)
+    nc_logs.write_run(tmp_path / "res" / "omniglot-5w1s-seed1", nc_logs.log(300))
+    (tmp_path / "README.md").write_text("<!-- accuracies -->\n<!-- /accuracies -->\n")
+    with pytest.raises(files.UserError, match="README.md needs one <!-- statistics -->"):
+        nc_statistics.documents(tmp_path)
+    (tmp_path / "README.md").write_text(README)
+    result = tmp_path / "res" / "omniglot-5w1s-seed1" / "timing.json"
+    result.unlink()
+    with pytest.raises(files.UserError, match="timing.json"):
+        nc_statistics.documents(tmp_path)
+    result.write_text("[]")
+    with pytest.raises(files.UserError, match="not a JSON object"):
+        nc_statistics.documents(tmp_path)
