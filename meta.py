@@ -155,10 +155,15 @@ class Meta(nn.Module):
             trajectory, loss, last, gradient = self._gradient(chunk, query)
             losses.append(loss)
             gradients.append(gradient)
-            accuracies.append(self._accuracies(chunk, trajectory[:-1], query, last) if every_step else last[:, None])
             if null:
                 metrics.append(self._measure(chunk, trajectory, query,
                                              [distributed.share(y).split(inner)[i] for y in null]))
+            if not every_step:
+                accuracies.append(last[:, None])
+            elif null:
+                accuracies.append(metrics[-1]["inner"]["accuracy"][0])
+            else:
+                accuracies.append(self._accuracies(chunk, trajectory[:-1], query, last))
         losses, seen = distributed.gather(torch.cat(losses)), distributed.gather(torch.cat(accuracies))
         gradients = distributed.add_up([sum(parts) for parts in zip(*gradients)])
         self._update([gradient / n_tasks for gradient in gradients], losses)
@@ -274,17 +279,20 @@ class Meta(nn.Module):
             for chunk, w, null_spt, null_qry in zip(tasks.split(query_chunk), _split(weights, query_chunk),
                                                     *(y.split(query_chunk) for y in null)):
                 logits, features = self.net(chunk.x_qry, w, features=True)
+                rows.append({"accuracy": accuracy(logits, chunk.y_qry)[None]})
                 if k in models:
                     _, support = self.net(chunk.x_spt, w, features=True)
-                    models[k].append(nc_metrics.measure(features, chunk.y_qry, support, chunk.y_spt, n_way,
-                                                        w[self.net.classifier], null_qry, null_spt))
-                    within, between = models[k][-1]["within"], models[k][-1]["between"]
+                    models[k].append(nc_metrics.reduce(features, chunk.y_qry, support, chunk.y_spt, n_way,
+                                                       w[self.net.classifier], null_qry, null_spt))
                 else:
                     traces = [nc_metrics.covariance_traces(f, chunk.y_qry, n_way) for f in features]
-                    within, between = (torch.stack(layers) for layers in zip(*traces))
-                rows.append({"within": within, "between": between, "accuracy": accuracy(logits, chunk.y_qry)[None]})
-            inner.append(join(rows))
-        return {"meta": join(models[0]), "finetuned": join(models[last]),
+                    rows[-1] |= {name: torch.stack(layers) for name, layers in zip(("within", "between"), zip(*traces))}
+            if k in models:
+                models[k] = nc_metrics.metrics(join(models[k]), tasks.y_qry, null[1])
+                inner.append(join(rows) | {name: models[k][name] for name in ("within", "between")})
+            else:
+                inner.append(join(rows))
+        return {"meta": models[0], "finetuned": models[last],
                 "inner": {name: torch.stack([step[name] for step in inner], -1) for name in inner[0]}}
 
 

@@ -42,6 +42,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EPS = torch.finfo(torch.float64).eps
@@ -60,8 +61,8 @@ def covariance_traces(features: Tensor, labels: Tensor, n_way: int) -> tuple[Ten
     Within is summed over centred residuals: a difference of squares would lose it when it is small.
     At full collapse within is 0. Within is nan for one sample a class; between is not.
     """
-    group = _group(features, labels, n_way)
-    return _class_variances(group).mean(-1), _between(group)
+    group = _group(features, _one_hot(labels, n_way))
+    return group.variances.mean(-1), _between(group)
 
 
 def unbiased_traces(features: Tensor, labels: Tensor, n_way: int) -> tuple[Tensor, Tensor]:
@@ -72,8 +73,8 @@ def unbiased_traces(features: Tensor, labels: Tensor, n_way: int) -> tuple[Tenso
     At full collapse within is 0. Between can come out negative and is left so. Both are nan for
     one sample a class.
     """
-    group = _group(features, labels, n_way)
-    return _unbiased(_class_variances(group).mean(-1), _between(group), group)
+    group = _group(features, _one_hot(labels, n_way))
+    return _unbiased(group.variances.mean(-1), _between(group), group)
 
 
 def relative_within(within: Tensor, between: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ def nc1(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
     At full collapse 0, and near 0 on noise too when D >> N. Nan for one sample a class and when
     all class means are equal.
     """
-    return _nc1(_group(features, labels, n_way))
+    return _nc1(_group(features, _one_hot(labels, n_way)))
 
 
 def cdnv(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
@@ -99,8 +100,7 @@ def cdnv(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
     Mean over pairs i != j of (v_i + v_j) / (2 ||mu_i - mu_j||^2), v_i the mean of ||h - mu_i||^2 in class i.
     At full collapse 0; (n-1)/2 on noise. Nan for one sample a class and when two class means are equal.
     """
-    group = _group(features, labels, n_way)
-    return _cdnv(group, _class_variances(group))
+    return _cdnv(_group(features, _one_hot(labels, n_way)))
 
 
 def equinorm(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
@@ -109,7 +109,7 @@ def equinorm(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
     Population standard deviation over mean of ||M_c||, NC2 of Papyan, Han, Donoho 2020. At full collapse 0.
     Nan when all class means are equal.
     """
-    return _equinorm(_group(features, labels, n_way))
+    return _equinorm(_group(features, _one_hot(labels, n_way)))
 
 
 def equiangularity(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
@@ -118,7 +118,7 @@ def equiangularity(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
     Mean over pairs i != j of |cos(M_i, M_j) + 1/(C-1)|, NC2 of Papyan, Han, Donoho 2020. At full collapse 0.
     Nan when a class mean is the mean of all, so that it has no angle.
     """
-    return _equiangularity(_group(features, labels, n_way))
+    return _equiangularity(_group(features, _one_hot(labels, n_way)))
 
 
 def etf_error(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
@@ -128,7 +128,7 @@ def etf_error(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
     for a classifier's weights, here of the class means. At full collapse 0, and near 0 on noise too
     when D >> N. Nan when all class means are equal.
     """
-    return _etf_error(_group(features, labels, n_way))
+    return _etf_error(_group(features, _one_hot(labels, n_way)))
 
 
 def self_duality(weight: Tensor, features: Tensor, labels: Tensor, n_way: int) -> Tensor:
@@ -138,7 +138,7 @@ def self_duality(weight: Tensor, features: Tensor, labels: Tensor, n_way: int) -
     At full collapse 0; 2 when weight and means have nothing to do with each other. Nan when all class
     means are equal or the weight is 0.
     """
-    return _self_duality(weight, _group(features, labels, n_way))
+    return _self_duality(weight, _group(features, _one_hot(labels, n_way)))
 
 
 def ncc_mismatch(logits: Tensor, features: Tensor, labels: Tensor, n_way: int, means: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def ncc_mismatch(logits: Tensor, features: Tensor, labels: Tensor, n_way: int, m
     """
     if not logits.shape[-1] == means.shape[-2] == n_way:
         raise ValueError(f"{logits.shape[-1]} logits and {means.shape[-2]} means for {n_way} classes")
-    return _mismatch(_predicted(logits), _nearest(features.double(), means))
+    return _mismatch(_best(logits), _nearest(features.double(), means.double()))
 
 
 def ncc_accuracy(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def ncc_accuracy(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
     features [..., N, D], labels [..., N], means [..., C, D] (the support set's, by `class_means`); -> [...].
     By Euclidean distance. At full collapse 1. Nan when a feature or mean is not finite.
     """
-    return _agreement(labels, _nearest(features.double(), means))
+    return _agreement(labels, _nearest(features.double(), means.double()))
 
 
 def permuted(labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -206,61 +206,106 @@ def measure(
             class means of the ncc metrics are taken from it.
         n_way: C.
         classifier_weight: [..., C, D] for the D of the last hidden layer, the classifier's input.
-        null_labels, null_support_labels: `permuted` labels, for the entries that end in _null.
+        null_labels, null_support_labels: `permuted` labels, for the null of each metric, NAME_null.
 
     ncc_mismatch compares each layer's nearest mean with the logits of the whole network. self_duality
     is defined on the last hidden layer (row L-2); its other rows are nan.
     """
-    true, null = _one_hot(labels, n_way), _one_hot(null_labels, n_way)
-    support_true, support_null = _one_hot(support_labels, n_way), _one_hot(null_support_labels, n_way)
-    predicted = _predicted(features[-1])
+    reduced = reduce(features, labels, support_features, support_labels, n_way, classifier_weight,
+                     null_labels, null_support_labels)
+    return metrics(reduced, labels, null_labels)
 
+
+@torch.no_grad()
+def reduce(
+    features: list[Tensor],
+    labels: Tensor,
+    support_features: list[Tensor],
+    support_labels: Tensor,
+    n_way: int,
+    classifier_weight: Tensor,
+    null_labels: Tensor,
+    null_support_labels: Tensor,
+) -> dict[str, Tensor]:
+    """The half of `measure` that reads the features, and leaves 5 C coordinates of a sample for `metrics`.
+
+    A metric knows samples, class means and classifier only by their distances and angles, which are the same in any
+    orthonormal basis of the span of these means and rows, if what lies beside that span is kept as a squared length.
+
+    Takes what `measure` takes. Each entry is [L, ...], so that tasks reduced one by one, while their features lie
+    in a cache, can be put side by side again.
+    """
+    one_hot, null_one_hot = _one_hot(labels, n_way), _one_hot(null_labels, n_way)
+    support_one_hots = _one_hot(support_labels, n_way), _one_hot(null_support_labels, n_way)
     rows = []
     for layer, (query, support) in enumerate(zip(features, support_features, strict=True)):
-        x, support = query.double(), support.double()
-        scale = _scale(x)
-        group, null_group = _grouped(x, true, scale), _grouped(x, null, scale)
-        variances = _class_variances(group)
-        within, between = variances.mean(-1), _between(group)
-        unbiased_within, unbiased_between = _unbiased(within, between, group)
-        nearest = _nearest(x, _means(support, support_true))
-        null_nearest = _nearest(x, _means(support, support_null))
-        is_last_hidden = layer == len(features) - 2
+        group, support = _group(query, one_hot), support.double()
+        # from the mean of all as origin: the class means, the null's, those of the support set, its null's, the classifier
+        null_means = _means(group.residual, null_one_hot) + _means(one_hot, null_one_hot) @ group.centred
+        origin = group.means.mean(-2, keepdim=True)
+        anchors = [group.centred, null_means, *(_means(support, y) - origin for y in support_one_hots)]
+        if layer == len(features) - 2:
+            anchors.append(classifier_weight.double())
+        basis, anchors = torch.linalg.qr(torch.cat(anchors, -2).mT)        # [..., D, A], [..., A, 4 or 5 C]
+        within = group.residual @ basis                                    # [..., N, A]
+        anchors = anchors.mT
+        missing = 5 * n_way - anchors.shape[-1]                            # zeros make all layers the same size
         rows.append({
-            "within": within,
-            "between": between,
-            "relative_within": relative_within(within, between),
-            "within_unbiased": unbiased_within,
-            "between_unbiased": unbiased_between,
-            "relative_within_unbiased": relative_within(unbiased_within, unbiased_between),
-            "nc1": _nc1(group),
-            "nc1_null": _nc1(null_group),
-            "cdnv": _cdnv(group, variances),
-            "equinorm": _equinorm(group),
-            "equiangularity": _equiangularity(group),
-            "etf_error": _etf_error(group),
-            "etf_error_null": _etf_error(null_group),
-            "ncc_accuracy": _agreement(labels, nearest),
-            "ncc_accuracy_null": _agreement(null_labels, null_nearest),
-            "ncc_mismatch": _mismatch(predicted, nearest),
-            "ncc_mismatch_null": _mismatch(predicted, null_nearest),
-            "self_duality": (_self_duality(classifier_weight, group) if is_last_hidden
-                             else torch.full_like(between, math.nan)),
+            "samples": F.pad(within + one_hot @ anchors[..., :n_way, :], (0, missing)),
+            "beside": (group.spread - _square_length(within)).clamp_min(0),
+            "anchors": F.pad(F.pad(anchors, (0, missing)), (0, 0, 0, 5 * n_way - anchors.shape[-2]), value=math.nan),
+            "floor": group.floor,
         })
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | {"logits": features[-1][None]}
+
+
+@torch.no_grad()
+def metrics(reduced: dict[str, Tensor], labels: Tensor, null_labels: Tensor) -> dict[str, Tensor]:
+    """The other half: what `reduce` returns, and the query set's labels -> what `measure` returns."""
+    n_way = reduced["anchors"].shape[-2] // 5
+    labels = torch.stack([labels, null_labels]).unsqueeze(1)               # [2, 1, ..., N]: both kinds, every layer
+    samples = reduced["samples"].expand(2, *reduced["samples"].shape)      # [2, L, ..., N, 5 C]
+    one_hot = _one_hot(labels, n_way).expand(*samples.shape[:-1], n_way)
+    group = _group(samples, one_hot, reduced["beside"], reduced["floor"])
+    _, _, support_means, null_support_means, weight = reduced["anchors"].split(n_way, -2)
+    nearest = _nearest(samples, torch.stack([support_means, null_support_means]))
+    within, between = group.variances.mean(-1), _between(group)
+    unbiased_within, unbiased_between = _unbiased(within, between, group)
+    values = {
+        "within": within,
+        "between": between,
+        "relative_within": relative_within(within, between),
+        "within_unbiased": unbiased_within,
+        "between_unbiased": unbiased_between,
+        "relative_within_unbiased": relative_within(unbiased_within, unbiased_between),
+        "nc1": _nc1(group),
+        "cdnv": _cdnv(group),
+        "equinorm": _equinorm(group),
+        "equiangularity": _equiangularity(group),
+        "etf_error": _etf_error(group),
+        "self_duality": _self_duality(weight, group),
+        "ncc_accuracy": _agreement(labels, nearest),
+        "ncc_mismatch": _mismatch(_best(reduced["logits"]), nearest),
+    }
+    return {name + suffix: value[kind] for name, value in values.items() for kind, suffix in enumerate(("", "_null"))}
 
 
 # ---- what they share ----
 
 class _Group(NamedTuple):
-    """Features sorted into classes, as every metric needs them."""
+    """Features sorted into classes."""
 
-    x: Tensor        # [..., N, D] float64
-    one_hot: Tensor  # [..., N, C]
-    means: Tensor    # [..., C, D]
-    centred: Tensor  # [..., C, D] M; a row that is zero but for rounding is zero
-    floor: Tensor    # [...] a squared length up to this is zero but for rounding
-    n: int           # samples a class
+    residual: Tensor   # [..., N, D] h - mu_c, float64
+    means: Tensor      # [..., C, D]
+    centred: Tensor    # [..., C, D] M; a row that is zero but for rounding is zero
+    spread: Tensor     # [..., N] ||h - mu_c||^2
+    variances: Tensor  # [..., C] v_c, the mean of the spread in class c; their mean over classes is tr S_W
+    floor: Tensor      # [...] a squared length up to this is zero but for rounding
+
+    @property
+    def n(self) -> int:
+        """Samples a class."""
+        return self.residual.shape[-2] // self.means.shape[-2]
 
 
 def _one_hot(labels: Tensor, n_way: int) -> Tensor:
@@ -280,24 +325,29 @@ def _means(x: Tensor, one_hot: Tensor) -> Tensor:
     return one_hot.mT @ x / (n_samples // n_way)
 
 
-def _scale(x: Tensor) -> Tensor:
-    """Mean squared length of the rows: [..., N, D] -> [...]."""
-    return torch.linalg.vector_norm(x, dim=(-2, -1)).square() / x.shape[-2]
+def _group(features: Tensor, one_hot: Tensor, beside: Tensor | float = 0.0, floor: Tensor | None = None) -> _Group:
+    """Sort features [..., N, D] by labels [..., N, C]; with few passes, for reading N x D numbers is what takes the time.
 
-
-def _grouped(x: Tensor, one_hot: Tensor, scale: Tensor) -> _Group:
+    Args:
+        beside: [..., N], the squared length of what the features leave out of ||h - mu_c||.
+        floor: of the features that these are coordinates of; their own if None.
+    """
     n_samples, n_way = one_hot.shape[-2:]
-    means = _means(x, one_hot)
+    residual = features.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    means = _means(residual, one_hot)
+    residual.view(-1, *residual.shape[-2:]).baddbmm_(one_hot.reshape(-1, n_samples, n_way),
+                                                     means.reshape(-1, *means.shape[-2:]), alpha=-1)
+    spread = _square_length(residual) + beside
+    if floor is None:  # a sum of N rows in float64 is off by at most about N eps times their size
+        floor = (n_samples * EPS) ** 2 * (spread.mean(-1) + _square_length(means).mean(-1))
     centred = means - means.mean(-2, keepdim=True)
-    # A sum of N rows in float64 is off by at most about N eps times their size.
-    floor = (n_samples * EPS) ** 2 * scale
     centred = centred.masked_fill((_square_length(centred) <= floor.unsqueeze(-1)).unsqueeze(-1), 0)
-    return _Group(x, one_hot, means, centred, floor, n_samples // n_way)
-
-
-def _group(features: Tensor, labels: Tensor, n_way: int) -> _Group:
-    x = features.double()
-    return _grouped(x, _one_hot(labels, n_way), _scale(x))
+    if n_samples == n_way:
+        variances = torch.full_like(centred[..., 0], math.nan)
+    else:
+        variances = (spread.unsqueeze(-2) @ one_hot).squeeze(-2) * (n_way / n_samples)
+        variances = variances.masked_fill(variances <= floor.unsqueeze(-1), 0)
+    return _Group(residual, means, centred, spread, variances, floor)
 
 
 def _square_length(rows: Tensor) -> Tensor:
@@ -317,16 +367,6 @@ def _off_diagonal_mean(pairs: Tensor) -> Tensor:
     return pairs.masked_fill(diagonal, 0).sum((-2, -1)) / (n_way * (n_way - 1))
 
 
-def _class_variances(group: _Group) -> Tensor:
-    """v_c, the mean of ||h - mu_c||^2 in class c: [..., C]. Their mean over classes is tr S_W."""
-    if group.n == 1:
-        return torch.full_like(group.centred[..., 0], math.nan)
-    # In place, because at [tasks, 75, 10816] one more tensor of this size costs more than the arithmetic.
-    residuals = (group.one_hot @ group.means).sub_(group.x)                                     # [..., N, D]
-    variances = (_square_length(residuals).unsqueeze(-2) @ group.one_hot).squeeze(-2) / group.n   # [..., C]
-    return variances.masked_fill(variances <= group.floor.unsqueeze(-1), 0)
-
-
 def _between(group: _Group) -> Tensor:
     return _square_length(group.centred).mean(-1)
 
@@ -344,7 +384,7 @@ def _nc1(group: _Group) -> Tensor:
     most, and a further singular value that is zero but for rounding is left out, as pinv does.
     """
     if group.n == 1:
-        return torch.full_like(group.centred[..., 0, 0], math.nan)
+        return torch.full_like(group.floor, math.nan)
     n_way, n_features = group.centred.shape[-2:]
     rank = min(n_way - 1, n_features)
     finite = group.centred.isfinite().all(-1).all(-1)
@@ -352,10 +392,7 @@ def _nc1(group: _Group) -> Tensor:
     q, r = torch.linalg.qr(group.centred.where(finite[..., None, None], 0).mT)   # [..., D, C], [..., C, C]
     u, s, _ = torch.linalg.svd(r, full_matrices=False)
     directions, s = q @ u[..., :rank], s[..., :rank]                             # [..., D, C-1], [..., C-1]
-
-    along = group.x @ directions                                                 # [..., N, C-1]
-    along = along - group.one_hot @ (group.one_hot.mT @ along / group.n)
-    spread = along.square().mean(-2)                                             # [..., C-1]
+    spread = (group.residual @ directions).square().mean(-2)                     # [..., C-1]
     rounding = torch.maximum(EPS * max(n_way, n_features) * s[..., :1],
                              (n_way * group.floor).sqrt().unsqueeze(-1))
     kept = s > rounding
@@ -363,11 +400,12 @@ def _nc1(group: _Group) -> Tensor:
     return value.where(finite & kept.any(-1), math.nan)
 
 
-def _cdnv(group: _Group, variances: Tensor) -> Tensor:
+def _cdnv(group: _Group) -> Tensor:
     # Of the differences, not from M M^T, which would lose two close means far from a third.
     distances = torch.cdist(group.centred, group.centred,
                             compute_mode="donot_use_mm_for_euclid_dist").square()               # [..., C, C]
     distances = distances.masked_fill(distances <= group.floor[..., None, None], 0)
+    variances = group.variances
     return _off_diagonal_mean(_ratio(variances.unsqueeze(-1) + variances.unsqueeze(-2), 2 * distances))
 
 
@@ -397,20 +435,15 @@ def _self_duality(weight: Tensor, group: _Group) -> Tensor:
 
 
 def _nearest(x: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest mean if there is one: [..., N, D], [..., C, D] -> (class, finite), both [..., N].
+    """The nearest mean if there is one: [..., N, D], [..., C, D] float64 -> (class, finite), both [..., N].
 
     ||h - mu_c||^2 is least where (h - g) . (mu_c - g) - ||mu_c - g||^2 / 2 is greatest, for any g. With
     the mean of the means as g, a large common offset costs no digits.
     """
-    means = means.double()
     origin = means.mean(-2, keepdim=True)                     # [..., 1, D]
     centred = means - origin
     offset = origin @ centred.mT + _square_length(centred).unsqueeze(-2) / 2   # [..., 1, C]
     return _best(x @ centred.mT - offset)
-
-
-def _predicted(logits: Tensor) -> tuple[Tensor, Tensor]:
-    return _best(logits)
 
 
 def _best(scores: Tensor) -> tuple[Tensor, Tensor]:

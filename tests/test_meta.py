@@ -332,30 +332,29 @@ def own_metrics(net, weights, tasks, t, null_spt, null_qry):
     """Each metric of task t, one function at a time, on the plain forward pass: {name: [a value a layer]}."""
     logits, features = oracle_forward(net, weights, tasks.x_qry[t])
     _, support = oracle_forward(net, weights, tasks.x_spt[t])
-    y = tasks.y_qry[t]
     rows = []
     for layer, (h, s) in enumerate(zip(features, support)):
-        within, between = nc_metrics.covariance_traces(h, y, N_WAY)
-        unbiased = nc_metrics.unbiased_traces(h, y, N_WAY)
-        means = nc_metrics.class_means(s, tasks.y_spt[t], N_WAY)
-        null_means = nc_metrics.class_means(s, null_spt[t], N_WAY)
-        rows.append({
-            "within": within, "between": between,
-            "relative_within": nc_metrics.relative_within(within, between),
-            "within_unbiased": unbiased[0], "between_unbiased": unbiased[1],
-            "relative_within_unbiased": nc_metrics.relative_within(*unbiased),
-            "nc1": nc_metrics.nc1(h, y, N_WAY), "nc1_null": nc_metrics.nc1(h, null_qry[t], N_WAY),
-            "cdnv": nc_metrics.cdnv(h, y, N_WAY), "equinorm": nc_metrics.equinorm(h, y, N_WAY),
-            "equiangularity": nc_metrics.equiangularity(h, y, N_WAY),
-            "etf_error": nc_metrics.etf_error(h, y, N_WAY),
-            "etf_error_null": nc_metrics.etf_error(h, null_qry[t], N_WAY),
-            "ncc_accuracy": nc_metrics.ncc_accuracy(h, y, means),
-            "ncc_accuracy_null": nc_metrics.ncc_accuracy(h, null_qry[t], null_means),
-            "ncc_mismatch": nc_metrics.ncc_mismatch(logits, h, y, N_WAY, means),
-            "ncc_mismatch_null": nc_metrics.ncc_mismatch(logits, h, y, N_WAY, null_means),
-            "self_duality": (nc_metrics.self_duality(weights["8_linear_weight"], h, y, N_WAY)
-                             if layer == len(features) - 2 else torch.tensor(torch.nan)),
-        })
+        row = {}
+        for suffix, y, support_y in (("", tasks.y_qry[t], tasks.y_spt[t]), ("_null", null_qry[t], null_spt[t])):
+            within, between = nc_metrics.covariance_traces(h, y, N_WAY)
+            unbiased = nc_metrics.unbiased_traces(h, y, N_WAY)
+            means = nc_metrics.class_means(s, support_y, N_WAY)
+            own = {
+                "within": within, "between": between,
+                "relative_within": nc_metrics.relative_within(within, between),
+                "within_unbiased": unbiased[0], "between_unbiased": unbiased[1],
+                "relative_within_unbiased": nc_metrics.relative_within(*unbiased),
+                "nc1": nc_metrics.nc1(h, y, N_WAY), "cdnv": nc_metrics.cdnv(h, y, N_WAY),
+                "equinorm": nc_metrics.equinorm(h, y, N_WAY),
+                "equiangularity": nc_metrics.equiangularity(h, y, N_WAY),
+                "etf_error": nc_metrics.etf_error(h, y, N_WAY),
+                "ncc_accuracy": nc_metrics.ncc_accuracy(h, y, means),
+                "ncc_mismatch": nc_metrics.ncc_mismatch(logits, h, y, N_WAY, means),
+                "self_duality": (nc_metrics.self_duality(weights["8_linear_weight"], h, y, N_WAY)
+                                 if layer == len(features) - 2 else torch.tensor(torch.nan)),
+            }
+            row |= {name + suffix: value for name, value in own.items()}
+        rows.append(row)
     return {name: torch.stack([row[name].detach().double() for row in rows]) for name in rows[0]}
 
 
