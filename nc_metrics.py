@@ -163,6 +163,23 @@ def ncc_accuracy(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
     return _agreement(labels, _nearest(features.double(), means.double()))
 
 
+def original_traces(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """What the code that this is a port of took for the traces: logits [..., N, C] -> (within [...], between [...]).
+
+    Not a metric of anything: it stands here so that its figure can be set beside the right one, of the same logits.
+    Its class means are those of consecutive groups of five rows, whatever the labels; it compares the rows of class k,
+    which lie class after class, with the mean of group k. Nan with fewer than five rows a class.
+    """
+    n_samples, n_way = logits.shape[-2:]
+    x = logits.double()
+    if n_samples < 5 * n_way:
+        return (torch.full_like(x[..., 0, 0], math.nan),) * 2
+    means = x[..., :5 * n_way, :].unflatten(-2, (n_way, 5)).mean(-2)                        # [..., C, C]
+    residual = x.unflatten(-2, (n_way, n_samples // n_way)) - means.unsqueeze(-2)           # [..., C, n, C]
+    within = _square_length(residual).mean((-2, -1))
+    return within, _square_length(means - x.mean(-2, keepdim=True)).mean(-1)
+
+
 def permuted(labels: Tensor, generator: torch.Generator) -> Tensor:
     """The labels [..., N] of each task in a random order of its own: what a metric makes of them is its null.
 
@@ -209,7 +226,8 @@ def measure(
         null_labels, null_support_labels: `permuted` labels, for the null of each metric, NAME_null.
 
     ncc_mismatch compares each layer's nearest mean with the logits of the whole network. self_duality
-    is defined on the last hidden layer (row L-2); its other rows are nan.
+    is defined on the last hidden layer (row L-2); its other rows are nan. within_original and between_original
+    are `original_traces` of the logits (row L-1).
     """
     reduced = reduce(features, labels, support_features, support_labels, n_way, classifier_weight,
                      null_labels, null_support_labels)
@@ -287,7 +305,11 @@ def metrics(reduced: dict[str, Tensor], labels: Tensor, null_labels: Tensor) -> 
         "ncc_accuracy": _agreement(labels, nearest),
         "ncc_mismatch": _mismatch(_best(reduced["logits"]), nearest),
     }
-    return {name + suffix: value[kind] for name, value in values.items() for kind, suffix in enumerate(("", "_null"))}
+    table = {name + suffix: value[kind] for name, value in values.items() for kind, suffix in enumerate(("", "_null"))}
+    for name, trace in zip(("within_original", "between_original"), original_traces(reduced["logits"][0])):
+        table[name] = torch.full_like(table["within"], math.nan)
+        table[name][-1] = trace
+    return table
 
 
 # ---- what they share ----

@@ -354,6 +354,8 @@ def own_metrics(net, weights, tasks, t, null_spt, null_qry):
                                  if layer == len(features) - 2 else torch.tensor(torch.nan)),
             }
             row |= {name + suffix: value for name, value in own.items()}
+        at_logits = nc_metrics.original_traces(h) if layer == len(features) - 1 else [torch.tensor(torch.nan)] * 2
+        row |= dict(zip(("within_original", "between_original"), at_logits))
         rows.append(row)
     return {name: torch.stack([row[name].detach().double() for row in rows]) for name in rows[0]}
 

@@ -394,7 +394,7 @@ def test_tasks_are_not_pooled():
             assert not torch.isclose(both, value.mean(0), rtol=0.01).all()
 
 
-def original_relative_within(features):
+def original_traces(features):
     """What the original computes: means of consecutive groups of five rows, as many as there are features,
     and class k is compared with the k-th of them, whatever the labels. Rows lie class after class."""
     n_samples, c = len(features), len(features[0])   # C is taken to be the feature dimension
@@ -403,7 +403,24 @@ def original_relative_within(features):
     n = n_samples // c
     within = sum(np.sum((row - means[i // n]) ** 2) for i, row in enumerate(features)) / n_samples
     between = sum(np.sum((mean - grand) ** 2) for mean in means) / c
+    return within, between
+
+
+def original_relative_within(features):
+    within, between = original_traces(features)
     return within / (within + between)
+
+
+def test_the_original_s_traces():
+    logits = torch.randn(3, 4, 75, 5, generator=generator())
+    flat = [original_traces(array(task)) for task in logits.flatten(0, 1)]
+    for value, expected in zip(nc.original_traces(logits), zip(*flat), strict=True):
+        np.testing.assert_allclose(array(value).flatten(), expected, rtol=1e-12)
+    assert all(value.isnan().all() and value.shape == (3, 4) for value in nc.original_traces(logits[..., :20, :]))
+    a = measure_arguments((4,), n=15)
+    table = nc.measure(**a)
+    for name, value in zip(("within_original", "between_original"), nc.original_traces(a["features"][-1])):
+        assert torch.equal(table[name][-1], value) and table[name][:-1].isnan().all()
 
 
 def test_classes_are_where_the_labels_are_not_five_rows_in_a_row():
@@ -525,7 +542,7 @@ def measure_arguments(leading, n=4, n_support=2, widths=(30, 9, 5), dtype=torch.
 def test_measure_is_the_single_functions_layer_by_layer(leading, dtype):
     a = measure_arguments(leading, dtype=dtype)
     table = nc.measure(**a)
-    assert set(table) == {*KEYS, *(key + "_null" for key in KEYS)}
+    assert set(table) == {*KEYS, *(key + "_null" for key in KEYS), "within_original", "between_original"}
     assert all(value.shape == (3, *leading) and value.dtype == torch.float64 for value in table.values())
     logits, n_way = a["features"][-1], a["n_way"]
     for layer, (h, support) in enumerate(zip(a["features"], a["support_features"])):
