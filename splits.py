@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from record import say
-from tasks import Prefetched, Tasks, finish, pick, to_device
+from tasks import Prefetched, Tasks, finish, pick, with_rotations
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,25 @@ class Splits:
 
     def __init__(self, args: argparse.Namespace, dataset: Dataset, device: torch.device):
         self.dataset, self.device = dataset, device
+        self.rotations = getattr(args, "rotations", False)  # not all scripts have them
         self.n_way, self.k_spt, self.k = args.n_way, args.k_spt, args.k_spt + args.k_qry
         self.mean, self.std = (torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
 
     def load(self, split: str) -> Tensor:
-        """uint8 [class, image, c, h, w] on the device, or on the host where it would take over half of what is free."""
+        """uint8 [class, image, c, h, w] on the device, or on the host where it would take over half of what is free.
+
+        The training classes come with their rotations, where the settings ask for them.
+        """
         images = self.dataset.load(split)
+        if split == "train" and self.rotations:
+            images = with_rotations(images)
         if self.device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(self.device)[0] / 2:
             say(f"the {split} images stay on the host: {images.numel() / 2**30:.1f} GB")
             return images
         return images.to(self.device)
 
-    def sampler(self, images: Tensor, seed: int, n_tasks: int, rotations: bool = False) -> "Sampler":
-        return Sampler(self, images, seed, n_tasks, rotations, prefetch=images.device.type != self.device.type)
+    def sampler(self, images: Tensor, seed: int, n_tasks: int) -> "Sampler":
+        return Sampler(self, images, seed, n_tasks, prefetch=images.device.type != self.device.type)
 
 
 class Sampler:
@@ -55,8 +61,8 @@ class Sampler:
     `state` is the one that the next batch comes from, whether it has been drawn or not.
     """
 
-    def __init__(self, splits: Splits, images: Tensor, seed: int, n_tasks: int, rotations: bool, prefetch: bool):
-        self.splits, self.images, self.n_tasks, self.rotations = splits, images, n_tasks, rotations
+    def __init__(self, splits: Splits, images: Tensor, seed: int, n_tasks: int, prefetch: bool):
+        self.splits, self.images, self.n_tasks = splits, images, n_tasks
         self.generator = torch.Generator(images.device).manual_seed(seed)
         self.drawn_from = deque()  # the generator's state before each draw ahead whose tasks haven't been given out
         self.ahead = Prefetched(self._draw_ahead, splits.device) if prefetch else None
@@ -66,13 +72,13 @@ class Sampler:
             drawn = self.ahead()
             self.drawn_from.popleft()
         else:
-            drawn = to_device(self._draw(n_tasks or self.n_tasks), self.splits.device)
-        return finish(*drawn, self.splits.k_spt, self.splits.mean, self.splits.std)
+            drawn = self._draw(n_tasks or self.n_tasks)
+        return finish(drawn, self.splits.k_spt, self.splits.mean, self.splits.std)
 
-    def _draw(self, n_tasks: int) -> tuple[Tensor | None, ...]:
-        return pick(self.images, n_tasks, self.splits.n_way, self.splits.k, self.generator, self.rotations)
+    def _draw(self, n_tasks: int) -> Tensor:
+        return pick(self.images, n_tasks, self.splits.n_way, self.splits.k, self.generator)
 
-    def _draw_ahead(self) -> tuple[Tensor | None, ...]:
+    def _draw_ahead(self) -> Tensor:
         self.drawn_from.append(self.generator.get_state())
         return self._draw(self.n_tasks)
 

@@ -35,7 +35,6 @@ def sample_tasks(
     generator: torch.Generator,
     mean: Tensor | Sequence[float] = (0.0,),
     std: Tensor | Sequence[float] = (1.0,),
-    rotations: bool = False,
 ) -> Tasks:
     """Draw tasks.
 
@@ -46,39 +45,37 @@ def sample_tasks(
         k_spt, k_qry: support and query images a class.
         generator: on the device of `images`; the same state gives the same tasks.
         mean, std: of images scaled to 0..1; one number, or one a channel (a tensor on the device is not copied).
-        rotations: every class also turned by 90, 180 and 270 degrees, as further classes (Santoro et al. 2016).
     Raises:
         ValueError: too few classes, or too few images a class.
     """
-    return finish(*pick(images, n_tasks, n_way, k_spt + k_qry, generator, rotations), k_spt, mean, std)
+    return finish(pick(images, n_tasks, n_way, k_spt + k_qry, generator), k_spt, mean, std)
 
 
-def pick(images: Tensor, n_tasks: int, n_way: int, k: int, generator: torch.Generator,
-         rotations: bool = False) -> tuple[Tensor, Tensor | None]:
-    """The images of `sample_tasks` as they are stored, on their own device: what there is to copy to another.
+def with_rotations(images: Tensor) -> Tensor:
+    """Every class also turned by 90, 180 and 270 degrees, as further classes (Santoro et al. 2016).
 
-    Returns:
-        uint8 [T, n_way, k, c, h, w], and by how many quarter turns each class is to be rotated, [T, n_way];
-        None without rotations.
+    [classes, images a class, c, s, s] -> [4 classes, images a class, c, s, s]. Turned once, and not in every task: four
+    times the memory (Omniglot's 1,100 training classes: 69 MB), and nothing to do in a meta-step.
     """
+    return torch.stack([torch.rot90(images, turns, (-2, -1)) for turns in range(4)], 1).flatten(0, 1)
+
+
+def pick(images: Tensor, n_tasks: int, n_way: int, k: int, generator: torch.Generator) -> Tensor:
+    """The images of `sample_tasks` as they are stored, uint8 [T, n_way, k, c, h, w]: what there is to copy to a device."""
     classes, per_class = images.shape[:2]
-    turns = 4 if rotations else 1
-    if n_way > classes * turns:
-        raise ValueError(f"{n_way}-way tasks need {n_way} classes, here are {classes * turns}")
+    if n_way > classes:
+        raise ValueError(f"{n_way}-way tasks need {n_way} classes, here are {classes}")
     if k > per_class:
         raise ValueError(f"support and query images need {k} a class, here are {per_class}")
     random = {"device": images.device, "generator": generator}
-    chosen = torch.rand(n_tasks, classes * turns, **random).topk(n_way).indices  # [T, n_way]
+    chosen = torch.rand(n_tasks, classes, **random).topk(n_way).indices  # [T, n_way]
     order = torch.rand(n_tasks, n_way, per_class, **random).topk(k).indices  # [T, n_way, k]
-    return images[(chosen // turns)[..., None], order], chosen % turns if rotations else None
+    return images[chosen[..., None], order]
 
 
-def finish(picked: Tensor, quarter_turns: Tensor | None, k_spt: int, mean: Tensor | Sequence[float],
-           std: Tensor | Sequence[float]) -> Tasks:
-    """Rotate, scale and normalise what `pick` returns, and cut each class into support and query."""
+def finish(picked: Tensor, k_spt: int, mean: Tensor | Sequence[float], std: Tensor | Sequence[float]) -> Tasks:
+    """Scale and normalise what `pick` returns, and cut each class into support and query."""
     n_tasks, n_way, k = picked.shape[:3]
-    if quarter_turns is not None:
-        picked = _rotate(picked, quarter_turns)
     shape = (1, 1, 1, -1, 1, 1)
     mean = torch.as_tensor(mean, device=picked.device).view(shape)
     std = torch.as_tensor(std, device=picked.device).view(shape)
@@ -95,28 +92,15 @@ class Prefetched:
     For images that stay on the host because the device can't hold them: drawing and copying go on beside a meta-step.
     """
 
-    def __init__(self, draw: Callable[[], tuple[Tensor | None, ...]], device: torch.device):
+    def __init__(self, draw: Callable[[], Tensor], device: torch.device):
         self.draw, self.device = draw, device
         self.thread = ThreadPoolExecutor(1)
         self.next = self.thread.submit(self._draw)
 
-    def _draw(self) -> tuple[Tensor | None, ...]:
+    def _draw(self) -> Tensor:
         drawn = self.draw()
-        return tuple(t if t is None else t.pin_memory() for t in drawn) if self.device.type == "cuda" else drawn
+        return drawn.pin_memory() if self.device.type == "cuda" else drawn
 
-    def __call__(self) -> tuple[Tensor | None, ...]:
+    def __call__(self) -> Tensor:
         drawn, self.next = self.next.result(), self.thread.submit(self._draw)
-        return to_device(drawn, self.device)
-
-
-def to_device(drawn: tuple[Tensor | None, ...], device: torch.device) -> tuple[Tensor | None, ...]:
-    """What `pick` returns, on `device`; nothing is copied where it is there already."""
-    return tuple(t if t is None else t.to(device, non_blocking=True) for t in drawn)
-
-
-def _rotate(picked: Tensor, quarter_turns: Tensor) -> Tensor:
-    """Turn the images of each class by its own number of quarter turns: [T, n_way, k, c, s, s], [T, n_way]."""
-    for turn in (1, 2, 3):
-        turned = torch.rot90(picked, turn, (-2, -1))
-        picked = torch.where((quarter_turns == turn)[..., None, None, None, None], turned, picked)
-    return picked
+        return drawn.to(self.device, non_blocking=True)

@@ -97,7 +97,7 @@ class _Run:
         found = checkpoint.load(out / "checkpoint.pt", self.device, self._anew()) if args.resume is not None else None
         images, self.held_out = splits.load("train"), splits.load("val")
         splits.dataset.load("test")  # not looked at: what is wrong with it is said now, not after the training
-        self.sampler = splits.sampler(images, args.seed, args.task_num, getattr(args, "rotations", False))
+        self.sampler = splits.sampler(images, args.seed, args.task_num)
         self.replays = self.device.type == "cuda" and args.cuda_graph and images.is_cuda
         data = {"name": splits.dataset.name, "synthetic": args.synthetic, "splits": {
             split: {"classes": classes, "images_per_class": count} for split, (classes, count) in sizes.items()}}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tasks as module
-from tasks import Tasks, sample_tasks
+from tasks import Tasks, sample_tasks, with_rotations
 
 CLASSES, PER_CLASS = 12, 7
 
@@ -35,8 +35,9 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def draw(n_tasks=40, n_way=5, k_spt=2, k_qry=3, seed=0, images=None, **options):
+def draw(n_tasks=40, n_way=5, k_spt=2, k_qry=3, seed=0, images=None, rotations=False, **options):
     images = encoded() if images is None else images
+    images = with_rotations(images) if rotations else images
     return sample_tasks(images, n_tasks, n_way, k_spt, k_qry, generator(seed), **options)
 
 
@@ -140,7 +141,7 @@ def test_rotations_make_four_classes_of_one():
 def test_a_turned_image_is_the_whole_image_turned():
     generator_ = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (1, 4, 3, 5, 5), dtype=torch.uint8, generator=generator_)
-    tasks = sample_tasks(images, 3, 4, 2, 2, generator(), rotations=True)
+    tasks = sample_tasks(with_rotations(images), 3, 4, 2, 2, generator())
     turned = {tuple(torch.rot90(image, turn, (1, 2)).flatten().tolist()): turn
               for image in images[0] for turn in range(4)}
     for x, y in zip(tasks.x_spt, tasks.y_spt):
@@ -179,19 +180,18 @@ def test_too_few(options, text):
 
 def test_picking_first_and_finishing_elsewhere_is_the_same():
     images, mean, std = encoded(channels=3), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    picked, turns = module.pick(images, 6, 5, 5, generator(1), rotations=True)
-    assert picked.dtype == torch.uint8 and picked.shape == (6, 5, 5, 3, 2, 2) and turns.shape == (6, 5)
-    whole = sample_tasks(images, 6, 5, 2, 3, generator(1), mean, std, rotations=True)
-    for one, other in zip(module.finish(picked, turns, 2, mean, std), whole):
+    picked = module.pick(images, 6, 5, 5, generator(1))
+    assert picked.dtype == torch.uint8 and picked.shape == (6, 5, 5, 3, 2, 2)
+    whole = sample_tasks(images, 6, 5, 2, 3, generator(1), mean, std)
+    for one, other in zip(module.finish(picked, 2, mean, std), whole):
         assert torch.equal(one, other)
 
 
 def test_prefetched_batches_are_the_same_ones_in_the_same_order():
     images, ahead, now = encoded(), generator(2), generator(2)
-    prefetched = module.Prefetched(lambda: module.pick(images, 3, 5, 4, ahead, rotations=True), torch.device("cpu"))
+    prefetched = module.Prefetched(lambda: module.pick(images, 3, 5, 4, ahead), torch.device("cpu"))
     for _ in range(5):
-        for one, other in zip(prefetched(), module.pick(images, 3, 5, 4, now, rotations=True), strict=True):
-            assert torch.equal(one, other)
+        assert torch.equal(prefetched(), module.pick(images, 3, 5, 4, now))
 
 
 def test_split_cuts_along_tasks():
