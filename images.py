@@ -8,11 +8,13 @@ ties it to the very files it was made from. `picture` is the program behind
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import io
 import json
 import os
 import sys
+import threading
 import warnings
 import zlib
 from pathlib import Path
@@ -32,8 +34,10 @@ SPLITS = ("train", "val", "test")
 FORMATS = ("JPEG", "PNG", "GIF", "BMP")  # what data sets hold: few parsers, none that starts a program
 MAX_PIXELS = 64 * 2**20  # ImageNet's largest photograph has 61 million
 MAX_BYTES = 256 * 2**20  # of one encoded file
+LARGE = 16 * 2**20  # pixels or bytes of an image that is decoded alone: a thread for each would fill the memory
 CACHE_VERSION = 1  # goes up whenever the same files would give other pixels
-CHUNK = 16 * 2**20
+
+_alone = threading.RLock()
 
 
 class ImageFile(NamedTuple):
@@ -150,7 +154,8 @@ def decode(data: bytes, name: str, channels: int, imgsz: int, resample: Image.Re
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:  # known from the header, before any pixel is decoded
                 raise Image.DecompressionBombError
-            image = _opaque(image).convert("RGB" if channels == 3 else "L").resize((imgsz, imgsz), resample)
+            with _alone if image.width * image.height > LARGE else contextlib.nullcontext():
+                image = _opaque(image).convert("RGB" if channels == 3 else "L").resize((imgsz, imgsz), resample)
     except MemoryError:
         raise
     except Image.DecompressionBombError as error:
@@ -186,7 +191,8 @@ def decode_all(
 
     def put(place: tuple[int, int]) -> None:
         file = classes[place[0]][place[1]]
-        array[place] = decode(_read(file), file.path, channels, imgsz, resample)
+        with _alone if file.size > LARGE else contextlib.nullcontext():
+            array[place] = decode(_read(file), file.path, channels, imgsz, resample)
 
     terminal = sys.stderr.isatty()
     if not terminal:

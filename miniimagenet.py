@@ -20,6 +20,7 @@ from files import UserError, run
 from images import ImageFile
 
 CHANNELS = 3
+MAX_TABLE = 64 * 2**20  # bytes of a CSV file: a million images
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, red green blue
 
 
@@ -139,6 +140,8 @@ def _rows(table: Path) -> list[tuple[int, str, str]]:
     """(line number, file name, label) of each row of a CSV file."""
     rows = []
     try:
+        if os.path.getsize(table) > MAX_TABLE:
+            raise UserError(f"{table} has over {MAX_TABLE // 2**20} MB, too many for a list of images; {_where(table.parent)}")
         with open(table, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             for column in ("filename", "label"):

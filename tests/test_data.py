@@ -439,6 +439,8 @@ def break_photos(root: Path, fault: str) -> None:
         (root / "train.csv").write_bytes(b"filename,label\np\x000.png,a\n")
     elif fault == "csv not utf-8":
         (root / "train.csv").write_bytes(b"filename,label\n\xff\xfe.png,a\n")
+    elif fault == "csv without end":
+        os.truncate(root / "train.csv", 10**12)  # no block of it is on disk
     elif fault == "csv with a long field":
         (root / "train.csv").write_text("filename,label\n" + "x" * 200_000 + ",a\n")
     else:
@@ -481,7 +483,7 @@ FAULTS = {  # and the words that the line must hold
     "link that leads out": ["p00.png", "link"], "link that leads nowhere": ["p00.png", "not a file"],
     "link to itself": ["p00.png", "can't read"],
     "csv with NUL": ["train.csv"], "csv not utf-8": ["train.csv", "UTF-8"],
-    "csv with a long field": ["train.csv"],
+    "csv with a long field": ["train.csv"], "csv without end": ["train.csv", "64 MB"],
     "no column": ["train.csv", "column label"], "no header": ["train.csv", "column filename"],
     "no text at all": ["train.csv", "column"], "empty split": ["train.csv", "no images"],
     "twice": ["train.csv line 14", "'p00.png'", "twice"], "unequal": ["'class1' has 3", "has 4"],
@@ -641,6 +643,25 @@ def test_result_and_error_do_not_depend_on_threads(photos, monkeypatch):
             miniimagenet.load(photos, "train", 12)
         errors.append(str(caught.value))
     assert len(set(errors)) == 1 and "p02.png" in errors[0]  # the first in the order of the classes
+
+
+@pytest.mark.parametrize("limit", [399, 400])
+def test_large_images_are_decoded_one_at_a_time(photos, monkeypatch, limit):
+    """Else a folder of them, each a few kilobytes on disk, takes the memory of one times the machine's cores."""
+    at_work, most, convert = [], [], images._opaque
+
+    def watched(image):
+        at_work.append(image)
+        time.sleep(0.01)
+        most.append(len(at_work))
+        at_work.pop()
+        return convert(image)
+
+    monkeypatch.setattr(images, "LARGE", limit)  # the photographs have 20 x 20 pixels, and fewer bytes
+    monkeypatch.setattr(images, "_threads", lambda: 4)
+    monkeypatch.setattr(images, "_opaque", watched)
+    miniimagenet.load(photos, "train", 12)
+    assert max(most) == 1 if limit < 400 else max(most) > 1
 
 
 # The cache
