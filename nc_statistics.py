@@ -284,12 +284,12 @@ def claims(study: Sequence[Sequence[Run]]) -> str:
     step = _steps(study)
     hidden = [(runs, logs.last_hidden(runs[0])) for runs in study]
     logits = [(runs, logs.layers_of(runs[0])[-1]) for runs in study]
-    layer = _one({layer for _, layer in hidden})
+    layer = logs.either({layer for _, layer in hidden})
     sections = [
         (f"Relative within trace of the last hidden layer ({layer}), training tasks",
          [row for model in MODELS for row in trace_rows(model, "relative_within", step)], hidden),
         (f"Relative within trace of {layer} at the end", difference_rows("relative_within"), hidden),
-        ("The same at the logits", difference_rows("relative_within"), logits),
+        ("Relative within trace of the logits at the end", difference_rows("relative_within"), logits),
         (f"Finetuned, {layer}, held-out tasks: untrained → end; end \N{MINUS SIGN} null",
          null_rows("finetuned"), hidden),
         (f"Correlation of log CDNV ({layer}, finetuned) with log held-out error", correlation_rows(), hidden),
@@ -302,8 +302,9 @@ def claims(study: Sequence[Sequence[Run]]) -> str:
 
 def notes(study: Sequence[Sequence[Run]]) -> str:
     """What the tables' words mean, with the steps that these runs have."""
-    tasks = {classes: _one({logs.tasks_of(runs, classes) for runs in study}) for classes in ("train", "heldout")}
-    ends = _one({math.ceil(end_from(run)) for runs in study for run in runs})
+    everything = [run for runs in study for run in runs]
+    tasks = {classes: logs.either(logs.task_counts(everything, classes)) for classes in ("train", "heldout")}
+    ends = logs.either({math.ceil(end_from(run)) for run in everything})
     return (
         "± and [ ] are 95% t intervals over seeds (of correlations through Fisher's z), one at a time, not corrected "
         "for their number; a single seed has none. The held-out tasks are the same for every seed: the intervals don't "
@@ -350,7 +351,7 @@ def accuracies(groups: Sequence[Sequence[Run]]) -> str:
         seeds = (f"{run.settings['seed']}: {value:.2f} ± {100 * test['ci95'][-1]:.2f}"
                  for run, value, test in zip(runs, percent, tests))  # fmt: skip
         task = runs[0].data["name"], runs[0].settings["n_way"], runs[0].settings["k_spt"]
-        steps = _one({logs.read_json(run, "args.json")["meta_steps"] for run in runs})
+        steps = logs.either({logs.read_json(run, "args.json")["meta_steps"] for run in runs})
         rows.append([
             _heading(runs, data=True), f"{steps} x {runs[0].settings['task_num']}",
             written(over_seeds(percent)) if len(runs) > 1 else f"{percent[0]:.2f}", "<br>".join(seeds), _machine(runs),
@@ -362,7 +363,7 @@ def accuracies(groups: Sequence[Sequence[Run]]) -> str:
 def _accuracy_notes(groups: Sequence[Sequence[Run]]) -> str:
     tests = [logs.read_json(run, "result.json")["test"] for runs in groups for run in runs]
     tasks, queries, steps = (
-        _one({pick(test) for test in tests})
+        logs.either({pick(test) for test in tests})
         for pick in (lambda test: test["tasks"], lambda test: test["k_qry"], lambda test: test["inner_steps"][-1])
     )
     return (
@@ -385,7 +386,7 @@ def _machine(runs: Sequence[Run]) -> str:
         else device["name"]
         for device in devices
     }
-    return f"{' to '.join(str(value) for value in sorted({minutes[0], minutes[-1]}))}; {_one(names)}"
+    return f"{' to '.join(str(value) for value in sorted({minutes[0], minutes[-1]}))}; {logs.either(names)}"
 
 
 def _heading(runs: Sequence[Run], data: bool = False) -> str:
@@ -394,12 +395,7 @@ def _heading(runs: Sequence[Run], data: bool = False) -> str:
 
 
 def _steps(study: Sequence[Sequence[Run]]) -> str:
-    return _one({first_step(run) for runs in study for run in runs})
-
-
-def _one(values: set) -> str:
-    """What all agree on; else all of it, joined by "or"."""
-    return " or ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in sorted(values))
+    return logs.either({first_step(run) for runs in study for run in runs})
 
 
 # ---- the program

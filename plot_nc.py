@@ -23,7 +23,6 @@ it is the mean over tasks and 1.96 standard errors to each side.
 """
 
 import itertools
-import math
 import sys
 from pathlib import Path
 from typing import NamedTuple, Sequence
@@ -34,56 +33,19 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+import drawing
 import files
 import nc_statistics
 import runs as logs
+from drawing import Panel
 from runs import Curve, Run
 
 HERE = Path(__file__).resolve().parent
 EARLY_STEPS = 7_500  # the original's first figure: 3 epochs of 2,500 meta-steps
 CHECKPOINTS = (0, 250, 500, 1_500, 6_000, 15_000, 60_000)  # of the figure by layer, as far as a run goes
 BEGINNING = 250  # meta-steps: "early" in the figure of inner steps
-
-LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's
-WITHIN, BETWEEN, NOISE = "#0072B2", "#D55E00", "#555555"  # blue, vermilion, grey
-META, FINETUNED = "#0072B2", "#D55E00"
-DARKER = {WITHIN: "#00324F", BETWEEN: "#6B2F00"}  # the same hues for held-out tasks, drawn on top
-STYLE = {
-    "font.size": 11,
-    "axes.titlesize": 11.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7,
-}
-WIDTH, DPI = 9.0, 200  # inches; 1,800 pixels wide, shown at about 900 in a README
-TRANSDUCTIVE = "features of query sets, batch norm by the query batch's own statistics (transductive)"
-
-_DASHED = {"linestyle": (0, (4, 2)), "linewidth": 1.1}
-_DOTTED = {"linestyle": (0, (1, 1.6)), "linewidth": 1.8}
-_BAND = Patch(color=NOISE, alpha=0.4, linewidth=0, label="95% band")
-_NULL = Line2D([], [], color=NOISE, label="null: permuted labels", **_DOTTED)
-
-MODELS = {"meta": META, "finetuned": FINETUNED}
-MODEL_STYLES = {"finetuned": {"linestyle": "-", "linewidth": 1.6}, "meta": {"linestyle": (0, (4, 2)), "linewidth": 1.2}}
-MOMENTS = {
-    "untrained": {"linestyle": (0, (1, 1.6)), "linewidth": 1.5},
-    "early": {"linestyle": (0, (4, 2)), "linewidth": 1.3},
-    "late": {"linestyle": "-", "linewidth": 1.8},
-}
-
-
-class Panel(NamedTuple):
-    """A row of panels: the metric, what its axis is called, whether that is logarithmic."""
-
-    metric: str
-    label: str
-    log: bool = False
-
 
 NC_PANELS = (
     Panel("relative_within", "NC1: relative\nwithin trace"),
@@ -118,8 +80,8 @@ def traces_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -> 
             f"setting are averaged: draw them apart"
         )
     (runs,) = groups
-    layer = _layer(runs, layer)
-    figure = Figure(figsize=(WIDTH, 10.6), dpi=DPI)
+    layer = drawing.chosen_layer(runs, layer)
+    figure = Figure(figsize=(drawing.WIDTH, 10.6), dpi=drawing.DPI)
     grid = figure.add_gridspec(4, 2, height_ratios=[1.1, 0.9, 1, 1])
     early, early_share = figure.add_subplot(grid[0, :]), figure.add_subplot(grid[1, :])
     panels = {
@@ -154,23 +116,24 @@ def traces_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -> 
         axes.set_ylim(low, high)  # one scale, so that before and after adaptation can be compared
 
     handles = [
-        Line2D([], [], color=WITHIN, linewidth=2.5, label="within classes"),
-        Line2D([], [], color=BETWEEN, linewidth=2.5, label="between classes"),
-        *_class_handles(any(classes == "heldout" for _, _, classes in curves)),
-        Line2D([], [], color=NOISE, linestyle=":", linewidth=1.6, label=f"within, pure noise: {noise:.3f}"),
-        _BAND,
+        Line2D([], [], color=drawing.WITHIN, linewidth=2.5, label="within classes"),
+        Line2D([], [], color=drawing.BETWEEN, linewidth=2.5, label="between classes"),
+        *drawing.class_handles(any(classes == "heldout" for _, _, classes in curves)),
+        Line2D([], [], color=drawing.NOISE, linestyle=":", linewidth=1.6, label=f"within, pure noise: {noise:.3f}"),
+        drawing.BAND,
     ]
-    _frame(figure, *captions(runs, layer), handles, 3, _band_note(groups))
+    drawing.frame(figure, *captions(runs, layer), handles, 3, drawing.band_note(groups))
     return figure
 
 
 def captions(runs: Sequence[Run], layer: str) -> tuple[str, str]:
     """Title and subtitle: data set ("synthetic" if it is), layer, task shape, tasks a measurement, seeds."""
     settings = runs[0].settings
-    title = f"Class traces while MAML trains\n{runs[0].data['name']}, {_place(runs, layer)}"
+    title = f"Class traces while MAML trains\n{runs[0].data['name']}, {drawing.layer_words(runs, layer)}"
     net = f", {settings['net']} network" if settings.get("net") == "paper" else ""
     shape = f"{logs.describe(runs[0])}{net}, {settings['k_qry']} queries a class"
-    return title, f"{shape}\neach measurement: {_tasks([runs])}; {_seeds(runs)}\n{TRANSDUCTIVE}"
+    measured = f"each measurement: {drawing.task_words([runs])}; {drawing.seed_words(runs)}"
+    return title, f"{shape}\n{measured}\n{drawing.TRANSDUCTIVE}"
 
 
 def _trace_curves(runs: Sequence[Run], layer: str) -> dict[tuple[str, str, str], Curve]:
@@ -199,24 +162,25 @@ def _spans_decades(curves: list[Curve]) -> bool:
 
 def _draw_traces(axes: Axes, curves: dict, model: str, wide: bool, until: int) -> None:
     if wide:
-        _log_axis(axes)
-    for metric, colour in (("within", WITHIN), ("between", BETWEEN)):
+        drawing.log_axis(axes)
+    for metric, colour in (("within", drawing.WITHIN), ("between", drawing.BETWEEN)):
         _draw_both(axes, curves, model, metric, colour, until)
     # From zero where that is possible; else a band that reaches toward zero must not stretch the axis.
     means = np.concatenate([line.get_ydata() for line in axes.get_lines()])
     axes.set_ylim(bottom=0.6 * np.nanmin(means) if wide else 0)
     axes.set_ylabel("trace" + (", log scale" if wide else "") + "\n(squared feature units)")
-    _step_axis(axes, until)
+    drawing.step_axis(axes, until)
 
 
 def _draw_shares(
     axes: Axes, curves: dict, model: str, noise: float, parts: Sequence[str], until: int
 ) -> None:
-    axes.axhline(noise, color=NOISE, linestyle=":", linewidth=1.6)
+    axes.axhline(noise, color=drawing.NOISE, linestyle=":", linewidth=1.6)
     for part in parts:
-        _draw_both(axes, curves, model, f"relative_{part}", WITHIN if part == "within" else BETWEEN, until)
+        colour = drawing.WITHIN if part == "within" else drawing.BETWEEN
+        _draw_both(axes, curves, model, f"relative_{part}", colour, until)
     axes.set_ylabel("share of total trace")
-    _step_axis(axes, until)
+    drawing.step_axis(axes, until)
 
 
 def _draw_both(axes: Axes, curves: dict, model: str, metric: str, colour: str, until: int) -> None:
@@ -224,7 +188,7 @@ def _draw_both(axes: Axes, curves: dict, model: str, metric: str, colour: str, u
     for classes in ("train", "heldout"):
         found = curves.get((model, metric, classes))
         if found is not None:
-            _draw(axes, Curve(*(part[found.steps <= until] for part in found)), colour, classes)
+            drawing.draw_curve(axes, Curve(*(part[found.steps <= until] for part in found)), colour, classes)
 
 
 # ---- nc: NC1 to NC4 and CDNV
@@ -236,28 +200,29 @@ def nc_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -> Figu
     Raises:
         UserError: no measurements, no such layer, or a metric is missing.
     """
-    layer = _layer(groups[0], layer)
-    most = "heldout" if _has_heldout(groups) else "train"  # more tasks, so a smoother null
-    figure, cells = _panels(NC_PANELS, groups, columns_alone=2, row_height=1.75)
+    layer = drawing.chosen_layer(groups[0], layer)
+    most = "heldout" if drawing.has_heldout(groups) else "train"  # more tasks, so a smoother null
+    figure, cells = drawing.panel_grid(NC_PANELS, groups, columns_alone=2, row_height=1.75)
     for axes, panel, runs in cells:
         if panel.log:
-            _log_axis(axes)
-        for model, colour in MODELS.items():
+            drawing.log_axis(axes)
+        for model, colour in drawing.MODELS.items():
             for classes in ("train", "heldout"):
                 found = logs.curve(runs, model, panel.metric, layer, classes)
                 if found is not None:
-                    _draw(axes, found, colour, classes)
+                    drawing.draw_curve(axes, found, colour, classes)
             if logs.is_logged(runs, model, f"{panel.metric}_null", most):
                 null = logs.curve(runs, model, f"{panel.metric}_null", layer, most)
-                axes.plot(null.steps, null.mean, color=colour, **_DOTTED)
+                axes.plot(null.steps, null.mean, color=colour, **drawing.DOTTED)
         if not panel.log:
             axes.set_ylim(bottom=0)
-        _log_step_axis(axes, _last_step(runs))
-    title = f"Neural collapse while MAML trains\n{_data(groups)}, {_place(groups[0], layer)}"
-    models = [Line2D([], [], color=colour, linewidth=2.5, label=model) for model, colour in MODELS.items()]
-    handles = [*models, *_class_handles(_has_heldout(groups)), _NULL, _BAND]
-    _frame(figure, title, _subtitle(groups, "train", "heldout"), handles, 3, _band_note(groups),
-           f"full collapse is 0 in every panel{_lacking(NC_PANELS, groups)}")  # fmt: skip
+        drawing.log_step_axis(axes, drawing.last_step(runs))
+    where = f"{drawing.data_names(groups)}, {drawing.layer_words(groups[0], layer)}"
+    models = [Line2D([], [], color=colour, linewidth=2.5, label=model) for model, colour in drawing.MODELS.items()]
+    handles = [*models, *drawing.class_handles(drawing.has_heldout(groups)), drawing.NULL, drawing.BAND]
+    note = f"full collapse is 0 in every panel{drawing.lacking(NC_PANELS, groups)}"
+    title, words = f"Neural collapse while MAML trains\n{where}", drawing.measurement_words(groups, "train", "heldout")
+    drawing.frame(figure, title, words, handles, 3, drawing.band_note(groups), note)
     return figure
 
 
@@ -272,14 +237,14 @@ def layers_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -> 
     """
     if layer is not None:
         raise files.UserError("--layer doesn't go with --figure layers, which draws all of them")
-    classes = "heldout" if _has_heldout(groups) else "train"
+    classes = "heldout" if drawing.has_heldout(groups) else "train"
     colours = _checkpoint_colours(groups, classes)
-    figure, cells = _panels(LAYER_PANELS, groups, columns_alone=3, row_height=2.5)
+    figure, cells = drawing.panel_grid(LAYER_PANELS, groups, columns_alone=3, row_height=2.5)
     for axes, panel, runs in cells:
         names = logs.layers_of(runs[0])
         if panel.log:
-            _log_axis(axes)
-        for model, style in MODEL_STYLES.items():
+            drawing.log_axis(axes)
+        for model, style in drawing.MODEL_STYLES.items():
             by_layer = [logs.curve(runs, model, panel.metric, name, classes) for name in names]
             for step in _checkpoints(runs, classes):
                 at = by_layer[0].steps.tolist().index(step)
@@ -288,15 +253,18 @@ def layers_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -> 
                 axes.fill_between(names, low, high, color=colours[step], alpha=0.15, linewidth=0)
         if logs.is_logged(runs, "finetuned", f"{panel.metric}_null", classes):
             null = [logs.curve(runs, "finetuned", f"{panel.metric}_null", name, classes).mean[-1] for name in names]
-            axes.plot(names, null, color=NOISE, **_DOTTED)
+            axes.plot(names, null, color=drawing.NOISE, **drawing.DOTTED)
         if not panel.log:
             axes.set_ylim(0, 1)
         axes.tick_params(axis="x", rotation=35)
-    title = f"Collapse by layer while MAML trains\n{_data(groups)}"
+    title = f"Collapse by layer while MAML trains\n{drawing.data_names(groups)}"
     handles = [Line2D([], [], color=c, linewidth=2.5, label=f"meta-step {step:,}") for step, c in colours.items()]
-    handles += [Line2D([], [], color="#222222", label=model, **style) for model, style in MODEL_STYLES.items()]
-    _frame(figure, title, _subtitle(groups, classes), [*handles, _NULL, _BAND], 5, _band_note(groups),
-           "full collapse: trace and CDNV 0, accuracy 1; null: finetuned, at the end" + _lacking(LAYER_PANELS, groups))
+    handles += [Line2D([], [], color="#222222", label=model, **style) for model, style in drawing.MODEL_STYLES.items()]
+    handles += [drawing.NULL, drawing.BAND]
+    note = "full collapse: trace and CDNV 0, accuracy 1; null: finetuned, at the end"
+    note += drawing.lacking(LAYER_PANELS, groups)
+    words = drawing.measurement_words(groups, classes)
+    drawing.frame(figure, title, words, handles, 5, drawing.band_note(groups), note)
     return figure
 
 
@@ -323,41 +291,41 @@ def inner_steps_figure(groups: Sequence[Sequence[Run]], layer: str | None = None
     Raises:
         UserError: no measurements, no such layer, or none after each inner step.
     """
-    layer = _layer(groups[0], layer)
-    classes = "heldout" if _has_heldout(groups) else "train"
+    layer = drawing.chosen_layer(groups[0], layer)
+    classes = "heldout" if drawing.has_heldout(groups) else "train"
     panels = (
         Panel("traces", f"traces, {layer}\n(squared units)", log=True),
         Panel("relative_within", f"relative within\ntrace, {layer}"),
         Panel("logits", "relative within\ntrace, logits"),
         Panel("accuracy", "accuracy"),
     )
-    figure, cells = _panels(panels, groups, columns_alone=2, row_height=2.0)
+    figure, cells = drawing.panel_grid(panels, groups, columns_alone=2, row_height=2.0)
     for axes, panel, runs in cells:
         if panel.log:
-            _log_axis(axes)
+            drawing.log_axis(axes)
         place = "logits" if panel.metric == "logits" else layer
         for moment, step in _moments(runs, classes).items():
             lines = {"traces": ("within", "between"), "logits": ("relative_within",)}.get(panel.metric, (panel.metric,))
             for quantity in lines:
                 steps, mean, low, high = logs.inner_steps(runs, quantity, place, classes, step)
-                colour = {"within": WITHIN, "between": BETWEEN}.get(quantity, "#222222")
-                axes.plot(steps, mean, color=colour, marker="o", markersize=3, **MOMENTS[moment])
+                colour = {"within": drawing.WITHIN, "between": drawing.BETWEEN}.get(quantity, "#222222")
+                axes.plot(steps, mean, color=colour, marker="o", markersize=3, **drawing.MOMENTS[moment])
                 axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
         if not panel.log:
             axes.set_ylim(0, 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("inner step" if _is_at_bottom(axes) else "")
-    moments = {name: {_moments(runs, classes).get(name) for runs in groups} - {None} for name in MOMENTS}
-    title = f"What each inner step does\n{_data(groups)}"
+        axes.set_xlabel("inner step" if drawing.is_at_bottom(axes) else "")
+    moments = {name: {_moments(runs, classes).get(name) for runs in groups} - {None} for name in drawing.MOMENTS}
+    title = f"What each inner step does\n{drawing.data_names(groups)}"
     handles = [
-        Line2D([], [], color=WITHIN, linewidth=2.5, label="within classes"),
-        Line2D([], [], color=BETWEEN, linewidth=2.5, label="between classes"),
-        *(Line2D([], [], color="#222222", label=f"{name}: meta-step {_either(steps)}", **MOMENTS[name])
+        Line2D([], [], color=drawing.WITHIN, linewidth=2.5, label="within classes"),
+        Line2D([], [], color=drawing.BETWEEN, linewidth=2.5, label="between classes"),
+        *(Line2D([], [], color="#222222", label=f"{name}: meta-step {logs.either(steps)}", **drawing.MOMENTS[name])
           for name, steps in moments.items() if steps),
-        _BAND,
+        drawing.BAND,
     ]
-    _frame(figure, title, _subtitle(groups, classes), handles, 3, _band_note(groups),
-           "relative within trace here: of the mean traces")  # fmt: skip
+    words, note = drawing.measurement_words(groups, classes), "relative within trace here: of the mean traces"
+    drawing.frame(figure, title, words, handles, 3, drawing.band_note(groups), note)
     return figure
 
 
@@ -365,7 +333,7 @@ def _moments(runs: Sequence[Run], classes: str) -> dict[str, int]:
     """The measured steps that are called untrained, early and late; of two that are the same, the later name."""
     steps = logs.common_steps(runs, classes)
     early = logs.nearest(steps[1:] or steps, BEGINNING)
-    named = {step: name for name, step in zip(MOMENTS, (steps[0], early, steps[-1]))}
+    named = {step: name for name, step in zip(drawing.MOMENTS, (steps[0], early, steps[-1]))}
     return {name: step for step, name in named.items()}
 
 
@@ -378,15 +346,15 @@ def collapse_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -
     Raises:
         UserError: no measurements on held-out tasks, no such layer, or CDNV or accuracy is missing.
     """
-    layer = _layer(groups[0], layer)
-    if not _has_heldout(groups):
+    layer = drawing.chosen_layer(groups[0], layer)
+    if not drawing.has_heldout(groups):
         raise files.UserError(f"{groups[0][0].path} has no measurement on held-out tasks; let it run to its first")
     late = nc_statistics.LATE
-    figure = Figure(figsize=(WIDTH, 4.6), dpi=DPI)
+    figure = Figure(figsize=(drawing.WIDTH, 4.6), dpi=drawing.DPI)
     by_step, by_setting = figure.subplots(1, 2)
-    colours = PowerNorm(0.4, vmin=0, vmax=max(_last_step(runs) for runs in groups))
+    colours = PowerNorm(0.4, vmin=0, vmax=max(drawing.last_step(runs) for runs in groups))
     handles = []
-    for runs, marker, colour in zip(groups, itertools.cycle("o^sD"), itertools.cycle(LINES)):
+    for runs, marker, colour in zip(groups, itertools.cycle("o^sD"), itertools.cycle(drawing.LINES)):
         for run in runs:
             steps, cdnv, error = nc_statistics.collapse_and_error(run, layer)
             style = {"s": 24, "marker": marker, "linewidths": 0}
@@ -394,25 +362,30 @@ def collapse_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -
             shown = steps >= late
             by_setting.scatter(cdnv[shown], 100 * error[shown], color=colour, alpha=0.75, **style)
         r, r_late = (_correlation(runs, layer, first) for first in (0, late))
-        label = f"{_setting(runs)}: r = {r}; from step {late:,}: {r_late}"
+        label = f"{drawing.setting_words(runs)}: r = {r}; from step {late:,}: {r_late}"
         handles.append(Line2D([], [], color=colour, marker=marker, linestyle="none", label=label))
     for axes in (by_step, by_setting):
-        _log_axis(axes, "x")
-        _log_axis(axes, "y")
+        drawing.log_axis(axes, "x")
+        drawing.log_axis(axes, "y")
         axes.set_xlabel(f"CDNV of {layer}, finetuned")
     by_step.set_ylabel("error on held-out tasks (%)")
     by_step.set_title("all checkpoints, by meta-step", loc="left")
-    for axis in (by_setting.xaxis, by_setting.yaxis):
-        axis.set_major_locator(MaxNLocator(4))  # within a decade
+    if not any(len(points.get_offsets()) for points in by_setting.collections):
+        by_setting.set(xticks=[], yticks=[], xlabel="no checkpoint that late")
+    else:
+        for axis in (by_setting.xaxis, by_setting.yaxis):
+            axis.set_major_locator(MaxNLocator(4))  # within a decade
     by_setting.set_title(f"from step {late:,}, by setting (zoomed)", loc="left")
-    ticks = [step for step in CHECKPOINTS if step <= colours.vmax]
+    ticks = [*(step for step in CHECKPOINTS if step < 0.8 * colours.vmax), colours.vmax]
     bar = figure.colorbar(drawn, ax=[by_step, by_setting], location="bottom", aspect=60, pad=0.02, ticks=ticks)
     bar.ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     bar.set_label("meta-step (left panel)")
-    title = f"Collapse against accuracy while MAML trains\n{_data(groups)}, {_place(groups[0], layer)}"
-    subtitle = f"a point: a checkpoint of a seed, {_tasks(groups, 'heldout')}, after all inner steps of training"
-    _frame(figure, title, f"{_shape(groups)}\n{subtitle}\n{TRANSDUCTIVE}", handles, 1,
-           "r: correlation of the logarithms over a seed's checkpoints, mean and 95% interval over seeds")  # fmt: skip
+    where = f"{drawing.data_names(groups)}, {drawing.layer_words(groups[0], layer)}"
+    tasks = drawing.task_words(groups, "heldout")
+    points = f"a point: a checkpoint of a seed, {tasks}, after the inner steps of training"
+    subtitle = f"{drawing.setting_and_queries(groups)}\n{points}\n{drawing.TRANSDUCTIVE}"
+    note = "r: correlation of the logarithms over a seed's checkpoints, mean and 95% interval over seeds"
+    drawing.frame(figure, f"Collapse against accuracy while MAML trains\n{where}", subtitle, handles, 1, note)
     return figure
 
 
@@ -432,187 +405,24 @@ def accuracy_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -
     """
     if layer is not None:
         raise files.UserError("--layer doesn't go with --figure accuracy, which is of the whole network")
-    figure = Figure(figsize=(WIDTH, 4.0), dpi=DPI)
+    figure = Figure(figsize=(drawing.WIDTH, 4.0), dpi=drawing.DPI)
     axes = figure.subplots()
     handles, counts = [], set()
-    for runs, colour in zip(groups, itertools.cycle(LINES)):
+    for runs, colour in zip(groups, itertools.cycle(drawing.LINES)):
         steps, mean, low, high = (100 * part if i else part for i, part in enumerate(logs.validation(runs)))
         axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.plot(steps, mean, color=colour, marker="o" if len(steps) < 40 else None, markersize=3.5, linewidth=1.6)
-        label = f"{_setting(runs)}; {runs[0].settings.get('task_num', '?')} tasks a meta-step"
+        label = f"{drawing.setting_words(runs)}; {runs[0].settings.get('task_num', '?')} tasks a meta-step"
         handles.append(Line2D([], [], color=colour, linewidth=2.5, label=label))
         counts |= {row["tasks"] for run in runs for row in run.rows if row.get("kind") == "val"}
-    _step_axis(axes, int(max(axes.dataLim.x1, 1)))
+    drawing.step_axis(axes, int(max(axes.dataLim.x1, 1)))
     axes.set_ylabel("accuracy on held-out classes (%)")
     settings = [runs[0].settings for runs in groups]
-    queries, inner = (_either({one.get(name, "all") for one in settings}) for name in ("k_qry", "update_step_test"))
-    _frame(figure, f"Validation accuracy while MAML trains\n{_data(groups)}",
-           f"{_either(counts)} tasks of held-out classes, {queries} queries a class, after {inner} inner steps",
-           handles, 1, _band_note(groups))  # fmt: skip
+    queries, inner = (logs.either({one.get(name, "all") for one in settings}) for name in ("k_qry", "update_step_test"))
+    title = f"Validation accuracy while MAML trains\n{drawing.data_names(groups)}"
+    words = f"{logs.either(counts)} tasks of held-out classes, {queries} queries a class, after {inner} inner steps"
+    drawing.frame(figure, title, words, handles, 1, drawing.band_note(groups))
     return figure
-
-
-# ---- what the figures share
-
-
-def _layer(runs: Sequence[Run], layer: str | None) -> str:
-    """The layer to draw: the last hidden one unless one is named.
-
-    Raises:
-        UserError: there is no such layer, or no measurement.
-    """
-    layers = logs.layers_of(runs[0])
-    if layer is not None and layer not in layers:
-        raise files.UserError(f"no layer {layer!r} in {runs[0].path}; --layer takes one of: {', '.join(layers)}")
-    return layer or logs.last_hidden(runs[0])
-
-
-def _panels(panels: Sequence[Panel], groups: Sequence[Sequence[Run]], columns_alone: int, row_height: float):
-    """A figure with a row a panel and a column a setting, or one setting's panels in so many columns.
-
-    Returns:
-        The figure, and [(axes, panel, runs)].
-    """
-    alone = len(groups) == 1
-    rows, columns = (math.ceil(len(panels) / columns_alone), columns_alone) if alone else (len(panels), len(groups))
-    figure = Figure(figsize=(WIDTH, rows * row_height), dpi=DPI)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=False if alone else "row")
-    cells = [(axes, *cell) for axes, cell in zip(grid.flat, itertools.product(panels, groups))]
-    for axes, panel, runs in cells:
-        if runs is groups[0]:
-            axes.set_ylabel(panel.label)
-        if not alone and panel is panels[0]:
-            axes.set_title("\n".join([*logs.describe(runs[0]).split(", ", 1), _seeds(runs)]), fontsize=10.5)
-    return figure, cells
-
-
-def _frame(figure: Figure, title: str, subtitle: str, handles: Sequence, columns: int, *notes: str) -> None:
-    """Enlarge the figure by a title above, and a legend and notes below its panels, where they cover nothing."""
-    above = 0.3 + 0.28 * (1 + title.count("\n")) + 0.19 * (1 + subtitle.count("\n"))  # inches
-    below = 0.35 + 0.215 * math.ceil(len(handles) / columns) + 0.19 * len(notes)
-    height = above + figure.get_figheight() + below
-    figure.set_size_inches(WIDTH, height)
-    rect = (0.005, below / height, 0.985, 1 - (above + below) / height)
-    figure.set_layout_engine("constrained", rect=rect, h_pad=0.07, w_pad=0.07)
-    centred = {"ha": "center", "linespacing": 1.3}
-    figure.text(0.5, 1 - 0.14 / height, title, va="top", fontsize=14, weight="bold", **centred)
-    lines = 1 + title.count("\n")
-    figure.text(0.5, 1 - (0.16 + 0.28 * lines) / height, subtitle, va="top", fontsize=10, **centred)
-    figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=10,
-                  bbox_to_anchor=(0.5, (0.04 + 0.19 * len(notes)) / height))  # fmt: skip
-    figure.text(0.5, 0.08 / height, "\n".join(notes), va="bottom", fontsize=10, **centred)
-
-
-def _draw(axes: Axes, found: Curve, colour: str, classes: str) -> None:
-    """A curve with its band: training tasks solid; held-out ones thin, dashed, darker, on top."""
-    line = {"color": colour, "linewidth": 1.5} if classes == "train" else {"color": DARKER[colour], **_DASHED}
-    few = len(found.steps) < 12
-    marker = "o" if few or classes == "heldout" else None  # a line alone would hide how far apart the points are
-    shade = 0.25 if classes == "train" else 0.12
-    axes.fill_between(found.steps, found.low, found.high, color=colour, alpha=shade, linewidth=0)
-    axes.plot(found.steps, found.mean, marker=marker, markersize=3.5 if few else 2, **line)
-
-
-def _step_axis(axes: Axes, last: int) -> None:
-    columns = axes.get_subplotspec().get_gridspec().ncols
-    span = axes.get_subplotspec().colspan
-    axes.set_xlim(0, last * 1.02)
-    axes.set_xlabel("meta-step")
-    axes.xaxis.set_major_locator(MaxNLocator({1: 8, 2: 5}.get(columns // (span.stop - span.start), 3)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-
-
-def _log_step_axis(axes: Axes, last: int) -> None:
-    """Meta-steps, logarithmic from 100 on and linear before, so that step 0 has its place."""
-    axes.set_xscale("symlog", linthresh=100, linscale=0.4)
-    axes.set_xlim(0, last * 1.05)
-    axes.set_xlabel("meta-step" if _is_at_bottom(axes) else "")
-    axes.set_xticks([0, *(step for step in (100, 300, 1_000, 3_000, 10_000, 30_000) if step <= last)])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-
-
-def _is_at_bottom(axes: Axes) -> bool:
-    return axes.get_subplotspec().is_last_row()
-
-
-def _log_axis(axes: Axes, which: str = "y") -> None:
-    """Logarithmic, with ticks at 1, 2 and 5 in plain figures."""
-    getattr(axes, f"set_{which}scale")("log", nonpositive="clip")
-    axis = getattr(axes, f"{which}axis")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_locator(NullLocator())
-
-
-def _class_handles(heldout: bool) -> list[Line2D]:
-    if not heldout:
-        return []
-    return [
-        Line2D([], [], color="#222222", linewidth=1.5, label="training tasks"),
-        Line2D([], [], color="#222222", label="held-out tasks (darker)", **_DASHED),
-    ]
-
-
-def _band_note(groups: Sequence[Sequence[Run]]) -> str:
-    """What the band is: of seeds, or of tasks where there is a single run."""
-    counts = {len(runs) for runs in groups}
-    tasks = "over tasks: mean \u00b1 1.96 standard errors of a measurement's tasks"
-    if counts == {1}:
-        return f"95% band {tasks}"
-    seeds = f"over seeds: t interval of the mean of {_either(counts - {1})} seeds"
-    return f"95% band {seeds}" + (f" (a single seed: {tasks})" if 1 in counts else "")
-
-
-def _lacking(panels: Sequence[Panel], groups: Sequence[Sequence[Run]]) -> str:
-    """What a note says of nulls that aren't in the logs."""
-    nulls = [logs.is_logged(runs, "finetuned", f"{panel.metric}_null") for panel in panels for runs in groups]
-    return "" if all(nulls) else "; no null is drawn where the log has none"
-
-
-def _has_heldout(groups: Sequence[Sequence[Run]]) -> bool:
-    return all(logs.common_steps(runs, "heldout") for runs in groups)
-
-
-def _last_step(runs: Sequence[Run]) -> int:
-    return max(step for classes in ("train", "heldout") for step in [0, *logs.common_steps(runs, classes)])
-
-
-def _place(runs: Sequence[Run], layer: str) -> str:
-    return f"layer {layer}" + (" (last hidden layer)" if layer == logs.last_hidden(runs[0]) else "")
-
-
-def _data(groups: Sequence[Sequence[Run]]) -> str:
-    return _either({runs[0].data["name"] for runs in groups})
-
-
-def _setting(runs: Sequence[Run]) -> str:
-    return f"{logs.describe(runs[0])}, {_seeds(runs)}"
-
-
-def _seeds(runs: Sequence[Run]) -> str:
-    return "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
-
-
-def _shape(groups: Sequence[Sequence[Run]]) -> str:
-    """The setting, if there is one alone, and the queries."""
-    queries = f"{_either({runs[0].settings['k_qry'] for runs in groups})} queries a class"
-    return f"{_setting(groups[0])}; {queries}" if len(groups) == 1 else queries
-
-
-def _subtitle(groups: Sequence[Sequence[Run]], *classes: str) -> str:
-    return f"{_shape(groups)}; each measurement: {_tasks(groups, *classes)}\n{TRANSDUCTIVE}"
-
-
-def _tasks(groups: Sequence[Sequence[Run]], *classes: str) -> str:
-    """How many tasks a measurement has: "8 training tasks or 100 held-out tasks"."""
-    names = {"train": "training tasks", "heldout": "held-out tasks"}
-    chosen = [one for one in classes or names if one == "train" or _has_heldout(groups)]
-    return " or ".join(f"{_either({logs.tasks_of(runs, one) for runs in groups})} {names[one]}" for one in chosen)
-
-
-def _either(values: set) -> str:
-    return " or ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in sorted(values, key=str))
 
 
 # ---- the program
@@ -657,12 +467,12 @@ def draw(picture: Picture, layer: str | None) -> None:
     """Draw the picture, write it, say where it is."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # the same picture whatever the user's matplotlibrc says
-        matplotlib.rcParams.update(STYLE)
+        matplotlib.rcParams.update(drawing.STYLE)
         drawn = FIGURES[picture.figure][0](picture.groups, layer)
         with files.atomic(picture.path) as file:
             drawn.savefig(file, format="png", metadata={"Software": None})  # same input, same bytes
     runs = [run for group in picture.groups for run in group]
-    print(f"wrote {picture.path}: {len(runs)} run(s), {_data(picture.groups)}")
+    print(f"wrote {picture.path}: {len(runs)} run(s), {drawing.data_names(picture.groups)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

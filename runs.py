@@ -257,10 +257,16 @@ def last_hidden(run: Run) -> str:
     return layers[max(len(layers) - 2, 0)]
 
 
-def tasks_of(runs: Sequence[Run], classes: str) -> str:
-    """How many tasks a measurement of these runs has, in words; "8 or 32" where they differ."""
-    counts = {row.get("tasks", "?") for run in runs for row in measurements(run, classes).values()}
-    return " or ".join(str(count) for count in sorted(counts, key=str))
+def task_counts(runs: Sequence[Run], classes: str) -> set[int]:
+    """How many tasks the measurements of these runs have; more than one number where they differ.
+
+    Raises:
+        UserError: a measurement doesn't say.
+    """
+    try:
+        return {int(row["tasks"]) for run in runs for row in measurements(run, classes).values()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise files.UserError(f"{runs[0].path}: a measurement doesn't say of how many tasks; it is broken") from error
 
 
 def is_logged(runs: Sequence[Run], model: str, metric: str, classes: str = "train") -> bool:
@@ -395,6 +401,11 @@ def half_interval(values: np.ndarray) -> np.ndarray:
     if n_runs < 2:
         return np.full(np.shape(values)[1:], np.nan)
     return student_t(n_runs - 1) * np.std(values, axis=0, ddof=1) / math.sqrt(n_runs)
+
+
+def either(values: set) -> str:
+    """What all agree on; else all of it, joined by "or"."""
+    return " or ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in sorted(values))
 
 
 def noise_share(n_way: int, k_qry: int) -> float:

@@ -4,7 +4,9 @@ The recomputation here shares nothing with the project: it reads JSON lines and 
 statistics module.
 """
 
+import functools
 import gzip
+import itertools
 import json
 import math
 import shutil
@@ -41,11 +43,15 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def rows_of(folder: Path, kind: str, classes: str | None = None) -> list[dict]:
+    return [row for row in rows_in(folder) if row["kind"] == kind and row.get("classes") == classes]
+
+
+@functools.cache
+def rows_in(folder: Path) -> list[dict]:
     compressed = folder / "log.jsonl.gz"
     lines = gzip.open(compressed) if compressed.exists() else open(folder / "log.jsonl", "rb")
     with lines:
-        rows = [json.loads(line) for line in lines]
-    return [row for row in rows if row["kind"] == kind and row.get("classes") == classes]
+        return [json.loads(line) for line in lines]
 
 
 def points(folder: Path, model: str, metric: str, layer: int, classes: str) -> list[tuple[int, float]]:
@@ -54,7 +60,8 @@ def points(folder: Path, model: str, metric: str, layer: int, classes: str) -> l
 
 def end(folder: Path, model: str, metric: str, layer: int, classes: str) -> float:
     last = max(row["step"] for kind in ("train", "heldout") for row in rows_of(folder, "nc", kind))
-    return statistics.fmean(value for step, value in points(folder, model, metric, layer, classes) if step >= 0.9 * last)
+    found = points(folder, model, metric, layer, classes)
+    return statistics.fmean(value for step, value in found if step >= 0.9 * last)
 
 
 def change(folder: Path, model: str) -> float:
@@ -86,13 +93,13 @@ def over(values: list[float]) -> tuple[float, float]:
 
 
 def cells(text: str) -> dict[tuple[str, str], list[str]]:
-    """The claims' table by (its heading's first words, label)."""
+    """The claims' table by (heading, label)."""
     heading, found = "", {}
     for line in text[: text.index("\n\n±")].splitlines():
         label, *rest = (cell.strip() for cell in line.strip("|").split("|"))
         if label.startswith("**"):
             heading = label.strip("*")
-        found[heading[:24], label] = rest
+        found[heading, label] = rest
     return found
 
 
@@ -116,38 +123,36 @@ def agrees(cell: str, mean: float, half: float) -> None:
 
 def study_folders(folder: Path) -> list[list[Path]]:
     """The study's runs by setting, in the table's order, found by their folders' names."""
-    names = [setting.name for setting in logs.STUDY]
-    found = {name: sorted(path for path in folder.iterdir() if path.name.rpartition("-seed")[0] == name) for name in names}
-    return [paths for paths in found.values() if paths]
+    found = [sorted(path for path in folder.iterdir() if path.name.rpartition("-seed")[0] == setting.name)
+             for setting in logs.STUDY]  # fmt: skip
+    return [paths for paths in found if paths]
 
 
 def check_claims(folder: Path, text: str) -> None:
     table = cells(text)
-    (traces,) = {heading for heading, _ in table if heading.startswith("Relative within trace of")
-                 and (heading, "meta, change") in table}  # fmt: skip
-    (nulls,) = {heading for heading, _ in table if heading.startswith("Finetuned, ")}
-    (together,) = {heading for heading, _ in table if heading.startswith("Correlation of log CDNV")}
-    apart = next(heading for heading, label in table if label.startswith(f"finetuned {MINUS} meta"))
-    logits = next(heading for heading, _ in table if heading.startswith("The same at the logits"))
+    traces, apart, logits, nulls, together = dict.fromkeys(heading for heading, _ in table if heading)
+    assert "training tasks" in traces and "block4 at the end" in apart and "logits" in logits
+    assert nulls.startswith("Finetuned") and together.startswith("Correlation")
     for column, paths in enumerate(study_folders(folder)):
         assert table["", "seeds"][column] == str(len(paths))
         for model in ("meta", "finetuned"):
             agrees(table[traces, f"{model}, change"][column], *over([change(path, model) for path in paths]))
             agrees(table[traces, f"{model}, slope per tenfold of steps, from step 30"][column],
                    *over([slope(path, model, 30) for path in paths]))  # fmt: skip
-            for classes, label in (("train", "training tasks"), ("heldout", "held-out tasks")):
-                for heading, layer in ((apart, -2), (logits, -1)):
-                    differences = [end(path, "finetuned", "relative_within", layer, classes)
-                                   - end(path, "meta", "relative_within", layer, classes) for path in paths]  # fmt: skip
-                    agrees(table[heading, f"finetuned {MINUS} meta, {label}"][column], *over(differences))
+            for (classes, label), (heading, layer) in itertools.product(
+                (("train", "training tasks"), ("heldout", "held-out tasks")), ((apart, -2), (logits, -1))
+            ):
+                ends = [[end(path, model, "relative_within", layer, classes) for model in ("meta", "finetuned")]
+                        for path in paths]  # fmt: skip
+                agrees(table[heading, f"finetuned {MINUS} meta, {label}"][column], *over([b - a for a, b in ends]))
         start, last, *rest = parse(table[nulls, "CDNV"][column].replace("null not logged", ""))
         first = [points(path, "finetuned", "cdnv", -2, "heldout")[0][1] for path in paths]
         assert start == pytest.approx(statistics.fmean(first), rel=0.006)
-        assert last == pytest.approx(statistics.fmean(end(p, "finetuned", "cdnv", -2, "heldout") for p in paths), rel=0.006)
+        ends = [end(path, "finetuned", "cdnv", -2, "heldout") for path in paths]
+        assert last == pytest.approx(statistics.fmean(ends), rel=0.006)
         if rest:
-            agrees(table[nulls, "CDNV"][column].split("; ")[1], *over(
-                [end(path, "finetuned", "cdnv", -2, "heldout") - end(path, "finetuned", "cdnv_null", -2, "heldout")
-                 for path in paths]))  # fmt: skip
+            nothing = [end(path, "finetuned", "cdnv_null", -2, "heldout") for path in paths]
+            agrees(table[nulls, "CDNV"][column].split("; ")[1], *over([a - b for a, b in zip(ends, nothing)]))
         mean, half = over([z_of_correlation(path, 0) for path in paths])
         numbers = parse(table[together, "all checkpoints"][column])
         assert numbers[0] == pytest.approx(math.tanh(mean), abs=0.006)
@@ -177,7 +182,7 @@ def test_the_committed_claims_recomputed():
 def home(tmp_path_factory):
     """A project of which only README.md and res/ exist, with three seeds of each Omniglot setting."""
     folder = tmp_path_factory.mktemp("home")
-    nc_logs.write_study(folder / "res", steps=1_500, every=60)
+    nc_logs.write_study(folder / "res", steps=600, every=60)
     (folder / "README.md").write_text(README)
     for path, text in nc_statistics.documents(folder).items():
         path.write_text(text)

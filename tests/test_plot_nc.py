@@ -13,9 +13,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
+import drawing
 import files
 import nc_logs
 import nc_statistics
@@ -162,13 +162,13 @@ def test_drawn_values_are_those_of_the_chosen_layer(tmp_path):
     drawn = {}
     for line in figure.axes[2].get_lines():  # the meta model's traces over the whole run
         drawn[line.get_color(), line.get_linestyle()] = line.get_ydata().tolist()
-    assert drawn[plot_nc.WITHIN, "-"] == [27, 24, 21]
-    assert drawn[plot_nc.BETWEEN, "-"] == [3, 6, 9]
-    assert drawn[plot_nc.DARKER[plot_nc.WITHIN], "--"] == [25.5]
+    assert drawn[drawing.WITHIN, "-"] == [27, 24, 21]
+    assert drawn[drawing.BETWEEN, "-"] == [3, 6, 9]
+    assert drawn[drawing.DARKER[drawing.WITHIN], "--"] == [25.5]
     lines = [line for line in figure.axes[3].get_lines() if len(line.get_xdata()) == 3]
     shares = {line.get_color(): line.get_ydata() for line in lines}
-    assert shares[plot_nc.WITHIN] == pytest.approx([0.9, 0.8, 0.7])
-    assert shares[plot_nc.BETWEEN] == pytest.approx([0.1, 0.2, 0.3])
+    assert shares[drawing.WITHIN] == pytest.approx([0.9, 0.8, 0.7])
+    assert shares[drawing.BETWEEN] == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_the_first_panels_stop_at_the_early_steps(tmp_path):
@@ -342,10 +342,9 @@ def drawn_alike(axes, **wanted) -> list[np.ndarray]:
 @pytest.mark.parametrize("name", plot_nc.FIGURES)
 def test_nothing_overlaps_and_nothing_is_cut_off(study, name, alone):
     with matplotlib.rc_context():
-        matplotlib.rcParams.update(plot_nc.STYLE)
+        matplotlib.rcParams.update(drawing.STYLE)
         figure = plot_nc.FIGURES[name][0](study[:1] if alone or name == "traces" else study, None)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
+        figure.draw_without_rendering()
         boxes = {text.get_text()[:30]: text.get_window_extent() for text in figure.texts}
         boxes |= {f"legend {i}": legend.get_window_extent() for i, legend in enumerate(figure.legends)}
         boxes |= {f"panel {i}": axes.get_tightbbox() for i, axes in enumerate(figure.axes)}
@@ -371,10 +370,10 @@ def test_nc_draws_each_metric_with_its_null(study):
         return [(a["meta"][metric]["mean"][3] + b["meta"][metric]["mean"][3]) / 2
                 for a, b in zip(*rows) if a["classes"] == classes]  # fmt: skip
 
-    lines = [line.tolist() for line in drawn_alike(panel, color=plot_nc.META)]
+    lines = [line.tolist() for line in drawn_alike(panel, color=drawing.META)]
     assert lines[0] == pytest.approx(expected("cdnv", "train"))
     assert lines[1] == pytest.approx(expected("cdnv_null", "heldout"))
-    assert drawn_alike(panel, color=plot_nc.DARKER[plot_nc.META])[0] == pytest.approx(expected("cdnv", "heldout"))
+    assert drawn_alike(panel, color=drawing.DARKER[drawing.META])[0] == pytest.approx(expected("cdnv", "heldout"))
 
 
 def test_a_log_without_nulls_is_drawn_and_said_to_have_none(tmp_path):
@@ -416,7 +415,8 @@ def test_collapse_vs_accuracy_draws_every_checkpoint_and_says_the_correlation(st
     np.testing.assert_allclose(sorted(points.tolist()), sorted(expected))
     assert figure.axes[0].get_xscale() == figure.axes[0].get_yscale() == "log"
     legend = figure.legends[0].get_texts()[0].get_text()
-    assert legend.startswith("5-way 1-shot, second order, 2 seeds: r = 1.00 [") and legend.endswith("from step 1,000: undefined")
+    assert legend.startswith("5-way 1-shot, second order, 2 seeds: r = 1.00 [")
+    assert legend.endswith("from step 1,000: undefined")
     without = [row for row in nc_logs.log(60) if row.get("classes") != "heldout"]
     run = nc_logs.write_run(Path(study[0][0].path).parent / "trained", without)
     assert "no measurement on held-out tasks" in refused(run, "--figure", "collapse_vs_accuracy")
