@@ -7,6 +7,7 @@ import itertools
 import math
 from typing import NamedTuple, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -147,6 +148,14 @@ def log_axis(axes: Axes, which: str = "y") -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(NullLocator())
+
+
+def fit_to_lines(panels: Sequence[Axes], log: bool) -> None:
+    """One vertical range for the panels, around their lines: a wide band mustn't squeeze them. From 0 if not `log`."""
+    values = np.concatenate([line.get_ydata() for axes in panels for line in axes.get_lines()])
+    low, high = np.nanmin(values), np.nanmax(values)
+    for axes in panels:
+        axes.set_ylim((low / 1.6, high * 1.6) if log else (0, high * 1.15))
 
 
 def class_handles(heldout: bool) -> list[Line2D]:

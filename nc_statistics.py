@@ -123,6 +123,21 @@ def from_null(run: Run, model: str, metric: str, layer: str) -> float:
     return value - null
 
 
+def share_of_means(run: Run, model: str, suffix: str, layer: str, step: int | None = None) -> float:
+    """within / (within + between) of the mean traces on training tasks, at a step or, with None, at the end.
+
+    With the suffix "_original" the traces are what the original took for them (nc_metrics.original_traces); with ""
+    they are the right ones.
+    """
+    within, between = (
+        at_end(run, model, name + suffix, layer, "train")
+        if step is None
+        else at(run, model, name + suffix, layer, "train", step)
+        for name in ("within", "between")
+    )
+    return within / (within + between)
+
+
 def collapse_and_error(run: Run, layer: str, from_step: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, CDNV of the finetuned model's layer, and the error after the inner steps, on the same held-out tasks."""
     cdnv = logs.series(run, "finetuned", "cdnv", layer, "heldout")
@@ -247,6 +262,25 @@ def correlation_rows() -> list[Row]:
     return [row("all checkpoints", 0), row(f"from step {LATE:,}", LATE)]
 
 
+def original_rows(step: str) -> list[Row]:
+    """The relative within trace by the original's class means, and by the labels, of the same features."""
+
+    def row(model: str, label: str, suffix: str) -> Row:
+        def cell(runs: Sequence[Run], layer: str) -> str:
+            if not logs.is_logged(runs, model, f"within{suffix}"):
+                return "not logged"
+            start, end = (
+                lambda run: share_of_means(run, model, suffix, layer, first_step(run)),
+                lambda run: share_of_means(run, model, suffix, layer),
+            )
+            return f"{moved(runs, start, end)}; {estimate(runs, lambda run: end(run) - start(run))}"
+
+        return f"{model}, {label}: step {step} → end; change", cell
+
+    kinds = (("as the original measured", "_original"), ("by label", ""))
+    return [row(model, label, suffix) for model in MODELS for label, suffix in kinds]
+
+
 def null_rows(model: str) -> list[Row]:
     """Each metric before training and at the end, and how far the end is from its null."""
 
@@ -290,6 +324,7 @@ def claims(study: Sequence[Sequence[Run]]) -> str:
          [row for model in MODELS for row in trace_rows(model, "relative_within", step)], hidden),
         (f"Relative within trace of {layer} at the end", difference_rows("relative_within"), hidden),
         ("Relative within trace of the logits at the end", difference_rows("relative_within"), logits),
+        ("Relative within trace of the logits' mean traces, training tasks", original_rows(step), logits),
         (f"Finetuned, {layer}, held-out tasks: untrained → end; end \N{MINUS SIGN} null",
          null_rows("finetuned"), hidden),
         (f"Correlation of log CDNV ({layer}, finetuned) with log held-out error", correlation_rows(), hidden),
@@ -310,6 +345,7 @@ def notes(study: Sequence[Sequence[Run]]) -> str:
         "for their number; a single seed has none. The held-out tasks are the same for every seed: the intervals don't "
         f"cover their choice. Step {_steps(study)}: the measurement nearest to {FROM_STEP}. The end: mean over the "
         f"measurements of the last tenth of training, from step {ends}. Slope: least squares on log10 of the step. "
+        "As the original measured: class means over consecutive groups of five rows, whatever their labels. "
         f"Null: the same metric with permuted labels. A measurement: {tasks['train']} training tasks or "
         f"{tasks['heldout']} held-out tasks, features of their query sets, normalised by the query batch's own "
         "statistics. Held-out error: after the inner steps of training, on the same tasks as CDNV. Correlations are "

@@ -214,9 +214,9 @@ def nc_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -> Figu
             if logs.is_logged(runs, model, f"{panel.metric}_null", most):
                 null = logs.curve(runs, model, f"{panel.metric}_null", layer, most)
                 axes.plot(null.steps, null.mean, color=colour, **drawing.DOTTED)
-        if not panel.log:
-            axes.set_ylim(bottom=0)
         drawing.log_step_axis(axes, drawing.last_step(runs))
+    for panel in NC_PANELS:
+        drawing.fit_to_lines([axes for axes, drawn, _ in cells if drawn is panel], panel.log)
     where = f"{drawing.data_names(groups)}, {drawing.layer_words(groups[0], layer)}"
     models = [Line2D([], [], color=colour, linewidth=2.5, label=model) for model, colour in drawing.MODELS.items()]
     handles = [*models, *drawing.class_handles(drawing.has_heldout(groups)), drawing.NULL, drawing.BAND]

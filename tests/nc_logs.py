@@ -52,6 +52,10 @@ def nc_row(step: int, classes: str = "train", value: Callable = usual, tasks: in
 
     names = [name + suffix for name in METRICS for suffix in ("", "_null")[: 1 + null]]
     models = {model: {name: metric(model, name) for name in names} for model in ("meta", "finetuned")}
+    for values in models.values():  # the original took part of the spread between classes for spread within
+        mixed = values["between"]["mean"][-1] / 2
+        for name, sign in (("within", 1), ("between", -1)):
+            values[f"{name}_original"] = summary([None] * 4 + [values[name]["mean"][-1] + sign * mixed])
     ends = {name: [models[model][name]["mean"] for model in ("meta", "finetuned")] for name in ("within", "between")}
     share = np.linspace(0, 1, INNER_STEPS + 1)
     inner = {name: [[a + s * (b - a) for a, b in zip(*pair)] for s in share] for name, pair in ends.items()}

@@ -70,6 +70,17 @@ def change(folder: Path, model: str) -> float:
     return end(folder, model, "relative_within", -2, "train") - start
 
 
+def original_change(folder: Path, model: str, suffix: str) -> float:
+    """Of the logits' within / (within + between), from the step nearest to 100 to the last tenth."""
+    traces = []
+    for name in ("within", "between"):
+        found = points(folder, model, name + suffix, -1, "train")
+        start = min(found, key=lambda point: abs(point[0] - 100))[1]
+        traces.append((start, end(folder, model, name + suffix, -1, "train")))
+    (within, within_end), (between, between_end) = traces
+    return within_end / (within_end + between_end) - within / (within + between)
+
+
 def slope(folder: Path, model: str, first: int) -> float:
     steps, values = zip(*(p for p in points(folder, model, "relative_within", -2, "train") if p[0] >= first))
     return np.polyfit(np.log10(steps), values, 1)[0]
@@ -130,7 +141,7 @@ def study_folders(folder: Path) -> list[list[Path]]:
 
 def check_claims(folder: Path, text: str) -> None:
     table = cells(text)
-    traces, apart, logits, nulls, together = dict.fromkeys(heading for heading, _ in table if heading)
+    traces, apart, logits, original, nulls, together = dict.fromkeys(heading for heading, _ in table if heading)
     assert "training tasks" in traces and "block4 at the end" in apart and "logits" in logits
     assert nulls.startswith("Finetuned") and together.startswith("Correlation")
     for column, paths in enumerate(study_folders(folder)):
@@ -145,6 +156,13 @@ def check_claims(folder: Path, text: str) -> None:
                 ends = [[end(path, model, "relative_within", layer, classes) for model in ("meta", "finetuned")]
                         for path in paths]  # fmt: skip
                 agrees(table[heading, f"finetuned {MINUS} meta, {label}"][column], *over([b - a for a, b in ends]))
+        for model, (label, suffix) in itertools.product(
+            ("meta", "finetuned"), (("as the original measured", "_original"), ("by label", ""))
+        ):
+            ((key, row),) = [(key, row) for key, row in table.items() if key[1].startswith(f"{model}, {label}")]
+            if row[column] != "not logged":
+                assert key[0] == original and "mean traces" in original
+                agrees(row[column].split("; ")[1], *over([original_change(path, model, suffix) for path in paths]))
         start, last, *rest = parse(table[nulls, "CDNV"][column].replace("null not logged", ""))
         first = [points(path, "finetuned", "cdnv", -2, "heldout")[0][1] for path in paths]
         assert start == pytest.approx(statistics.fmean(first), rel=0.006)
@@ -277,6 +295,14 @@ def test_differences_between_models_classes_and_the_null(known):
     assert found == pytest.approx(0.02 - 0.1 * later)
     end = (1 - 0.98 * (0.9 - 0.5 / 13)) ** 2
     assert nc_statistics.from_null(known[0], "meta", "cdnv", "block1") == pytest.approx(end - 7)
+
+
+def test_the_originals_measurement_stands_beside_the_right_one(known):
+    run = known[0]
+    right, original = (nc_statistics.share_of_means(run, "meta", suffix, "logits", 90) for suffix in ("", "_original"))
+    within, between = (nc_statistics.at(run, "meta", name, "logits", "train", 90) for name in ("within", "between"))
+    assert right == pytest.approx(within / (within + between))
+    assert original == pytest.approx((within + between / 2) / (within + between))
 
 
 def test_correlations_go_through_fishers_z(known):

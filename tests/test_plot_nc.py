@@ -376,6 +376,13 @@ def test_nc_draws_each_metric_with_its_null(study):
     assert drawn_alike(panel, color=drawing.DARKER[drawing.META])[0] == pytest.approx(expected("cdnv", "heldout"))
 
 
+def test_a_wide_band_is_cut_and_not_the_lines(study):
+    panel = plot_nc.nc_figure(study).axes[3]  # nc1, on a logarithmic axis
+    values = np.concatenate([line.get_ydata() for line in panel.get_lines()])
+    low, high = panel.get_ylim()
+    assert values.min() / 2 < low < values.min() and values.max() < high < values.max() * 2
+
+
 def test_a_log_without_nulls_is_drawn_and_said_to_have_none(tmp_path):
     runs = [logs.read_run(nc_logs.write_run(tmp_path / "run", nc_logs.log(60, null=False)))]
     for draw in (plot_nc.nc_figure, plot_nc.layers_figure):
