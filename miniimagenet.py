@@ -141,7 +141,8 @@ def _rows(table: Path) -> list[tuple[int, str, str]]:
     rows = []
     try:
         if os.path.getsize(table) > MAX_TABLE:
-            raise UserError(f"{table} has over {MAX_TABLE // 2**20} MB, too many for a list of images; {_where(table.parent)}")
+            raise UserError(f"{table} has over {MAX_TABLE // 2**20} MB, too many for a list of images; "
+                            f"{_where(table.parent)}")
         with open(table, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             for column in ("filename", "label"):

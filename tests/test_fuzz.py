@@ -51,16 +51,19 @@ from meta import Meta
 from test_data import encode, omniglot_entries, png_header, write_folders, write_photos, write_zips
 from test_plot_nc import rows, write_run
 
-SHARES = {"csv": 0.2, "image": 0.2, "zip": 0.12, "cache": 0.08, "log": 0.08, "test": 0.05, "resume": 0.04, "from_args": 0.06,
-          "arguments": 0.15, "process": 0.02}  # of the inputs, by kind
+SHARES = {  # of the inputs, by kind
+    "csv": 0.2, "image": 0.2, "zip": 0.12, "cache": 0.08, "log": 0.08, "test": 0.05, "resume": 0.04, "from_args": 0.06,
+    "arguments": 0.15, "process": 0.02,
+}
 FED = collections.Counter()  # inputs of the kinds that ran
 OUTSIDE = ["../secret.png", "/etc/hostname", "images/../../secret.png", "..\\secret.png", "C:\\secret.png", "..", ".",
-           "sub/p00.png", "./p00.png", "~/secret.png", "file:///etc/hostname", "p00.png\0", "//host/x.png", "\x1b[2J.png"]
+           "sub/p00.png", "./p00.png", "~/secret.png", "file:///etc/hostname", "p00.png\0", "//host/x.png",
+           "\x1b[2J.png"]
 
 
 def feed(kind: str, make: Callable[[random.Random, Path], Input], folder: Path,
          attempt: Callable[[Input, Path], str] = fuzzing.attempt) -> None:
-    """Give a kind its share of the inputs; say how many were accepted and refused, and how each wrong one is repeated."""
+    """Give a kind its share of the inputs; say how many were accepted and refused, and how to repeat what is wrong."""
     numbers = range(max(1, round(SHARES[kind] * fuzzing.INPUTS)))
     if fuzzing.ONLY:
         only, _, number = fuzzing.ONLY.partition(":")
@@ -125,51 +128,76 @@ def load_photos(root: Path, recipe: str) -> Input:
 def csv_input(rng: random.Random, around: Path) -> Input:
     root = photos(around)
     table = root / rng.choice(["train.csv", "train.csv", "train.csv", "val.csv"])
+    kind = rng.choice(["bytes", "bytes", "special", "encoding", "ends", "outside", *CSV_LINES])
     lines = table.read_text().split()
     row = rng.randrange(1, len(lines))
-    name, label = lines[row].split(",")
-    recipe = rng.choice(["bytes", "bytes", "columns", "header", "outside", "outside", "field", "text", "encoding", "ends",
-                         "quotes", "rows", "special"])
-    if recipe == "bytes":
-        data, recipe = damaged(rng, table.read_bytes())
+    if kind == "bytes":
+        data, kind = damaged(rng, table.read_bytes())
         table.write_bytes(data)
-    elif recipe == "special":
-        recipe = special_file(rng, table)
-    elif recipe == "encoding":
-        recipe = rng.choice(["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-7", "cp037", "latin-1"])
-        lines[row] = f"{name},Vögel"
-        table.write_bytes("\n".join(lines).encode(recipe))
-    elif recipe == "ends":
-        end = rng.choice(["\r\n", "\r", "\n\n", "\n\r", "\x0b", "\u2028", "", " \n", ";", "\0\n"])
-        recipe = f"lines end in {end!r}"
-        table.write_text(end.join(lines), encoding="utf-8", newline="")
+    elif kind == "special":
+        kind = special_file(rng, table)
+    elif kind == "encoding":
+        kind = rng.choice(["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-7", "cp037", "latin-1"])
+        lines[row] = lines[row].replace("class", "Größe")
+        table.write_bytes("\n".join(lines).encode(kind))
+    elif kind == "ends":
+        kind = rng.choice(["\r\n", "\r", "\n\n", "\n\r", "\x0b", "\u2028", "", " \n", ";", "\0\n"])
+        table.write_bytes(kind.join(lines).encode())
     else:
-        if recipe == "columns":
-            order = rng.choice([[1, 0], [0], [1], [0, 0], [0, 1, 1], [0, 1, 0], [2, 0, 1]])
-            lines = [",".join([*line.split(","), "more"][column] for column in order) for line in lines]
-        elif recipe == "header":
-            lines[0] = rng.choice(["", "filename", "label", "Filename,Label", "filename, label", "filename;label", "0,1",
-                                   "filename,label,", "label,filename", "filename,filename,label", lines[1], "\ufeff" * 2])
-        elif recipe == "outside":
-            lines[row] = f"{rng.choice(OUTSIDE)},{label}"
-        elif recipe == "field":
-            field = rng.choice(["", " ", "x" * 200_000, "x" * 5_000, "\0", "é", "\u202e", "-1", "nan", "=1+1", "\x1b[31m", "None"])
-            lines[row] = rng.choice([f"{field},{label}", f"{name},{field}", f"{name},{label},{field}"])
-        elif recipe == "quotes":
-            lines[row] = rng.choice(['"' + lines[row], f'"{name}","{label}"', f'{name},"a\nb"', f'"{name}"x,{label}', '""', '"',
-                                     f'"{name},{label}"', f"'{name}',{label}", f'{name},"{label}""', f"{name}\\,{label}"])
-        elif recipe == "text":
-            lines = [rng.choice(["{}", "\x89PNG\r\n", "<html>", "0", ",", ",,,,", "filename,label" * 3])]
-        elif recipe == "rows":
-            lines = rng.choice([lines[:1], lines[:row], lines + lines[1:], lines + [lines[row]], lines * 1000, lines[1:], [],
-                                [lines[0], *reversed(lines[1:])], lines + ["absent.png,class1"], lines + ["," * 10_000]])
-        table.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="")
-    return load_photos(root, f"{table.name}: {recipe}, row {row}")
+        table.write_bytes(("\n".join(CSV_LINES[kind](rng, lines, row)) + "\n").encode())
+    return load_photos(root, f"{table.name}: {kind!r}, row {row}")
+
+
+def columns(rng: random.Random, lines: list[str], row: int) -> list[str]:
+    order = rng.choice([[1, 0], [0], [1], [0, 0], [0, 1, 1], [0, 1, 0], [2, 0, 1]])
+    return [",".join([*line.split(","), "more"][column] for column in order) for line in lines]
+
+
+def header(rng: random.Random, lines: list[str], row: int) -> list[str]:
+    first = rng.choice(["", "filename", "label", "Filename,Label", "filename, label", "filename;label", "0,1",
+                        "filename,label,", "label,filename", "filename,filename,label", lines[1], "\ufeff" * 2])
+    return [first, *lines[1:]]
+
+
+def leads_outside(rng: random.Random, lines: list[str], row: int) -> list[str]:
+    _, label = lines[row].split(",")
+    return [*lines[:row], f"{rng.choice(OUTSIDE)},{label}", *lines[row + 1:]]
+
+
+def odd_field(rng: random.Random, lines: list[str], row: int) -> list[str]:
+    name, label = lines[row].split(",")
+    field = rng.choice(["", " ", "x" * 200_000, "x" * 5_000, "\0", "é", "\u202e", "-1", "nan", "=1+1", "\x1b[31m",
+                        "None"])
+    line = rng.choice([f"{field},{label}", f"{name},{field}", f"{name},{label},{field}"])
+    return [*lines[:row], line, *lines[row + 1:]]
+
+
+def quoted(rng: random.Random, lines: list[str], row: int) -> list[str]:
+    name, label = lines[row].split(",")
+    line = rng.choice([f'"{name},{label}', f'"{name}","{label}"', f'{name},"a\nb"', f'"{name}"x,{label}', '""', '"',
+                       f'"{name},{label}"', f"'{name}',{label}", f'{name},"{label}""', f"{name}\\,{label}"])
+    return [*lines[:row], line, *lines[row + 1:]]
+
+
+def other_text(rng: random.Random, lines: list[str], row: int) -> list[str]:
+    return [rng.choice(["{}", "\x89PNG\r\n", "<html>", "0", ",", ",,,,", "filename,label" * 3, ""])]
+
+
+def other_rows(rng: random.Random, lines: list[str], row: int) -> list[str]:
+    return rng.choice([lines[:1], lines[:row], lines + lines[1:], lines + [lines[row]], lines * 1000, lines[1:],
+                       [lines[0], *reversed(lines[1:])], lines + ["absent.png,class1"], lines + ["," * 10_000]])
+
+
+CSV_LINES = {  # the lines of a CSV file -> worse ones
+    "columns": columns, "header": header, "outside": leads_outside, "field": odd_field, "quotes": quoted,
+    "text": other_text, "rows": other_rows,
+}
 
 
 def special_file(rng: random.Random, path: Path) -> str:
     """Put something that is no regular file, or not the expected one, in the place of `path`."""
-    kind = rng.choice(["nothing", "folder", "pipe", "link out", "link to itself", "dangling link", "socket", "device", "empty"])
+    kind = rng.choice(["nothing", "folder", "pipe", "link out", "link to itself", "dangling link", "socket", "device",
+                       "empty"])
     path.unlink()
     if kind == "folder":
         path.mkdir()
@@ -196,14 +224,16 @@ def pictures() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     made = {
-        "JPEG": (rgb, {}), "JPEG grey": (grey, {}), "JPEG CMYK": (rgb.convert("CMYK"), {}), "JPEG YCbCr": (rgb.convert("YCbCr"), {}),
-        "JPEG progressive": (rgb, {"progressive": True}), "JPEG EXIF": (rgb, {"exif": exif}), "PNG": (rgb, {}),
-        "PNG alpha": (rgba, {}), "PNG palette": (rgb.quantize(16), {}), "PNG masked": (rgb.quantize(4), {"transparency": 1}),
+        "JPEG": (rgb, {}), "JPEG grey": (grey, {}), "JPEG CMYK": (rgb.convert("CMYK"), {}),
+        "JPEG YCbCr": (rgb.convert("YCbCr"), {}), "JPEG progressive": (rgb, {"progressive": True}),
+        "JPEG EXIF": (rgb, {"exif": exif}), "PNG": (rgb, {}), "PNG alpha": (rgba, {}),
+        "PNG palette": (rgb.quantize(16), {}), "PNG masked": (rgb.quantize(4), {"transparency": 1}),
         "PNG 16 bit": (deep, {}), "PNG grey and alpha": (rgba.convert("LA"), {}), "PNG 1 bit": (grey.convert("1"), {}),
         "PNG animated": (rgb, {"save_all": True, "append_images": [rgb.rotate(90)]}), "PNG EXIF": (rgb, {"exif": exif}),
-        "GIF": (rgb.quantize(8), {}), "GIF animated": (grey, {"save_all": True, "append_images": [two]}), "BMP": (rgb, {}),
-        "BMP 1 bit": (grey.convert("1"), {}), "TIFF": (rgb, {}), "TIFF 16 bit": (deep, {}), "WEBP": (rgb, {}), "PPM": (rgb, {}),
-        "ICO": (rgb, {}), "TGA": (rgb, {}), "PCX": (rgb, {}), "PDF": (rgb, {}), "EPS": (rgb, {}),
+        "GIF": (rgb.quantize(8), {}), "GIF animated": (grey, {"save_all": True, "append_images": [two]}),
+        "BMP": (rgb, {}), "BMP 1 bit": (grey.convert("1"), {}), "TIFF": (rgb, {}), "TIFF 16 bit": (deep, {}),
+        "WEBP": (rgb, {}), "PPM": (rgb, {}), "ICO": (rgb, {}), "TGA": (rgb, {}), "PCX": (rgb, {}), "PDF": (rgb, {}),
+        "EPS": (rgb, {}),
     }
     encoded = {}
     for name, (image, options) in made.items():
@@ -211,7 +241,8 @@ def pictures() -> dict[str, bytes]:
         image.save(data, name.split()[0], **options)
         encoded[name] = data.getvalue()
     return encoded | {
-        "text": b"hello\n", "empty": b"", "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "XBM": b"#define i_width 8\n",
+        "text": b"hello\n", "empty": b"", "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "XBM": b"#define i_width 8\n",
         "EPS script": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
     }
 
@@ -227,8 +258,10 @@ def png_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
 
 def png(chunks: list[tuple[bytes, bytes]]) -> bytes:
     """A PNG of such chunks, each with the right checksum: damage that a decoder sees only when it looks inside."""
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-                                           for kind, data in chunks)
+    packed = b"\x89PNG\r\n\x1a\n"
+    for kind, data in chunks:
+        packed += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return packed
 
 
 @functools.cache
@@ -239,7 +272,8 @@ def bomb() -> bytes:
 
 def crafted(rng: random.Random) -> tuple[bytes, str]:
     """An image that is well-formed outside and lies inside."""
-    kind = rng.choice(["PNG size", "PNG size", "PNG header", "PNG chunk", "PNG chunks", "PNG text bomb", "PNG profile bomb",
+    kind = rng.choice(["PNG size", "PNG size", "PNG header", "PNG chunk", "PNG chunks", "PNG text bomb",
+                       "PNG profile bomb",
                        "PNG pixel bomb", "JPEG size", "GIF size", "BMP size"])
     side = rng.choice([0, 1, 23, 25, 5_000, 9_000, 65_535, 2**31 - 1, 2**32 - 1])
     source = pictures()[rng.choice([name for name in pictures() if name.startswith("PNG")])]
@@ -327,71 +361,95 @@ def zip_input(rng: random.Random, around: Path) -> Input:
     entries = dict(drawings())
     write_zips(root, entries)
     path = root / rng.choice(["images_background.zip", "images_background.zip", "images_evaluation.zip"])
-    part = path.stem
-    name = rng.choice([name for name in entries if name.startswith(part)])
-    recipe = rng.choice(["bytes", "bytes", "bytes", "field", "field", "outside", "outside", "twice", "entry", "entry",
-                         "bomb", "missing", "renamed", "nested", "method", "extra", "folder", "special"])
-    if recipe == "bytes":
-        data, recipe = damaged(rng, path.read_bytes())
+    name = rng.choice([name for name in entries if name.startswith(path.stem)])
+    kind = rng.choice(["bytes"] * 4 + ["field"] * 4 + ["outside", "entry", "special", "nested", "place", *ZIP_ENTRIES])
+    if kind == "bytes":
+        data, kind = damaged(rng, path.read_bytes())
         path.write_bytes(data)
-    elif recipe == "field":
-        recipe = damage_zip_field(rng, path)
-    elif recipe == "special":
-        recipe = special_file(rng, path)
-    elif recipe == "nested":
+    elif kind == "field":
+        kind = damage_zip_field(rng, path)
+    elif kind == "special":
+        kind = special_file(rng, path)
+    elif kind == "nested":
         inner = path.read_bytes()
         with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr(rng.choice([path.name, f"{part}/{path.name}", name]), inner)
-    elif recipe == "folder":
-        recipe = rng.choice(["empty folder of its name", "folder beside it", "file of its name"])
-        if recipe.startswith("file"):
-            path.rename(root / part)
-        else:
-            (root / part).mkdir()
-        if recipe.startswith("empty"):
+            archive.writestr(rng.choice([path.name, f"{path.stem}/{path.name}", name]), inner)
+    elif kind == "place":
+        kind = rng.choice(["a folder of its name", "a folder beside it", "a file of its name"])
+        path.rename(root / path.stem) if "file" in kind else (root / path.stem).mkdir()
+        if kind == "a folder of its name":
             path.unlink()
     else:
-        options = {}
-        if recipe == "outside":
-            lead = rng.choice(["../evil.png", f"{part}/../../evil.png", "/etc/evil.png", "..\\evil.png", "C:/evil.png",
-                               f"{part}\\..\\evil.png", f"/{name}", f"../{name}", f"./{name}", f"{part}//a/b.png", f"{name}/",
-                               f"{part}/a/../b.png", f"{part}/\0/b/c.png", f"{part}/a/b/\x1b[2J.png", "\\\\host\\evil.png",
-                               f"{part}/a/" + "b" * 60_000 + "/c.png"])
-            entries[lead] = entries[name]
-        elif recipe == "entry":
-            entries[name], recipe = image_bytes(rng)
-        elif recipe == "bomb":
-            entries[name] = bytes(rng.choice([10**6, 10**7, 10**8]))
-            options["compresslevel"] = 1
-        elif recipe == "missing":
-            for name in rng.sample(sorted(entries), rng.choice([1, 2, 4, 12])):
-                del entries[name]
-        elif recipe == "renamed":
-            entries[rng.choice([name.upper(), name.replace("character", "c"), name.replace(part, "images"), name + ".txt",
-                                name.replace(".png", ".PNG"), name.rpartition("/")[2], "é".join(name.split("a"))])] = entries.pop(name)
-        elif recipe == "extra":
-            entries[rng.choice([f"{part}/notes.txt", name.replace(".png", "b.png"), "__MACOSX/._x", f"{part}/Greek/new/0001.png",
-                                f"{part}/.DS_Store", "images_background/Greek/", name.replace("0000", ".0000")])] = entries[name]
-        elif recipe == "method":
-            options["compression"] = rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+        kind, written, options = ZIP_ENTRIES[kind](rng, entries, name)
         with zipfile.ZipFile(path, "w", **{"compression": zipfile.ZIP_DEFLATED} | options) as archive:
-            for entry, data in entries.items():
-                if entry.startswith(part) or not entry.startswith("images_"):
-                    archive.writestr(entry, data)
-            if recipe == "twice":
-                with warnings.catch_warnings(action="ignore"):
-                    archive.writestr(name, rng.choice([entries[name], b""]))
-    return load_drawings(root, f"{path.name}: {recipe}, {name}")
+            for entry, data in written:
+                if entry.startswith(path.stem) or not entry.startswith("images_"):
+                    with warnings.catch_warnings(action="ignore"):  # zipfile's, of a name that is there twice
+                        archive.writestr(entry, data)
+    return load_drawings(root, f"{path.name}: {kind}, {name}")
+
+
+Written = tuple[str, list[tuple[str, bytes]], dict]  # what was done, names and contents, options of ZipFile
+
+
+def entry_outside(rng: random.Random, entries: dict[str, bytes], name: str) -> Written:
+    part = name.partition("/")[0]
+    lead = rng.choice(["../evil.png", f"{part}/../../evil.png", "/etc/evil.png", "..\\evil.png", "C:/evil.png",
+                       f"{part}\\..\\evil.png", f"/{name}", f"../{name}", f"./{name}", f"{part}//a/b.png", f"{name}/",
+                       f"{part}/a/../b.png", f"{part}/\0/b/c.png", f"{part}/a/b/\x1b[2J.png", "\\\\host\\evil.png",
+                       f"{part}/a/{'b' * 60_000}/c.png"])
+    return f"has {lead[:50]!r}", [*entries.items(), (lead, entries[name])], {}
+
+
+def other_entry(rng: random.Random, entries: dict[str, bytes], name: str) -> Written:
+    data, recipe = image_bytes(rng)
+    return recipe, [*(entries | {name: data}).items()], {}
+
+
+def zip_bomb(rng: random.Random, entries: dict[str, bytes], name: str) -> Written:
+    size = rng.choice([10**6, 10**7, 10**8])
+    return f"bomb of {size} bytes", [*(entries | {name: bytes(size)}).items()], {"compresslevel": 1}
+
+
+def missing_entries(rng: random.Random, entries: dict[str, bytes], name: str) -> Written:
+    lost = rng.sample(sorted(entries), rng.choice([1, 2, 4, 12]))
+    return f"without {len(lost)}", [(entry, data) for entry, data in entries.items() if entry not in lost], {}
+
+
+def renamed_entry(rng: random.Random, entries: dict[str, bytes], name: str) -> Written:
+    new = rng.choice([name.upper(), name.replace("character", "c"), name.replace("images_", "images"), name + ".txt",
+                      "é" + name, name.replace(".png", ".PNG"), name.rpartition("/")[2], "é".join(name.split("a"))])
+    return f"renamed to {new}", [(new if entry == name else entry, data) for entry, data in entries.items()], {}
+
+
+def extra_entry(rng: random.Random, entries: dict[str, bytes], name: str) -> Written:
+    part = name.partition("/")[0]
+    new = rng.choice([name, f"{part}/notes.txt", name.replace(".png", "b.png"), "__MACOSX/._x",
+                      f"{part}/Greek/new/0001.png",
+                      f"{part}/.DS_Store", f"{part}/Greek/", name.rpartition("/")[0] + "/.0001.png"])
+    return f"also {new}", [*entries.items(), (new, rng.choice([entries[name], b""]))], {}
+
+
+def other_method(rng: random.Random, entries: dict[str, bytes], name: str) -> Written:
+    method = rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+    return f"compression {method}", [*entries.items()], {"compression": method}
+
+
+ZIP_ENTRIES = {  # the drawings -> what the zip file holds instead
+    "outside": entry_outside, "entry": other_entry, "bomb": zip_bomb, "missing": missing_entries,
+    "renamed": renamed_entry,
+    "extra": extra_entry, "method": other_method,
+}
 
 
 def damage_zip_field(rng: random.Random, path: Path) -> str:
     """Overwrite one field of the records that a zip file is made of: its directory may lie about its entries."""
     data = bytearray(path.read_bytes())
     kind, fields = rng.choice([
-        (b"PK\1\2", {"version": (6, 2), "flags": (8, 2), "method": (10, 2), "crc": (16, 4), "packed": (20, 4), "size": (24, 4),
-                     "name": (28, 2), "extra": (30, 2), "attributes": (38, 4), "offset": (42, 4)}),
-        (b"PK\3\4", {"flags": (6, 2), "method": (8, 2), "crc": (14, 4), "packed": (18, 4), "size": (22, 4), "name": (26, 2),
-                     "extra": (28, 2)}),
+        (b"PK\1\2", {"version": (6, 2), "flags": (8, 2), "method": (10, 2), "crc": (16, 4), "packed": (20, 4),
+                     "size": (24, 4), "name": (28, 2), "extra": (30, 2), "attributes": (38, 4), "offset": (42, 4)}),
+        (b"PK\3\4", {"flags": (6, 2), "method": (8, 2), "crc": (14, 4), "packed": (18, 4), "size": (22, 4),
+                     "name": (26, 2), "extra": (28, 2)}),
         (b"PK\5\6", {"disk": (4, 2), "entries": (10, 2), "directory size": (12, 4), "directory offset": (16, 4)}),
     ])
     places = [place for place in range(len(data) - 4) if data[place:place + 4] == kind]
@@ -426,8 +484,8 @@ def cache_input(cached: tuple[Path, torch.Tensor], rng: random.Random, around: P
         data, kind = damaged(rng, whole)
         path.write_bytes(data)
     elif kind == "header":  # numpy's own header, which says what follows
-        header = rng.choice(["(2, 3, 3, 8, 9)", "(10**9,)", "(-1, 3)", "()", "(2, 3, 3, 8, 8), 'descr': '|O'", "__import__('os')",
-                             "(999999999999, 999999999)", "(2, 3, 3, 8, 8), 'fortran_order': True"])
+        header = rng.choice(["(2, 3, 3, 8, 9)", "(10**9,)", "(-1, 3)", "()", "(2, 3, 3, 8, 8), 'descr': '|O'",
+                             "__import__('os')", "(999999999999, 999999999)", "(2, 3, 3, 8, 8), 'fortran_order': True"])
         text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {header}}}".ljust(117) + "\n"
         path.write_bytes(whole[:10] + text.encode() + whole[10 + len(text):])
         kind = f"header {header}"
@@ -439,7 +497,8 @@ def cache_input(cached: tuple[Path, torch.Tensor], rng: random.Random, around: P
         pickled, plain = io.BytesIO(), io.BytesIO()
         np.save(pickled, np.array([{}], object), allow_pickle=True)
         np.save(plain, np.zeros(truth.shape, np.uint8))
-        path.write_bytes(rng.choice([pickled.getvalue(), plain.getvalue(), pictures()["PNG"], bytes(len(whole)), whole * 2]))
+        path.write_bytes(rng.choice([pickled.getvalue(), plain.getvalue(), pictures()["PNG"], bytes(len(whole)),
+                                     whole * 2]))
     elif kind == "special":
         kind = special_file(rng, path)
     else:
@@ -463,12 +522,14 @@ def cache_input(cached: tuple[Path, torch.Tensor], rng: random.Random, around: P
 
 def log_input(rng: random.Random, around: Path) -> Input:
     """plot_nc.py on a run whose log or settings are damaged."""
-    run = write_run(around / "run", update_step_test=10, first_order=False, net="paper")
-    others = [write_run(around / "second", seed=3, update_step_test=10, first_order=False, net="paper")] * (rng.random() < 0.2)
-    arguments = [str(run), *map(str, others), "-o", str(around / "out" / "figure.png")]
+    usual = {"update_step_test": 10, "first_order": False, "net": "paper"}
+    run = write_run(around / "run", **usual)
+    arguments = [str(run), "-o", str(around / "out" / "figure.png")]
+    if rng.random() < 0.2:
+        arguments.append(str(write_run(around / "second", seed=3, **usual)))
     if rng.random() < 0.3:
         arguments.append("--accuracy")
-    kind = rng.choice(["log bytes", "log bytes", "row", "row", "row", "row", "args", "args", "args", "args bytes", "special", "order"])
+    kind = rng.choice(["log bytes"] * 2 + ["row"] * 4 + ["args"] * 3 + ["args bytes", "special", "order"])
     lines = [json.dumps(row) for row in rows()]
     if kind == "log bytes":
         data, recipe = damaged(rng, (run / "log.jsonl").read_bytes())
@@ -494,7 +555,8 @@ def log_input(rng: random.Random, around: Path) -> Input:
         (run / "args.json").write_bytes(data)
     else:
         recipe = special_file(rng, run / rng.choice(["log.jsonl", "args.json"]))
-    return Input(f"{kind}: {recipe}", functools.partial(plot_nc.main, arguments), (around / "out",), (around / "out",), tuple(arguments))
+    call = functools.partial(plot_nc.main, arguments)
+    return Input(f"{kind}: {recipe}", call, (around / "out",), (around / "out",), tuple(arguments))
 
 
 TINY = ("--synthetic --device cpu --n_way 2 --k_qry 1 --task_num 1 --epoch 1 --update_step 1 --update_step_test 1 "
@@ -533,7 +595,8 @@ def damage_weights(rng: random.Random, path: Path) -> str:
         data, kind = damaged(rng, path.read_bytes())
         path.write_bytes(data)
     elif kind == "foreign":
-        path.write_bytes(rng.choice([pictures()["PNG"], b"hello", b"\x80\x02}q\x00.", b"PK\5\6" + bytes(18), b"\x80\x05.", b""]))
+        pickled, empty_zip = b"\x80\x02}q\x00.", b"PK\5\6" + bytes(18)
+        path.write_bytes(rng.choice([pictures()["PNG"], b"hello", pickled, pickled[:2], empty_zip]))
     elif kind == "pickle":
         torch.save(rng.choice([Code(), [Code()], {"weights": Code(), "step": 0, "val_accuracy": 0.5}]), path,
                    _use_new_zipfile_serialization=rng.random() < 0.5)
@@ -550,10 +613,12 @@ def damage_weights(rng: random.Random, path: Path) -> str:
     return f"{path.name}: {kind}"
 
 
-CONTENTS = [None, True, -1, 0, 1, 10**9, 10**400, 0.5, float("nan"), float("inf"), "x", "\udcff", b"\0", [], {}, (1,), {"a": 1},
-            torch.zeros(0), torch.zeros(3), torch.tensor(float("nan")), torch.full((64, 1, 3, 3), float("inf")),
-            torch.zeros(64, dtype=torch.complex64), torch.zeros(1).expand(64), torch.zeros(16, dtype=torch.uint8),
-            torch.zeros(5056, dtype=torch.uint8), {"weights": {}, "step": 0, "val_accuracy": 0.5}, {"a": torch.ones(1)}]
+CONTENTS = [
+    None, True, -1, 0, 1, 10**9, 10**400, 0.5, float("nan"), float("inf"), "x", "\udcff", b"\0", [], {}, (1,), {"a": 1},
+    torch.zeros(0), torch.zeros(3), torch.tensor(float("nan")), torch.full((64, 1, 3, 3), float("inf")),
+    torch.zeros(64, dtype=torch.complex64), torch.zeros(1).expand(64), torch.zeros(16, dtype=torch.uint8),
+    torch.zeros(5056, dtype=torch.uint8), {"weights": {}, "step": 0, "val_accuracy": 0.5}, {"a": torch.ones(1)},
+]
 
 
 def rerun_input(finished: Path, rng: random.Random, around: Path) -> Input:
@@ -598,25 +663,34 @@ def train_input(rng: random.Random, around: Path) -> Input:
     (around / "file").write_text("in the way")
     (around / "loop").symlink_to("loop")
     out = around / "out"
-    arguments = [*TINY, "--out", rng.choice([str(out), str(out / "é \u4e2d \udcff \n" / "deeper"), str(around / "file"), str(around / "loop"),
-                                             str(around / "file" / "below"), str(out / ("x" * 300)), "/dev/null/x", "."])]
+    places = [out, out / "é \u4e2d \udcff \n" / "deeper", out / ("x" * 300), ".", around / "file",
+              around / "file" / "below", around / "loop"]
+    arguments = [*TINY, "--out", str(rng.choice(places))]
     for flag in rng.sample(list(ODD), rng.choice([0, 1, 1, 2, 3])):
         arguments += [flag, rng.choice(ODD[flag])]
-    return Input(repr(arguments), functools.partial(omniglot_train.main, arguments), (around,), (out, around / "cwd"), tuple(arguments))
+    call = functools.partial(omniglot_train.main, arguments)
+    return Input(repr(arguments), call, (around,), (out, around / "cwd"), tuple(arguments))
 
 
-ODD = {"--seed": ["0", "2147483647"], "--meta_lr": ["1e308", "5e-324", "1"], "--update_lr": ["1e308", "1e-320", "1e30"],
-       "--clip": ["1e-300", "1e308"], "--nc_every": ["1", "2147483647"], "--precision": ["bf16", "tf32"], "--net": ["original"],
-       "--task_chunk": ["1", "2147483647"], "--save_every": ["1", "2147483647"], "--n_way": ["3"], "--k_spt": ["2"], "--epoch": ["2"],
-       "--eval_every": ["1"], "--cache": ["\udcff", "/dev/null"], "--root": ["", "absent"], "--update_step": ["3"], "--imgsz": ["29", "64"]}
+ODD = {
+    "--seed": ["0", "2147483647"], "--meta_lr": ["1e308", "5e-324", "1"], "--update_lr": ["1e308", "1e-320", "1e30"],
+    "--clip": ["1e-300", "1e308"], "--nc_every": ["1", "2147483647"], "--precision": ["bf16", "tf32"],
+    "--net": ["original"], "--task_chunk": ["1", "2147483647"], "--save_every": ["1", "2147483647"], "--n_way": ["3"],
+    "--k_spt": ["2"], "--epoch": ["2"], "--eval_every": ["1"], "--cache": ["\udcff", "/dev/null"],
+    "--root": ["", "absent"], "--update_step": ["3"], "--imgsz": ["29", "64"],
+}
 
 
 # ---- argument lists
 
-VALUES = ["", " ", "0", "-1", "1", "2", "3", "5", "28", "84", "nan", "inf", "-inf", "1e400", "1e308", "1e-320", "0.01", "-0.0", "1e3", "9" * 30, "9" * 5000,
-          "0x10", "1_000", "１２", "½", "é", "\udcff", "a\0b", "a\nb", "--", "-", "@file", "../data", "%s", "{}", "true", "None", "cpu",
-          "cuda", "cuda:-1", "meta", "cpu:7", "mps", "xla", "x" * 300, "2147483647", "2147483648", "100000", "\x1b[31m", "paper", "bf16", "RUN", "/dev/null",
-          "/proc/self", "$x^$", "\u202e", "RUN/args.json", "meta:0", "-1e-400", "original", "float64"]
+VALUES = [
+    "", " ", "0", "-1", "1", "2", "3", "5", "28", "84", "100000", "2147483647", "2147483648", "9" * 30, "9" * 5000,
+    "1.5", "nan", "inf", "-inf", "1e400", "1e308", "1e-320", "-1e-400", "0.01", "-0.0", "1e3", "0x10", "1_000",
+    "１２", "½", "é", "\udcff", "a\0b", "a\nb", "\x1b[31m", "\u202e", "--", "-", "@file", "%s", "{}", "$x^$", "true",
+    "None", "x" * 300,
+    "cpu", "cpu:7", "cuda", "cuda:-1", "meta", "meta:0", "mps", "xla", "paper", "original", "bf16", "float64",
+    "RUN", "RUN/args.json", "../data", "/dev/null", "/proc/self",
+]
 
 
 @functools.cache
@@ -625,31 +699,30 @@ def flags_of(program: Callable) -> tuple[str, ...]:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
         program(["--help"])
-    return tuple(sorted({word.strip(",]") for word in said.getvalue().split() if word.startswith("-") and word.strip("-,]")}))
+    words = {word.strip("[],") for word in said.getvalue().split()}
+    return tuple(sorted(word for word in words if word.startswith("-") and word.strip("-")))
 
 
 def arguments_input(finished: Path, rng: random.Random, around: Path) -> Input:
     program = rng.choice([omniglot_train, miniimagenet_train, plot_nc]).main
-    run = finished
-    chosen = [] if program == plot_nc.main else ["--synthetic", "--device", "cpu"] * (rng.random() < 0.9)
+    # plot_nc.py without a RUN rewrites the README's figures, and where -o comes twice the last one holds
+    first, last = ([str(finished)], ["-o", str(around / "out.png")]) if program == plot_nc.main else (
+        ["--synthetic", "--device", "cpu"] * (rng.random() < 0.9), [])
+    chosen = []
     for _ in range(rng.choice([0, 1, 1, 1, 2, 2, 3, 8])):
-        flag, value = rng.choice(flags_of(program)), rng.choice(VALUES).replace("RUN", str(run))
-        chosen += rng.choice([[flag, value], [flag, value], [flag, value], [f"{flag}={value}"], [flag], [value], [flag + value]])
-    if program == plot_nc.main:
-        chosen = [str(run)] * (rng.random() < 0.8) + chosen
-        # without a RUN it rewrites the README's figure, and -o may name anything: neither belongs to a test
-        chosen = [*chosen, "-o", str(around / "out.png")]
+        flag, value = rng.choice(flags_of(program)), rng.choice(VALUES).replace("RUN", str(finished))
+        chosen += rng.choice([[flag, value]] * 3 + [[f"{flag}={value}"], [flag], [value], [flag + value]])
+    chosen = [*first, *chosen, *last]
     return Input(repr(chosen), functools.partial(program, chosen), (around,), (around / "out.png",), tuple(chosen))
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small data sets, no network, a figure of few pixels."""
+    """Small data sets, and no network."""
     monkeypatch.setattr(omniglot, "SPLITS", {"train": 3, "val": 1, "test": 2})
     monkeypatch.setattr(omniglot, "DRAWINGS", 2)
     monkeypatch.setattr(omniglot, "URL", "http://127.0.0.1:1")
     few_characters(monkeypatch)
-    monkeypatch.setattr(plot_nc, "DPI", 10)
 
 
 @pytest.fixture
@@ -659,12 +732,12 @@ def before_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def not_drawn(patch: pytest.MonkeyPatch) -> None:
-    """A figure is built from the log and its picture, half a second each, of one input in twenty."""
+    """A figure is built from the log and its picture, half a second each, of one input in twenty and small."""
     savefig, count = Figure.savefig, itertools.count()
 
     def save(figure: Figure, file: BinaryIO, **options) -> None:
         if next(count) % 20 == 0:
-            savefig(figure, file, **options)
+            savefig(figure, file, **options | {"dpi": 10})
 
     patch.setattr(Figure, "savefig", save)
 
@@ -739,10 +812,10 @@ def test_fuzz_arguments(finished, tmp_path, monkeypatch, before_training):
 
 
 def test_fuzz_processes(finished, processes, tmp_path):
-    makes = [log_input, train_input, functools.partial(rerun_input, finished), functools.partial(resume_input, finished)]
+    again = [functools.partial(make, finished) for make in (rerun_input, resume_input)]
 
     def make(rng: random.Random, around: Path) -> Input:
-        return rng.choice(makes)(rng, around)
+        return rng.choice([log_input, train_input, *again])(rng, around)
 
     feed("process", make, tmp_path, functools.partial(attempt_in_a_process, processes))
 
@@ -765,7 +838,7 @@ def fault_outside(around: Path) -> None:
 FAULTS = {  # what a program may do wrong, and what the judgement says of it
     "traceback": (lambda _: 1 // 0, "ZeroDivisionError"),
     "hang": (lambda _: time.sleep(60), "a hang"),
-    "hang in a thread": (lambda _: images.decode_all([[images.ImageFile("", 0, 0, "", lambda: time.sleep(1.5))]], "", 1, 1, 0), "a hang"),
+    "hang in a thread": (lambda _: images.decode_all([[slow_file()]], "", 1, 1, Image.Resampling.BOX), "a hang"),
     "status": (lambda _: sys.exit(1), "status 1"),
     "no line": (lambda _: sys.exit(2), "^$"),
     "two lines": (lambda _: print("a warning", file=sys.stderr) or files.run(refuse), "a warning"),
@@ -778,6 +851,10 @@ FAULTS = {  # what a program may do wrong, and what the judgement says of it
     "removed": (lambda around: (around / "data").unlink(), "changed"),
     "outside": (fault_outside, "written outside"),
 }
+
+
+def slow_file() -> images.ImageFile:
+    return images.ImageFile("", 0, 0, "", lambda: time.sleep(1.5))
 
 
 def refuse(line: str = "a clear line that says what is wrong") -> None:
