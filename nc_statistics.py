@@ -65,8 +65,14 @@ class Estimate(NamedTuple):
 
 
 def at(run: Run, model: str, metric: str, layer: str, classes: str, step: int) -> float:
-    """The metric at a measured step."""
+    """The metric at a measured step.
+
+    Raises:
+        UserError: nothing was measured then.
+    """
     found = logs.series(run, model, metric, layer, classes)
+    if step not in found.steps:
+        raise files.UserError(f"{run.path} has no {classes} measurement at step {step}; train it from the start")
     return float(found.mean[found.steps.tolist().index(step)])
 
 
@@ -170,9 +176,9 @@ def correlations_over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(*(math.tanh(edge) for edge in over_seeds(np.arctanh(np.array(values, float)))))
 
 
-def written(estimate: Estimate) -> str:
+def written(interval: Estimate) -> str:
     """ "0.38 ± 0.02", or "0.97 [0.93, 0.99]" where the interval isn't symmetric; for a single run the mean alone."""
-    mean, low, high = estimate
+    mean, low, high = interval
     half = (high - low) / 2
     if not half > 0:  # a single run, or all runs equal
         return number(mean)
@@ -240,16 +246,16 @@ def trace_rows(model: str, metric: str, step: str) -> list[Row]:
 
 def difference_rows(metric: str) -> list[Row]:
     """At the end: finetuned against meta on either classes, held-out against training for either model."""
-    return [
-        *((f"finetuned \N{MINUS SIGN} meta, {label}",
-           lambda runs, layer, classes=classes: estimate(
-               runs, lambda run: models_apart(run, metric, layer, classes)))
-          for classes, label in (("train", "training tasks"), ("heldout", "held-out tasks"))),
-        *((f"held-out \N{MINUS SIGN} training tasks, {model}",
-           lambda runs, layer, model=model: estimate(
-               runs, lambda run: classes_apart(run, model, metric, layer)))
-          for model in MODELS),
-    ]  # fmt: skip
+
+    def of_models(classes: str, label: str) -> Row:
+        return f"finetuned \N{MINUS SIGN} meta, {label}", lambda runs, layer: estimate(
+            runs, lambda run: models_apart(run, metric, layer, classes))
+
+    def of_classes(model: str) -> Row:
+        return f"held-out \N{MINUS SIGN} training tasks, {model}", lambda runs, layer: estimate(
+            runs, lambda run: classes_apart(run, model, metric, layer))
+
+    return [of_models("train", "training tasks"), of_models("heldout", "held-out tasks"), *map(of_classes, MODELS)]
 
 
 def correlation_rows() -> list[Row]:
@@ -284,10 +290,11 @@ def original_rows(step: str) -> list[Row]:
 def null_rows(model: str) -> list[Row]:
     """Each metric before training and at the end, and how far the end is from its null."""
 
-    def cell(runs: Sequence[Run], layer: str, metric: str) -> str:
-        return f"{untrained_to_end(runs, model, metric, layer)}; {end_from_null(runs, model, metric, layer)}"
+    def row(metric: str, name: str) -> Row:
+        return name, lambda runs, layer: (
+            f"{untrained_to_end(runs, model, metric, layer)}; {end_from_null(runs, model, metric, layer)}")
 
-    return [(name, lambda runs, layer, metric=metric: cell(runs, layer, metric)) for metric, name in NAMES.items()]
+    return [row(metric, name) for metric, name in NAMES.items()]
 
 
 def untrained_to_end(runs: Sequence[Run], model: str, metric: str, layer: str) -> str:
@@ -382,12 +389,12 @@ def accuracies(groups: Sequence[Sequence[Run]]) -> str:
     header = ["", "meta-steps x tasks", "test accuracy, %", "each seed ± over tasks", "minutes a run", "published, %"]
     rows = []
     for runs in groups:
-        tests = [logs.read_json(run, "result.json")["test"] for run in runs]
+        tests = [logs.read_json(run, "result.json", "test") for run in runs]
         percent = [100 * test["accuracy"][-1] for test in tests]
         seeds = (f"{run.settings['seed']}: {value:.2f} ± {100 * test['ci95'][-1]:.2f}"
                  for run, value, test in zip(runs, percent, tests))  # fmt: skip
         task = runs[0].data["name"], runs[0].settings["n_way"], runs[0].settings["k_spt"]
-        steps = logs.either({logs.read_json(run, "args.json")["meta_steps"] for run in runs})
+        steps = logs.either({logs.read_json(run, "args.json", "meta_steps") for run in runs})
         rows.append([
             _heading(runs, data=True), f"{steps} x {runs[0].settings['task_num']}",
             written(over_seeds(percent)) if len(runs) > 1 else f"{percent[0]:.2f}", "<br>".join(seeds), _machine(runs),
@@ -397,7 +404,7 @@ def accuracies(groups: Sequence[Sequence[Run]]) -> str:
 
 
 def _accuracy_notes(groups: Sequence[Sequence[Run]]) -> str:
-    tests = [logs.read_json(run, "result.json")["test"] for runs in groups for run in runs]
+    tests = [logs.read_json(run, "result.json", "test") for runs in groups for run in runs]
     tasks, queries, steps = (
         logs.either({pick(test) for test in tests})
         for pick in (lambda test: test["tasks"], lambda test: test["k_qry"], lambda test: test["inner_steps"][-1])
@@ -414,8 +421,8 @@ def _accuracy_notes(groups: Sequence[Sequence[Run]]) -> str:
 
 def _machine(runs: Sequence[Run]) -> str:
     """Minutes from the fastest run to the slowest, and what they ran on."""
-    minutes = sorted({round(logs.read_json(run, "timing.json")["training_minutes"]) for run in runs})
-    devices = [logs.read_json(run, "args.json")["device"] for run in runs]
+    minutes = sorted({round(logs.read_json(run, "timing.json", "training_minutes")) for run in runs})
+    devices = [logs.read_json(run, "args.json", "device") for run in runs]
     names = {
         f"{device['name']}, {device['threads']} thread{'s' * (device['threads'] > 1)}"
         if device["type"] == "cpu"

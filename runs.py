@@ -11,7 +11,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import numpy as np
 
@@ -133,22 +133,19 @@ def read_run(path: Path) -> Run:
     return Run(path.parent, settings, data, read_log(path))
 
 
-def read_json(run: Run, name: str) -> dict:
-    """A file of the run's folder: args.json, result.json or timing.json.
+def read_json(run: Run, name: str, key: str) -> Any:
+    """What `key` has in a JSON file of the run's folder: args.json, result.json or timing.json.
 
     Raises:
-        UserError: it is missing or isn't a JSON object.
+        UserError: the file is missing, or isn't what a run writes.
     """
     path = run.path / name
     try:
-        value = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())[key]
     except OSError as error:
         raise files.UserError(f"can't read {path}: {error.strerror}; let the run finish first") from error
-    except ValueError as error:
-        raise files.UserError(f"{path} is not JSON; take it from the run's folder again") from error
-    if not isinstance(value, dict):
-        raise files.UserError(f"{path} is not a JSON object; take it from the run's folder again")
-    return value
+    except (ValueError, KeyError, TypeError) as error:
+        raise files.UserError(f"{path} has no {key}; take it from the run's folder again") from error
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:

@@ -354,10 +354,13 @@ def test_refusals(tmp_path):
     with pytest.raises(files.UserError, match="README.md needs one <!-- statistics -->"):
         nc_statistics.documents(tmp_path)
     (tmp_path / "README.md").write_text(README)
+    late = nc_logs.write_run(tmp_path / "late", [row for row in nc_logs.log(300) if row["step"] > 0])
+    with pytest.raises(files.UserError, match="no heldout measurement at step 0"):
+        nc_statistics.claims([[logs.read_run(late)]])
     result = tmp_path / "res" / "omniglot-5w1s-seed1" / "timing.json"
     result.unlink()
     with pytest.raises(files.UserError, match="timing.json"):
         nc_statistics.documents(tmp_path)
     result.write_text("[]")
-    with pytest.raises(files.UserError, match="not a JSON object"):
+    with pytest.raises(files.UserError, match="has no training_minutes"):
         nc_statistics.documents(tmp_path)
