@@ -58,7 +58,7 @@ def claimed(out: Path) -> Iterator[None]:
                 remove_stale(out, name)
             yield
     finally:
-        with contextlib.suppress(OSError):  # not empty
+        with contextlib.suppress(OSError, ValueError):  # not empty; no name for a folder
             for path in absent:
                 path.rmdir()
 
