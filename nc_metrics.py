@@ -406,7 +406,7 @@ def _nc1(group: _Group) -> Tensor:
     most, and a further singular value that is zero but for rounding is left out, as pinv does.
     """
     if group.n == 1:
-        return torch.full_like(group.floor, math.nan)
+        return torch.full_like(group.centred[..., 0, 0], math.nan)
     n_way, n_features = group.centred.shape[-2:]
     rank = min(n_way - 1, n_features)
     finite = group.centred.isfinite().all(-1).all(-1)

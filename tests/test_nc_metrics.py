@@ -601,6 +601,7 @@ def test_measure_of_one_shot_and_of_the_logits_alone():
     assert table["ncc_accuracy"].isfinite().all() and table["within"].isfinite().all()
     table = nc.measure(**measure_arguments((2,), n=1))
     assert table["within"].isnan().all() and table["between"].isfinite().all()
+    assert all(value.shape == (3, 2) for value in table.values()) and table["nc1"].isnan().all()
     a = measure_arguments((2,))
     a["features"], a["support_features"] = a["features"][-1:], a["support_features"][-1:]
     assert nc.measure(**a)["self_duality"].isnan().all()   # no hidden layer, no input to be dual to
