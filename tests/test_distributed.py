@@ -4,18 +4,26 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import kill
 import torch
 import two_processes
 
 HERE = Path(__file__).parent
 
 
-def torchrun(*command: str) -> subprocess.CompletedProcess:
+def start(*command: str) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command],
-                          capture_output=True, text=True, env=environment)
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess:
+    process = start(*command)
+    said = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, *said)
 
 
 def same(one, two) -> None:
@@ -51,6 +59,28 @@ def test_only_the_first_process_writes_and_speaks(tmp_path):
         ("run", 0), ("val", 0), ("nc", 0), ("train", 0), ("nc", 0), ("nc", 2), ("val", 3), ("nc", 3)]
     assert rows[1]["tasks"] == 55
     assert json.loads((tmp_path / "run/result.json").read_text())["test"]["tasks"] == 55
+
+
+def test_stopped_together_and_resumed_together(tmp_path):
+    """The launcher passes SIGTERM on; both processes stop at one step, and the run goes on bit for bit."""
+    program, run = str(HERE.parent / "omniglot_train.py"), tmp_path / "run"
+    flags = ("--synthetic --device cpu --task_num 2 --k_qry 2 --n_way 2 --update_step 1 --update_step_test 1 --eval_tasks 2 "
+             "--test_tasks 2 --nc_every 0").split()
+    process = start(program, *flags, "--out", str(run))  # 40,000 steps: it can't end by itself
+    while not (run / "log.jsonl").exists() or '"train", "step": 50,' not in (run / "log.jsonl").read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.terminate()
+    said = process.communicate()[0]
+    assert said.count("go on with: python omniglot_train.py --resume") == 1
+    step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
+    assert step > 50
+    recorded = json.loads((run / "args.json").read_text())
+    recorded["settings"]["epoch"] = step + 3  # an end in sight; --epoch may only grow
+    (run / "args.json").write_text(json.dumps(recorded))
+    assert torchrun(program, "--resume", str(run)).returncode == 0
+    assert torchrun(program, *flags, "--epoch", str(step + 3), "--out", str(tmp_path / "whole")).returncode == 0
+    assert not kill.differences(kill.state(run), kill.state(tmp_path / "whole"))
 
 
 def test_tasks_must_divide(tmp_path):
