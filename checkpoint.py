@@ -96,15 +96,20 @@ def restore(path: Path, found: dict, of: dict, maml: Meta, sampler: Sampler, rem
         UserError: it is of another run than `of` says, or its parts don't fit; the line ends in `remedy`.
     """
     for name, value in of.items():
-        if found["of"].get(name) != value:
+        if repr(found["of"].get(name)) != repr(value):  # a damaged one may hold tensors, which don't compare to a bool
             raise UserError(f"{path} is of a run with {name} {found['of'].get(name)}, and here it is {value}; {remedy}")
     try:
+        if found["best"] is not None:
+            maml.net.load_state_dict(found["best"]["weights"])
+            found["best"] |= {"step": int(found["best"]["step"]), "val_accuracy": float(found["best"]["val_accuracy"])}
         maml.net.load_state_dict(found["weights"])
+        if repr(found["adam"]["param_groups"]) != repr(maml.optimizer.state_dict()["param_groups"]):
+            raise ValueError("other settings of Adam")
         maml.optimizer.load_state_dict(found["adam"])
         if found["step"]:
             for weight in maml.net.parameters():  # load_state_dict takes any
                 state = maml.optimizer.state[weight]
-                if not state["exp_avg"].shape == state["exp_avg_sq"].shape == weight.shape or state["step"].numel() != 1:
+                if not state["exp_avg"].shape == state["exp_avg_sq"].shape == weight.shape or not state["step"] >= 0:
                     raise ValueError("not Adam's state of these weights")
         maml.step = found["step"]
         maml.updates.fill_(found["updates"])

@@ -11,12 +11,15 @@ import stat
 import sys
 import tempfile
 from pathlib import Path
-from typing import Callable, Iterator, NoReturn
+from typing import Callable, Iterator, NoReturn, Sequence
 
 try:
     import fcntl
 except ImportError:  # not a POSIX system: no locks; every file is still written whole, through `atomic`
     fcntl = None
+
+
+LONGEST = 2000  # characters of a message, whatever a file or an argument holds
 
 
 class UserError(Exception):
@@ -25,6 +28,12 @@ class UserError(Exception):
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are a UserError, one line, without the usage text."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        for argument in sys.argv[1:] if args is None else args:
+            if argument.startswith("--") and argument.endswith("=--"):  # argparse would make an empty list of it
+                self.error(f"argument {argument[:-3]}: '--' is no value")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help says what there is")
@@ -164,7 +173,10 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        line = one_line(str(error))
+        if len(line) > LONGEST:
+            line = f"{line[:LONGEST // 2]} ... {line[-LONGEST // 2:]}"
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports it

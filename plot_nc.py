@@ -472,7 +472,7 @@ def draw(picture: Picture, layer: str | None) -> None:
         with files.atomic(picture.path) as file:
             drawn.savefig(file, format="png", metadata={"Software": None})  # same input, same bytes
     runs = [run for group in picture.groups for run in group]
-    print(f"wrote {picture.path}: {len(runs)} run(s), {drawing.data_names(picture.groups)}")
+    print(files.one_line(f"wrote {picture.path}: {len(runs)} run(s), {drawing.data_names(picture.groups)}"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -97,9 +97,21 @@ def lengthen(out: Path, epoch: int, steps: int) -> None:
     recorded = _args(out)
     if recorded["settings"]["epoch"] != epoch and distributed.rank() == 0:
         for name in ("result.json", "timing.json"):  # first: with a result a run is complete
-            (out / name).unlink(missing_ok=True)
+            remove(out / name)
         recorded["settings"]["epoch"], recorded["meta_steps"] = epoch, steps
         write_json(out / "args.json", recorded)
+
+
+def remove(path: Path) -> None:
+    """Delete a file if it is there.
+
+    Raises:
+        UserError: it can't be.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"can't remove {path}: {error.strerror}; {REMEDY}") from error
 
 
 def _commit() -> str | None:

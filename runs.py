@@ -8,7 +8,9 @@ under res/ never slips into an average.
 import gzip
 import json
 import math
+import os
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
@@ -79,18 +81,19 @@ def read_log(path: Path) -> list[dict]:
         UserError: the file is missing or unreadable, or another line isn't a JSON object.
     """
     path = Path(path)
+    remedy = "name a run folder or its log"
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            lines = file.read().split(b"\n")
-    except (OSError, EOFError) as error:
+        data = files.contents(path, remedy)
+        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).split(b"\n")
+    except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise files.UserError(f"can't read {path}: {reason}; name a run folder or its log") from error
+        raise files.UserError(f"can't read {path}: {reason}; {remedy}") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     rows = []
     for number, line in numbered:
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == numbered[-1][0]:
                 print(f"note: {path}, line {number}: half-written, ignored", file=sys.stderr)
                 break
@@ -108,24 +111,26 @@ def read_run(path: Path) -> Run:
         UserError: the folder, the log or args.json is missing or broken.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises where a name is too long
         raise files.UserError(f"no run at {path}; name a run folder or its log")
-    if path.is_dir():
-        logs = [log for log in (path / "log.jsonl", path / "log.jsonl.gz") if log.is_file()]
+    if os.path.isdir(path):
+        logs = [log for log in (path / "log.jsonl", path / "log.jsonl.gz") if os.path.isfile(log)]
         if not logs:
             raise files.UserError(f"no log.jsonl in {path}; name the folder that a training script wrote")
         path = logs[0]
     settings_path = path.parent / "args.json"
     try:
-        arguments = json.loads(settings_path.read_bytes())
+        arguments = json.loads(files.contents(settings_path, "keep the run's own beside its log"))
         settings, data = dict(arguments["settings"]), dict(arguments["data"])
-        str(data["name"]), int(settings["n_way"]), int(settings["k_spt"]), int(settings["k_qry"])
+        for value, kind in ((data["name"], str), *((settings[name], int) for name in ("n_way", "k_spt", "k_qry"))):
+            if type(value) is not kind:
+                raise TypeError(f"{value!r} should be of type {kind.__name__}")
     except OSError as error:
         raise files.UserError(
             f"can't read {settings_path}, which says what data and settings the run had: {error.strerror}; "
             f"keep it beside the log"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise files.UserError(
             f"{settings_path} isn't a run's args.json (settings, data): {type(error).__name__}: {error}; "
             f"take it from the run's folder again"
@@ -141,10 +146,10 @@ def read_json(run: Run, name: str, key: str) -> Any:
     """
     path = run.path / name
     try:
-        return json.loads(path.read_bytes())[key]
+        return json.loads(files.contents(path, "let the run finish first"))[key]
     except OSError as error:
         raise files.UserError(f"can't read {path}: {error.strerror}; let the run finish first") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise files.UserError(f"{path} has no {key}; take it from the run's folder again") from error
 
 
@@ -224,9 +229,15 @@ def measurements(run: Run, classes: str) -> dict[int, dict]:
     """Measured rows of a run by meta-step; `classes` is "train" or "heldout"; of a repeated step the last."""
     rows = (row for row in run.rows if row.get("kind") == "nc" and row.get("classes") == classes)
     try:
-        return {int(row["step"]): row for row in rows}
+        return {_count(row["step"]): row for row in rows}
     except (KeyError, TypeError, ValueError) as error:
         raise files.UserError(f"{run.path}: a measurement has no step; its log is broken") from error
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2**31:
+        raise ValueError(f"{value!r} is no count")
+    return value
 
 
 def layers_of(run: Run) -> list[str]:
@@ -261,7 +272,7 @@ def task_counts(runs: Sequence[Run], classes: str) -> set[int]:
         UserError: a measurement doesn't say.
     """
     try:
-        return {int(row["tasks"]) for run in runs for row in measurements(run, classes).values()}
+        return {_count(row["tasks"]) for run in runs for row in measurements(run, classes).values()}
     except (KeyError, TypeError, ValueError) as error:
         raise files.UserError(f"{runs[0].path}: a measurement doesn't say of how many tasks; it is broken") from error
 

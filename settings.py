@@ -198,11 +198,12 @@ def check(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse
                         "nc_every_late": 0, "task_chunk": 0, "save_every": 0, "seed": 0}.items():
         if getattr(args, name) is not None and not least <= getattr(args, name) < 2**31:
             raise UserError(f"--{name} {getattr(args, name)}: must be a whole number from {least}")
+    largest = torch.finfo(torch.float32).max
     for name in ("meta_lr", "update_lr"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise UserError(f"--{name} {getattr(args, name)}: must be a number above 0")
-    if not 0 <= args.clip < math.inf:
-        raise UserError(f"--clip {args.clip}: must be a number above 0, or 0 for none")
+        if not 0 < getattr(args, name) <= largest:
+            raise UserError(f"--{name} {getattr(args, name)}: must be a number above 0 that a float32 holds")
+    if not 0 <= args.clip <= largest:
+        raise UserError(f"--clip {args.clip}: must be a number above 0 that a float32 holds, or 0 for none")
     if args.imgc != dataset.channels:
         raise UserError(f"--imgc {args.imgc}: {dataset.name} has {dataset.channels}")
     if meta_steps(args) < 1:

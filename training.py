@@ -120,7 +120,7 @@ class _Run:
         if self.best is not None:
             checkpoint.write(self.out / "best.pt", self.best)
         elif distributed.rank() == 0:
-            (self.out / "best.pt").unlink(missing_ok=True)
+            record.remove(self.out / "best.pt")
 
     def _anew(self) -> str:
         return f"put it back, or begin anew: python {self.args.script}.py --from_args {self.out / 'args.json'}"

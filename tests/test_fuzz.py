@@ -843,7 +843,7 @@ FAULTS = {  # what a program may do wrong, and what the judgement says of it
     "no line": (lambda _: sys.exit(2), "^$"),
     "two lines": (lambda _: print("a warning", file=sys.stderr) or files.run(refuse), "a warning"),
     "no clear line": (lambda _: refuse(""), "error:"),
-    "a page": (lambda _: refuse("x" * 5000), "xxx"),
+    "a page": (lambda _: print("error: " + "x" * 5000, file=sys.stderr) or sys.exit(2), "xxx"),
     "characters that no terminal shows": (lambda _: print("\ud800"), "UnicodeEncodeError"),
     "memory": (lambda _: np.ones(2 * fuzzing.MEMORY, np.uint8), "Unable to allocate"),
     "left behind": (lambda _: Path("left").write_text("x"), "was left"),
