@@ -68,8 +68,8 @@ def stopped(tmp_path, monkeypatch) -> Path:
     return stop_at(monkeypatch, tmp_path / "run", "forward", 5)
 
 
-def stop_at(monkeypatch, out: Path, method: str, call: int, number: int = signal.SIGTERM, *flags: str) -> Path:
-    """Train, with a signal in the given call of one of Meta's methods."""
+def stop_at(monkeypatch, out: Path, method: str, call: int, number: int = signal.SIGTERM, flags: list[str] = TINY) -> Path:
+    """Train, or go on, with a signal in the given call of one of Meta's methods."""
     calls, original = iter(range(1, 1000)), getattr(Meta, method)
 
     def signalled(*args, **kwargs):
@@ -79,7 +79,7 @@ def stop_at(monkeypatch, out: Path, method: str, call: int, number: int = signal
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(Meta, method, signalled)
-        train(out, *flags)
+        omniglot_train.main([*flags, *(["--out", str(out)] if "--resume" not in flags else [])])
     assert ended.value.code == 128 + number
     return out
 
@@ -92,7 +92,7 @@ def same(one: Path, two: Path) -> None:
 
 
 def test_thirty_kills_lose_nothing():
-    """A few seconds of `python tests/kill.py`."""
+    """Half a minute of `python tests/kill.py`."""
     done = subprocess.run([sys.executable, HERE / "kill.py", "--kills", "30"], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -185,13 +185,15 @@ def test_a_half_written_line_is_cut_off(stopped, whole):
     same(stopped, whole)
 
 
-def test_a_longer_run_is_the_longer_run(whole, tmp_path, capsys):
+def test_a_longer_run_is_the_longer_run(whole, tmp_path, monkeypatch, capsys):
     run = train(tmp_path / "run", "--epoch", "4")
     short = (run / "result.json").read_bytes()
     omniglot_train.main(["--resume", str(run)])
     assert f"{run} is complete" in capsys.readouterr().out
     assert (run / "result.json").read_bytes() == short
-    omniglot_train.main(["--resume", str(run), "--epoch", "8"])
+    stop_at(monkeypatch, run, "forward", 2, flags=["--resume", str(run), "--epoch", "8"])
+    assert not (run / "result.json").exists()
+    omniglot_train.main(["--resume", str(run)])
     same(run, whole)
     one, two = (json.loads((folder / "args.json").read_text()) for folder in (run, whole))
     assert one["meta_steps"] == 8 and one["settings"] == two["settings"] | {"out": str(run)}
