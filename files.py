@@ -139,7 +139,8 @@ def locked(path: Path, wait: bool = True, remedy: str = "name another folder") -
 def _take_lock(path: Path, wait: bool) -> int | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)  # a link may lead outside
+        no_link = getattr(os, "O_NOFOLLOW", 0)  # it may lead outside
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | no_link, 0o666)
         try:
             try:
                 if fcntl is None:

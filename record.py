@@ -37,7 +37,7 @@ def folder(args: argparse.Namespace) -> Path:
     out = Path(args.out or f"runs/{name}")
     if args.resume is None and distributed.rank() == 0:
         if any(os.path.exists(out / file) for file in ("args.json", "log.jsonl")):
-            raise UserError(f"--out {out}: there is a run already; name another folder, or go on with it: --resume {out}")
+            raise UserError(f"--out {out}: there is a run already; name another folder, or go on: --resume {out}")
     return out
 
 
@@ -162,7 +162,7 @@ class Log:
         size = self.file.seek(0, os.SEEK_END)
         if size < keep:
             self.file.close()
-            raise UserError(f"{path} is cut: {size:,} of the {keep:,} bytes that the checkpoint knows; put it back whole")
+            raise UserError(f"{path} is cut: {size:,} of the {keep:,} bytes that the checkpoint knows; put it back")
         self.file.truncate(keep)
         self.file.seek(keep)
 

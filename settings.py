@@ -101,9 +101,10 @@ def _parser(description: str, defaults: dict, epoch_help: str, only_given: bool 
     flag("save_every", 500, "meta-steps between two checkpoints; 0: only at the start, at the end and when stopped")
     flag("resume", None, f"go on with a stopped run, on its own settings; {_flags(MAY_CHANGE['resume'])} may be given "
          "anew, and EPOCH may only grow", metavar="RUN_FOLDER")
-    flag("test", None, f"test a finished run again, on its own settings but for {_flags(MAY_CHANGE['test'])} where given",
+    flag("test", None, f"test a finished run again, on its own settings; {_flags(MAY_CHANGE['test'])} may be given anew",
          metavar="RUN_FOLDER")
-    flag("from_args", None, "repeat a run, in a new folder; flags that are given change it", metavar="RUN_FOLDER/args.json")
+    flag("from_args", None, "repeat a run, in a new folder; flags that are given change it",
+         metavar="RUN_FOLDER/args.json")
     if not only_given:
         parser.set_defaults(script=defaults["script"], print_every=defaults["print_every"])
     return parser

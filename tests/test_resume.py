@@ -35,8 +35,12 @@ ONE_LINE = 1500  # characters at most
 
 
 @pytest.fixture(autouse=True)
-def few_characters(monkeypatch):
-    """They are drawn in no time; an evaluation still takes two batches."""
+def small(monkeypatch):
+    make_small(monkeypatch)
+
+
+def make_small(monkeypatch) -> None:
+    """Few characters, drawn in no time; an evaluation still takes two batches."""
     monkeypatch.setattr(training, "EVALUATION_BATCH", 4)
     monkeypatch.setattr(synthetic, "CHARACTER_SPLITS", {"train": (0, 4), "val": (4, 3), "test": (7, 3)})
     monkeypatch.setattr(synthetic, "CHARACTER_IMAGES", 4)
@@ -58,7 +62,7 @@ def refused(*arguments: str, program=omniglot_train) -> str:
 def whole(tmp_path_factory) -> Path:
     """The run that nothing disturbed."""
     with pytest.MonkeyPatch.context() as patch:
-        few_characters.__wrapped__(patch)
+        make_small(patch)
         return train(tmp_path_factory.mktemp("whole") / "run")
 
 
