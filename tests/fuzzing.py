@@ -21,7 +21,7 @@ import files
 SEED = int(os.environ.get("FUZZ_SEED", "222"))
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "2400"))  # of all kinds together
 ONLY = os.environ.get("FUZZ_ONLY")  # one input again: KIND:NUMBER
-SECONDS = 10.0  # that one input may take
+SECONDS = 30.0  # that one input may take; most take a hundredth of one
 MEMORY = 2 * 2**30  # bytes that one input may take, beside what the process has already
 NOTES = ("decoding ", "downloading ", "the cache ", "note: ", "waiting for ")  # lines that may stand before the refusal
 

@@ -4,8 +4,9 @@
     FUZZ_INPUTS=20000 FUZZ_SEED=7 python -m pytest -s tests/test_fuzz.py  more and others; -s shows the counts
     FUZZ_SEED=7 FUZZ_ONLY=zip:41 python -m pytest tests/test_fuzz.py      one of them again, as a failure names it
 
-Each input goes to the real loader or program. What is made small for speed: the data sets (a few images), the synthetic
-ones and, of "arguments", everything after the settings are checked, for a valid one would train for hours.
+Each input goes to the real loader or program, in this process or ("process") in one of its own. What is less than real,
+for speed: data sets and synthetic ones have a few images; "arguments" and "from_args" end where training would begin,
+for a valid one might take days; of the figures one in twenty is drawn, the others only built.
 """
 
 import collections
