@@ -31,7 +31,7 @@ from cuda_graph import GraphedStep
 from files import UserError
 from interrupt import Interrupted, Signals
 from learner import Config, Learner
-from machine import check_device, keep_memory, memory_runs_out, peak_memory, processor, set_arithmetic  # noqa: F401
+from machine import check_device, keep_memory, memory_runs_out, peak_memory, set_arithmetic
 from meta import Meta, join
 from record import Log, numbers, percent, say
 from settings import check, experiment, meta_steps, recorded_settings

@@ -20,10 +20,10 @@ The loops go backward task by task, which is faster than one pass over the sum o
 vmap is structured as PyTorch's own functorch example, but for the batch norm: vmap over F.batch_norm gives a wrong
 second derivative (pytorch/functorch#534), so it gets one written from mean, variance and rsqrt.
 
-First all gradients are compared in float64, with 2 tasks, 2 inner steps and 5 queries; one that is off is named, and nothing is timed. Then the implementations
-take turns in float32, `--repeats` rounds after a warm-up, with Python's garbage collected between the steps. On a CPU
-all of it runs twice, each time in a process of its own: with the system's allocator as it is ("default"), and with
-glibc told to keep large blocks, as the training scripts do ("kept").
+First all gradients are compared in float64, with 2 tasks, 2 inner steps and 5 queries; one that is off is named, and
+nothing is timed. Then the implementations take turns in float32, `--repeats` rounds after a warm-up, with Python's
+garbage collected between the steps. On a CPU all of it runs twice, each time in a process of its own: with the system's
+allocator as it is ("default"), and with glibc told to keep large blocks, as the training scripts do ("kept").
 """
 
 import argparse
@@ -49,9 +49,9 @@ from torch import Tensor, nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import machine
 import miniimagenet_train
 import omniglot_train
-import training
 from cuda_graph import GraphedStep
 from files import Parser, UserError, atomic, run
 from learner import Config, Learner
@@ -348,7 +348,7 @@ def measure(case: Case, settings: Settings, allocator: str, only: Sequence[str] 
     """
     device = start(settings)
     if allocator == "kept":
-        training.keep_memory()
+        machine.keep_memory()
     implementations, tasks = prepare(case, device, torch.float32)
     if only:
         implementations = {name: implementations[name] for name in only}
@@ -365,7 +365,7 @@ def measure(case: Case, settings: Settings, allocator: str, only: Sequence[str] 
             seconds[name].append(time.perf_counter() - began)
     common = {"tasks": case.tasks, "steps": case.steps, "n_way": case.n_way, "k_spt": case.k_spt, "k_qry": case.k_qry,
               "repeats": settings.repeats, "allocator": allocator, "device": device.type,
-              "device_name": device_name(device), "threads": settings.threads, "torch": torch.__version__}
+              "device_name": machine.device_name(device), "threads": settings.threads, "torch": torch.__version__}
     rows = []
     for name, (_, *times) in seconds.items():  # the first was the warm-up
         median = statistics.median(times)
@@ -385,11 +385,6 @@ def start(settings: Settings) -> torch.device:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's, or the processor's, as they call themselves."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else training.processor()
 
 
 def in_a_process(function: Callable, *arguments):
@@ -425,7 +420,7 @@ def best_other(rows: list[dict], among: Sequence[str] = tuple(OTHERS)) -> dict:
     return min((row for row in rows if row["implementation"] in among), key=lambda row: row["median_s"])
 
 
-def machine(row: dict) -> str:
+def where(row: dict) -> str:
     """Where a row was measured."""
     threads = f", {row['threads']} thread{'s' * (row['threads'] > 1)}" if row["device"] == "cpu" else ""
     return f"{row['device_name']}{threads}, PyTorch {row['torch']}"
@@ -488,7 +483,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axes.set_xlabel("seconds a meta-step, second order: median and range; shorter is better")
         if len(allocators) > 1:
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
-        figure.suptitle(machine(one), x=0.01, ha="left", fontsize=10)
+        figure.suptitle(where(one), x=0.01, ha="left", fontsize=10)
         with atomic(path, remedy="name another file with --chart") as file:
             figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
 
@@ -521,7 +516,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name} {getattr(args, name)}: must be a whole number from 1")
     if args.chart.suffix.lower() != ".png":
         raise UserError(f"--chart {args.chart}: pictures are PNG files; name one that ends in .png")
-    training.check_device(args.device)
+    machine.check_device(args.device)
     return args
 
 
@@ -535,8 +530,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = start(settings)
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         allocators = ["default"]
-    print(machine({"device": device.type, "device_name": device_name(device), "threads": args.threads,
-                   "torch": torch.__version__}))
+    print(where({"device": device.type, "device_name": machine.device_name(device), "threads": args.threads,
+                 "torch": torch.__version__}))
     for case in cases:
         worst = max(check(case, device).values())
         print(f"{case.name}: all gradients agree in float64, relative error at most {worst:.0e}", flush=True)
