@@ -37,6 +37,10 @@ class Input(NamedTuple):
     arguments: tuple[str, ...] = ()  # of the command line, to run it as a process
 
 
+class Hang(BaseException):
+    """An input took too long. No Exception, least of all an OSError as TimeoutError is one: programs handle those."""
+
+
 def random_of(kind: str, number: int) -> random.Random:
     """The generator of one input: it depends on nothing that ran before."""
     return random.Random(f"{SEED} {kind} {number}")
@@ -137,7 +141,7 @@ def time_limit() -> Iterator[None]:
     """Raise in the main thread when the block takes longer, and again each second: it may wait for threads to end."""
 
     def stop(*_) -> None:
-        raise TimeoutError(f"a hang: more than {SECONDS:g} seconds")
+        raise Hang(f"a hang: more than {SECONDS:g} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, SECONDS, 1.0)

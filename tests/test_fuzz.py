@@ -363,7 +363,7 @@ def zip_input(rng: random.Random, around: Path) -> Input:
     write_zips(root, entries)
     path = root / rng.choice(["images_background.zip", "images_background.zip", "images_evaluation.zip"])
     name = rng.choice([name for name in entries if name.startswith(path.stem)])
-    kind = rng.choice(["bytes"] * 4 + ["field"] * 4 + ["outside", "entry", "special", "nested", "place", *ZIP_ENTRIES])
+    kind = rng.choice(["bytes", "field", "special"] * 4 + ["outside", "entry", "nested", "place", *ZIP_ENTRIES])
     if kind == "bytes":
         data, kind = damaged(rng, path.read_bytes())
         path.write_bytes(data)
@@ -836,9 +836,17 @@ def fault_outside(around: Path) -> None:
         pass
 
 
+def caught(_: Path) -> None:
+    try:
+        time.sleep(60)
+    except Exception as error:
+        raise files.UserError("a clear line, after a minute") from error
+
+
 FAULTS = {  # what a program may do wrong, and what the judgement says of it
     "traceback": (lambda _: 1 // 0, "ZeroDivisionError"),
     "hang": (lambda _: time.sleep(60), "a hang"),
+    "hang that ends as an error": (caught, "a hang"),
     "hang in a thread": (lambda _: images.decode_all([[slow_file()]], "", 1, 1, Image.Resampling.BOX), "a hang"),
     "status": (lambda _: sys.exit(1), "status 1"),
     "no line": (lambda _: sys.exit(2), "^$"),
