@@ -717,6 +717,15 @@ def arguments_input(finished: Path, rng: random.Random, around: Path) -> Input:
     return Input(repr(chosen), functools.partial(program, chosen), (around,), (around / "out.png",), tuple(chosen))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tasks this small take several times as long where threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small data sets, and no network."""
@@ -751,6 +760,7 @@ def program(module: str, arguments: tuple[str, ...], said: Path) -> None:
     streams = os.open(said, os.O_WRONLY | os.O_CREAT)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(streams, 2)
+    torch.set_num_threads(1)
     few_characters(pytest.MonkeyPatch())
     with fuzzing.memory_limit():
         files.run(functools.partial(importlib.import_module(module).main, arguments))
