@@ -13,7 +13,7 @@ takes the inner gradients as constants.
 """
 
 import math
-from typing import Iterator, NamedTuple
+from typing import Iterator, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,11 @@ from tasks import Tasks
 
 
 ALL = 2**31 - 1
+PIECE = 2**20  # numbers of a layer's features measured together: in float64 some 8 MB, a few passes over a CPU's cache
 LATE = 7_500  # meta-steps: the three epochs of the original's first figure, which measured more often than later ones
+
+
+Output = tuple[Tensor, list[Tensor]]  # logits and features, as `Learner.forward` returns them
 
 
 class Step(NamedTuple):
@@ -152,12 +156,12 @@ class Meta(nn.Module):
         losses, accuracies, metrics, gradients = [], [], [], []
         inner, query = self._chunk_sizes(tasks)
         for i, chunk in enumerate(tasks.split(inner)):
-            trajectory, loss, last, gradient = self._gradient(chunk, query)
+            trajectory, loss, last, gradient, outputs = self._gradient(chunk, query, features=null is not None)
             losses.append(loss)
             gradients.append(gradient)
             if null:
                 metrics.append(self._measure(chunk, trajectory, query,
-                                             [distributed.share(y).split(inner)[i] for y in null]))
+                                             [distributed.share(y).split(inner)[i] for y in null], outputs))
             if not every_step:
                 accuracies.append(last[:, None])
             elif null:
@@ -194,23 +198,26 @@ class Meta(nn.Module):
         inner, query = self._chunk_sizes(tasks)
         return torch.cat([self._gradient(chunk, query)[1] for chunk in tasks.split(inner)])
 
-    def _gradient(self, tasks: Tasks, query_chunk: int) -> tuple[list[Weights], Tensor, Tensor, list[Tensor]]:
+    def _gradient(self, tasks: Tasks, query_chunk: int, features: bool = False):
         """The gradient of the sum of these tasks' query losses with respect to theta.
 
         The query loss is differentiated with respect to the adapted weights first, and that gradient is then pulled
         back through the inner loop: the same as one backward pass, but the two can be chunked differently.
 
         Returns:
-            The inner loop's weights (detached), losses [t], accuracies [t], and a gradient for each of theta's weights.
+            The inner loop's weights (detached), losses [t], accuracies [t], a gradient for each of theta's weights,
+            and with `features` the query pass's (logits, features) of each chunk.
         """
         theta = dict(self.net.weights)
         second_order = not self.first_order
         trajectory = adapt(self.net, theta, tasks.x_spt, tasks.y_spt, self.update_lr, self.update_step, second_order)
         adapted = trajectory[-1]
-        losses, accuracies, parts = [], [], []
+        losses, accuracies, parts, outputs = [], [], [], []
         for chunk, weights in zip(tasks.split(query_chunk), _split(adapted, query_chunk)):
             weights = _leaves(weights)
-            logits = self.net(chunk.x_qry, weights)
+            logits, seen = self.net(chunk.x_qry, weights, features=True)
+            if features:
+                outputs.append((logits.detach(), [layer.detach() for layer in seen]))
             loss = cross_entropy(logits, chunk.y_qry)
             parts.append(torch.autograd.grad(loss.sum(), list(weights.values())))
             losses.append(loss.detach())
@@ -222,7 +229,7 @@ class Meta(nn.Module):
         else:  # adapted = theta - constants
             gradient = [g.sum(0) for g in gradient]
         trajectory = [{name: w.detach() for name, w in weights.items()} for weights in trajectory]
-        return trajectory, torch.cat(losses), torch.cat(accuracies), gradient
+        return trajectory, torch.cat(losses), torch.cat(accuracies), gradient, outputs
 
     def finetune(self, tasks: Tasks, measure: bool = False) -> tuple[Tensor, dict | None]:
         """Test-time adaptation from theta, which stays as it is.
@@ -265,35 +272,67 @@ class Meta(nn.Module):
         return torch.stack(columns + ([last] if last is not None else []), 1)
 
     @torch.no_grad()
-    def _measure(self, tasks: Tasks, trajectory: list[Weights], query_chunk: int, null: list[Tensor]) -> dict:
+    def _measure(self, tasks: Tasks, trajectory: list[Weights], query_chunk: int, null: Sequence[Tensor],
+                 outputs: Sequence[Output] = ()) -> dict:
         """Neural-collapse metrics of the query sets, task by task, with the weights along the inner loop.
 
+        Args:
+            null: permuted support and query labels.
+            outputs: of the query pass with the last weights, if it has been made.
         Returns:
             "meta" (theta) and "finetuned" (after the last inner step): every entry of `nc_metrics.measure`, [L, t].
             "inner": "within" and "between" [L, t, K+1] and "accuracy" [1, t, K+1], before and after each inner step.
         """
-        n_way, last = self.net.shapes[-1][-1], len(trajectory) - 1
-        models, inner = {0: [], last: []}, []
+        last, found, inner = len(trajectory) - 1, {}, []
         for k, weights in enumerate(trajectory):
-            rows = []
-            for chunk, w, null_spt, null_qry in zip(tasks.split(query_chunk), _split(weights, query_chunk),
-                                                    *(y.split(query_chunk) for y in null)):
-                logits, features = self.net(chunk.x_qry, w, features=True)
-                rows.append({"accuracy": accuracy(logits, chunk.y_qry)[None]})
-                if k in models:
-                    _, support = self.net(chunk.x_spt, w, features=True)
-                    models[k].append(nc_metrics.reduce(features, chunk.y_qry, support, chunk.y_spt, n_way,
-                                                       w[self.net.classifier], null_qry, null_spt))
-                else:
-                    traces = [nc_metrics.covariance_traces(f, chunk.y_qry, n_way) for f in features]
-                    rows[-1] |= {name: torch.stack(layers) for name, layers in zip(("within", "between"), zip(*traces))}
-            if k in models:
-                models[k] = nc_metrics.metrics(join(models[k]), tasks.y_qry, null[1])
-                inner.append(join(rows) | {name: models[k][name] for name in ("within", "between")})
+            if k < last or not outputs:
+                outputs_k = [self.net(chunk.x_qry, w, features=True)
+                             for chunk, w in zip(tasks.split(query_chunk), _split(weights, query_chunk))]
             else:
-                inner.append(join(rows))
-        return {"meta": models[0], "finetuned": models[last],
-                "inner": {name: torch.stack([step[name] for step in inner], -1) for name in inner[0]}}
+                outputs_k = outputs
+            logits = torch.cat([logits for logits, _ in outputs_k])
+            layers = [_pieces(chunks) for chunks in zip(*(features for _, features in outputs_k))]
+            if k in (0, last):
+                found[k] = self._metrics(tasks, weights, logits, layers, null)
+                traces = [found[k][name] for name in ("within", "between")]
+            else:
+                traces = [torch.stack(trace) for trace in zip(*(self._traces(pieces, tasks) for pieces in layers))]
+            inner.append([*traces, accuracy(logits, tasks.y_qry)[None]])
+        return {"meta": found[0], "finetuned": found[last],
+                "inner": {name: torch.stack(steps, -1) for name, steps in zip(("within", "between", "accuracy"),
+                                                                              zip(*inner))}}
+
+    def _metrics(self, tasks: Tasks, weights: Weights, logits: Tensor, layers: list[list[Tensor]],
+                 null: Sequence[Tensor]) -> dict[str, Tensor]:
+        """`nc_metrics.measure`, each layer in its own pieces."""
+        n_way = logits.shape[-1]
+        _, support_layers = self.net(tasks.x_spt, weights, features=True)
+        null_spt, null_qry = null
+        reduced = []
+        for i, (pieces, support) in enumerate(zip(layers, support_layers)):
+            per_task = [tasks.y_qry, support, tasks.y_spt, null_qry, null_spt]
+            if i == len(layers) - 2:
+                per_task.append(weights[self.net.classifier])
+            sizes = [len(piece) for piece in pieces]
+            parts = [nc_metrics.reduce(piece, y, x, y_spt, n_way, *rest)
+                     for piece, y, x, y_spt, *rest in zip(pieces, *(values.split(sizes) for values in per_task))]
+            reduced.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        return nc_metrics.metrics(reduced, logits, tasks.y_qry, null_qry)
+
+    def _traces(self, pieces: list[Tensor], tasks: Tasks) -> list[Tensor]:
+        """tr S_W and tr S_B of one layer, [t] each."""
+        n_way = self.net.shapes[-1][-1]
+        labels = tasks.y_qry.split([len(piece) for piece in pieces])
+        parts = [nc_metrics.covariance_traces(piece, y, n_way) for piece, y in zip(pieces, labels)]
+        return [torch.cat(trace) for trace in zip(*parts)]
+
+
+def _pieces(chunks: Sequence[Tensor]) -> list[Tensor]:
+    """A layer's features, chunk by chunk [t, N, D] -> the same tasks in pieces that fill a cache, none smaller."""
+    together = max(1, PIECE // chunks[0].numel())
+    if together == 1:
+        return list(chunks)
+    return [torch.cat(chunks[i:i + together]) for i in range(0, len(chunks), together)]
 
 
 def _leaves(weights: Weights) -> dict[str, Tensor]:

@@ -229,58 +229,57 @@ def measure(
     is defined on the last hidden layer (row L-2); its other rows are nan. within_original and between_original
     are `original_traces` of the logits (row L-1).
     """
-    reduced = reduce(features, labels, support_features, support_labels, n_way, classifier_weight,
-                     null_labels, null_support_labels)
-    return metrics(reduced, labels, null_labels)
+    reduced = [reduce(query, labels, support, support_labels, n_way, null_labels, null_support_labels,
+                      classifier_weight if layer == len(features) - 2 else None)
+               for layer, (query, support) in enumerate(zip(features, support_features, strict=True))]
+    return metrics(reduced, features[-1], labels, null_labels)
 
 
 @torch.no_grad()
 def reduce(
-    features: list[Tensor],
+    features: Tensor,
     labels: Tensor,
-    support_features: list[Tensor],
+    support_features: Tensor,
     support_labels: Tensor,
     n_way: int,
-    classifier_weight: Tensor,
     null_labels: Tensor,
     null_support_labels: Tensor,
+    classifier_weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The half of `measure` that reads the features, and leaves 5 C coordinates of a sample for `metrics`.
+    """The half of `measure` that reads a layer's features, and leaves 5 C coordinates of a sample for `metrics`.
 
     A metric knows samples, class means and classifier only by their distances and angles, which are the same in any
     orthonormal basis of the span of these means and rows, if what lies beside that span is kept as a squared length.
 
-    Takes what `measure` takes. Each entry is [L, ...], so that tasks reduced one by one, while their features lie
-    in a cache, can be put side by side again.
+    Takes what `measure` takes, of one layer; the classifier only if this is its input. Each entry keeps the leading
+    dimensions, so that tasks reduced apart, while their features lie in a cache, can be put side by side again.
     """
     one_hot, null_one_hot = _one_hot(labels, n_way), _one_hot(null_labels, n_way)
-    support_one_hots = _one_hot(support_labels, n_way), _one_hot(null_support_labels, n_way)
-    rows = []
-    for layer, (query, support) in enumerate(zip(features, support_features, strict=True)):
-        group, support = _group(query, one_hot), support.double()
-        # from the mean of all as origin: the class means, the null's, those of the support set, its null's, the classifier
-        null_means = _means(group.residual, null_one_hot) + _means(one_hot, null_one_hot) @ group.centred
-        origin = group.means.mean(-2, keepdim=True)
-        anchors = [group.centred, null_means, *(_means(support, y) - origin for y in support_one_hots)]
-        if layer == len(features) - 2:
-            anchors.append(classifier_weight.double())
-        basis, anchors = torch.linalg.qr(torch.cat(anchors, -2).mT)        # [..., D, A], [..., A, 4 or 5 C]
-        within = group.residual @ basis                                    # [..., N, A]
-        anchors = anchors.mT
-        missing = 5 * n_way - anchors.shape[-1]                            # zeros make all layers the same size
-        rows.append({
-            "samples": F.pad(within + one_hot @ anchors[..., :n_way, :], (0, missing)),
-            "beside": (group.spread - _square_length(within)).clamp_min(0),
-            "anchors": F.pad(F.pad(anchors, (0, missing)), (0, 0, 0, 5 * n_way - anchors.shape[-2]), value=math.nan),
-            "floor": group.floor,
-        })
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | {"logits": features[-1][None]}
+    group, support = _group(features, one_hot), support_features.double()
+    # from the mean of all: the class means, the null's, those of the support set, its null's, the classifier
+    null_means = _means(group.residual, null_one_hot) + _means(one_hot, null_one_hot) @ group.centred
+    origin = group.means.mean(-2, keepdim=True)
+    anchors = [group.centred, null_means,
+               *(_means(support, _one_hot(y, n_way)) - origin for y in (support_labels, null_support_labels))]
+    if classifier_weight is not None:
+        anchors.append(classifier_weight.double())
+    basis, anchors = torch.linalg.qr(torch.cat(anchors, -2).mT)            # [..., D, A], [..., A, 4 or 5 C]
+    within = group.residual @ basis                                        # [..., N, A]
+    anchors = anchors.mT
+    missing = 5 * n_way - anchors.shape[-1]                                # zeros make all layers the same size
+    return {
+        "samples": F.pad(within + one_hot @ anchors[..., :n_way, :], (0, missing)),
+        "beside": (group.spread - _square_length(within)).clamp_min(0),
+        "anchors": F.pad(F.pad(anchors, (0, missing)), (0, 0, 0, 5 * n_way - anchors.shape[-2]), value=math.nan),
+        "floor": group.floor,
+    }
 
 
 @torch.no_grad()
-def metrics(reduced: dict[str, Tensor], labels: Tensor, null_labels: Tensor) -> dict[str, Tensor]:
-    """The other half: what `reduce` returns, and the query set's labels -> what `measure` returns."""
-    n_way = reduced["anchors"].shape[-2] // 5
+def metrics(layers: list[dict[str, Tensor]], logits: Tensor, labels: Tensor, null_labels: Tensor) -> dict[str, Tensor]:
+    """The other half: what `reduce` returns of each layer, and the query set's logits and labels -> as `measure`."""
+    reduced = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+    n_way = logits.shape[-1]
     labels = torch.stack([labels, null_labels]).unsqueeze(1)               # [2, 1, ..., N]: both kinds, every layer
     samples = reduced["samples"].expand(2, *reduced["samples"].shape)      # [2, L, ..., N, 5 C]
     one_hot = _one_hot(labels, n_way).expand(*samples.shape[:-1], n_way)
@@ -303,10 +302,10 @@ def metrics(reduced: dict[str, Tensor], labels: Tensor, null_labels: Tensor) -> 
         "etf_error": _etf_error(group),
         "self_duality": _self_duality(weight, group),
         "ncc_accuracy": _agreement(labels, nearest),
-        "ncc_mismatch": _mismatch(_best(reduced["logits"]), nearest),
+        "ncc_mismatch": _mismatch(_best(logits), nearest),
     }
     table = {name + suffix: value[kind] for name, value in values.items() for kind, suffix in enumerate(("", "_null"))}
-    for name, trace in zip(("within_original", "between_original"), original_traces(reduced["logits"][0])):
+    for name, trace in zip(("within_original", "between_original"), original_traces(logits)):
         table[name] = torch.full_like(table["within"], math.nan)
         table[name][-1] = trace
     return table
@@ -348,7 +347,7 @@ def _means(x: Tensor, one_hot: Tensor) -> Tensor:
 
 
 def _group(features: Tensor, one_hot: Tensor, beside: Tensor | float = 0.0, floor: Tensor | None = None) -> _Group:
-    """Sort features [..., N, D] by labels [..., N, C]; with few passes, for reading N x D numbers is what takes the time.
+    """Sort features [..., N, D] by labels [..., N, C], in few passes: reading N x D numbers is what takes the time.
 
     Args:
         beside: [..., N], the squared length of what the features leave out of ||h - mu_c||.

@@ -195,8 +195,8 @@ class Log:
                  inner={name: summary(values) for name, values in inner.items()})
         if classes == "train":
             traces = [models[model][name]["mean"][-2] for model in models for name in ("within", "between")]
-            say("step: {} \ttraces of {}: meta within {:.4g} between {:.4g}, finetuned within {:.4g} between {:.4g}".format(
-                step, layers[-2], *(math.nan if t is None else t for t in traces)))
+            said = "step: {} \ttraces of {}: meta within {:.4g} between {:.4g}, finetuned within {:.4g} between {:.4g}"
+            say(said.format(step, layers[-2], *(math.nan if t is None else t for t in traces)))
 
     def sync(self) -> int:
         """Wait until it is on the disk; its size in bytes."""

@@ -39,7 +39,7 @@ class Setting(NamedTuple):
 
 
 _OMNIGLOT = "--task_num 8 --epoch 6000 --nc_every 30 --eval_every 250"
-_PHOTOGRAPHS = "--task_num 2 --epoch 2400 --nc_every 30 --eval_every 150"
+_PHOTOGRAPHS = "--task_num 2 --epoch 1200 --nc_every 30 --eval_every 150 --eval_tasks 50"
 STUDY = (
     Setting("omniglot-5w1s", "omniglot_train.py", _OMNIGLOT, (1, 2, 3)),
     Setting("omniglot-5w5s", "omniglot_train.py", f"{_OMNIGLOT} --k_spt 5", (1, 2, 3)),

@@ -213,7 +213,8 @@ def check(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse
         raise UserError(f"--task_num {args.task_num}: {distributed.size()} processes need a multiple of "
                         f"{distributed.size()}")
     try:
-        Learner(layers(args), args.imgc, args.imgsz)
+        with torch.device("meta"):  # shapes alone: --n_way 1000000000 is refused below, and not by the memory
+            Learner(layers(args), args.imgc, args.imgsz)
     except ValueError as error:
         raise UserError(f"--imgsz {args.imgsz}: {error}") from error
     sizes = dataset.sizes()

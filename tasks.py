@@ -61,7 +61,7 @@ def with_rotations(images: Tensor) -> Tensor:
 
 
 def pick(images: Tensor, n_tasks: int, n_way: int, k: int, generator: torch.Generator) -> Tensor:
-    """The images of `sample_tasks` as they are stored, uint8 [T, n_way, k, c, h, w]: what there is to copy to a device."""
+    """The images of `sample_tasks` as they are stored, uint8 [T, n_way, k, c, h, w]: what is copied to a device."""
     classes, per_class = images.shape[:2]
     if n_way > classes:
         raise ValueError(f"{n_way}-way tasks need {n_way} classes, here are {classes}")

@@ -266,8 +266,8 @@ def _test(args: argparse.Namespace, maml: Meta, splits: Splits, run: Path, signa
     mean, interval = _mean_and_interval(torch.cat([accuracy for accuracy, _ in results]))
     k = args.update_step_test
     say(f"test accuracy on {splits.dataset.name}, {args.n_way}-way {args.k_spt}-shot, after {k} inner steps: "
-        f"{100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f} (95%, {args.test_tasks} tasks, {args.k_qry} queries a class, "
-        f"best weights of step {step})")
+        f"{100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f} (95%, {args.test_tasks} tasks, {args.k_qry} queries a "
+        f"class, best weights of step {step})")
     say(f"after 0..{k} inner steps: {percent(mean)}")
     return {"data": splits.dataset.name, "test": {"accuracy": numbers(mean), "ci95": numbers(interval),
             "inner_steps": list(range(k + 1)), "tasks": args.test_tasks, "n_way": args.n_way, "k_spt": args.k_spt,

@@ -402,6 +402,16 @@ def test_metrics_are_those_of_each_tasks_query_set(monkeypatch, null_labels, cal
     assert metrics["inner"]["accuracy"].shape == (1, 4, steps + 1)
 
 
+@pytest.mark.parametrize("piece", [1, 45, 100, 2**20])
+def test_metrics_do_not_depend_on_the_pieces_they_are_read_in(monkeypatch, piece):
+    _, whole = meta_step(small_net(), make_tasks(5), update_step=2, nc_every=1)
+    monkeypatch.setattr(meta, "PIECE", piece)
+    _, pieces = meta_step(small_net(), make_tasks(5), update_step=2, nc_every=1)
+    for model, values in whole.metrics.items():
+        for name, value in values.items():
+            torch.testing.assert_close(pieces.metrics[model][name], value, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
 def test_null_labels_are_the_tasks_labels_permuted(null_labels):
     net, tasks = small_net(), make_tasks()
     maml = Meta(net, update_step=1, nc_every=1)

@@ -572,13 +572,15 @@ def test_measure_is_the_single_functions_layer_by_layer(leading, dtype):
 def test_tasks_reduced_apart_are_those_reduced_together():
     a = measure_arguments((4,))
     together = nc.measure(**a)
-    parts = []
-    for t in range(4):
-        own = {key: [h[t:t + 1] for h in value] if isinstance(value, list) else
-               value[t:t + 1] if isinstance(value, torch.Tensor) else value for key, value in a.items()}
-        parts.append(nc.reduce(**own))
-    apart = nc.metrics({name: torch.cat([part[name] for part in parts], 1) for name in parts[0]},
-                       a["labels"], a["null_labels"])
+    layers = []
+    for layer, (h, support) in enumerate(zip(a["features"], a["support_features"])):
+        parts = []
+        for t in ([0], [1, 2], [3]):
+            weight = a["classifier_weight"][t] if layer == 1 else None
+            parts.append(nc.reduce(h[t], a["labels"][t], support[t], a["support_labels"][t], a["n_way"],
+                                   a["null_labels"][t], a["null_support_labels"][t], weight))
+        layers.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    apart = nc.metrics(layers, a["features"][-1], a["labels"], a["null_labels"])
     for key, value in together.items():
         torch.testing.assert_close(apart[key], value, rtol=1e-12, atol=1e-14, equal_nan=True)
 
