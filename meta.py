@@ -38,7 +38,7 @@ class Step(NamedTuple):
 
     losses: Tensor  # [T], each task's query cross-entropy with its adapted weights, mean over samples
     accuracy: Tensor  # [T, 1 or K+1] on the query set: after the inner loop, or before it and after each inner step
-    metrics: dict | None  # as `Meta.measure`, at every nc_every-th step
+    metrics: dict | None  # as `Meta._measure`, at every nc_every-th step
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -261,14 +261,16 @@ class Meta(nn.Module):
         generator = torch.Generator(tasks.y_qry.device).manual_seed(self.seed + self.step)
         return nc_metrics.permuted(tasks.y_spt, generator), nc_metrics.permuted(tasks.y_qry, generator)
 
+    def _query(self, tasks: Tasks, weights: Weights, query_chunk: int, features: bool = False) -> list:
+        """What `Learner.forward` gives for the query sets, chunk by chunk."""
+        return [self.net(chunk.x_qry, w, features)
+                for chunk, w in zip(tasks.split(query_chunk), _split(weights, query_chunk))]
+
     @torch.no_grad()
     def _accuracies(self, tasks: Tasks, trajectory: list[Weights], query_chunk: int,
                     last: Tensor | None = None) -> Tensor:
         """Query accuracy [t, steps] with each set of weights; `last` [t] is that of one more, known already."""
-        columns = []
-        for weights in trajectory:
-            chunks = zip(tasks.split(query_chunk), _split(weights, query_chunk))
-            columns.append(torch.cat([accuracy(self.net(chunk.x_qry, w), chunk.y_qry) for chunk, w in chunks]))
+        columns = [accuracy(torch.cat(self._query(tasks, weights, query_chunk)), tasks.y_qry) for weights in trajectory]
         return torch.stack(columns + ([last] if last is not None else []), 1)
 
     @torch.no_grad()
@@ -285,13 +287,10 @@ class Meta(nn.Module):
         """
         last, found, inner = len(trajectory) - 1, {}, []
         for k, weights in enumerate(trajectory):
-            if k < last or not outputs:
-                outputs_k = [self.net(chunk.x_qry, w, features=True)
-                             for chunk, w in zip(tasks.split(query_chunk), _split(weights, query_chunk))]
-            else:
-                outputs_k = outputs
-            logits = torch.cat([logits for logits, _ in outputs_k])
-            layers = [_pieces(chunks) for chunks in zip(*(features for _, features in outputs_k))]
+            known = outputs if k == last else ()
+            chunks = known or self._query(tasks, weights, query_chunk, features=True)
+            logits = torch.cat([logits for logits, _ in chunks])
+            layers = [_pieces(layer) for layer in zip(*(features for _, features in chunks))]
             if k in (0, last):
                 found[k] = self._metrics(tasks, weights, logits, layers, null)
                 traces = [found[k][name] for name in ("within", "between")]

@@ -11,7 +11,6 @@ interval. Correlations go through Fisher's z. Two moments recur: `FROM_STEP`, wh
 count, and the end, which is the mean over the last tenth of training.
 """
 
-import itertools
 import math
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence

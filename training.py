@@ -35,7 +35,7 @@ from machine import check_device, keep_memory, memory_runs_out, peak_memory, set
 from meta import Meta, join
 from record import Log, numbers, percent, say
 from settings import check, experiment, meta_steps, recorded_settings
-from splits import Dataset, Sampler, Splits
+from splits import Dataset, Splits
 
 VAL_SEED, TEST_SEED = 1, 2  # of the held-out tasks: the same for every run, so that runs compare on the same tasks
 EVALUATION_BATCH = 50  # tasks drawn together for validation and test

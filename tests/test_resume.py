@@ -25,7 +25,7 @@ import training
 from files import UserError, atomic, locked
 from interrupt import Interrupted, Signals
 from meta import Meta
-from splits import Dataset, Splits
+from splits import Dataset, Sampler, Splits
 from tasks import Tasks
 
 HERE = Path(__file__).parent
@@ -217,7 +217,7 @@ def test_the_state_that_the_next_tasks_come_from():
     args = omniglot_train.argparse.Namespace(n_way=2, k_spt=1, k_qry=2)
     images = torch.randint(0, 256, (5, 4, 1, 8, 8), dtype=torch.uint8)
     splits = Splits(args, Dataset(str, 1, (0.0,), (1.0,), dict, None), torch.device("cpu"))
-    plain, ahead = (training.Sampler(splits, images, 3, 4, prefetch) for prefetch in (False, True))
+    plain, ahead = (Sampler(splits, images, 3, 4, prefetch) for prefetch in (False, True))
     drawn = [plain() for _ in range(5)]
     states = []
     for tasks in drawn:
@@ -509,7 +509,7 @@ def test_other_errors_of_torch_stay_what_they_are(tmp_path, monkeypatch):
 
 def break_tasks(monkeypatch, step: int, task: int) -> None:
     """One pixel of one task isn't a number; its loss isn't, then."""
-    calls, original = iter(range(1000)), training.Sampler.__call__
+    calls, original = iter(range(1000)), Sampler.__call__
 
     def broken(sampler, *args) -> Tasks:
         tasks = original(sampler, *args)
@@ -518,7 +518,7 @@ def break_tasks(monkeypatch, step: int, task: int) -> None:
         return tasks
 
     drawn = {}  # tasks drawn again are the same ones
-    monkeypatch.setattr(training.Sampler, "__call__", broken)
+    monkeypatch.setattr(Sampler, "__call__", broken)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
