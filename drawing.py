@@ -96,7 +96,7 @@ def frame(figure: Figure, title: str, subtitle: str, handles: Sequence, columns:
     figure.set_size_inches(WIDTH, height)
     rect = (0.005, below / height, 0.985, 1 - (above + below) / height)
     figure.set_layout_engine("constrained", rect=rect, h_pad=0.07, w_pad=0.07)
-    centred = {"ha": "center", "linespacing": 1.3}
+    centred = {"ha": "center", "linespacing": 1.3, "parse_math": False}  # the data's name may hold dollars
     figure.text(0.5, 1 - 0.14 / height, title, va="top", fontsize=14, weight="bold", **centred)
     lines = 1 + title.count("\n")
     figure.text(0.5, 1 - (0.16 + 0.28 * lines) / height, subtitle, va="top", fontsize=10, **centred)

@@ -73,12 +73,7 @@ def traces_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -> 
     Raises:
         UserError: several settings, no measurements, no such layer, or no value at it.
     """
-    if len(groups) > 1:
-        differing = logs.differing_settings([group[0] for group in groups])
-        raise files.UserError(
-            f"{groups[0][0].path} and {groups[1][0].path} differ in {', '.join(differing)}; only seeds of one "
-            f"setting are averaged: draw them apart"
-        )
+    logs.refuse_differing([runs[0] for runs in groups])
     (runs,) = groups
     layer = drawing.chosen_layer(runs, layer)
     figure = Figure(figsize=(drawing.WIDTH, 10.6), dpi=drawing.DPI)
@@ -414,7 +409,7 @@ def accuracy_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -
         axes.plot(steps, mean, color=colour, marker="o" if len(steps) < 40 else None, markersize=3.5, linewidth=1.6)
         label = f"{drawing.setting_words(runs)}; {runs[0].settings.get('task_num', '?')} tasks a meta-step"
         handles.append(Line2D([], [], color=colour, linewidth=2.5, label=label))
-        counts |= {row["tasks"] for run in runs for row in run.rows if row.get("kind") == "val"}
+        counts |= logs.validation_task_counts(runs)
     drawing.step_axis(axes, int(max(axes.dataLim.x1, 1)))
     axes.set_ylabel("accuracy on held-out classes (%)")
     settings = [runs[0].settings for runs in groups]

@@ -125,6 +125,11 @@ def read_run(path: Path) -> Run:
         for value, kind in ((data["name"], str), *((settings[name], int) for name in ("n_way", "k_spt", "k_qry"))):
             if type(value) is not kind:
                 raise TypeError(f"{value!r} should be of type {kind.__name__}")
+        for name, value in settings.items():
+            if not isinstance(value, str | int | float | None):
+                raise TypeError(f"{name} can't be {value!r}")
+        if not data["name"].isprintable() or not _is_label(settings.get("net", "paper")):
+            raise ValueError("a name that can't be printed")
     except OSError as error:
         raise files.UserError(
             f"can't read {settings_path}, which says what data and settings the run had: {error.strerror}; "
@@ -161,12 +166,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """
     runs = [read_run(path) for path in paths]
     for run in runs:
-        differing = differing_settings([runs[0], run])
-        if differing:
-            raise files.UserError(
-                f"{runs[0].path} and {run.path} differ in {', '.join(differing)}; only seeds of one setting "
-                f"are averaged: draw them apart"
-            )
+        refuse_differing([runs[0], run])
     _refuse_same_seed(runs)
     return runs
 
@@ -194,6 +194,20 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
     names = set().union(*(run.settings for run in runs)) - NOT_COMPARED
     differing = sorted(name for name in names if len({repr(run.settings.get(name)) for run in runs}) > 1)
     return ["the data set"] * (len({run.data["name"] for run in runs}) > 1) + differing
+
+
+def refuse_differing(runs: Sequence[Run]) -> None:
+    """Refuse runs that aren't seeds of one setting.
+
+    Raises:
+        UserError: it names the first two, and what differs.
+    """
+    differing = differing_settings(runs)
+    if differing:
+        raise files.UserError(
+            f"{runs[0].path} and {runs[1].path} differ in {', '.join(differing)}; only seeds of one setting "
+            f"are averaged: draw them apart"
+        )
 
 
 def _refuse_same_seed(runs: Sequence[Run]) -> None:
@@ -227,11 +241,20 @@ def describe(run: Run, data: bool = False) -> str:
 
 def measurements(run: Run, classes: str) -> dict[int, dict]:
     """Measured rows of a run by meta-step; `classes` is "train" or "heldout"; of a repeated step the last."""
-    rows = (row for row in run.rows if row.get("kind") == "nc" and row.get("classes") == classes)
+    return _by_step(run, "measurement", kind="nc", classes=classes)
+
+
+def validations(run: Run) -> dict[int, dict]:
+    """The same of its validations."""
+    return _by_step(run, "validation", kind="val")
+
+
+def _by_step(run: Run, what: str, **wanted: str) -> dict[int, dict]:
+    rows = (row for row in run.rows if all(row.get(name) == value for name, value in wanted.items()))
     try:
         return {_count(row["step"]): row for row in rows}
     except (KeyError, TypeError, ValueError) as error:
-        raise files.UserError(f"{run.path}: a measurement has no step; its log is broken") from error
+        raise files.UserError(f"{run.path}: a {what} has no step; its log is broken") from error
 
 
 def _count(value: object) -> int:
@@ -254,9 +277,14 @@ def layers_of(run: Run) -> list[str]:
             f"{run.path} holds no neural-collapse measurements ({why}); train it with --nc_every 100, say"
         )
     layers = next(iter(measured.values())).get("layers")
-    if not isinstance(layers, list) or not layers:
+    if not isinstance(layers, list) or not layers or not all(map(_is_label, layers)):
         raise files.UserError(f"{run.path}: a measurement names no layers; its log is broken")
     return layers
+
+
+def _is_label(name: object) -> bool:
+    """Whether a figure can show it: text without what matplotlib takes for mathematics."""
+    return isinstance(name, str) and name.isprintable() and "$" not in name
 
 
 def last_hidden(run: Run) -> str:
@@ -271,10 +299,19 @@ def task_counts(runs: Sequence[Run], classes: str) -> set[int]:
     Raises:
         UserError: a measurement doesn't say.
     """
+    return _task_counts(runs, "measurement", [row for run in runs for row in measurements(run, classes).values()])
+
+
+def validation_task_counts(runs: Sequence[Run]) -> set[int]:
+    """The same of their validations."""
+    return _task_counts(runs, "validation", [row for run in runs for row in validations(run).values()])
+
+
+def _task_counts(runs: Sequence[Run], what: str, rows: Sequence[dict]) -> set[int]:
     try:
-        return {_count(row["tasks"]) for run in runs for row in measurements(run, classes).values()}
+        return {_count(row["tasks"]) for row in rows}
     except (KeyError, TypeError, ValueError) as error:
-        raise files.UserError(f"{runs[0].path}: a measurement doesn't say of how many tasks; it is broken") from error
+        raise files.UserError(f"{runs[0].path}: a {what} doesn't say of how many tasks; it is broken") from error
 
 
 def is_logged(runs: Sequence[Run], model: str, metric: str, classes: str = "train") -> bool:
@@ -294,7 +331,7 @@ def series(run: Run, model: str, metric: str, layer: str, classes: str) -> Curve
     steps, mean, error = [], [], []
     for step, row in sorted(measurements(run, classes).items()):
         try:
-            index = row["layers"].index(layer)
+            index = _index(row, layer)
             mean.append(_number(row[model][metric]["mean"][index]))
             error.append(_number(row[model][metric]["se"][index]))
         except (KeyError, IndexError, TypeError, ValueError) as failure:
@@ -315,7 +352,7 @@ def curve(runs: Sequence[Run], model: str, metric: str, layer: str, classes: str
         UserError: a measurement lacks the metric or the layer.
     """
     found = [series(run, model, metric, layer, classes) for run in runs]
-    steps = sorted(set.intersection(*(set(one.steps.tolist()) for one in found)))
+    steps = common_steps(runs, classes)
     if not steps:
         return None
     if len(runs) == 1:
@@ -353,9 +390,14 @@ def inner_steps(runs: Sequence[Run], quantity: str, layer: str, classes: str, st
     return _over_tasks(steps, means[0], errors[0]) if len(runs) == 1 else _over_seeds(steps, np.array(means))
 
 
+def _index(row: dict, layer: str) -> int:
+    """The layer's place in a measurement's lists."""
+    return list(row["layers"]).index(layer)
+
+
 def _after_each(row: dict, quantity: str, part: str, layer: str) -> np.ndarray:
     """Mean or standard error after 0..K inner steps, [K+1]; accuracy has no layers."""
-    values, index = row["inner"][quantity][part], row["layers"].index(layer)
+    values, index = row["inner"][quantity][part], _index(row, layer)
     return np.array([_number(value if quantity == "accuracy" else value[index]) for value in values])
 
 
@@ -365,16 +407,20 @@ def validation(runs: Sequence[Run]) -> Curve:
     Several runs: mean over runs with its t interval. One run: the 95% interval over its tasks.
 
     Raises:
-        UserError: a run was never validated, or the runs have no validation at the same step.
+        UserError: a run was never validated, the runs have no validation at the same step, or one lacks its accuracy.
     """
-    rows = [{row["step"]: row for row in run.rows if row.get("kind") == "val"} for run in runs]
+    rows = [validations(run) for run in runs]
     for run, found in zip(runs, rows):
         if not found:
             raise files.UserError(f"{run.path} holds no validation accuracy; let it run to its first validation")
     steps = sorted(set.intersection(*(set(found) for found in rows)))
     if not steps:
         raise files.UserError(f"{runs[0].path} and its other seeds have no validation in common; draw them apart")
-    mean, half = (np.array([[found[step][key][-1] for step in steps] for found in rows]) for key in ("acc", "ci95"))
+    try:
+        mean, half = (np.array([[_number(found[step][key][-1]) for step in steps] for found in rows])
+                      for key in ("acc", "ci95"))  # fmt: skip
+    except (KeyError, IndexError, TypeError, ValueError) as failure:
+        raise files.UserError(f"{runs[0].path}: a validation lacks its accuracy; its log is broken") from failure
     if len(runs) > 1:
         return _over_seeds(np.array(steps), mean)
     return Curve(np.array(steps), mean[0], mean[0] - half[0], mean[0] + half[0])

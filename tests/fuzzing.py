@@ -169,6 +169,13 @@ def memory_limit(more: int = MEMORY) -> Iterator[None]:
 # ---- damage
 
 
+def damage_file(rng: random.Random, path: Path) -> str:
+    """Damage a file in its place; what was done."""
+    data, recipe = damaged(rng, path.read_bytes())
+    path.write_bytes(data)
+    return recipe
+
+
 def damaged(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     """`data` as a bad disk, a broken transfer or a hostile hand leaves it, and what was done."""
     if not data:

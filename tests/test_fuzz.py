@@ -47,7 +47,7 @@ import omniglot
 import omniglot_train
 import plot_nc
 import synthetic
-from fuzzing import Input, damaged, mutated_json
+from fuzzing import Input, damage_file, damaged, mutated_json
 from meta import Meta
 from test_data import encode, omniglot_entries, png_header, write_folders, write_photos, write_zips
 from test_plot_nc import rows, write_run
@@ -133,8 +133,7 @@ def csv_input(rng: random.Random, around: Path) -> Input:
     lines = table.read_text().split()
     row = rng.randrange(1, len(lines))
     if kind == "bytes":
-        data, kind = damaged(rng, table.read_bytes())
-        table.write_bytes(data)
+        kind = damage_file(rng, table)
     elif kind == "special":
         kind = special_file(rng, table)
     elif kind == "encoding":
@@ -365,8 +364,7 @@ def zip_input(rng: random.Random, around: Path) -> Input:
     name = rng.choice([name for name in entries if name.startswith(path.stem)])
     kind = rng.choice(["bytes", "field", "special"] * 4 + ["outside", "entry", "nested", "place", *ZIP_ENTRIES])
     if kind == "bytes":
-        data, kind = damaged(rng, path.read_bytes())
-        path.write_bytes(data)
+        kind = damage_file(rng, path)
     elif kind == "field":
         kind = damage_zip_field(rng, path)
     elif kind == "special":
@@ -529,12 +527,11 @@ def log_input(rng: random.Random, around: Path) -> Input:
     if rng.random() < 0.2:
         arguments.append(str(write_run(around / "second", seed=3, **usual)))
     if rng.random() < 0.3:
-        arguments.append("--accuracy")
+        arguments += ["--figure", "accuracy"]
     kind = rng.choice(["log bytes"] * 2 + ["row"] * 4 + ["args"] * 3 + ["args bytes", "special", "order"])
     lines = [json.dumps(row) for row in rows()]
     if kind == "log bytes":
-        data, recipe = damaged(rng, (run / "log.jsonl").read_bytes())
-        (run / "log.jsonl").write_bytes(data)
+        recipe = damage_file(rng, run / "log.jsonl")
     elif kind == "row":
         place = rng.randrange(len(lines))
         lines[place], recipe = mutated_json(rng, rows()[place])
@@ -552,8 +549,7 @@ def log_input(rng: random.Random, around: Path) -> Input:
         text, recipe = mutated_json(rng, json.loads((run / "args.json").read_text()))
         (run / "args.json").write_text(text, encoding="utf-8", errors="surrogatepass")
     elif kind == "args bytes":
-        data, recipe = damaged(rng, (run / "args.json").read_bytes())
-        (run / "args.json").write_bytes(data)
+        recipe = damage_file(rng, run / "args.json")
     else:
         recipe = special_file(rng, run / rng.choice(["log.jsonl", "args.json"]))
     call = functools.partial(plot_nc.main, arguments)
@@ -593,8 +589,7 @@ def damage_weights(rng: random.Random, path: Path) -> str:
     if kind == "special":
         return special_file(rng, path)
     if kind == "damaged":
-        data, kind = damaged(rng, path.read_bytes())
-        path.write_bytes(data)
+        kind = damage_file(rng, path)
     elif kind == "foreign":
         pickled, empty_zip = b"\x80\x02}q\x00.", b"PK\5\6" + bytes(18)
         path.write_bytes(rng.choice([pictures()["PNG"], b"hello", pickled, pickled[:2], empty_zip]))
@@ -648,9 +643,7 @@ def again(rng: random.Random, around: Path, finished: Path, arguments: list[str]
         recipe = special_file(rng, rng.choice(sorted(run.iterdir())))
     elif kind in ("settings bytes", "log"):
         path = log if kind == "log" else settings
-        data, recipe = damaged(rng, path.read_bytes())
-        path.write_bytes(data)
-        recipe = f"{path.name}: {recipe}"
+        recipe = f"{path.name}: {damage_file(rng, path)}"
     else:
         recorded = json.loads(settings.read_text())
         text, recipe = mutated_json(rng, {"settings": recorded["settings"]} if rng.random() < 0.8 else recorded)

@@ -456,3 +456,21 @@ def test_accuracy_draws_a_line_for_each_setting(tmp_path):
     assert found.mean == pytest.approx([0.7]) and found.high == pytest.approx([0.7 + 4.303 * 0.1 / math.sqrt(3)])
     unvalidated = write_run(tmp_path / "unvalidated", [nc_row(0)])
     assert "holds no validation accuracy" in refused(unvalidated, "--figure", "accuracy")
+    for name, message in (("step", "a validation has no step"), ("acc", "a validation lacks its accuracy"),
+                          ("tasks", "a validation doesn't say of how many tasks")):
+        row = nc_logs.val_row(0, 0.5)
+        del row[name]
+        assert message in refused(write_run(tmp_path / f"no-{name}", [row]), "--figure", "accuracy")
+
+
+def test_names_that_a_figure_cannot_show(tmp_path):
+    run = write_run(tmp_path / "run")
+    for change in ({"net": "$x^$"}, {"seed": [["a"]]}, {"net": "\ud800"}):
+        arguments = json.loads((run / "args.json").read_text())
+        other = write_run(tmp_path / f"run {len(list(tmp_path.iterdir()))}")
+        (other / "args.json").write_text(json.dumps(arguments | {"settings": arguments["settings"] | change}))
+        assert "isn't a run's args.json" in refused(other)
+    arguments = json.loads((run / "args.json").read_text())
+    arguments["data"]["name"] = "$x^$"  # --data_name may say that
+    (run / "args.json").write_text(json.dumps(arguments))
+    plot_nc.main([str(run)])
