@@ -128,6 +128,18 @@ def from_null(run: Run, model: str, metric: str, layer: str) -> float:
     return value - null
 
 
+def accuracy(run: Run, model: str, classes: str, step: int) -> float:
+    """Share of query samples classified rightly at a measured step, before or after the inner steps of training."""
+    after_each = logs.inner_steps([run], "accuracy", logs.layers_of(run)[-1], classes, step).mean
+    return float(after_each[{"meta": 0, "finetuned": -1}[model]])
+
+
+def accuracy_at_end(run: Run, model: str, classes: str) -> float:
+    """The mean of that over the measurements of the last tenth of training."""
+    steps = [step for step in logs.measurements(run, classes) if step >= end_from(run)]
+    return float(np.mean([accuracy(run, model, classes, step) for step in steps]))
+
+
 def share_of_means(run: Run, model: str, suffix: str, layer: str, step: int | None = None) -> float:
     """within / (within + between) of the mean traces on training tasks, at a step or, with None, at the end.
 
@@ -146,9 +158,9 @@ def share_of_means(run: Run, model: str, suffix: str, layer: str, step: int | No
 def collapse_and_error(run: Run, layer: str, from_step: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, CDNV of the finetuned model's layer, and the error after the inner steps, on the same held-out tasks."""
     cdnv = logs.series(run, "finetuned", "cdnv", layer, "heldout")
-    error = [1 - logs.inner_steps([run], "accuracy", layer, "heldout", int(step)).mean[-1] for step in cdnv.steps]
+    error = np.array([1 - accuracy(run, "finetuned", "heldout", int(step)) for step in cdnv.steps])
     used = cdnv.steps >= from_step
-    return cdnv.steps[used], cdnv.mean[used], np.array(error)[used]
+    return cdnv.steps[used], cdnv.mean[used], error[used]
 
 
 def correlation(run: Run, layer: str, from_step: int = 0) -> float:
@@ -286,6 +298,27 @@ def original_rows(step: str) -> list[Row]:
     return [row(model, label, suffix) for model in MODELS for label, suffix in kinds]
 
 
+def layer_rows(model: str, metric: str, layers: Sequence[str]) -> list[Row]:
+    """How far a metric moves on training tasks at each layer, whatever the column's; empty where there is none."""
+
+    def row(layer: str) -> Row:
+        return f"{model}, {layer}", lambda runs, _: (
+            estimate(runs, lambda run: change(run, model, metric, layer)) if layer in logs.layers_of(runs[0]) else "")
+
+    return [row(layer) for layer in layers]
+
+
+def accuracy_rows() -> list[Row]:
+    """At the end, in percent: either model, on training and on held-out tasks."""
+
+    def row(model: str, classes: str, label: str) -> Row:
+        return f"{model}, {label}", lambda runs, layer: estimate(
+            runs, lambda run: 100 * accuracy_at_end(run, model, classes))
+
+    kinds = (("train", "training tasks"), ("heldout", "held-out tasks"))
+    return [row(model, classes, label) for model in MODELS for classes, label in kinds]
+
+
 def null_rows(model: str) -> list[Row]:
     """Each metric before training and at the end, and how far the end is from its null."""
 
@@ -325,14 +358,18 @@ def claims(study: Sequence[Sequence[Run]]) -> str:
     hidden = [(runs, logs.last_hidden(runs[0])) for runs in study]
     logits = [(runs, logs.layers_of(runs[0])[-1]) for runs in study]
     layer = logs.either({layer for _, layer in hidden})
+    layers = dict.fromkeys(layer for runs in study for layer in logs.layers_of(runs[0]))
     sections = [
         (f"Relative within trace of the last hidden layer ({layer}), training tasks",
          [row for model in MODELS for row in trace_rows(model, "relative_within", step)], hidden),
         (f"Relative within trace of {layer} at the end", difference_rows("relative_within"), hidden),
         ("Relative within trace of the logits at the end", difference_rows("relative_within"), logits),
+        (f"Relative within trace by layer, training tasks: change from step {step} to the end",
+         [row for model in MODELS for row in layer_rows(model, "relative_within", layers)], hidden),
         ("Relative within trace of the logits' mean traces, training tasks", original_rows(step), logits),
         (f"Finetuned, {layer}, held-out tasks: untrained → end; end \N{MINUS SIGN} null",
          null_rows("finetuned"), hidden),
+        ("Query accuracy at the end, %", accuracy_rows(), hidden),
         (f"Correlation of log CDNV ({layer}, finetuned) with log held-out error", correlation_rows(), hidden),
     ]  # fmt: skip
     rows = [["seeds", *(str(len(runs)) for runs in study)]]
@@ -354,7 +391,7 @@ def notes(study: Sequence[Sequence[Run]]) -> str:
         "As the original measured: class means over consecutive groups of five rows, whatever their labels. "
         f"Null: the same metric with permuted labels. A measurement: {tasks['train']} training tasks or "
         f"{tasks['heldout']} held-out tasks, features of their query sets, normalised by the query batch's own "
-        "statistics. Held-out error: after the inner steps of training, on the same tasks as CDNV. Correlations are "
+        "statistics. Query accuracy: meta before, finetuned after the inner steps of training. Held-out error: after the inner steps of training, on the same tasks as CDNV. Correlations are "
         "over the checkpoints of a run, along which both move with training: they say that the two go together, not "
         "that one makes the other."
     )

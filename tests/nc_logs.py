@@ -60,7 +60,7 @@ def nc_row(step: int, classes: str = "train", value: Callable = usual, tasks: in
     share = np.linspace(0, 1, INNER_STEPS + 1)
     inner = {name: [[a + s * (b - a) for a, b in zip(*pair)] for s in share] for name, pair in ends.items()}
     best = models["finetuned"]["ncc_accuracy"]["mean"][-2]
-    accuracy = [0.2] + [best * (1 - 0.1 / k) for k in range(1, INNER_STEPS + 1)]
+    accuracy = [best / 4] + [best * (1 - 0.1 / k) for k in range(1, INNER_STEPS + 1)]
     return {
         "kind": "nc", "step": step, "classes": classes, "tasks": tasks, "layers": LAYERS, **models,
         "inner": {name: {"mean": rows, "se": [[0.02 * v for v in row] for row in rows]} for name, rows in inner.items()}

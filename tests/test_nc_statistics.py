@@ -64,10 +64,10 @@ def end(folder: Path, model: str, metric: str, layer: int, classes: str) -> floa
     return statistics.fmean(value for step, value in found if step >= 0.9 * last)
 
 
-def change(folder: Path, model: str) -> float:
-    found = points(folder, model, "relative_within", -2, "train")
+def change(folder: Path, model: str, layer: int = -2) -> float:
+    found = points(folder, model, "relative_within", layer, "train")
     start = min(found, key=lambda point: abs(point[0] - 100))[1]
-    return end(folder, model, "relative_within", -2, "train") - start
+    return end(folder, model, "relative_within", layer, "train") - start
 
 
 def original_change(folder: Path, model: str, suffix: str) -> float:
@@ -79,6 +79,14 @@ def original_change(folder: Path, model: str, suffix: str) -> float:
         traces.append((start, end(folder, model, name + suffix, -1, "train")))
     (within, within_end), (between, between_end) = traces
     return within_end / (within_end + between_end) - within / (within + between)
+
+
+def accuracy(folder: Path, model: str, classes: str) -> float:
+    """In percent, over the last tenth."""
+    rows = rows_of(folder, "nc", classes)
+    last = max(row["step"] for kind in ("train", "heldout") for row in rows_of(folder, "nc", kind))
+    place = 0 if model == "meta" else -1
+    return 100 * statistics.fmean(row["inner"]["accuracy"]["mean"][place] for row in rows if row["step"] >= 0.9 * last)
 
 
 def slope(folder: Path, model: str, first: int) -> float:
@@ -141,9 +149,9 @@ def study_folders(folder: Path) -> list[list[Path]]:
 
 def check_claims(folder: Path, text: str) -> None:
     table = cells(text)
-    traces, apart, logits, original, nulls, together = dict.fromkeys(heading for heading, _ in table if heading)
+    traces, apart, logits, by_layer, original, nulls, right, together = dict.fromkeys(heading for heading, _ in table if heading)
     assert "training tasks" in traces and "block4 at the end" in apart and "logits" in logits
-    assert nulls.startswith("Finetuned") and together.startswith("Correlation")
+    assert "by layer" in by_layer and "accuracy" in right and nulls.startswith("Finetuned") and together.startswith("Correlation")
     for column, paths in enumerate(study_folders(folder)):
         assert table["", "seeds"][column] == str(len(paths))
         for model in ("meta", "finetuned"):
@@ -156,6 +164,12 @@ def check_claims(folder: Path, text: str) -> None:
                 ends = [[end(path, model, "relative_within", layer, classes) for model in ("meta", "finetuned")]
                         for path in paths]  # fmt: skip
                 agrees(table[heading, f"finetuned {MINUS} meta, {label}"][column], *over([b - a for a, b in ends]))
+            for layer, name in enumerate(("block1", "block2", "block3", "block4", "logits")):
+                changes = [change(path, model, layer) for path in paths]
+                agrees(table[by_layer, f"{model}, {name}"][column], *over(changes))
+            for classes, label in (("train", "training tasks"), ("heldout", "held-out tasks")):
+                percent = [accuracy(path, model, classes) for path in paths]
+                agrees(table[right, f"{model}, {label}"][column], *over(percent))
         for model, (label, suffix) in itertools.product(
             ("meta", "finetuned"), (("as the original measured", "_original"), ("by label", ""))
         ):
