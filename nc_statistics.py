@@ -232,9 +232,9 @@ def estimate(runs: Sequence[Run], value: Callable[[Run], float]) -> str:
     return written(over_seeds([value(run) for run in runs]))
 
 
-def moved(runs: Sequence[Run], start: Callable[[Run], float], end: Callable[[Run], float]) -> str:
+def moved(runs: Sequence[Run], *values: Callable[[Run], float]) -> str:
     """From where to where, as means over the runs."""
-    return " → ".join(number(over_seeds([value(run) for run in runs]).mean) for value in (start, end))
+    return " → ".join(number(over_seeds([value(run) for run in runs]).mean) for value in values)
 
 
 def trace_rows(model: str, metric: str, step: str) -> list[Row]:
@@ -299,11 +299,21 @@ def original_rows(step: str) -> list[Row]:
 
 
 def layer_rows(model: str, metric: str, layers: Sequence[str]) -> list[Row]:
-    """How far a metric moves on training tasks at each layer, whatever the column's; empty where there is none."""
+    """How a metric moves on training tasks at each of these layers, whatever the column's; empty where there is none."""
 
     def row(layer: str) -> Row:
-        return f"{model}, {layer}", lambda runs, _: (
-            estimate(runs, lambda run: change(run, model, metric, layer)) if layer in logs.layers_of(runs[0]) else "")
+        def cell(runs: Sequence[Run], _: str) -> str:
+            if layer not in logs.layers_of(runs[0]):
+                return ""
+            way = moved(
+                runs,
+                lambda run: at(run, model, metric, layer, "train", 0),
+                lambda run: at(run, model, metric, layer, "train", first_step(run)),
+                lambda run: at_end(run, model, metric, layer, "train"),
+            )
+            return f"{way}; {estimate(runs, lambda run: change(run, model, metric, layer))}"
+
+        return f"{model}, {layer}", cell
 
     return [row(layer) for layer in layers]
 
@@ -364,7 +374,7 @@ def claims(study: Sequence[Sequence[Run]]) -> str:
          [row for model in MODELS for row in trace_rows(model, "relative_within", step)], hidden),
         (f"Relative within trace of {layer} at the end", difference_rows("relative_within"), hidden),
         ("Relative within trace of the logits at the end", difference_rows("relative_within"), logits),
-        (f"Relative within trace by layer, training tasks: change from step {step} to the end",
+        (f"Relative within trace by layer, training tasks: untrained → step {step} → end; change since step {step}",
          [row for model in MODELS for row in layer_rows(model, "relative_within", layers)], hidden),
         ("Relative within trace of the logits' mean traces, training tasks", original_rows(step), logits),
         (f"Finetuned, {layer}, held-out tasks: untrained → end; end \N{MINUS SIGN} null",

@@ -166,7 +166,10 @@ def check_claims(folder: Path, text: str) -> None:
                 agrees(table[heading, f"finetuned {MINUS} meta, {label}"][column], *over([b - a for a, b in ends]))
             for layer, name in enumerate(("block1", "block2", "block3", "block4", "logits")):
                 changes = [change(path, model, layer) for path in paths]
-                agrees(table[by_layer, f"{model}, {name}"][column], *over(changes))
+                way, moved = table[by_layer, f"{model}, {name}"][column].split("; ")
+                agrees(moved, *over(changes))
+                untrained = [points(path, model, "relative_within", layer, "train")[0][1] for path in paths]
+                assert parse(way)[0] == pytest.approx(statistics.fmean(untrained), rel=0.006)
             for classes, label in (("train", "training tasks"), ("heldout", "held-out tasks")):
                 percent = [accuracy(path, model, classes) for path in paths]
                 agrees(table[right, f"{model}, {label}"][column], *over(percent))
@@ -369,7 +372,7 @@ def test_refusals(tmp_path):
         nc_statistics.documents(tmp_path)
     (tmp_path / "README.md").write_text(README)
     late = nc_logs.write_run(tmp_path / "late", [row for row in nc_logs.log(300) if row["step"] > 0])
-    with pytest.raises(files.UserError, match="no heldout measurement at step 0"):
+    with pytest.raises(files.UserError, match="no train measurement at step 0"):
         nc_statistics.claims([[logs.read_run(late)]])
     result = tmp_path / "res" / "omniglot-5w1s-seed1" / "timing.json"
     result.unlink()
