@@ -85,8 +85,8 @@ def chunk_sizes(device: torch.device, net: Learner, samples: int) -> tuple[int, 
     """How many tasks go together at most through the inner loop, and through the query pass.
 
     A GPU wants all of them. A CPU core wants what it works on to stay in its cache: the query pass is fastest one task
-    at a time, and the inner loop all together only where a task's largest activation is small (Omniglot's, at up to
-    some 20 support images; not miniImageNet's).
+    at a time, and the inner loop all together only where a task's largest activation is small (5-way Omniglot's, 1-shot
+    and 5-shot; not miniImageNet's).
 
     Args:
         samples: support images a task.
@@ -94,7 +94,7 @@ def chunk_sizes(device: torch.device, net: Learner, samples: int) -> tuple[int, 
     if device.type != "cpu":
         return ALL, ALL
     largest = samples * max(math.prod(shape) for shape in net.shapes)
-    return ALL if largest <= 2**18 else 1, 1
+    return ALL if largest <= 2**19 else 1, 1
 
 
 class Meta(nn.Module):
