@@ -13,7 +13,7 @@ takes the inner gradients as constants.
 """
 
 import math
-from typing import Iterator, NamedTuple, Sequence
+from typing import Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +167,7 @@ class Meta(nn.Module):
             elif null:
                 accuracies.append(metrics[-1]["inner"]["accuracy"][0])
             else:
-                accuracies.append(self._accuracies(chunk, trajectory[:-1], query, last))
+                accuracies.append(self._accuracies(chunk, trajectory, query, {self.update_step: last}))
         losses, seen = distributed.gather(torch.cat(losses)), distributed.gather(torch.cat(accuracies))
         gradients = distributed.add_up([sum(parts) for parts in zip(*gradients)])
         self._update([gradient / n_tasks for gradient in gradients], losses)
@@ -246,10 +246,12 @@ class Meta(nn.Module):
         accuracies, metrics = [], []
         for i, chunk in enumerate(tasks.split(inner)):
             trajectory = adapt(self.net, theta, chunk.x_spt, chunk.y_spt, self.update_lr, steps)
-            accuracies.append(self._accuracies(chunk, trajectory[:self.update_step_test + 1], query))
+            known = {}
             if null:
                 metrics.append(self._measure(chunk, trajectory[:self.update_step + 1], query,
                                              [y.split(inner)[i] for y in null]))
+                known = dict(enumerate(metrics[-1]["inner"]["accuracy"][0].unbind(1)))
+            accuracies.append(self._accuracies(chunk, trajectory[:self.update_step_test + 1], query, known))
         return torch.cat(accuracies), join(metrics) if null else None
 
     def _chunk_sizes(self, tasks: Tasks) -> tuple[int, int]:
@@ -268,10 +270,11 @@ class Meta(nn.Module):
 
     @torch.no_grad()
     def _accuracies(self, tasks: Tasks, trajectory: list[Weights], query_chunk: int,
-                    last: Tensor | None = None) -> Tensor:
-        """Query accuracy [t, steps] with each set of weights; `last` [t] is that of one more, known already."""
-        columns = [accuracy(torch.cat(self._query(tasks, weights, query_chunk)), tasks.y_qry) for weights in trajectory]
-        return torch.stack(columns + ([last] if last is not None else []), 1)
+                    known: Mapping[int, Tensor] = {}) -> Tensor:
+        """Query accuracy [t, steps] with each set of weights; {position: [t]} is what is known of it already."""
+        return torch.stack([
+            known[k] if k in known else accuracy(torch.cat(self._query(tasks, weights, query_chunk)), tasks.y_qry)
+            for k, weights in enumerate(trajectory)], 1)
 
     @torch.no_grad()
     def _measure(self, tasks: Tasks, trajectory: list[Weights], query_chunk: int, null: Sequence[Tensor],
