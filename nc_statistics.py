@@ -6,26 +6,19 @@
 In README.md the tables stand between `<!-- statistics -->` and `<!-- /statistics -->` (the claims, short) and between
 `<!-- accuracies -->` and `<!-- /accuracies -->`; res/statistics.md has both, and every metric, layer and model.
 
-A number is computed for each run first; then come the mean over runs, which differ only in their seed, and its 95% t
-interval. Correlations go through Fisher's z. Two moments recur: `FROM_STEP`, where the original's decline begins to
-count, and the end, which is the mean over the last tenth of training.
+effects.py computes the numbers; here they are put into tables, whose rows are a label and what to compute.
 """
 
 import math
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, Sequence
 
-import numpy as np
-
+import effects
 import files
 import runs as logs
 from runs import Run
 
 HERE = Path(__file__).resolve().parent
-FROM_STEP = 100  # changes are counted from the measurement nearest to this meta-step
-SLOPE_FROM = 30  # meta-steps; the first measurement whose step has a logarithm
-END_SHARE = 0.1  # the last part of training, whose measurements are averaged to "the end"
-LATE = 1_000  # meta-steps: slopes and correlations are given from here on too, past the fast beginning
 
 MODELS = ("meta", "finetuned")
 NAMES = {  # of the logged metrics, in tables
@@ -52,142 +45,7 @@ PUBLISHED = {
 }
 
 
-class Estimate(NamedTuple):
-    """A mean over runs and the edges of its 95% interval; the edges are nan for a single run."""
-
-    mean: float
-    low: float
-    high: float
-
-
-# ---- numbers of one run
-
-
-def at(run: Run, model: str, metric: str, layer: str, classes: str, step: int) -> float:
-    """The metric at a measured step.
-
-    Raises:
-        UserError: nothing was measured then.
-    """
-    found = logs.series(run, model, metric, layer, classes)
-    if step not in found.steps:
-        raise files.UserError(f"{run.path} has no {classes} measurement at step {step}; train it from the start")
-    return float(found.mean[found.steps.tolist().index(step)])
-
-
-def first_step(run: Run, classes: str = "train") -> int:
-    """The measured step nearest to FROM_STEP."""
-    return logs.nearest(sorted(logs.measurements(run, classes)), FROM_STEP)
-
-
-def at_end(run: Run, model: str, metric: str, layer: str, classes: str) -> float:
-    """The mean over the measurements of the last tenth of training."""
-    found = logs.series(run, model, metric, layer, classes)
-    return float(found.mean[found.steps >= end_from(run)].mean())
-
-
-def end_from(run: Run) -> float:
-    """Where the last tenth of training begins, in meta-steps."""
-    return (1 - END_SHARE) * max(max(logs.measurements(run, classes), default=0) for classes in ("train", "heldout"))
-
-
-def change(run: Run, model: str, metric: str, layer: str) -> float:
-    """From the step nearest to FROM_STEP to the end, on training tasks."""
-    return at_end(run, model, metric, layer, "train") - at(run, model, metric, layer, "train", first_step(run))
-
-
-def slope(run: Run, model: str, metric: str, layer: str, from_step: int) -> float:
-    """Change of the metric per tenfold of meta-steps on training tasks: least squares on log10 of the step.
-
-    Nan for fewer than three measurements.
-    """
-    found = logs.series(run, model, metric, layer, "train")
-    used = found.steps >= from_step
-    if used.sum() < 3:
-        return math.nan
-    x, y = np.log10(found.steps[used]), found.mean[used]
-    x = x - x.mean()
-    return float((x * y).sum() / (x * x).sum())
-
-
-def models_apart(run: Run, metric: str, layer: str, classes: str) -> float:
-    """Finetuned minus meta at the end."""
-    finetuned, meta = (at_end(run, model, metric, layer, classes) for model in ("finetuned", "meta"))
-    return finetuned - meta
-
-
-def classes_apart(run: Run, model: str, metric: str, layer: str) -> float:
-    """Held-out minus training tasks at the end."""
-    heldout, train = (at_end(run, model, metric, layer, classes) for classes in ("heldout", "train"))
-    return heldout - train
-
-
-def from_null(run: Run, model: str, metric: str, layer: str) -> float:
-    """The metric minus its permuted-label null at the end, on held-out tasks."""
-    value, null = (at_end(run, model, metric + suffix, layer, "heldout") for suffix in ("", "_null"))
-    return value - null
-
-
-def accuracy(run: Run, model: str, classes: str, step: int) -> float:
-    """Share of query samples classified rightly at a measured step, before or after the inner steps of training."""
-    after_each = logs.inner_steps([run], "accuracy", logs.layers_of(run)[-1], classes, step).mean
-    return float(after_each[{"meta": 0, "finetuned": -1}[model]])
-
-
-def accuracy_at_end(run: Run, model: str, classes: str) -> float:
-    """The mean of that over the measurements of the last tenth of training."""
-    steps = [step for step in logs.measurements(run, classes) if step >= end_from(run)]
-    return float(np.mean([accuracy(run, model, classes, step) for step in steps]))
-
-
-def share_of_means(run: Run, model: str, suffix: str, layer: str, step: int | None = None) -> float:
-    """within / (within + between) of the mean traces on training tasks, at a step or, with None, at the end.
-
-    With the suffix "_original" the traces are what the original took for them (nc_metrics.original_traces); with ""
-    they are the right ones.
-    """
-    within, between = (
-        at_end(run, model, name + suffix, layer, "train")
-        if step is None
-        else at(run, model, name + suffix, layer, "train", step)
-        for name in ("within", "between")
-    )
-    return within / (within + between)
-
-
-def collapse_and_error(run: Run, layer: str, from_step: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, CDNV of the finetuned model's layer, and the error after the inner steps, on the same held-out tasks."""
-    cdnv = logs.series(run, "finetuned", "cdnv", layer, "heldout")
-    error = np.array([1 - accuracy(run, "finetuned", "heldout", int(step)) for step in cdnv.steps])
-    used = cdnv.steps >= from_step
-    return cdnv.steps[used], cdnv.mean[used], error[used]
-
-
-def correlation(run: Run, layer: str, from_step: int = 0) -> float:
-    """Pearson's correlation of log CDNV with log held-out error over a run's checkpoints; nan for fewer than three."""
-    _, cdnv, error = collapse_and_error(run, layer, from_step)
-    if len(cdnv) < 3:
-        return math.nan
-    with np.errstate(divide="ignore", invalid="ignore"):  # an error of 0 has no logarithm: nan
-        return float(np.corrcoef(np.log(cdnv), np.log(error))[0, 1])
-
-
-# ---- over seeds
-
-
-def over_seeds(values: Sequence[float]) -> Estimate:
-    """Mean over runs and its 95% t interval."""
-    values = np.array(values, float)
-    half = float(logs.half_interval(values))
-    return Estimate(float(values.mean()), float(values.mean()) - half, float(values.mean()) + half)
-
-
-def correlations_over_seeds(values: Sequence[float]) -> Estimate:
-    """The same for correlations, through Fisher's z, which keeps the interval within -1..1."""
-    return Estimate(*(math.tanh(edge) for edge in over_seeds(np.arctanh(np.array(values, float)))))
-
-
-def written(interval: Estimate) -> str:
+def written(interval: effects.Estimate) -> str:
     """ "0.38 ± 0.02", or "0.97 [0.93, 0.99]" where the interval isn't symmetric; for a single run the mean alone."""
     mean, low, high = interval
     half = (high - low) / 2
@@ -229,12 +87,12 @@ def filled(rows: Sequence[Row], columns: Sequence[tuple[Sequence[Run], str]]) ->
 
 def estimate(runs: Sequence[Run], value: Callable[[Run], float]) -> str:
     """A number of each run, over the runs."""
-    return written(over_seeds([value(run) for run in runs]))
+    return written(effects.over_seeds([value(run) for run in runs]))
 
 
 def moved(runs: Sequence[Run], *values: Callable[[Run], float]) -> str:
     """From where to where, as means over the runs."""
-    return " → ".join(number(over_seeds([value(run) for run in runs]).mean) for value in values)
+    return " → ".join(number(effects.over_seeds([value(run) for run in runs]).mean) for value in values)
 
 
 def trace_rows(model: str, metric: str, step: str) -> list[Row]:
@@ -242,16 +100,16 @@ def trace_rows(model: str, metric: str, step: str) -> list[Row]:
 
     def slope_row(first: int) -> Row:
         return (f"{model}, slope per tenfold of steps, from step {first:,}",
-                lambda runs, layer: estimate(runs, lambda run: slope(run, model, metric, layer, first)))
+                lambda runs, layer: estimate(runs, lambda run: effects.slope(run, model, metric, layer, first)))
 
     return [
         (f"{model}, step {step} → end", lambda runs, layer: moved(
             runs,
-            lambda run: at(run, model, metric, layer, "train", first_step(run)),
-            lambda run: at_end(run, model, metric, layer, "train"))),
-        (f"{model}, change", lambda runs, layer: estimate(runs, lambda run: change(run, model, metric, layer))),
-        slope_row(SLOPE_FROM),
-        slope_row(LATE),
+            lambda run: effects.at(run, model, metric, layer, "train", effects.first_step(run)),
+            lambda run: effects.at_end(run, model, metric, layer, "train"))),
+        (f"{model}, change", lambda runs, layer: estimate(runs, lambda run: effects.change(run, model, metric, layer))),
+        slope_row(effects.SLOPE_FROM),
+        slope_row(effects.LATE),
     ]  # fmt: skip
 
 
@@ -260,23 +118,25 @@ def difference_rows(metric: str) -> list[Row]:
 
     def of_models(classes: str, label: str) -> Row:
         return f"finetuned \N{MINUS SIGN} meta, {label}", lambda runs, layer: estimate(
-            runs, lambda run: models_apart(run, metric, layer, classes))
+            runs, lambda run: effects.models_apart(run, metric, layer, classes))
 
     def of_classes(model: str) -> Row:
         return f"held-out \N{MINUS SIGN} training tasks, {model}", lambda runs, layer: estimate(
-            runs, lambda run: classes_apart(run, model, metric, layer))
+            runs, lambda run: effects.classes_apart(run, model, metric, layer))
 
     return [of_models("train", "training tasks"), of_models("heldout", "held-out tasks"), *map(of_classes, MODELS)]
 
 
 def correlation_rows() -> list[Row]:
-    """CDNV of the finetuned model against held-out error, over all checkpoints and over the late ones."""
+    """CDNV of the finetuned model against held-out error: all checkpoints, the late ones, and these without a trend."""
 
-    def row(name: str, first: int) -> Row:
-        return name, lambda runs, layer: written(
-            correlations_over_seeds([correlation(run, layer, first) for run in runs]))
+    def row(name: str, first: int, detrended: bool = False) -> Row:
+        return name, lambda runs, layer: written(effects.correlations_over_seeds(
+            [effects.correlation(run, layer, first, detrended) for run in runs]))
 
-    return [row("all checkpoints", 0), row(f"from step {LATE:,}", LATE)]
+    late = f"from step {effects.LATE:,}"
+    return [row("all checkpoints", 0), row(late, effects.LATE),
+            row(f"{late}, beside their trend in log step", effects.LATE, detrended=True)]  # fmt: skip
 
 
 def original_rows(step: str) -> list[Row]:
@@ -287,8 +147,8 @@ def original_rows(step: str) -> list[Row]:
             if not logs.is_logged(runs, model, f"within{suffix}"):
                 return "not logged"
             start, end = (
-                lambda run: share_of_means(run, model, suffix, layer, first_step(run)),
-                lambda run: share_of_means(run, model, suffix, layer),
+                lambda run: effects.share_of_means(run, model, suffix, layer, effects.first_step(run)),
+                lambda run: effects.share_of_means(run, model, suffix, layer),
             )
             return f"{moved(runs, start, end)}; {estimate(runs, lambda run: end(run) - start(run))}"
 
@@ -299,7 +159,7 @@ def original_rows(step: str) -> list[Row]:
 
 
 def layer_rows(model: str, metric: str, layers: Sequence[str]) -> list[Row]:
-    """How a metric moves on training tasks at each of these layers, whatever the column's; empty where there is none."""
+    """How a metric moves on training tasks at each of these layers, not the column's; empty where there is none."""
 
     def row(layer: str) -> Row:
         def cell(runs: Sequence[Run], _: str) -> str:
@@ -307,11 +167,11 @@ def layer_rows(model: str, metric: str, layers: Sequence[str]) -> list[Row]:
                 return ""
             way = moved(
                 runs,
-                lambda run: at(run, model, metric, layer, "train", 0),
-                lambda run: at(run, model, metric, layer, "train", first_step(run)),
-                lambda run: at_end(run, model, metric, layer, "train"),
+                lambda run: effects.at(run, model, metric, layer, "train", 0),
+                lambda run: effects.at(run, model, metric, layer, "train", effects.first_step(run)),
+                lambda run: effects.at_end(run, model, metric, layer, "train"),
             )
-            return f"{way}; {estimate(runs, lambda run: change(run, model, metric, layer))}"
+            return f"{way}; {estimate(runs, lambda run: effects.change(run, model, metric, layer))}"
 
         return f"{model}, {layer}", cell
 
@@ -323,18 +183,18 @@ def accuracy_rows() -> list[Row]:
 
     def row(model: str, classes: str, label: str) -> Row:
         return f"{model}, {label}", lambda runs, layer: estimate(
-            runs, lambda run: 100 * accuracy_at_end(run, model, classes))
+            runs, lambda run: 100 * effects.accuracy_at_end(run, model, classes))
 
     kinds = (("train", "training tasks"), ("heldout", "held-out tasks"))
     return [row(model, classes, label) for model in MODELS for classes, label in kinds]
 
 
 def null_rows(model: str) -> list[Row]:
-    """Each metric before training and at the end, and how far the end is from its null."""
+    """Each metric before training and at the end, by how much it changed, and how far the end is from its null."""
 
     def row(metric: str, name: str) -> Row:
-        return name, lambda runs, layer: (
-            f"{untrained_to_end(runs, model, metric, layer)}; {end_from_null(runs, model, metric, layer)}")
+        return name, lambda runs, layer: "; ".join(
+            cell(runs, model, metric, layer) for cell in (untrained_to_end, learned, end_from_null))
 
     return [row(metric, name) for metric, name in NAMES.items()]
 
@@ -342,21 +202,25 @@ def null_rows(model: str) -> list[Row]:
 def untrained_to_end(runs: Sequence[Run], model: str, metric: str, layer: str) -> str:
     return moved(
         runs,
-        lambda run: at(run, model, metric, layer, "heldout", 0),
-        lambda run: at_end(run, model, metric, layer, "heldout"),
+        lambda run: effects.at(run, model, metric, layer, "heldout", 0),
+        lambda run: effects.at_end(run, model, metric, layer, "heldout"),
     )
+
+
+def learned(runs: Sequence[Run], model: str, metric: str, layer: str) -> str:
+    return estimate(runs, lambda run: effects.learned(run, model, metric, layer))
 
 
 def end_from_null(runs: Sequence[Run], model: str, metric: str, layer: str) -> str:
     if not logs.is_logged(runs, model, f"{metric}_null", "heldout"):
         return "null not logged"
-    return estimate(runs, lambda run: from_null(run, model, metric, layer))
+    return estimate(runs, lambda run: effects.from_null(run, model, metric, layer))
 
 
 def null_at_end(runs: Sequence[Run], model: str, metric: str, layer: str) -> str:
     if not logs.is_logged(runs, model, f"{metric}_null", "heldout"):
         return "not logged"
-    return estimate(runs, lambda run: at_end(run, model, f"{metric}_null", layer, "heldout"))
+    return estimate(runs, lambda run: effects.at_end(run, model, f"{metric}_null", layer, "heldout"))
 
 
 # ---- what is written
@@ -377,7 +241,7 @@ def claims(study: Sequence[Sequence[Run]]) -> str:
         (f"Relative within trace by layer, training tasks: untrained → step {step} → end; change since step {step}",
          [row for model in MODELS for row in layer_rows(model, "relative_within", layers)], hidden),
         ("Relative within trace of the logits' mean traces, training tasks", original_rows(step), logits),
-        (f"Finetuned, {layer}, held-out tasks: untrained → end; end \N{MINUS SIGN} null",
+        (f"Finetuned, {layer}, held-out tasks: untrained → end; change; end \N{MINUS SIGN} null",
          null_rows("finetuned"), hidden),
         ("Query accuracy at the end, %", accuracy_rows(), hidden),
         (f"Correlation of log CDNV ({layer}, finetuned) with log held-out error", correlation_rows(), hidden),
@@ -392,18 +256,19 @@ def notes(study: Sequence[Sequence[Run]]) -> str:
     """What the tables' words mean, with the steps that these runs have."""
     everything = [run for runs in study for run in runs]
     tasks = {classes: logs.either(logs.task_counts(everything, classes)) for classes in ("train", "heldout")}
-    ends = logs.either({math.ceil(end_from(run)) for run in everything})
+    ends = logs.either({math.ceil(effects.end_from(run)) for run in everything})
     return (
         "± and [ ] are 95% t intervals over seeds (of correlations through Fisher's z), one at a time, not corrected "
         "for their number; a single seed has none. The held-out tasks are the same for every seed: the intervals don't "
-        f"cover their choice. Step {_steps(study)}: the measurement nearest to {FROM_STEP}. The end: mean over the "
-        f"measurements of the last tenth of training, from step {ends}. Slope: least squares on log10 of the step. "
+        f"cover their choice. Step {_steps(study)}: the measurement nearest to {effects.FROM_STEP}. The end: mean over "
+        f"the measurements of the last tenth of training, from step {ends}. Slope: least squares on log10 of the step. "
         "As the original measured: class means over consecutive groups of five rows, whatever their labels. "
         f"Null: the same metric with permuted labels. A measurement: {tasks['train']} training tasks or "
         f"{tasks['heldout']} held-out tasks, features of their query sets, normalised by the query batch's own "
-        "statistics. Query accuracy: meta before, finetuned after the inner steps of training. Held-out error: after the inner steps of training, on the same tasks as CDNV. Correlations are "
-        "over the checkpoints of a run, along which both move with training: they say that the two go together, not "
-        "that one makes the other."
+        "statistics. Query accuracy: meta before, finetuned after the inner steps of training. Held-out error: after "
+        "the inner steps of training, on the same tasks as CDNV. Correlations are over the checkpoints of a run. Both "
+        "quantities follow training, so the last row correlates what is left of each beside its own straight line in "
+        "log step: it says whether a checkpoint that is more collapsed than its neighbours is more accurate too."
     )
 
 
@@ -422,11 +287,12 @@ def details(runs: Sequence[Run]) -> str:
     parts += ["Correlation of log CDNV (finetuned) with log held-out error:",
               table(header, filled(correlation_rows(), columns))]  # fmt: skip
     rows = [
-        [name, model, *(cell(runs, model, metric, last) for cell in (untrained_to_end, null_at_end, end_from_null))]
+        [name, model, *(cell(runs, model, metric, last)
+                        for cell in (untrained_to_end, learned, null_at_end, end_from_null))]
         for metric, name in NAMES.items()
         for model in MODELS
     ]
-    header = ["", "model", "untrained → end", "null at the end", "end \N{MINUS SIGN} null"]
+    header = ["", "model", "untrained → end", "change", "null at the end", "end \N{MINUS SIGN} null"]
     return "\n\n".join([*parts, f"Held-out tasks, {last}:", table(header, rows)])
 
 
@@ -443,8 +309,8 @@ def accuracies(groups: Sequence[Sequence[Run]]) -> str:
         steps = logs.either({logs.read_json(run, "args.json", "meta_steps") for run in runs})
         rows.append([
             _heading(runs, data=True), f"{steps} x {runs[0].settings['task_num']}",
-            written(over_seeds(percent)) if len(runs) > 1 else f"{percent[0]:.2f}", "<br>".join(seeds), _machine(runs),
-            PUBLISHED.get(task, ""),
+            written(effects.over_seeds(percent)) if len(runs) > 1 else f"{percent[0]:.2f}", "<br>".join(seeds),
+            _machine(runs), PUBLISHED.get(task, ""),
         ])  # fmt: skip
     return table(header, rows) + "\n\n" + _accuracy_notes(groups)
 
@@ -484,7 +350,7 @@ def _heading(runs: Sequence[Run], data: bool = False) -> str:
 
 
 def _steps(study: Sequence[Sequence[Run]]) -> str:
-    return logs.either({first_step(run) for runs in study for run in runs})
+    return logs.either({effects.first_step(run) for runs in study for run in runs})
 
 
 # ---- the program

@@ -36,6 +36,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 import drawing
+import effects
 import files
 import nc_statistics
 import runs as logs
@@ -344,14 +345,14 @@ def collapse_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -
     layer = drawing.chosen_layer(groups[0], layer)
     if not drawing.has_heldout(groups):
         raise files.UserError(f"{groups[0][0].path} has no measurement on held-out tasks; let it run to its first")
-    late = nc_statistics.LATE
+    late = effects.LATE
     figure = Figure(figsize=(drawing.WIDTH, 4.6), dpi=drawing.DPI)
     by_step, by_setting = figure.subplots(1, 2)
     colours = PowerNorm(0.4, vmin=0, vmax=max(drawing.last_step(runs) for runs in groups))
     handles = []
     for runs, marker, colour in zip(groups, itertools.cycle("o^sD"), itertools.cycle(drawing.LINES)):
         for run in runs:
-            steps, cdnv, error = nc_statistics.collapse_and_error(run, layer)
+            steps, cdnv, error = effects.collapse_and_error(run, layer)
             style = {"s": 24, "marker": marker, "linewidths": 0}
             drawn = by_step.scatter(cdnv, 100 * error, c=steps, cmap="viridis_r", norm=colours, **style)
             shown = steps >= late
@@ -385,8 +386,8 @@ def collapse_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -
 
 
 def _correlation(runs: Sequence[Run], layer: str, first: int) -> str:
-    values = [nc_statistics.correlation(run, layer, first) for run in runs]
-    return nc_statistics.written(nc_statistics.correlations_over_seeds(values))
+    values = [effects.correlation(run, layer, first) for run in runs]
+    return nc_statistics.written(effects.correlations_over_seeds(values))
 
 
 # ---- accuracy

@@ -1,4 +1,5 @@
-"""The study's numbers: known effects come out as they were put in, and the committed tables are what the logs give.
+"""The study's numbers (effects.py) and their tables: known effects come out as they were put in, and the committed
+tables are what the logs give.
 
 The recomputation here shares nothing with the project: it reads JSON lines and uses numpy's polyfit and Python's
 statistics module.
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import effects
 import files
 import nc_logs
 import nc_statistics
@@ -94,10 +96,13 @@ def slope(folder: Path, model: str, first: int) -> float:
     return np.polyfit(np.log10(steps), values, 1)[0]
 
 
-def z_of_correlation(folder: Path, first: int) -> float:
+def z_of_correlation(folder: Path, first: int, detrended: bool) -> float:
     rows = [row for row in rows_of(folder, "nc", "heldout") if row["step"] >= first]
     cdnv = [math.log(row["finetuned"]["cdnv"]["mean"][-2]) for row in rows]
     error = [math.log(1 - row["inner"]["accuracy"]["mean"][-1]) for row in rows]
+    if detrended:
+        x = np.log10([row["step"] for row in rows])
+        cdnv, error = (list(y - np.polyval(np.polyfit(x, y, 1), x)) for y in (cdnv, error))
     return math.atanh(statistics.correlation(cdnv, error))
 
 
@@ -149,9 +154,11 @@ def study_folders(folder: Path) -> list[list[Path]]:
 
 def check_claims(folder: Path, text: str) -> None:
     table = cells(text)
-    traces, apart, logits, by_layer, original, nulls, right, together = dict.fromkeys(heading for heading, _ in table if heading)
+    headings = dict.fromkeys(heading for heading, _ in table if heading)
+    traces, apart, logits, by_layer, original, nulls, right, together = headings
     assert "training tasks" in traces and "block4 at the end" in apart and "logits" in logits
-    assert "by layer" in by_layer and "accuracy" in right and nulls.startswith("Finetuned") and together.startswith("Correlation")
+    assert "by layer" in by_layer and "accuracy" in right
+    assert nulls.startswith("Finetuned") and together.startswith("Correlation")
     for column, paths in enumerate(study_folders(folder)):
         assert table["", "seeds"][column] == str(len(paths))
         for model in ("meta", "finetuned"):
@@ -180,19 +187,22 @@ def check_claims(folder: Path, text: str) -> None:
             if row[column] != "not logged":
                 assert key[0] == original and "mean traces" in original
                 agrees(row[column].split("; ")[1], *over([original_change(path, model, suffix) for path in paths]))
-        start, last, *rest = parse(table[nulls, "CDNV"][column].replace("null not logged", ""))
+        way, learned, nothing = table[nulls, "CDNV"][column].split("; ")
         first = [points(path, "finetuned", "cdnv", -2, "heldout")[0][1] for path in paths]
-        assert start == pytest.approx(statistics.fmean(first), rel=0.006)
         ends = [end(path, "finetuned", "cdnv", -2, "heldout") for path in paths]
-        assert last == pytest.approx(statistics.fmean(ends), rel=0.006)
-        if rest:
-            nothing = [end(path, "finetuned", "cdnv_null", -2, "heldout") for path in paths]
-            agrees(table[nulls, "CDNV"][column].split("; ")[1], *over([a - b for a, b in zip(ends, nothing)]))
-        mean, half = over([z_of_correlation(path, 0) for path in paths])
-        numbers = parse(table[together, "all checkpoints"][column])
-        assert numbers[0] == pytest.approx(math.tanh(mean), abs=0.006)
-        if not math.isnan(half):
-            assert numbers[1:] == pytest.approx([math.tanh(mean - half), math.tanh(mean + half)], abs=0.006)
+        assert parse(way) == pytest.approx([statistics.fmean(first), statistics.fmean(ends)], rel=0.006)
+        agrees(learned, *over([b - a for a, b in zip(first, ends)]))
+        if nothing != "null not logged":
+            nulls_at_end = [end(path, "finetuned", "cdnv_null", -2, "heldout") for path in paths]
+            agrees(nothing, *over([a - b for a, b in zip(ends, nulls_at_end)]))
+        late = f"from step {effects.LATE:,}"
+        for label, first, detrended in (("all checkpoints", 0, False), (late, effects.LATE, False),
+                                        (f"{late}, beside their trend in log step", effects.LATE, True)):  # fmt: skip
+            row = table[together, label][column]
+            if row != "undefined":
+                mean, half = over([z_of_correlation(path, first, detrended) for path in paths])
+                edges = [] if math.isnan(half) else [mean - half, mean + half]
+                assert parse(row) == pytest.approx([math.tanh(z) for z in (mean, *edges)], abs=0.006)
 
 
 # ---- the committed numbers
@@ -294,41 +304,59 @@ def known(tmp_path_factory):
 def test_slope_and_change_of_a_straight_line(known):
     for run in known:
         for first in (30, 600):
-            assert nc_statistics.slope(run, "meta", "relative_within", "block4", first) == pytest.approx(-0.1)
-        assert nc_statistics.first_step(run) == 90
+            assert effects.slope(run, "meta", "relative_within", "block4", first) == pytest.approx(-0.1)
+        assert effects.first_step(run) == 90
         ends = [math.log10(step) for step in range(1_080, 1_200, 30)]  # the last tenth of 1,200
         expected = -0.1 * (sum(ends) / len(ends) - math.log10(90))
-        assert nc_statistics.change(run, "meta", "relative_within", "block4") == pytest.approx(expected)
-        assert math.isnan(nc_statistics.slope(run, "meta", "relative_within", "block4", 1_150))
+        assert effects.change(run, "meta", "relative_within", "block4") == pytest.approx(expected)
+        assert math.isnan(effects.slope(run, "meta", "relative_within", "block4", 1_150))
 
 
 def test_differences_between_models_classes_and_the_null(known):
-    apart = [nc_statistics.models_apart(run, "relative_within", "block4", "train") for run in known]
+    apart = [effects.models_apart(run, "relative_within", "block4", "train") for run in known]
     assert apart == pytest.approx([-0.09, -0.13, -0.17])
-    assert nc_statistics.over_seeds(apart) == pytest.approx((-0.13, -0.13 - 0.0994, -0.13 + 0.0994), abs=1e-4)
-    found = nc_statistics.classes_apart(known[0], "meta", "relative_within", "block1")
+    assert effects.over_seeds(apart) == pytest.approx((-0.13, -0.13 - 0.0994, -0.13 + 0.0994), abs=1e-4)
+    found = effects.classes_apart(known[0], "meta", "relative_within", "block1")
     steps = range(1_080, 1_200, 30)
     later = math.log10(1_200) - sum(map(math.log10, steps)) / len(steps)  # held-out tasks: at step 1,200 alone
     assert found == pytest.approx(0.02 - 0.1 * later)
     end = (1 - 0.98 * (0.9 - 0.5 / 13)) ** 2
-    assert nc_statistics.from_null(known[0], "meta", "cdnv", "block1") == pytest.approx(end - 7)
+    assert effects.from_null(known[0], "meta", "cdnv", "block1") == pytest.approx(end - 7)
+    assert effects.learned(known[0], "meta", "cdnv", "block1") == pytest.approx(end - (1 - 0.98 * 0.4) ** 2)
 
 
 def test_the_originals_measurement_stands_beside_the_right_one(known):
     run = known[0]
-    right, original = (nc_statistics.share_of_means(run, "meta", suffix, "logits", 90) for suffix in ("", "_original"))
-    within, between = (nc_statistics.at(run, "meta", name, "logits", "train", 90) for name in ("within", "between"))
+    right, original = (effects.share_of_means(run, "meta", suffix, "logits", 90) for suffix in ("", "_original"))
+    within, between = (effects.at(run, "meta", name, "logits", "train", 90) for name in ("within", "between"))
     assert right == pytest.approx(within / (within + between))
     assert original == pytest.approx((within + between / 2) / (within + between))
 
 
 def test_correlations_go_through_fishers_z(known):
-    assert nc_statistics.correlation(known[0], "block4") == pytest.approx(1)
-    assert nc_statistics.correlation(known[0], "block4", 1_000) != nc_statistics.correlation(known[0], "block4", 1_000)
-    mean, low, high = nc_statistics.correlations_over_seeds([0.5, 0.6, 0.7])
+    assert effects.correlation(known[0], "block4") == pytest.approx(1)
+    assert effects.correlation(known[0], "block4", 1_000) != effects.correlation(known[0], "block4", 1_000)
+    mean, low, high = effects.correlations_over_seeds([0.5, 0.6, 0.7])
     z = [math.atanh(r) for r in (0.5, 0.6, 0.7)]
     half = 4.303 * statistics.stdev(z) / math.sqrt(3)
     assert (mean, low, high) == pytest.approx([math.tanh(statistics.fmean(z) + h) for h in (0, -half, half)])
+
+
+def test_a_correlation_that_is_nothing_but_the_trend_of_both(tmp_path):
+    def value(model: str, metric: str, layer: int, step: int, classes: str) -> float:
+        size = max(step, 1)
+        wiggle = math.exp(0.1 if step // 250 % 2 else -0.1)
+        if metric == "cdnv":
+            return 100 / size * wiggle
+        if metric == "ncc_accuracy":  # the error is 2 / step ** 0.5, and high where CDNV is low
+            return (1 - 2 / size**0.5 / wiggle) / 0.98
+        return nc_logs.usual(model, metric, layer, step, classes)
+
+    run = logs.read_run(nc_logs.write_run(tmp_path / "run", nc_logs.log(3_000, 500, value=value)))
+    assert effects.correlation(run, "block4", 500) > 0.8
+    assert effects.correlation(run, "block4", 500, detrended=True) == pytest.approx(-1)
+    assert math.isfinite(effects.correlation(run, "block4", 2_500))
+    assert math.isnan(effects.correlation(run, "block4", 2_500, detrended=True)), "a line fits two of three points"
 
 
 @pytest.mark.parametrize(
@@ -344,7 +372,7 @@ def test_correlations_go_through_fishers_z(known):
     ],
 )
 def test_how_numbers_are_written(estimate, text):
-    assert nc_statistics.written(nc_statistics.Estimate(*estimate)) == text
+    assert nc_statistics.written(effects.Estimate(*estimate)) == text
 
 
 def test_accuracies(known):
