@@ -357,9 +357,10 @@ def collapse_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -
             drawn = by_step.scatter(cdnv, 100 * error, c=steps, cmap="viridis_r", norm=colours, **style)
             shown = steps >= late
             by_setting.scatter(cdnv[shown], 100 * error[shown], color=colour, alpha=0.75, **style)
-        r, r_late = (_correlation(runs, layer, first) for first in (0, late))
-        label = f"{drawing.setting_words(runs)}: r = {r}; from step {late:,}: {r_late}"
-        handles.append(Line2D([], [], color=colour, marker=marker, linestyle="none", label=label))
+        r, r_late, r_beside = (_correlation(runs, layer, *how) for how in ((0,), (late,), (late, True)))
+        label = f"r = {r}; from step {late:,}: {r_late}, beside the trend: {r_beside}"
+        handles.append(Line2D([], [], color=colour, marker=marker, linestyle="none", label=drawing.setting_words(runs)))
+        handles.append(Line2D([], [], linestyle="none", label=label))
     for axes in (by_step, by_setting):
         drawing.log_axis(axes, "x")
         drawing.log_axis(axes, "y")
@@ -380,13 +381,14 @@ def collapse_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -
     tasks = drawing.task_words(groups, "heldout")
     points = f"a point: a checkpoint of a seed, {tasks}, after the inner steps of training"
     subtitle = f"{drawing.setting_and_queries(groups)}\n{points}\n{drawing.TRANSDUCTIVE}"
-    note = "r: correlation of the logarithms over a seed's checkpoints, mean and 95% interval over seeds"
-    drawing.frame(figure, f"Collapse against accuracy while MAML trains\n{where}", subtitle, handles, 1, note)
+    notes = ("r: correlation of the logarithms over a seed's checkpoints, mean and 95% interval over seeds",
+             "beside the trend: of what each leaves beside its own straight line in log step")  # fmt: skip
+    drawing.frame(figure, f"Collapse against accuracy while MAML trains\n{where}", subtitle, handles, 1, *notes)
     return figure
 
 
-def _correlation(runs: Sequence[Run], layer: str, first: int) -> str:
-    values = [effects.correlation(run, layer, first) for run in runs]
+def _correlation(runs: Sequence[Run], layer: str, first: int, detrended: bool = False) -> str:
+    values = [effects.correlation(run, layer, first, detrended) for run in runs]
     return nc_statistics.written(effects.correlations_over_seeds(values))
 
 
