@@ -152,7 +152,7 @@ def log_axis(axes: Axes, which: str = "y") -> None:
 
 def fit_to_lines(panels: Sequence[Axes], log: bool) -> None:
     """One vertical range for the panels, around their lines: a wide band mustn't squeeze them. From 0 if not `log`."""
-    values = np.concatenate([line.get_ydata() for axes in panels for line in axes.get_lines()])
+    values = np.concatenate([np.asarray(line.get_ydata()) for axes in panels for line in axes.get_lines()])
     low, high = np.nanmin(values), np.nanmax(values)
     for axes in panels:
         axes.set_ylim((low / 1.6, high * 1.6) if log else (0, high * 1.15))
@@ -170,11 +170,14 @@ def class_handles(heldout: bool) -> list[Line2D]:
 def band_note(groups: Sequence[Sequence[Run]]) -> str:
     """What the band is: of seeds, or of tasks where there is a single run."""
     counts = {len(runs) for runs in groups}
-    tasks = "over tasks: mean \u00b1 1.96 standard errors of a measurement's tasks"
+    tasks = "1.96 standard errors over its tasks"
     if counts == {1}:
-        return f"95% band {tasks}"
-    seeds = f"over seeds: t interval of the mean of {logs.either(counts - {1})} seeds"
-    return f"95% band {seeds}" + (f" (a single seed: {tasks})" if 1 in counts else "")
+        return f"95% band: {tasks}"
+    seeds = f"95% band: t interval over {logs.either(counts - {1})} seeds"
+    return seeds + (f"; of a single seed, {tasks}" if 1 in counts else "")
+
+
+SMOOTH_NOTE = f"training tasks: a point is the mean of the measurements within {logs.WINDOW:.0%} of its step"
 
 
 def lacking(panels: Sequence[Panel], groups: Sequence[Sequence[Run]]) -> str:

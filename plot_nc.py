@@ -19,7 +19,8 @@ A RUN is a run's folder (log.jsonl or log.jsonl.gz, and args.json) or the log it
 
 The meta model is theta, before adaptation; the finetuned one theta'_K, after the inner steps. Every quantity is that of
 query features, task by task (nc_metrics.py says which formula). The band is a t interval over seeds; for a single run
-it is the mean over tasks and 1.96 standard errors to each side.
+it is the mean over tasks and 1.96 standard errors to each side. A measurement on training tasks has few of them, so the
+curves of training tasks are smoothed: runs.smoothed says how.
 """
 
 import itertools
@@ -96,20 +97,18 @@ def traces_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -> 
     noise = logs.noise_share(int(runs[0].settings["n_way"]), int(runs[0].settings["k_qry"]))
 
     _draw_traces(early, curves, "meta", wide, until=first_steps)
+    drawing.fit_to_lines([early], wide)
     early.set_title(f"Meta model, first {first_steps:,} meta-steps: traces", loc="left")
     _draw_shares(early_share, curves, "meta", noise, ("within",), until=first_steps)
-    early_share.set_title("Meta model, same steps: relative within trace (vertical axis zoomed)", loc="left")
+    early_share.set_title("Meta model, same steps: relative within trace", loc="left")
     for model, (traces, shares) in panels.items():
         name = {"meta": "Meta model", "finetuned": "Finetuned"}[model]
         _draw_traces(traces, curves, model, wide, until=last)
         traces.set_title(f"{name}, whole run: traces", loc="left")
         _draw_shares(shares, curves, model, noise, ("within", "between"), until=last)
-        shares.set_ylim(0, 1)
         shares.set_title(f"{name}, whole run: relative traces", loc="left")
-    both = (panels["meta"][0], panels["finetuned"][0])
-    low, high = (pick(edges) for pick, edges in zip((min, max), zip(*(axes.get_ylim() for axes in both))))
-    for axes in both:
-        axes.set_ylim(low, high)  # one scale, so that before and after adaptation can be compared
+    # one scale, so that before and after adaptation can be compared
+    drawing.fit_to_lines([traces for traces, _ in panels.values()], wide)
 
     handles = [
         Line2D([], [], color=drawing.WITHIN, linewidth=2.5, label="within classes"),
@@ -118,7 +117,7 @@ def traces_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -> 
         Line2D([], [], color=drawing.NOISE, linestyle=":", linewidth=1.6, label=f"within, pure noise: {noise:.3f}"),
         drawing.BAND,
     ]
-    drawing.frame(figure, *captions(runs, layer), handles, 3, drawing.band_note(groups))
+    drawing.frame(figure, *captions(runs, layer), handles, 3, drawing.band_note(groups), drawing.SMOOTH_NOTE)
     return figure
 
 
@@ -138,7 +137,7 @@ def _trace_curves(runs: Sequence[Run], layer: str) -> dict[tuple[str, str, str],
     for classes, model, metric in itertools.product(
         ("train", "heldout"), ("meta", "finetuned"), ("within", "between", "relative_within")
     ):
-        found = logs.curve(runs, model, metric, layer, classes)
+        found = logs.curve(runs, model, metric, layer, classes, smooth=classes == "train")
         if found is None:
             continue
         curves[model, metric, classes] = found
@@ -161,9 +160,6 @@ def _draw_traces(axes: Axes, curves: dict, model: str, wide: bool, until: int) -
         drawing.log_axis(axes)
     for metric, colour in (("within", drawing.WITHIN), ("between", drawing.BETWEEN)):
         _draw_both(axes, curves, model, metric, colour, until)
-    # From zero where that is possible; else a band that reaches toward zero must not stretch the axis.
-    means = np.concatenate([line.get_ydata() for line in axes.get_lines()])
-    axes.set_ylim(bottom=0.6 * np.nanmin(means) if wide else 0)
     axes.set_ylabel("trace" + (", log scale" if wide else "") + "\n(squared feature units)")
     drawing.step_axis(axes, until)
 
@@ -176,6 +172,7 @@ def _draw_shares(
         colour = drawing.WITHIN if part == "within" else drawing.BETWEEN
         _draw_both(axes, curves, model, f"relative_{part}", colour, until)
     axes.set_ylabel("share of total trace")
+    axes.set_ylim(0, 1)
     drawing.step_axis(axes, until)
 
 
@@ -204,7 +201,7 @@ def nc_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -> Figu
             drawing.log_axis(axes)
         for model, colour in drawing.MODELS.items():
             for classes in ("train", "heldout"):
-                found = logs.curve(runs, model, panel.metric, layer, classes)
+                found = logs.curve(runs, model, panel.metric, layer, classes, smooth=classes == "train")
                 if found is not None:
                     drawing.draw_curve(axes, found, colour, classes)
             if logs.is_logged(runs, model, f"{panel.metric}_null", most):
@@ -218,7 +215,7 @@ def nc_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -> Figu
     handles = [*models, *drawing.class_handles(drawing.has_heldout(groups)), drawing.NULL, drawing.BAND]
     note = f"full collapse is 0 in every panel{drawing.lacking(NC_PANELS, groups)}"
     title, words = f"Neural collapse while MAML trains\n{where}", drawing.measurement_words(groups, "train", "heldout")
-    drawing.frame(figure, title, words, handles, 3, drawing.band_note(groups), note)
+    drawing.frame(figure, title, words, handles, 3, drawing.band_note(groups), drawing.SMOOTH_NOTE, note)
     return figure
 
 

@@ -25,6 +25,8 @@ HERE = Path(__file__).resolve().parent
 NOT_COMPARED = {"seed", "out", "root", "cache", "device", "task_chunk", "cuda_graph", "print_every", "test_tasks",
                 "resume", "save_every", "from_args", "test", "deterministic"}  # fmt: skip
 
+WINDOW = 0.1  # of a step: smoothed, a curve takes in the measurements from 0.9 to 1.1 times it
+
 # 97.5% points of Student's t for 1..10 degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -343,15 +345,19 @@ def series(run: Run, model: str, metric: str, layer: str, classes: str) -> Curve
     return _over_tasks(np.array(steps, int), np.array(mean), np.array(error))
 
 
-def curve(runs: Sequence[Run], model: str, metric: str, layer: str, classes: str = "train") -> Curve | None:
+def curve(runs: Sequence[Run], model: str, metric: str, layer: str, classes: str = "train",
+          smooth: bool = False) -> Curve | None:
     """`metric` of several seeds against meta-steps; None if they have no measured step in common.
 
     Several runs: mean over runs at the steps that all of them have, with its t interval. One run: `series`.
 
+    Args:
+        smooth: take of each run the mean of the measurements around a step (`smoothed`) before it is averaged.
     Raises:
         UserError: a measurement lacks the metric or the layer.
     """
     found = [series(run, model, metric, layer, classes) for run in runs]
+    found = [smoothed(one) for one in found] if smooth else found
     steps = common_steps(runs, classes)
     if not steps:
         return None
@@ -359,6 +365,19 @@ def curve(runs: Sequence[Run], model: str, metric: str, layer: str, classes: str
         return found[0]
     values = np.array([one.mean[np.isin(one.steps, steps)] for one in found])  # [R, S]
     return _over_seeds(np.array(steps), values)
+
+
+def smoothed(found: Curve) -> Curve:
+    """Each point the mean of the measurements within WINDOW of its step; its error, that of independent ones.
+
+    Measurements on training tasks are independent, each of tasks of its own. A missing value stays missing.
+    """
+    known = np.isfinite(found.mean)
+    near = (np.abs(found.steps[:, None] - found.steps) <= WINDOW * found.steps[:, None]) & known  # [S, S]
+    counts = np.where(known, near.sum(1), np.nan)
+    mean = near @ np.where(known, found.mean, 0) / counts
+    half = np.sqrt(near @ np.where(known, (found.high - found.mean) ** 2, 0)) / counts
+    return Curve(found.steps, mean, mean - half, mean + half)
 
 
 def inner_steps(runs: Sequence[Run], quantity: str, layer: str, classes: str, step: int) -> Curve:

@@ -21,6 +21,7 @@ import nc_logs
 import nc_statistics
 import plot_nc
 import runs as logs
+from runs import Curve
 
 PROJECT = Path(plot_nc.__file__).parent
 LAYERS = ["block1", "block2", "logits"]
@@ -146,7 +147,8 @@ def test_panels_axes_and_captions(tmp_path):
     assert "layer block2 (last hidden layer)" in words
     assert "8 training tasks or 100 held-out tasks; 1 seed" in words
     assert "within, pure noise: 0.946" in words
-    assert "95% band over tasks" in words and "synthetic" not in words
+    assert "95% band: 1.96 standard errors over its tasks" in words and "synthetic" not in words
+    assert "mean of the measurements within 10% of its step" in words
 
 
 def test_synthetic_runs_say_so_in_the_title(tmp_path):
@@ -202,6 +204,23 @@ def test_band_over_seeds_for_several(tmp_path):
     found = logs.curve(logs.read_runs(runs), "finetuned", "within", "block1")
     assert found.mean == pytest.approx([10, 9, 8])
     assert found.high - found.mean == pytest.approx([4.303 / math.sqrt(3)] * 3)  # t(2), deviation 1, 3 seeds
+
+
+def test_smoothing_averages_the_measurements_within_a_tenth_of_each_step():
+    steps = np.arange(1, 1_201, 31)
+    generator = np.random.default_rng(0)
+    mean, half = generator.normal(5, 1, len(steps)), generator.uniform(0.1, 0.2, len(steps))
+    mean[20] = np.nan
+    found = logs.smoothed(Curve(steps, mean, mean - half, mean + half))
+    for i, step in enumerate(steps):
+        near = [j for j, other in enumerate(steps) if 0.9 * step <= other <= 1.1 * step and j != 20]
+        if i == 20:
+            assert math.isnan(found.mean[i]), "a gap stays a gap"
+            continue
+        assert found.mean[i] == pytest.approx(sum(mean[j] for j in near) / len(near))
+        error = math.sqrt(sum(half[j] ** 2 for j in near)) / len(near)
+        assert (found.mean[i] - found.low[i], found.high[i] - found.mean[i]) == pytest.approx((error, error))
+    assert found.mean[:10].tolist() == mean[:10].tolist(), "the steep beginning is left as it is"
 
 
 @pytest.mark.parametrize("freedom, t", [(1, 12.706), (2, 4.303), (9, 2.262), (11, 2.201), (20, 2.086)])
