@@ -128,6 +128,11 @@ def share_of_means(run: Run, model: str, suffix: str, layer: str, step: int | No
     return within / (within + between)
 
 
+def share_change(run: Run, model: str, suffix: str, layer: str) -> float:
+    """That, from the step nearest to FROM_STEP to the end."""
+    return share_of_means(run, model, suffix, layer) - share_of_means(run, model, suffix, layer, first_step(run))
+
+
 def collapse_and_error(run: Run, layer: str, from_step: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, CDNV of the finetuned model's layer, and the error after the inner steps, on the same held-out tasks."""
     cdnv = logs.series(run, "finetuned", "cdnv", layer, "heldout")

@@ -144,18 +144,22 @@ def original_rows(step: str) -> list[Row]:
 
     def row(model: str, label: str, suffix: str) -> Row:
         def cell(runs: Sequence[Run], layer: str) -> str:
-            if not logs.is_logged(runs, model, f"within{suffix}"):
-                return "not logged"
-            start, end = (
+            way = moved(
+                runs,
                 lambda run: effects.share_of_means(run, model, suffix, layer, effects.first_step(run)),
                 lambda run: effects.share_of_means(run, model, suffix, layer),
             )
-            return f"{moved(runs, start, end)}; {estimate(runs, lambda run: end(run) - start(run))}"
+            return f"{way}; {estimate(runs, lambda run: effects.share_change(run, model, suffix, layer))}"
 
         return f"{model}, {label}: step {step} → end; change", cell
 
-    kinds = (("as the original measured", "_original"), ("by label", ""))
-    return [row(model, label, suffix) for model in MODELS for label, suffix in kinds]
+    def apart(model: str) -> Row:
+        return f"{model}, change by label \N{MINUS SIGN} change as the original measured", lambda runs, layer: estimate(
+            runs, lambda run: effects.share_change(run, model, "", layer)
+            - effects.share_change(run, model, "_original", layer))
+
+    return [one for model in MODELS for one in (
+        row(model, "as the original measured", "_original"), row(model, "by label", ""), apart(model))]  # fmt: skip
 
 
 def layer_rows(model: str, metric: str, layers: Sequence[str]) -> list[Row]:

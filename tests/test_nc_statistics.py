@@ -180,13 +180,16 @@ def check_claims(folder: Path, text: str) -> None:
             for classes, label in (("train", "training tasks"), ("heldout", "held-out tasks")):
                 percent = [accuracy(path, model, classes) for path in paths]
                 agrees(table[right, f"{model}, {label}"][column], *over(percent))
-        for model, (label, suffix) in itertools.product(
-            ("meta", "finetuned"), (("as the original measured", "_original"), ("by label", ""))
-        ):
-            ((key, row),) = [(key, row) for key, row in table.items() if key[1].startswith(f"{model}, {label}")]
-            if row[column] != "not logged":
+        for model in ("meta", "finetuned"):
+            changes = {label: [original_change(path, model, suffix) for path in paths]
+                       for label, suffix in (("as the original measured", "_original"), ("by label", ""))}  # fmt: skip
+            for label, values in changes.items():
+                ((key, row),) = [(key, row) for key, row in table.items() if key[1].startswith(f"{model}, {label}")]
                 assert key[0] == original and "mean traces" in original
-                agrees(row[column].split("; ")[1], *over([original_change(path, model, suffix) for path in paths]))
+                agrees(row[column].split("; ")[1], *over(values))
+            differences = [by_label - as_original for as_original, by_label in zip(*changes.values())]
+            label = f"{model}, change by label {MINUS} change as the original measured"
+            agrees(table[original, label][column], *over(differences))
         way, learned, nothing = table[nulls, "CDNV"][column].split("; ")
         first = [points(path, "finetuned", "cdnv", -2, "heldout")[0][1] for path in paths]
         ends = [end(path, "finetuned", "cdnv", -2, "heldout") for path in paths]
