@@ -183,14 +183,26 @@ def layer_rows(model: str, metric: str, layers: Sequence[str]) -> list[Row]:
 
 
 def accuracy_rows() -> list[Row]:
-    """At the end, in percent: either model, on training and on held-out tasks."""
+    """At the end, in percent: either model's classifier, and the nearest support mean in its place."""
 
     def row(model: str, classes: str, label: str) -> Row:
         return f"{model}, {label}", lambda runs, layer: estimate(
             runs, lambda run: 100 * effects.accuracy_at_end(run, model, classes))
 
+    def nearest(run: Run, model: str, layer: str) -> float:
+        return effects.at_end(run, model, "ncc_accuracy", layer, "heldout")
+
+    def by_nearest(model: str) -> Row:
+        return f"by the nearest support mean, {model}, held-out tasks", lambda runs, layer: estimate(
+            runs, lambda run: 100 * nearest(run, model, layer))
+
+    def apart(run: Run, layer: str) -> float:
+        return 100 * (nearest(run, "meta", layer) - effects.accuracy_at_end(run, "finetuned", "heldout"))
+
     kinds = (("train", "training tasks"), ("heldout", "held-out tasks"))
-    return [row(model, classes, label) for model in MODELS for classes, label in kinds]
+    return [*(row(model, *kind) for model in MODELS for kind in kinds), *map(by_nearest, MODELS),
+            ("meta by the nearest support mean \N{MINUS SIGN} finetuned by the classifier, held-out tasks",
+             lambda runs, layer: estimate(runs, lambda run: apart(run, layer)))]  # fmt: skip
 
 
 def null_rows(model: str) -> list[Row]:
@@ -247,7 +259,8 @@ def claims(study: Sequence[Sequence[Run]]) -> str:
         ("Relative within trace of the logits' mean traces, training tasks", original_rows(step), logits),
         (f"Finetuned, {layer}, held-out tasks: untrained → end; change; end \N{MINUS SIGN} null",
          null_rows("finetuned"), hidden),
-        ("Query accuracy at the end, %", accuracy_rows(), hidden),
+        (f"Query accuracy at the end, %: by the classifier, and by the nearest support mean in {layer}",
+         accuracy_rows(), hidden),
         (f"Correlation of log CDNV ({layer}, finetuned) with log held-out error", correlation_rows(), hidden),
     ]  # fmt: skip
     rows = [["seeds", *(str(len(runs)) for runs in study)]]

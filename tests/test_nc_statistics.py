@@ -180,6 +180,12 @@ def check_claims(folder: Path, text: str) -> None:
             for classes, label in (("train", "training tasks"), ("heldout", "held-out tasks")):
                 percent = [accuracy(path, model, classes) for path in paths]
                 agrees(table[right, f"{model}, {label}"][column], *over(percent))
+            nearest = [100 * end(path, model, "ncc_accuracy", -2, "heldout") for path in paths]
+            agrees(table[right, f"by the nearest support mean, {model}, held-out tasks"][column], *over(nearest))
+            if model == "meta":
+                apart_by = [a - accuracy(path, "finetuned", "heldout") for a, path in zip(nearest, paths)]
+                label = f"meta by the nearest support mean {MINUS} finetuned by the classifier, held-out tasks"
+                agrees(table[right, label][column], *over(apart_by))
         for model in ("meta", "finetuned"):
             changes = {label: [original_change(path, model, suffix) for path in paths]
                        for label, suffix in (("as the original measured", "_original"), ("by label", ""))}  # fmt: skip
