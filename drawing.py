@@ -167,14 +167,13 @@ def class_handles(heldout: bool) -> list[Line2D]:
     ]
 
 
-def band_note(groups: Sequence[Sequence[Run]]) -> str:
-    """What the band is: of seeds, or of tasks where there is a single run."""
+def band_note(groups: Sequence[Sequence[Run]], of_one: str = "1.96 standard errors over its tasks") -> str:
+    """What the band is: of seeds, and `of_one` where there is a single run."""
     counts = {len(runs) for runs in groups}
-    tasks = "1.96 standard errors over its tasks"
     if counts == {1}:
-        return f"95% band: {tasks}"
+        return f"95% band: {of_one}"
     seeds = f"95% band: t interval over {logs.either(counts - {1})} seeds"
-    return seeds + (f"; of a single seed, {tasks}" if 1 in counts else "")
+    return seeds + (f"; of a single seed, {of_one}" if 1 in counts else "")
 
 
 SMOOTH_NOTE = f"training tasks: a point is the mean of the measurements within {logs.WINDOW:.0%} of its step"

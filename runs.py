@@ -357,14 +357,35 @@ def curve(runs: Sequence[Run], model: str, metric: str, layer: str, classes: str
         UserError: a measurement lacks the metric or the layer.
     """
     found = [series(run, model, metric, layer, classes) for run in runs]
-    found = [smoothed(one) for one in found] if smooth else found
-    steps = common_steps(runs, classes)
+    return _together([smoothed(one) for one in found] if smooth else found)
+
+
+def share_curve(runs: Sequence[Run], model: str, suffix: str, layer: str) -> Curve | None:
+    """within / (within + between) of the mean traces on training tasks, smoothed; without a band for a single run.
+
+    With the suffix "_original" of what the original took for the traces (nc_metrics.original_traces), with "" of the
+    right ones.
+
+    Raises:
+        UserError: a measurement lacks them.
+    """
+    found = []
+    for run in runs:
+        within, between = (series(run, model, name + suffix, layer, "train") for name in ("within", "between"))
+        with np.errstate(divide="ignore", invalid="ignore"):  # no spread at all: nan
+            share = within.mean / (within.mean + between.mean)
+        found.append(smoothed(_over_tasks(within.steps, share, np.full_like(share, np.nan))))
+    return _together(found)
+
+
+def _together(found: Sequence[Curve]) -> Curve | None:
+    """Curves of several seeds as one, at the steps that all have; None if there is none. A single one as it is."""
+    steps = sorted(set.intersection(*(set(one.steps.tolist()) for one in found)))
     if not steps:
         return None
-    if len(runs) == 1:
+    if len(found) == 1:
         return found[0]
-    values = np.array([one.mean[np.isin(one.steps, steps)] for one in found])  # [R, S]
-    return _over_seeds(np.array(steps), values)
+    return _over_seeds(np.array(steps), np.array([one.mean[np.isin(one.steps, steps)] for one in found]))  # [R, S]
 
 
 def smoothed(found: Curve) -> Curve:

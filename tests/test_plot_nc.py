@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import drawing
+import figures
 import files
 import nc_logs
 import nc_statistics
@@ -138,7 +139,7 @@ def test_torch_and_windows_stay_out(tmp_path):
 
 
 def test_panels_axes_and_captions(tmp_path):
-    figure = plot_nc.traces_figure([[logs.read_run(write_run(tmp_path / "run", first_order=False, net="paper"))]])
+    figure = figures.traces_figure([[logs.read_run(write_run(tmp_path / "run", first_order=False, net="paper"))]])
     words = texts(figure)
     assert len(figure.axes) == 6
     assert all(axes.get_xlabel() == "meta-step" for axes in figure.axes)
@@ -153,13 +154,13 @@ def test_panels_axes_and_captions(tmp_path):
 
 def test_synthetic_runs_say_so_in_the_title(tmp_path):
     run = logs.read_run(write_run(tmp_path / "run", name="synthetic characters"))
-    title, _ = plot_nc.captions([run], "block2")
+    title, _ = figures.captions([run], "block2")
     assert "synthetic characters" in title
-    assert title in [text.get_text() for text in plot_nc.traces_figure([[run]]).texts]
+    assert title in [text.get_text() for text in figures.traces_figure([[run]]).texts]
 
 
 def test_drawn_values_are_those_of_the_chosen_layer(tmp_path):
-    figure = plot_nc.traces_figure([[logs.read_run(write_run(tmp_path / "run"))]], "logits")
+    figure = figures.traces_figure([[logs.read_run(write_run(tmp_path / "run"))]], "logits")
     assert "layer logits" in texts(figure)
     drawn = {}
     for line in figure.axes[2].get_lines():  # the meta model's traces over the whole run
@@ -175,7 +176,7 @@ def test_drawn_values_are_those_of_the_chosen_layer(tmp_path):
 
 def test_the_first_panels_stop_at_the_early_steps(tmp_path):
     log = [nc_row(step, within=9 + step / 1e4) for step in range(500, 12_001, 500)]
-    figure = plot_nc.traces_figure([[logs.read_run(write_run(tmp_path / "run", log))]])
+    figure = figures.traces_figure([[logs.read_run(write_run(tmp_path / "run", log))]])
     assert max(figure.axes[0].get_lines()[0].get_xdata()) == 7500
     assert max(figure.axes[2].get_lines()[0].get_xdata()) == 12_000
     assert "first 7,500 meta-steps" in texts(figure) and "held-out" not in texts(figure)
@@ -183,7 +184,7 @@ def test_the_first_panels_stop_at_the_early_steps(tmp_path):
 
 def test_traces_of_very_different_size_get_a_logarithmic_axis(tmp_path):
     log = [nc_row(step, within=90, between=0.5) for step in (100, 200)]
-    figure = plot_nc.traces_figure([[logs.read_run(write_run(tmp_path / "run", log))]])
+    figure = figures.traces_figure([[logs.read_run(write_run(tmp_path / "run", log))]])
     assert figure.axes[0].get_yscale() == "log" and "log scale" in texts(figure)
     assert figure.axes[1].get_yscale() == "linear"
 
@@ -246,7 +247,7 @@ def test_missing_values_are_gaps_and_a_repeated_step_counts_once(tmp_path):
     run = logs.read_run(write_run(tmp_path / "run", log))
     found = logs.curve([run], "meta", "within", "block2")
     assert found.mean[0] == 10 and math.isnan(found.mean[1])
-    plot_nc.traces_figure([[run]])
+    figures.traces_figure([[run]])
 
 
 # ---- reading
@@ -378,8 +379,8 @@ def test_nothing_overlaps_and_nothing_is_cut_off(study, name, alone):
 
 
 def test_nc_draws_each_metric_with_its_null(study):
-    figure = plot_nc.nc_figure(study)
-    assert len(figure.axes) == len(plot_nc.NC_PANELS) * 3
+    figure = figures.nc_figure(study)
+    assert len(figure.axes) == len(figures.NC_PANELS) * 3
     words = "\n".join(text.get_text() for text in figure.texts)
     assert "8 training tasks or 100 held-out tasks" in words and "transductive" in words and "2 seeds" in words
     runs, panel = study[1], figure.axes[2 * 3 + 1]  # the third metric of the second setting
@@ -396,7 +397,7 @@ def test_nc_draws_each_metric_with_its_null(study):
 
 
 def test_a_wide_band_is_cut_and_not_the_lines(study):
-    panel = plot_nc.nc_figure(study).axes[3]  # nc1, on a logarithmic axis
+    panel = figures.nc_figure(study).axes[3]  # nc1, on a logarithmic axis
     values = np.concatenate([line.get_ydata() for line in panel.get_lines()])
     low, high = panel.get_ylim()
     assert values.min() / 2 < low < values.min() and values.max() < high < values.max() * 2
@@ -404,13 +405,13 @@ def test_a_wide_band_is_cut_and_not_the_lines(study):
 
 def test_a_log_without_nulls_is_drawn_and_said_to_have_none(tmp_path):
     runs = [logs.read_run(nc_logs.write_run(tmp_path / "run", nc_logs.log(60, null=False)))]
-    for draw in (plot_nc.nc_figure, plot_nc.layers_figure):
+    for draw in (figures.nc_figure, figures.layers_figure):
         assert "no null is drawn where the log has none" in draw([runs]).texts[-1].get_text()
-    assert len(plot_nc.nc_figure([runs]).axes[0].get_lines()) == 4  # two models on two kinds of tasks
+    assert len(figures.nc_figure([runs]).axes[0].get_lines()) == 4  # two models on two kinds of tasks
 
 
 def test_layers_draws_a_line_a_checkpoint_of_either_model(study):
-    figure = plot_nc.layers_figure(study)
+    figure = figures.layers_figure(study)
     relative = figure.axes[0]
     assert len(relative.get_lines()) == 2 * 3 + 1  # steps 0, 250, 300; the null
     rows = [row for run in study[0] for row in run.rows if row["kind"] == "nc" and row["classes"] == "heldout"]
@@ -420,8 +421,28 @@ def test_layers_draws_a_line_a_checkpoint_of_either_model(study):
     assert "--layer doesn't go" in refused(study[0][0].path, "--figure", "layers", "--layer", "block1")
 
 
+def test_original_draws_both_measures_of_the_same_logits(study):
+    figure = figures.original_figure(study)
+    assert len(figure.axes) == 2 * len(study)
+    original, by_label, _ = figure.axes[0].get_lines()  # the meta model of the first setting; the line of pure noise
+    for line, suffix in ((original, "_original"), (by_label, "")):
+        shares = []
+        for run in study[0]:
+            rows = [row["meta"] for row in run.rows if row["kind"] == "nc" and row["classes"] == "train"]
+            within, between = (np.array([row[name + suffix]["mean"][-1] for row in rows])
+                               for name in ("within", "between"))  # fmt: skip
+            shares.append(within / (within + between))
+        # measured every 30 steps and not up to 300: nothing is smoothed
+        assert line.get_ydata() == pytest.approx(np.mean(shares, axis=0))
+    assert "--layer doesn't go" in refused(study[0][0].path, "--figure", "original", "--layer", "block1")
+    trained = [row for row in nc_logs.log(60) if row["kind"] == "nc" and row["classes"] == "train"]
+    folder = Path(study[0][0].path).parent
+    apart = [nc_logs.write_run(folder / f"apart {i}", [trained[i]], seed=i) for i in range(2)]
+    assert "no measured step in common" in refused(*apart, "--figure", "original")
+
+
 def test_inner_steps_draws_before_early_and_late(study):
-    figure = plot_nc.inner_steps_figure(study)
+    figure = figures.inner_steps_figure(study)
     traces, relative = figure.axes[0], figure.axes[3]
     assert len(traces.get_lines()) == 6 and len(relative.get_lines()) == 3
     rows = [row for run in study[0] for row in run.rows if row["kind"] == "nc" and row["classes"] == "heldout"]
@@ -434,7 +455,7 @@ def test_inner_steps_draws_before_early_and_late(study):
 
 
 def test_collapse_vs_accuracy_draws_every_checkpoint_and_says_the_correlation(study):
-    figure = plot_nc.collapse_figure(study)
+    figure = figures.collapse_figure(study)
     points = np.concatenate([drawn.get_offsets() for drawn in figure.axes[0].collections])
     rows = [row for group in study for run in group for row in run.rows if row.get("classes") == "heldout"]
     expected = [[row["finetuned"]["cdnv"]["mean"][3], 100 * (1 - row["inner"]["accuracy"]["mean"][-1])] for row in rows]
@@ -465,7 +486,7 @@ def test_accuracy_draws_a_line_for_each_setting(tmp_path):
         log = [{"kind": "val", "step": step, "acc": [0.2, 0.5 + first_order / 4], "ci95": [0.01, 0.02], "tasks": 100}
                for step in (0, 500)]
         runs.append(write_run(tmp_path / name, log, first_order=first_order))
-    figure = plot_nc.accuracy_figure(logs.grouped(runs))
+    figure = figures.accuracy_figure(logs.grouped(runs))
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert [label.split(", ")[1] for label in labels] == ["second order", "first order"]
     assert [line.get_ydata().tolist() for line in figure.axes[0].get_lines()] == [[50, 50], [75, 75]]
