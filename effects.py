@@ -1,6 +1,6 @@
 """Effects: one number of each run, and its mean and 95% t interval over runs that differ only in their seed.
 
-nc_statistics.py writes them into tables, plot_nc.py into a legend. Two moments recur: `FROM_STEP`, where the original's
+nc_statistics.py writes them into tables, figures.py into a legend. Two moments recur: `FROM_STEP`, where the original's
 decline begins to count, and the end, which is the mean over the last tenth of training. Correlations go through
 Fisher's z.
 """

@@ -270,7 +270,7 @@ class Meta(nn.Module):
 
     @torch.no_grad()
     def _accuracies(self, tasks: Tasks, trajectory: list[Weights], query_chunk: int,
-                    known: Mapping[int, Tensor] = {}) -> Tensor:
+                    known: Mapping[int, Tensor]) -> Tensor:
         """Query accuracy [t, steps] with each set of weights; {position: [t]} is what is known of it already."""
         return torch.stack([
             known[k] if k in known else accuracy(torch.cat(self._query(tasks, weights, query_chunk)), tasks.y_qry)

@@ -1,6 +1,6 @@
 """Reads what the training scripts left: logs, settings, results; and turns their rows into curves over meta-steps.
 
-plot_nc.py draws them, nc_statistics.py computes from them, study.py makes them. Runs that differ only in their seed
+figures.py draws them, effects.py computes from them, study.py makes them. Runs that differ only in their seed
 belong together; STUDY names the settings that the README's figures and tables are made from, so that a further run
 under res/ never slips into an average.
 """
