@@ -151,11 +151,15 @@ def log_axis(axes: Axes, which: str = "y") -> None:
 
 
 def fit_to_lines(panels: Sequence[Axes], log: bool) -> None:
-    """One vertical range for the panels, around their lines: a wide band mustn't squeeze them. From 0 if not `log`."""
+    """One vertical range for the panels, around their lines: a wide band mustn't squeeze them. From 0 if not `log`.
+
+    Panels without a value that such an axis can show (self-duality is defined at one layer alone) stay as they are.
+    """
     values = np.concatenate([np.asarray(line.get_ydata()) for axes in panels for line in axes.get_lines()])
-    low, high = np.nanmin(values), np.nanmax(values)
-    for axes in panels:
-        axes.set_ylim((low / 1.6, high * 1.6) if log else (0, high * 1.15))
+    values = values[np.isfinite(values) & (values > 0)]
+    if values.size:
+        for axes in panels:
+            axes.set_ylim((values.min() / 1.6, values.max() * 1.6) if log else (0, values.max() * 1.15))
 
 
 def class_handles(heldout: bool) -> list[Line2D]:

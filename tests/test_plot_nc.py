@@ -403,6 +403,16 @@ def test_a_wide_band_is_cut_and_not_the_lines(study):
     assert values.min() / 2 < low < values.min() and values.max() < high < values.max() * 2
 
 
+def test_a_panel_without_a_value_is_left_empty(study, tmp_path):
+    figure = figures.nc_figure(study[:1], "block1")
+    (panel,) = [axes for axes in figure.axes if "NC3" in axes.get_ylabel()]  # defined at the last hidden layer alone
+    assert np.isnan(np.concatenate([line.get_ydata() for line in panel.get_lines()])).all()
+    log = [nc_logs.nc_row(step) for step in (0, 30)]
+    for row, name in itertools.product(log, ("within", "between", "relative_within")):
+        row["meta"][name]["mean"] = [None] * len(nc_logs.LAYERS)
+    figures.traces_figure([[logs.read_run(nc_logs.write_run(tmp_path / "run", log))]])
+
+
 def test_a_log_without_nulls_is_drawn_and_said_to_have_none(tmp_path):
     runs = [logs.read_run(nc_logs.write_run(tmp_path / "run", nc_logs.log(60, null=False)))]
     for draw in (figures.nc_figure, figures.layers_figure):
