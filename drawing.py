@@ -14,9 +14,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+import curves
 import files
 import runs as logs
-from runs import Curve, Run
+from curves import Curve
+from runs import Run
 
 LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's
 WITHIN, BETWEEN, NOISE = "#0072B2", "#D55E00", "#555555"  # blue, vermilion, grey
@@ -34,6 +36,7 @@ STYLE = {
 }
 WIDTH, DPI = 9.0, 200  # inches; 1,800 pixels wide, shown at about 900 in a README
 TRANSDUCTIVE = "features of query sets, batch norm by the query batch's own statistics (transductive)"
+SMOOTH_NOTE = f"training tasks: a point is the mean of the measurements within {curves.WINDOW:.0%} of its step"
 
 DASHED = {"linestyle": (0, (4, 2)), "linewidth": 1.1}
 DOTTED = {"linestyle": (0, (1, 1.6)), "linewidth": 1.8}
@@ -178,9 +181,6 @@ def band_note(groups: Sequence[Sequence[Run]], of_one: str = "1.96 standard erro
         return f"95% band: {of_one}"
     seeds = f"95% band: t interval over {logs.either(counts - {1})} seeds"
     return seeds + (f"; of a single seed, {of_one}" if 1 in counts else "")
-
-
-SMOOTH_NOTE = f"training tasks: a point is the mean of the measurements within {logs.WINDOW:.0%} of its step"
 
 
 def lacking(panels: Sequence[Panel], groups: Sequence[Sequence[Run]]) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple, Sequence
 
 import numpy as np
 
+import curves
 import files
 import runs as logs
 from runs import Run
@@ -37,7 +38,7 @@ def at(run: Run, model: str, metric: str, layer: str, classes: str, step: int) -
     Raises:
         UserError: nothing was measured then.
     """
-    found = logs.series(run, model, metric, layer, classes)
+    found = curves.series(run, model, metric, layer, classes)
     if step not in found.steps:
         raise files.UserError(f"{run.path} has no {classes} measurement at step {step}; train it from the start")
     return float(found.mean[found.steps.tolist().index(step)])
@@ -50,7 +51,7 @@ def first_step(run: Run, classes: str = "train") -> int:
 
 def at_end(run: Run, model: str, metric: str, layer: str, classes: str) -> float:
     """The mean over the measurements of the last tenth of training."""
-    found = logs.series(run, model, metric, layer, classes)
+    found = curves.series(run, model, metric, layer, classes)
     return float(found.mean[found.steps >= end_from(run)].mean())
 
 
@@ -74,7 +75,7 @@ def slope(run: Run, model: str, metric: str, layer: str, from_step: int) -> floa
 
     Nan for fewer than three measurements.
     """
-    found = logs.series(run, model, metric, layer, "train")
+    found = curves.series(run, model, metric, layer, "train")
     used = found.steps >= from_step
     if used.sum() < 3:
         return math.nan
@@ -103,7 +104,7 @@ def from_null(run: Run, model: str, metric: str, layer: str) -> float:
 
 def accuracy(run: Run, model: str, classes: str, step: int) -> float:
     """Share of query samples classified rightly at a measured step, before or after the inner steps of training."""
-    after_each = logs.inner_steps([run], "accuracy", logs.layers_of(run)[-1], classes, step).mean
+    after_each = curves.inner_curve([run], "accuracy", logs.layers_of(run)[-1], classes, step).mean
     return float(after_each[{"meta": 0, "finetuned": -1}[model]])
 
 
@@ -135,7 +136,7 @@ def share_change(run: Run, model: str, suffix: str, layer: str) -> float:
 
 def collapse_and_error(run: Run, layer: str, from_step: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, CDNV of the finetuned model's layer, and the error after the inner steps, on the same held-out tasks."""
-    cdnv = logs.series(run, "finetuned", "cdnv", layer, "heldout")
+    cdnv = curves.series(run, "finetuned", "cdnv", layer, "heldout")
     error = np.array([1 - accuracy(run, "finetuned", "heldout", int(step)) for step in cdnv.steps])
     used = cdnv.steps >= from_step
     return cdnv.steps[used], cdnv.mean[used], error[used]
@@ -165,7 +166,7 @@ def correlation(run: Run, layer: str, from_step: int = 0, detrended: bool = Fals
 def over_seeds(values: Sequence[float]) -> Estimate:
     """Mean over runs and its 95% t interval."""
     values = np.array(values, float)
-    half = float(logs.half_interval(values))
+    half = float(curves.half_interval(values))
     return Estimate(float(values.mean()), float(values.mean()) - half, float(values.mean()) + half)
 
 

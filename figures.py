@@ -3,7 +3,7 @@
 Each function takes runs in groups, the seeds of one setting in a group, and the layer to draw (default: the last
 hidden one). Every quantity is that of query features, task by task (nc_metrics.py says which formula). The band is a
 t interval over seeds; for a single run it is the mean over tasks and 1.96 standard errors to each side. A measurement
-on training tasks has few of them, so the curves of training tasks are smoothed: runs.smoothed says how.
+on training tasks has few of them, so the curves of training tasks are smoothed: curves.smoothed says how.
 """
 
 import itertools
@@ -17,13 +17,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+import curves
 import drawing
 import effects
 import files
 import nc_statistics
 import runs as logs
+from curves import Curve
 from drawing import Panel
-from runs import Curve, Run
+from runs import Run
 
 EARLY_STEPS = 7_500  # the original's first figure: 3 epochs of 2,500 meta-steps
 CHECKPOINTS = (0, 250, 500, 1_500, 6_000, 15_000, 60_000)  # of the figure by layer, as far as a run goes
@@ -66,26 +68,26 @@ def traces_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -> 
         for row, model in enumerate(("meta", "finetuned"), start=2)
     }
 
-    curves = _trace_curves(runs, layer)
-    if not any(np.isfinite(c.mean).any() for (_, _, classes), c in curves.items() if classes == "train"):
+    lines = _trace_curves(runs, layer)
+    if not any(np.isfinite(c.mean).any() for (_, _, classes), c in lines.items() if classes == "train"):
         raise files.UserError(
             f"{runs[0].path}: no finite trace at layer {layer}; traces need two queries a class or more"
         )
-    last = max(int(c.steps[-1]) for c in curves.values())
+    last = max(int(c.steps[-1]) for c in lines.values())
     first_steps = min(EARLY_STEPS, last)
-    wide = _spans_decades([c for (_, metric, _), c in curves.items() if metric in ("within", "between")])
-    noise = logs.noise_share(int(runs[0].settings["n_way"]), int(runs[0].settings["k_qry"]))
+    wide = _spans_decades([c for (_, metric, _), c in lines.items() if metric in ("within", "between")])
+    noise = curves.noise_share(int(runs[0].settings["n_way"]), int(runs[0].settings["k_qry"]))
 
-    _draw_traces(early, curves, "meta", wide, until=first_steps)
+    _draw_traces(early, lines, "meta", wide, until=first_steps)
     drawing.fit_to_lines([early], wide)
     early.set_title(f"Meta model, first {first_steps:,} meta-steps: traces", loc="left")
-    _draw_shares(early_share, curves, "meta", noise, ("within",), until=first_steps)
+    _draw_shares(early_share, lines, "meta", noise, ("within",), until=first_steps)
     early_share.set_title("Meta model, same steps: relative within trace", loc="left")
     for model, (traces, shares) in panels.items():
         name = {"meta": "Meta model", "finetuned": "Finetuned"}[model]
-        _draw_traces(traces, curves, model, wide, until=last)
+        _draw_traces(traces, lines, model, wide, until=last)
         traces.set_title(f"{name}, whole run: traces", loc="left")
-        _draw_shares(shares, curves, model, noise, ("within", "between"), until=last)
+        _draw_shares(shares, lines, model, noise, ("within", "between"), until=last)
         shares.set_title(f"{name}, whole run: relative traces", loc="left")
     # one scale, so that before and after adaptation can be compared
     drawing.fit_to_lines([traces for traces, _ in panels.values()], wide)
@@ -93,7 +95,7 @@ def traces_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -> 
     handles = [
         Line2D([], [], color=drawing.WITHIN, linewidth=2.5, label="within classes"),
         Line2D([], [], color=drawing.BETWEEN, linewidth=2.5, label="between classes"),
-        *drawing.class_handles(any(classes == "heldout" for _, _, classes in curves)),
+        *drawing.class_handles(any(classes == "heldout" for _, _, classes in lines)),
         Line2D([], [], color=drawing.NOISE, linestyle=":", linewidth=1.6, label=f"within, pure noise: {noise:.3f}"),
         drawing.BAND,
     ]
@@ -113,53 +115,53 @@ def captions(runs: Sequence[Run], layer: str) -> tuple[str, str]:
 
 def _trace_curves(runs: Sequence[Run], layer: str) -> dict[tuple[str, str, str], Curve]:
     """The figure's curves by (model, metric, classes); the relative between trace is 1 - the within one."""
-    curves = {}
+    lines = {}
     for classes, model, metric in itertools.product(
         ("train", "heldout"), ("meta", "finetuned"), ("within", "between", "relative_within")
     ):
-        found = logs.curve(runs, model, metric, layer, classes, smooth=classes == "train")
+        found = curves.metric_curve(runs, model, metric, layer, classes, smooth=classes == "train")
         if found is None:
             continue
-        curves[model, metric, classes] = found
+        lines[model, metric, classes] = found
         if metric == "relative_within":
             steps, mean, low, high = found
-            curves[model, "relative_between", classes] = Curve(steps, 1 - mean, 1 - high, 1 - low)
-    if not any(classes == "train" for _, _, classes in curves):
+            lines[model, "relative_between", classes] = Curve(steps, 1 - mean, 1 - high, 1 - low)
+    if not any(classes == "train" for _, _, classes in lines):
         raise files.UserError("the runs have no measured step in common; draw them apart")
-    return curves
+    return lines
 
 
-def _spans_decades(curves: list[Curve]) -> bool:
+def _spans_decades(lines: list[Curve]) -> bool:
     """Whether traces need a logarithmic axis: all positive, the largest over thirty times the smallest."""
-    values = np.concatenate([c.mean[np.isfinite(c.mean)] for c in curves])
+    values = np.concatenate([c.mean[np.isfinite(c.mean)] for c in lines])
     return bool(values.size and values.min() > 0 and values.max() > 30 * values.min())
 
 
-def _draw_traces(axes: Axes, curves: dict, model: str, wide: bool, until: int) -> None:
+def _draw_traces(axes: Axes, lines: dict, model: str, wide: bool, until: int) -> None:
     if wide:
         drawing.log_axis(axes)
     for metric, colour in (("within", drawing.WITHIN), ("between", drawing.BETWEEN)):
-        _draw_both(axes, curves, model, metric, colour, until)
+        _draw_both(axes, lines, model, metric, colour, until)
     axes.set_ylabel("trace" + (", log scale" if wide else "") + "\n(squared feature units)")
     drawing.step_axis(axes, until)
 
 
 def _draw_shares(
-    axes: Axes, curves: dict, model: str, noise: float, parts: Sequence[str], until: int
+    axes: Axes, lines: dict, model: str, noise: float, parts: Sequence[str], until: int
 ) -> None:
     axes.axhline(noise, color=drawing.NOISE, linestyle=":", linewidth=1.6)
     for part in parts:
         colour = drawing.WITHIN if part == "within" else drawing.BETWEEN
-        _draw_both(axes, curves, model, f"relative_{part}", colour, until)
+        _draw_both(axes, lines, model, f"relative_{part}", colour, until)
     axes.set_ylabel("share of total trace")
     axes.set_ylim(0, 1)
     drawing.step_axis(axes, until)
 
 
-def _draw_both(axes: Axes, curves: dict, model: str, metric: str, colour: str, until: int) -> None:
+def _draw_both(axes: Axes, lines: dict, model: str, metric: str, colour: str, until: int) -> None:
     """One quantity up to step `until`, on training tasks and on held-out ones."""
     for classes in ("train", "heldout"):
-        found = curves.get((model, metric, classes))
+        found = lines.get((model, metric, classes))
         if found is not None:
             drawing.draw_curve(axes, Curve(*(part[found.steps <= until] for part in found)), colour, classes)
 
@@ -181,11 +183,11 @@ def nc_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -> Figu
             drawing.log_axis(axes)
         for model, colour in drawing.MODELS.items():
             for classes in ("train", "heldout"):
-                found = logs.curve(runs, model, panel.metric, layer, classes, smooth=classes == "train")
+                found = curves.metric_curve(runs, model, panel.metric, layer, classes, smooth=classes == "train")
                 if found is not None:
                     drawing.draw_curve(axes, found, colour, classes)
             if logs.is_logged(runs, model, f"{panel.metric}_null", most):
-                null = logs.curve(runs, model, f"{panel.metric}_null", layer, most)
+                null = curves.metric_curve(runs, model, f"{panel.metric}_null", layer, most)
                 axes.plot(null.steps, null.mean, color=colour, **drawing.DOTTED)
         drawing.log_step_axis(axes, drawing.last_step(runs))
     for panel in NC_PANELS:
@@ -218,15 +220,15 @@ def layers_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -> 
         if panel.log:
             drawing.log_axis(axes)
         for model, style in drawing.MODEL_STYLES.items():
-            by_layer = [logs.curve(runs, model, panel.metric, name, classes) for name in names]
+            by_layer = [curves.metric_curve(runs, model, panel.metric, name, classes) for name in names]
             for step in _checkpoints(runs, classes):
                 at = by_layer[0].steps.tolist().index(step)
                 mean, low, high = np.array([[c.mean[at], c.low[at], c.high[at]] for c in by_layer]).T
                 axes.plot(names, mean, color=colours[step], **style)
                 axes.fill_between(names, low, high, color=colours[step], alpha=0.15, linewidth=0)
         if logs.is_logged(runs, "finetuned", f"{panel.metric}_null", classes):
-            null = [logs.curve(runs, "finetuned", f"{panel.metric}_null", name, classes).mean[-1] for name in names]
-            axes.plot(names, null, color=drawing.NOISE, **drawing.DOTTED)
+            nulls = [curves.metric_curve(runs, "finetuned", f"{panel.metric}_null", name, classes) for name in names]
+            axes.plot(names, [null.mean[-1] for null in nulls], color=drawing.NOISE, **drawing.DOTTED)
         if not panel.log:
             axes.set_ylim(0, 1)
         axes.tick_params(axis="x", rotation=35)
@@ -290,7 +292,7 @@ def inner_steps_figure(groups: Sequence[Sequence[Run]], layer: str | None = None
         for moment, step in _moments(runs, classes).items():
             lines = {"traces": ("within", "between"), "logits": ("relative_within",)}.get(panel.metric, (panel.metric,))
             for quantity in lines:
-                steps, mean, low, high = logs.inner_steps(runs, quantity, place, classes, step)
+                steps, mean, low, high = curves.inner_curve(runs, quantity, place, classes, step)
                 colour = {"within": drawing.WITHIN, "between": drawing.BETWEEN}.get(quantity, "#222222")
                 axes.plot(steps, mean, color=colour, marker="o", markersize=3, **drawing.MOMENTS[moment])
                 axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -396,10 +398,10 @@ def original_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -
     for axes, panel, runs in cells:
         _measured_together(runs, "train")
         for suffix, (colour, _) in kinds.items():
-            found = logs.share_curve(runs, panel.metric, suffix, logs.layers_of(runs[0])[-1])
+            found = curves.share_curve(runs, panel.metric, suffix, logs.layers_of(runs[0])[-1])
             drawing.draw_curve(axes, found, colour, "train")
         settings = runs[0].settings
-        noise = logs.noise_share(settings["n_way"], settings["k_qry"])
+        noise = curves.noise_share(settings["n_way"], settings["k_qry"])
         axes.axhline(noise, color=drawing.NOISE, linestyle=":", linewidth=1.6)
         axes.set_ylim(0, 1)
         drawing.log_step_axis(axes, drawing.last_step(runs))
@@ -429,7 +431,7 @@ def accuracy_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -
     axes = figure.subplots()
     handles, counts = [], set()
     for runs, colour in zip(groups, itertools.cycle(drawing.LINES)):
-        steps, mean, low, high = (100 * part if i else part for i, part in enumerate(logs.validation(runs)))
+        steps, mean, low, high = (100 * part if i else part for i, part in enumerate(curves.validation_curve(runs)))
         axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.plot(steps, mean, color=colour, marker="o" if len(steps) < 40 else None, markersize=3.5, linewidth=1.6)
         label = f"{drawing.setting_words(runs)}; {runs[0].settings.get('task_num', '?')} tasks a meta-step"

@@ -1,21 +1,18 @@
-"""Reads what the training scripts left: logs, settings, results; and turns their rows into curves over meta-steps.
+"""Reads what the training scripts left: logs, settings, results.
 
-figures.py draws them, effects.py computes from them, study.py makes them. Runs that differ only in their seed
-belong together; STUDY names the settings that the README's figures and tables are made from, so that a further run
-under res/ never slips into an average.
+curves.py and effects.py compute from them, figures.py draws them, study.py makes them. Runs that differ only in their
+seed belong together; STUDY names the settings that the README's figures and tables are made from, so that a further
+run under res/ never slips into an average.
 """
 
 import gzip
 import json
-import math
 import os
 import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Sequence
-
-import numpy as np
+from typing import Any, Iterable, NamedTuple, Sequence
 
 import files
 
@@ -24,11 +21,6 @@ HERE = Path(__file__).resolve().parent
 # Settings that leave the measured numbers' meaning alone: runs that differ in these are seeds of one setting.
 NOT_COMPARED = {"seed", "out", "root", "cache", "device", "task_chunk", "cuda_graph", "print_every", "test_tasks",
                 "resume", "save_every", "from_args", "test", "deterministic"}  # fmt: skip
-
-WINDOW = 0.1  # of a step: smoothed, a curve takes in the measurements from 0.9 to 1.1 times it
-
-# 97.5% points of Student's t for 1..10 degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 class Setting(NamedTuple):
@@ -60,15 +52,6 @@ class Run:
     settings: dict
     data: dict
     rows: list[dict]
-
-
-class Curve(NamedTuple):
-    """A quantity against meta-steps: steps, mean and its 95% band's edges, each [S]; nan where missing."""
-
-    steps: np.ndarray
-    mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
 
 
 # ---- reading
@@ -238,7 +221,7 @@ def describe(run: Run, data: bool = False) -> str:
     return (f"{run.data['name']}, " if data else "") + ", ".join(words)
 
 
-# ---- from rows to curves
+# ---- measured rows
 
 
 def measurements(run: Run, classes: str) -> dict[int, dict]:
@@ -249,6 +232,16 @@ def measurements(run: Run, classes: str) -> dict[int, dict]:
 def validations(run: Run) -> dict[int, dict]:
     """The same of its validations."""
     return _by_step(run, "validation", kind="val")
+
+
+def common_steps(runs: Sequence[Run], classes: str) -> list[int]:
+    """The meta-steps at which all of the runs have a measurement, in order."""
+    return in_all(measurements(run, classes) for run in runs)
+
+
+def in_all(many: Iterable[Iterable[int]]) -> list[int]:
+    """The steps that stand in every one of them, in order."""
+    return sorted(set.intersection(*map(set, many)))
 
 
 def _by_step(run: Run, what: str, **wanted: str) -> dict[int, dict]:
@@ -301,19 +294,22 @@ def task_counts(runs: Sequence[Run], classes: str) -> set[int]:
     Raises:
         UserError: a measurement doesn't say.
     """
-    return _task_counts(runs, "measurement", [row for run in runs for row in measurements(run, classes).values()])
+    return _task_counts("measurement", {run.path: measurements(run, classes) for run in runs})
 
 
 def validation_task_counts(runs: Sequence[Run]) -> set[int]:
     """The same of their validations."""
-    return _task_counts(runs, "validation", [row for run in runs for row in validations(run).values()])
+    return _task_counts("validation", {run.path: validations(run) for run in runs})
 
 
-def _task_counts(runs: Sequence[Run], what: str, rows: Sequence[dict]) -> set[int]:
-    try:
-        return {_count(row["tasks"]) for row in rows}
-    except (KeyError, TypeError, ValueError) as error:
-        raise files.UserError(f"{runs[0].path}: a {what} doesn't say of how many tasks; it is broken") from error
+def _task_counts(what: str, found: dict[Path, dict[int, dict]]) -> set[int]:
+    counts = set()
+    for path, rows in found.items():
+        try:
+            counts |= {_count(row["tasks"]) for row in rows.values()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise files.UserError(f"{path}: a {what} doesn't say of how many tasks; it is broken") from error
+    return counts
 
 
 def is_logged(runs: Sequence[Run], model: str, metric: str, classes: str = "train") -> bool:
@@ -322,199 +318,11 @@ def is_logged(runs: Sequence[Run], model: str, metric: str, classes: str = "trai
     return bool(rows) and all(metric in row.get(model, {}) for row in rows)
 
 
-def series(run: Run, model: str, metric: str, layer: str, classes: str) -> Curve:
-    """`metric` of one run against meta-steps: mean over a measurement's tasks and 1.96 standard errors to each side.
-
-    `model` is "meta" or "finetuned". Without measurements on such classes the arrays are empty.
-
-    Raises:
-        UserError: a measurement lacks the metric or the layer.
-    """
-    steps, mean, error = [], [], []
-    for step, row in sorted(measurements(run, classes).items()):
-        try:
-            index = _index(row, layer)
-            mean.append(_number(row[model][metric]["mean"][index]))
-            error.append(_number(row[model][metric]["se"][index]))
-        except (KeyError, IndexError, TypeError, ValueError) as failure:
-            raise files.UserError(
-                f"{run.path}: the {classes} measurement at step {step} lacks {model} {metric} of {layer}; "
-                f"its log is broken"
-            ) from failure
-        steps.append(step)
-    return _over_tasks(np.array(steps, int), np.array(mean), np.array(error))
-
-
-def curve(runs: Sequence[Run], model: str, metric: str, layer: str, classes: str = "train",
-          smooth: bool = False) -> Curve | None:
-    """`metric` of several seeds against meta-steps; None if they have no measured step in common.
-
-    Several runs: mean over runs at the steps that all of them have, with its t interval. One run: `series`.
-
-    Args:
-        smooth: take of each run the mean of the measurements around a step (`smoothed`) before it is averaged.
-    Raises:
-        UserError: a measurement lacks the metric or the layer.
-    """
-    found = [series(run, model, metric, layer, classes) for run in runs]
-    return _together([smoothed(one) for one in found] if smooth else found)
-
-
-def share_curve(runs: Sequence[Run], model: str, suffix: str, layer: str) -> Curve | None:
-    """within / (within + between) of the mean traces on training tasks, smoothed; without a band for a single run.
-
-    With the suffix "_original" of what the original took for the traces (nc_metrics.original_traces), with "" of the
-    right ones.
-
-    Raises:
-        UserError: a measurement lacks them.
-    """
-    found = []
-    for run in runs:
-        within, between = (series(run, model, name + suffix, layer, "train") for name in ("within", "between"))
-        with np.errstate(divide="ignore", invalid="ignore"):  # no spread at all: nan
-            share = within.mean / (within.mean + between.mean)
-        found.append(smoothed(_over_tasks(within.steps, share, np.full_like(share, np.nan))))
-    return _together(found)
-
-
-def _together(found: Sequence[Curve]) -> Curve | None:
-    """Curves of several seeds as one, at the steps that all have; None if there is none. A single one as it is."""
-    steps = sorted(set.intersection(*(set(one.steps.tolist()) for one in found)))
-    if not steps:
-        return None
-    if len(found) == 1:
-        return found[0]
-    return _over_seeds(np.array(steps), np.array([one.mean[np.isin(one.steps, steps)] for one in found]))  # [R, S]
-
-
-def smoothed(found: Curve) -> Curve:
-    """Each point the mean of the measurements within WINDOW of its step; its error, that of independent ones.
-
-    Measurements on training tasks are independent, each of tasks of its own. A missing value stays missing.
-    """
-    known = np.isfinite(found.mean)
-    near = (np.abs(found.steps[:, None] - found.steps) <= WINDOW * found.steps[:, None]) & known  # [S, S]
-    counts = np.where(known, near.sum(1), np.nan)
-    mean = near @ np.where(known, found.mean, 0) / counts
-    half = np.sqrt(near @ np.where(known, (found.high - found.mean) ** 2, 0)) / counts
-    return Curve(found.steps, mean, mean - half, mean + half)
-
-
-def inner_steps(runs: Sequence[Run], quantity: str, layer: str, classes: str, step: int) -> Curve:
-    """A quantity after 0..K inner steps, measured at meta-step `step`; the curve's steps are the inner ones.
-
-    `quantity` is "within", "between", "relative_within" (of the mean traces; without a band for a single run) or
-    "accuracy" (of the whole network, whatever the layer).
-
-    Raises:
-        UserError: the measurement lacks it.
-    """
-    means, errors = [], []
-    for run in runs:
-        try:
-            row = measurements(run, classes)[step]
-            if quantity == "relative_within":
-                within, between = (_after_each(row, name, "mean", layer) for name in ("within", "between"))
-                means.append(within / (within + between))
-                errors.append(np.full_like(within, np.nan))
-            else:
-                means.append(_after_each(row, quantity, "mean", layer))
-                errors.append(_after_each(row, quantity, "se", layer))
-        except (KeyError, IndexError, TypeError, ValueError) as failure:
-            raise files.UserError(
-                f"{run.path}: the {classes} measurement at step {step} lacks {quantity} after each inner step; "
-                f"its log is broken"
-            ) from failure
-    steps = np.arange(len(means[0]))
-    return _over_tasks(steps, means[0], errors[0]) if len(runs) == 1 else _over_seeds(steps, np.array(means))
-
-
-def _index(row: dict, layer: str) -> int:
-    """The layer's place in a measurement's lists."""
-    return list(row["layers"]).index(layer)
-
-
-def _after_each(row: dict, quantity: str, part: str, layer: str) -> np.ndarray:
-    """Mean or standard error after 0..K inner steps, [K+1]; accuracy has no layers."""
-    values, index = row["inner"][quantity][part], _index(row, layer)
-    return np.array([_number(value if quantity == "accuracy" else value[index]) for value in values])
-
-
-def validation(runs: Sequence[Run]) -> Curve:
-    """Held-out accuracy after the last inner step against meta-steps, at the steps that all runs have.
-
-    Several runs: mean over runs with its t interval. One run: the 95% interval over its tasks.
-
-    Raises:
-        UserError: a run was never validated, the runs have no validation at the same step, or one lacks its accuracy.
-    """
-    rows = [validations(run) for run in runs]
-    for run, found in zip(runs, rows):
-        if not found:
-            raise files.UserError(f"{run.path} holds no validation accuracy; let it run to its first validation")
-    steps = sorted(set.intersection(*(set(found) for found in rows)))
-    if not steps:
-        raise files.UserError(f"{runs[0].path} and its other seeds have no validation in common; draw them apart")
-    try:
-        mean, half = (np.array([[_number(found[step][key][-1]) for step in steps] for found in rows])
-                      for key in ("acc", "ci95"))  # fmt: skip
-    except (KeyError, IndexError, TypeError, ValueError) as failure:
-        raise files.UserError(f"{runs[0].path}: a validation lacks its accuracy; its log is broken") from failure
-    if len(runs) > 1:
-        return _over_seeds(np.array(steps), mean)
-    return Curve(np.array(steps), mean[0], mean[0] - half[0], mean[0] + half[0])
-
-
-def common_steps(runs: Sequence[Run], classes: str) -> list[int]:
-    """The meta-steps at which all of the runs have a measurement, in order."""
-    return sorted(set.intersection(*(set(measurements(run, classes)) for run in runs)))
-
-
 def nearest(steps: Sequence[int], wanted: int) -> int:
     """The step nearest to the wanted one; of two as near, the earlier."""
     return min(steps, key=lambda step: (abs(step - wanted), step))
 
 
-def student_t(freedom: int) -> float:
-    """97.5% point of Student's t distribution, to 0.001; Cornish and Fisher's expansion beyond the table."""
-    if freedom <= len(_T):
-        return _T[freedom - 1]
-    z = 1.959964
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
-
-
-def half_interval(values: np.ndarray) -> np.ndarray:
-    """Half of the 95% t interval of the mean over the first axis: [R, ...] -> [...]; nan for a single run."""
-    n_runs = len(values)
-    if n_runs < 2:
-        return np.full(np.shape(values)[1:], np.nan)
-    return student_t(n_runs - 1) * np.std(values, axis=0, ddof=1) / math.sqrt(n_runs)
-
-
 def either(values: set) -> str:
     """What all agree on; else all of it, joined by "or"."""
     return " or ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in sorted(values))
-
-
-def noise_share(n_way: int, k_qry: int) -> float:
-    """Relative within trace of pure noise: (n-1)/(n-1 + (C-1)/C), n queries in each of C classes."""
-    return (k_qry - 1) / (k_qry - 1 + (n_way - 1) / n_way)
-
-
-def _over_tasks(steps: np.ndarray, mean: np.ndarray, error: np.ndarray) -> Curve:
-    return Curve(steps, mean, mean - 1.96 * error, mean + 1.96 * error)
-
-
-def _over_seeds(steps: np.ndarray, values: np.ndarray) -> Curve:
-    mean, half = values.mean(0), half_interval(values)
-    return Curve(steps, mean, mean - half, mean + half)
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
