@@ -1,7 +1,7 @@
 """How long a meta-step takes: this project, and the ways in which people write MAML in PyTorch.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/speed.py                          # three cases, a table and benchmarks/speed.png
+    python benchmarks/speed.py                          # four cases, a table and benchmarks/speed.png
     python benchmarks/speed.py --only omniglot-5w1s --repeats 15 --json speed.json
     python benchmarks/speed.py --scaling                # also: how the time grows with tasks, inner steps, ways
 
@@ -89,6 +89,7 @@ _OMNIGLOT = omniglot_train.layers, 1, 28, 0.4
 _MINIIMAGENET = miniimagenet_train.layers, 3, 84, 0.01
 CASES = {case.name: case for case in (
     Case("omniglot-5w1s", *_OMNIGLOT, n_way=5, k_spt=1, tasks=32),
+    Case("omniglot-5w5s", *_OMNIGLOT, n_way=5, k_spt=5, tasks=32),
     Case("omniglot-20w1s", *_OMNIGLOT, n_way=20, k_spt=1, tasks=16),
     Case("miniimagenet-5w5s", *_MINIIMAGENET, n_way=5, k_spt=5, tasks=4),
 )}
