@@ -142,22 +142,51 @@ def collapse_and_error(run: Run, layer: str, from_step: int = 0) -> tuple[np.nda
     return cdnv.steps[used], cdnv.mean[used], error[used]
 
 
-def correlation(run: Run, layer: str, from_step: int = 0, detrended: bool = False) -> float:
-    """Pearson's correlation of log CDNV with log held-out error over a run's checkpoints; nan for fewer than three.
+def beside_trend(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """What is left of the values beside their straight line (least squares) in log step: [S] and [S] -> [S]."""
+    x = np.log(steps) - np.log(steps).mean()
+    return values - values.mean() - x * (x @ values) / (x @ x)
 
-    Both fall while a network trains, so that they correlate whether or not one has to do with the other. `detrended`
-    leaves that out: it correlates what remains of each beside its own straight line in log step, from `from_step` > 0
-    on; nan for fewer than four checkpoints.
+
+def correlation(run: Run, layer: str, from_step: int = 0, detrended: bool = False, of_ranks: bool = False) -> float:
+    """Correlation of log CDNV with log held-out error over a run's checkpoints; nan for fewer than three.
+
+    Both fall while a network trains, so that they correlate whether or not one has to do with the other.
+
+    Args:
+        detrended: leave that out: correlate what remains of each beside its trend (`beside_trend`), from
+            `from_step` > 0 on; nan for fewer than four checkpoints.
+        of_ranks: Spearman's correlation instead of Pearson's: a few checkpoints far off weigh no more than others.
     """
     steps, cdnv, error = collapse_and_error(run, layer, from_step)
-    if len(steps) < 3 + detrended:
+    if len(steps) < 3 + detrended or not error.all():  # an error of 0 has no logarithm
         return math.nan
-    with np.errstate(divide="ignore", invalid="ignore"):  # an error of 0 has no logarithm: nan
-        pair = np.log(cdnv), np.log(error)
-        if detrended:
-            x = np.log(steps) - np.log(steps).mean()
-            pair = (y - y.mean() - x * (x @ y) / (x @ x) for y in pair)
+    pair = [np.log(cdnv), np.log(error)]
+    if detrended:
+        pair = [beside_trend(steps, values) for values in pair]
+    if of_ranks:
+        pair = [_ranks(values) for values in pair]
+    with np.errstate(divide="ignore", invalid="ignore"):  # no spread: nan
         return float(np.corrcoef(*pair)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0, equal values sharing their mean: [S] -> [S]."""
+    return ((values < values[:, None]).sum(1) + (values <= values[:, None]).sum(1) - 1) / 2
+
+
+def error_spread(run: Run, layer: str, from_step: int) -> float:
+    """Standard deviation of log held-out error beside its trend: 0.1 is a tenth of the error. Nan as `correlation`."""
+    steps, _, error = collapse_and_error(run, layer, from_step)
+    if len(steps) < 4 or not error.all():
+        return math.nan
+    return float(np.sqrt((beside_trend(steps, np.log(error)) ** 2).sum() / (len(steps) - 2)))
+
+
+def largest_fall(run: Run, layer: str, from_step: int) -> float:
+    """The largest fall of held-out accuracy, a share, from one checkpoint to the next; nan for a single checkpoint."""
+    _, _, error = collapse_and_error(run, layer, from_step)
+    return float(np.diff(error).max()) if len(error) > 1 else math.nan
 
 
 # ---- over seeds

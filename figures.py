@@ -360,7 +360,9 @@ def collapse_figure(groups: Sequence[Sequence[Run]], layer: str | None = None) -
         by_setting.set(xticks=[], yticks=[], xlabel="no checkpoint that late")
     else:
         for axis in (by_setting.xaxis, by_setting.yaxis):
-            axis.set_major_locator(MaxNLocator(4))  # within a decade
+            low, high = axis.get_view_interval()
+            if high < 5 * low:  # too narrow for ticks at 1, 2 and 5
+                axis.set_major_locator(MaxNLocator(4))
     by_setting.set_title(f"from step {late:,}, by setting (zoomed)", loc="left")
     ticks = [*(step for step in CHECKPOINTS if step < 0.8 * colours.vmax), colours.vmax]
     bar = figure.colorbar(drawn, ax=[by_step, by_setting], location="bottom", aspect=60, pad=0.02, ticks=ticks)

@@ -130,13 +130,22 @@ def difference_rows(metric: str) -> list[Row]:
 def correlation_rows() -> list[Row]:
     """CDNV of the finetuned model against held-out error: all checkpoints, the late ones, and these without a trend."""
 
-    def row(name: str, first: int, detrended: bool = False) -> Row:
+    def row(name: str, first: int, **how: bool) -> Row:
         return name, lambda runs, layer: written(effects.correlations_over_seeds(
-            [effects.correlation(run, layer, first, detrended) for run in runs]))
+            [effects.correlation(run, layer, first, **how) for run in runs]))
 
     late = f"from step {effects.LATE:,}"
-    return [row("all checkpoints", 0), row(late, effects.LATE),
-            row(f"{late}, beside their trend in log step", effects.LATE, detrended=True)]  # fmt: skip
+    beside = f"{late}, beside their trend in log step"
+    return [
+        row("all checkpoints", 0),
+        row(late, effects.LATE),
+        row(beside, effects.LATE, detrended=True),
+        row(f"{beside}, of ranks", effects.LATE, detrended=True, of_ranks=True),
+        (f"standard deviation of log error beside its trend, {late}",
+         lambda runs, layer: estimate(runs, lambda run: effects.error_spread(run, layer, effects.LATE))),
+        (f"largest fall of held-out accuracy from one checkpoint to the next, {late}, points",
+         lambda runs, layer: estimate(runs, lambda run: 100 * effects.largest_fall(run, layer, effects.LATE))),
+    ]  # fmt: skip
 
 
 def original_rows(step: str) -> list[Row]:
@@ -284,8 +293,9 @@ def notes(study: Sequence[Sequence[Run]]) -> str:
         f"{tasks['heldout']} held-out tasks, features of their query sets, normalised by the query batch's own "
         "statistics. Query accuracy: meta before, finetuned after the inner steps of training. Held-out error: after "
         "the inner steps of training, on the same tasks as CDNV. Correlations are over the checkpoints of a run. Both "
-        "quantities follow training, so the last row correlates what is left of each beside its own straight line in "
-        "log step: it says whether a checkpoint that is more collapsed than its neighbours is more accurate too."
+        "quantities follow training, so the rows beside the trend correlate what is left of each beside its own "
+        "straight line in log step: they say whether a checkpoint that is more collapsed than its neighbours is more "
+        "accurate too. By ranks a few checkpoints far off weigh no more than the others."
     )
 
 

@@ -96,14 +96,22 @@ def slope(folder: Path, model: str, first: int) -> float:
     return np.polyfit(np.log10(steps), values, 1)[0]
 
 
-def z_of_correlation(folder: Path, first: int, detrended: bool) -> float:
+def late_pair(folder: Path, first: int, detrended: bool) -> tuple[list[float], list[float]]:
+    """Log CDNV and log held-out error of the checkpoints from `first` on, or what a fitted line leaves of them."""
     rows = [row for row in rows_of(folder, "nc", "heldout") if row["step"] >= first]
     cdnv = [math.log(row["finetuned"]["cdnv"]["mean"][-2]) for row in rows]
     error = [math.log(1 - row["inner"]["accuracy"]["mean"][-1]) for row in rows]
     if detrended:
         x = np.log10([row["step"] for row in rows])
         cdnv, error = (list(y - np.polyval(np.polyfit(x, y, 1), x)) for y in (cdnv, error))
-    return math.atanh(statistics.correlation(cdnv, error))
+    return cdnv, error
+
+
+def z_of_correlation(folder: Path, first: int, detrended: bool, of_ranks: bool) -> float:
+    pair = late_pair(folder, first, detrended)
+    if of_ranks:  # of these numbers no two are equal
+        pair = [[sorted(values).index(value) for value in values] for values in pair]
+    return math.atanh(statistics.correlation(*pair))
 
 
 def over(values: list[float]) -> tuple[float, float]:
@@ -205,13 +213,26 @@ def check_claims(folder: Path, text: str) -> None:
             nulls_at_end = [end(path, "finetuned", "cdnv_null", -2, "heldout") for path in paths]
             agrees(nothing, *over([a - b for a, b in zip(ends, nulls_at_end)]))
         late = f"from step {effects.LATE:,}"
-        for label, first, detrended in (("all checkpoints", 0, False), (late, effects.LATE, False),
-                                        (f"{late}, beside their trend in log step", effects.LATE, True)):  # fmt: skip
+        beside = f"{late}, beside their trend in log step"
+        for label, *how in (
+            ("all checkpoints", 0, False, False),
+            (late, effects.LATE, False, False),
+            (beside, effects.LATE, True, False),
+            (f"{beside}, of ranks", effects.LATE, True, True),
+        ):
             row = table[together, label][column]
             if row != "undefined":
-                mean, half = over([z_of_correlation(path, first, detrended) for path in paths])
+                mean, half = over([z_of_correlation(path, *how) for path in paths])
                 edges = [] if math.isnan(half) else [mean - half, mean + half]
                 assert parse(row) == pytest.approx([math.tanh(z) for z in (mean, *edges)], abs=0.006)
+        row = table[together, f"standard deviation of log error beside its trend, {late}"][column]
+        if row != "undefined":
+            left = [late_pair(path, effects.LATE, True)[1] for path in paths]
+            agrees(row, *over([math.hypot(*errors) / math.sqrt(len(errors) - 2) for errors in left]))
+            errors = [[math.exp(e) for e in late_pair(path, effects.LATE, False)[1]] for path in paths]
+            falls = [100 * max(b - a for a, b in itertools.pairwise(one)) for one in errors]
+            label = f"largest fall of held-out accuracy from one checkpoint to the next, {late}, points"
+            agrees(table[together, label][column], *over(falls))
 
 
 # ---- the committed numbers
@@ -366,6 +387,42 @@ def test_a_correlation_that_is_nothing_but_the_trend_of_both(tmp_path):
     assert effects.correlation(run, "block4", 500, detrended=True) == pytest.approx(-1)
     assert math.isfinite(effects.correlation(run, "block4", 2_500))
     assert math.isnan(effects.correlation(run, "block4", 2_500, detrended=True)), "a line fits two of three points"
+
+
+def run_of(folder: Path, points: dict[int, tuple[float, float]]) -> logs.Run:
+    """A run of which each step's CDNV and held-out error at the last hidden layer are given."""
+
+    def value(model: str, metric: str, layer: int, step: int, classes: str) -> float:
+        if metric in ("cdnv", "ncc_accuracy"):
+            cdnv, error = points[step]
+            return cdnv if metric == "cdnv" else (1 - error) / 0.98
+        return nc_logs.usual(model, metric, layer, step, classes)
+
+    rows = [nc_logs.nc_row(step, classes, value=value) for step in points for classes in ("train", "heldout")]
+    return logs.read_run(nc_logs.write_run(folder, rows))
+
+
+def test_ranks_don_t_follow_one_checkpoint_far_off(tmp_path):
+    run = run_of(tmp_path / "run", {1_000: (0.2, 0.04), 2_000: (0.21, 0.03), 3_000: (0.22, 0.02), 4_000: (9, 0.9)})
+    assert effects.correlation(run, "block4") > 0.95
+    assert effects.correlation(run, "block4", of_ranks=True) == pytest.approx(0.2)  # ranks 0 1 2 3 and 2 1 0 3
+    tied = run_of(tmp_path / "tied", {1_000: (0.2, 0.02), 2_000: (0.3, 0.03), 3_000: (0.4, 0.03)})
+    assert effects.correlation(tied, "block4", of_ranks=True) == pytest.approx(0.75**0.5)  # 0 1 2 and 0 1.5 1.5
+    perfect = run_of(tmp_path / "perfect", {1_000: (0.2, 0.0), 2_000: (0.3, 0.1), 3_000: (0.4, 0.2)})
+    assert math.isnan(effects.correlation(perfect, "block4", of_ranks=True)), "no error, no logarithm"
+
+
+def test_spread_beside_the_trend_and_the_largest_fall(tmp_path):
+    points = {100: (0.5, 0.3), 1_000: (0.5, 0.05), 2_000: (0.5, 0.06), 4_000: (0.5, 0.01)}
+    run = run_of(tmp_path / "run", points)
+    _, (squares,), *_ = np.polyfit(np.log(list(points)), np.log([error for _, error in points.values()]), 1, full=True)
+    assert effects.error_spread(run, "block4", 0) == pytest.approx(math.sqrt(squares / 2))
+    assert math.isnan(effects.error_spread(run, "block4", 200)), "three checkpoints"
+    errors = {0: 0.5, 250: 0.1, 500: 0.14, 750: 0.12, 1_000: 0.13}
+    falling = run_of(tmp_path / "falling", {step: (1, error) for step, error in errors.items()})
+    assert effects.largest_fall(falling, "block4", 0) == pytest.approx(0.04)
+    assert effects.largest_fall(falling, "block4", 500) == pytest.approx(0.01)
+    assert math.isnan(effects.largest_fall(falling, "block4", 1_000))
 
 
 @pytest.mark.parametrize(
