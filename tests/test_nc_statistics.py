@@ -406,8 +406,9 @@ def test_ranks_don_t_follow_one_checkpoint_far_off(tmp_path):
     run = run_of(tmp_path / "run", {1_000: (0.2, 0.04), 2_000: (0.21, 0.03), 3_000: (0.22, 0.02), 4_000: (9, 0.9)})
     assert effects.correlation(run, "block4") > 0.95
     assert effects.correlation(run, "block4", of_ranks=True) == pytest.approx(0.2)  # ranks 0 1 2 3 and 2 1 0 3
-    tied = run_of(tmp_path / "tied", {1_000: (0.2, 0.02), 2_000: (0.3, 0.03), 3_000: (0.4, 0.03)})
-    assert effects.correlation(tied, "block4", of_ranks=True) == pytest.approx(0.75**0.5)  # 0 1 2 and 0 1.5 1.5
+    points = {1_000: (0.2, 0.02), 2_000: (0.3, 0.03), 3_000: (0.4, 0.03), 4_000: (0.5, 0.04)}
+    tied = run_of(tmp_path / "tied", points)
+    assert effects.correlation(tied, "block4", of_ranks=True) == pytest.approx(0.9**0.5)  # 0 1 2 3 and 0 1.5 1.5 3
     perfect = run_of(tmp_path / "perfect", {1_000: (0.2, 0.0), 2_000: (0.3, 0.1), 3_000: (0.4, 0.2)})
     assert math.isnan(effects.correlation(perfect, "block4", of_ranks=True)), "no error, no logarithm"
 
