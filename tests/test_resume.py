@@ -486,7 +486,8 @@ def test_out_of_memory_names_the_flag(stopped, tmp_path):
     good = (stopped / "checkpoint.pt").read_bytes()
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     with limit(resource.RLIMIT_AS, used + 2**28):
-        said = refused(*TINY, "--task_num", "400", "--k_spt", "2", "--k_qry", "2", "--n_way", "3", "--out", str(tmp_path / "big"))
+        large = ["--task_num", "50", "--n_way", "3", "--k_spt", "2", "--update_step", "50"]
+        said = refused(*TINY, *large, "--out", str(tmp_path / "big"))
     assert said == ("out of memory; lower --task_chunk (now as fits the device) to hold fewer tasks at once, "
                     "or take another --device than cpu")
     assert (stopped / "checkpoint.pt").read_bytes() == good
