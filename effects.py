@@ -79,9 +79,7 @@ def slope(run: Run, model: str, metric: str, layer: str, from_step: int) -> floa
     used = found.steps >= from_step
     if used.sum() < 3:
         return math.nan
-    x, y = np.log10(found.steps[used]), found.mean[used]
-    x = x - x.mean()
-    return float((x * y).sum() / (x * x).sum())
+    return float(_per_tenfold(found.steps[used], found.mean[used]))
 
 
 def models_apart(run: Run, metric: str, layer: str, classes: str) -> float:
@@ -144,8 +142,14 @@ def collapse_and_error(run: Run, layer: str, from_step: int = 0) -> tuple[np.nda
 
 def beside_trend(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     """What is left of the values beside their straight line (least squares) in log step: [S] and [S] -> [S]."""
-    x = np.log(steps) - np.log(steps).mean()
-    return values - values.mean() - x * (x @ values) / (x @ x)
+    x = np.log10(steps)
+    return values - values.mean() - (x - x.mean()) * _per_tenfold(steps, values)
+
+
+def _per_tenfold(steps: np.ndarray, values: np.ndarray) -> float:
+    """The slope of that line, per tenfold of steps."""
+    x = np.log10(steps) - np.log10(steps).mean()
+    return (x @ values) / (x @ x)
 
 
 def correlation(run: Run, layer: str, from_step: int = 0, detrended: bool = False, of_ranks: bool = False) -> float:
@@ -158,16 +162,18 @@ def correlation(run: Run, layer: str, from_step: int = 0, detrended: bool = Fals
             `from_step` > 0 on; nan for fewer than four checkpoints.
         of_ranks: Spearman's correlation instead of Pearson's: a few checkpoints far off weigh no more than others.
     """
-    steps, cdnv, error = collapse_and_error(run, layer, from_step)
-    if len(steps) < 3 + detrended or not error.all():  # an error of 0 has no logarithm
+    steps, *pair = collapse_and_error(run, layer, from_step)
+    if len(steps) < 3 + detrended:
         return math.nan
-    pair = [np.log(cdnv), np.log(error)]
-    if detrended:
-        pair = [beside_trend(steps, values) for values in pair]
-    if of_ranks:
-        pair = [_ranks(values) for values in pair]
-    with np.errstate(divide="ignore", invalid="ignore"):  # no spread: nan
-        return float(np.corrcoef(*pair)[0, 1])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        pair = np.log(pair)
+        if not np.isfinite(pair).all():  # 0 has no logarithm, and a missing value no rank
+            return math.nan
+        if detrended:
+            pair = [beside_trend(steps, values) for values in pair]
+        if of_ranks:
+            pair = [_ranks(values) for values in pair]
+        return float(np.corrcoef(*pair)[0, 1])  # no spread: nan
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -44,7 +44,7 @@ def keep_memory() -> None:
     """Let glibc keep large blocks instead of returning them to the system and faulting them in again.
 
     The inner loop allocates and frees the same megabytes thousands of times. What it saves are page faults: it helps
-    code that allocates more (benchmarks/speed.py shows vmap 1.5 times as fast); a whole step here is about the same.
+    code that allocates more (benchmarks/speed.py: vmap, 1.4 to 3.3 times as fast); a whole step here is about the same.
     """
     if platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         libc = ctypes.CDLL(None)

@@ -411,6 +411,9 @@ def test_ranks_don_t_follow_one_checkpoint_far_off(tmp_path):
     assert effects.correlation(tied, "block4", of_ranks=True) == pytest.approx(0.9**0.5)  # 0 1 2 3 and 0 1.5 1.5 3
     perfect = run_of(tmp_path / "perfect", {1_000: (0.2, 0.0), 2_000: (0.3, 0.1), 3_000: (0.4, 0.2)})
     assert math.isnan(effects.correlation(perfect, "block4", of_ranks=True)), "no error, no logarithm"
+    for cdnv in (0.0, math.nan):
+        odd = run_of(tmp_path / str(cdnv), {1_000: (cdnv, 0.02), 2_000: (0.3, 0.1), 3_000: (0.4, 0.2)})
+        assert math.isnan(effects.correlation(odd, "block4", of_ranks=True))
 
 
 def test_spread_beside_the_trend_and_the_largest_fall(tmp_path):
