@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import distributed
+import device as devices
 import record
 from files import UserError, atomic, contents
 from meta import Meta
@@ -31,7 +31,7 @@ KINDS = {"step": int, "updates": int, "weights": dict, "adam": dict, "generator"
 
 def write(path: Path, value: dict) -> None:
     """Save `value` as torch.save does, whole or not at all; of several processes the first does."""
-    if distributed.rank() > 0:
+    if devices.rank() > 0:
         return
     buffer = io.BytesIO()  # torch.save into a file can't report a full disk
     torch.save(value, buffer)

@@ -15,7 +15,7 @@ from typing import Iterator
 
 import torch
 
-import distributed
+import device as devices
 
 
 class Interrupted(BaseException):
@@ -41,7 +41,7 @@ class Signals:
             signal.signal(number, handler)
 
     def _take(self, number: int, _) -> None:
-        if self.came and distributed.size() == 1:
+        if self.came and devices.size() == 1:
             os._exit(128 + number)
         self.came = number
         if self.at_once:
@@ -59,7 +59,7 @@ class Signals:
     @contextlib.contextmanager
     def raised(self) -> Iterator[None]:
         """Within it, signals raise at once again, but not where several processes have to agree."""
-        self.at_once = distributed.size() == 1
+        self.at_once = devices.size() == 1
         try:
             yield
         finally:
@@ -71,6 +71,6 @@ class Signals:
         Raises:
             Interrupted: a signal came, here or in another process.
         """
-        came = int(distributed.largest(torch.tensor(self.came, device=device))) if distributed.size() > 1 else self.came
+        came = int(devices.largest(torch.tensor(self.came, device=device))) if devices.size() > 1 else self.came
         if came:
             raise Interrupted(came)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import distributed
+import device as devices
 import nc_metrics
 from learner import Learner, Weights
 from tasks import Tasks
@@ -152,7 +152,7 @@ class Meta(nn.Module):
         """
         n_tasks = len(tasks.y_spt)
         null = self._null(tasks) if self.measures_next else None
-        tasks = Tasks(*map(distributed.share, tasks))
+        tasks = Tasks(*map(devices.share, tasks))
         losses, accuracies, metrics, gradients = [], [], [], []
         inner, query = self._chunk_sizes(tasks)
         for i, chunk in enumerate(tasks.split(inner)):
@@ -161,15 +161,15 @@ class Meta(nn.Module):
             gradients.append(gradient)
             if null:
                 metrics.append(self._measure(chunk, trajectory, query,
-                                             [distributed.share(y).split(inner)[i] for y in null], outputs))
+                                             [devices.share(y).split(inner)[i] for y in null], outputs))
             if not every_step:
                 accuracies.append(last[:, None])
             elif null:
                 accuracies.append(metrics[-1]["inner"]["accuracy"][0])
             else:
                 accuracies.append(self._accuracies(chunk, trajectory, query, {self.update_step: last}))
-        losses, seen = distributed.gather(torch.cat(losses)), distributed.gather(torch.cat(accuracies))
-        gradients = distributed.add_up([sum(parts) for parts in zip(*gradients)])
+        losses, seen = devices.gather(torch.cat(losses)), devices.gather(torch.cat(accuracies))
+        gradients = devices.add_up([sum(parts) for parts in zip(*gradients)])
         self._update([gradient / n_tasks for gradient in gradients], losses)
         return Step(losses, seen, _gather(join(metrics)) if null else None)
 
@@ -356,5 +356,5 @@ def join(parts: list[dict]) -> dict:
 
 def _gather(found: dict) -> dict:
     """The tasks (axis 1) that each process measured, all together in every process."""
-    return {name: _gather(part) if isinstance(part, dict) else distributed.gather(part, 1)
+    return {name: _gather(part) if isinstance(part, dict) else devices.gather(part, 1)
             for name, part in found.items()}

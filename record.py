@@ -19,8 +19,7 @@ import torchvision
 from torch import Tensor
 from tqdm import tqdm
 
-import distributed
-import machine
+import device as devices
 import nc_metrics
 from files import UserError, atomic, locked, remove_stale
 
@@ -35,7 +34,7 @@ def folder(args: argparse.Namespace) -> Path:
     """Where the run goes; of a new run it mustn't hold one already."""
     name = f"{args.script}-{args.n_way}w{args.k_spt}s-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(args.out or f"runs/{name}")
-    if args.resume is None and distributed.rank() == 0:
+    if args.resume is None and devices.rank() == 0:
         if any(os.path.exists(out / file) for file in ("args.json", "log.jsonl")):
             raise UserError(f"--out {out}: there is a run already; name another folder, or go on: --resume {out}")
     return out
@@ -48,7 +47,7 @@ def claimed(out: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it, or it can't be made.
     """
-    if distributed.rank() > 0:
+    if devices.rank() > 0:
         yield
         return
     absent = [path for path in (out, *out.parents) if not os.path.exists(path)]
@@ -69,7 +68,7 @@ def write_args(out: Path, settings: dict, steps: int, data: dict, device: torch.
         "settings": settings,
         "meta_steps": steps,
         "data": data,
-        "device": {"type": device.type, "name": machine.device_name(device), "threads": torch.get_num_threads()},
+        "device": {"type": device.type, "name": devices.device_name(device), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "torchvision": torchvision.__version__, "numpy": numpy.__version__, "pillow": PIL.__version__},
         "git_commit": _commit(),
@@ -95,7 +94,7 @@ def _args(out: Path) -> dict:
 def lengthen(out: Path, epoch: int, steps: int) -> None:
     """Make args.json that of a longer run; what else it says stays, from the run's first start."""
     recorded = _args(out)
-    if recorded["settings"]["epoch"] != epoch and distributed.rank() == 0:
+    if recorded["settings"]["epoch"] != epoch and devices.rank() == 0:
         for name in ("result.json", "timing.json"):  # first: with a result a run is complete
             remove(out / name)
         recorded["settings"]["epoch"], recorded["meta_steps"] = epoch, steps
@@ -126,7 +125,7 @@ def _commit() -> str | None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    if distributed.rank() > 0:
+    if devices.rank() > 0:
         return
     with atomic(path, "w", remedy=REMEDY) as file:
         json.dump(value, file, indent=1)
@@ -148,7 +147,7 @@ class Log:
 
     def __init__(self, path: Path, keep: int = 0):
         self.path = path
-        if distributed.rank() > 0:
+        if devices.rank() > 0:
             self.file = open(os.devnull, "wb", buffering=0)
             return
         if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
@@ -200,7 +199,7 @@ class Log:
 
     def sync(self) -> int:
         """Wait until it is on the disk; its size in bytes."""
-        if distributed.rank() > 0:
+        if devices.rank() > 0:
             return 0
         os.fsync(self.file.fileno())
         return self.file.tell()
@@ -222,7 +221,7 @@ def numbers(values):
 
 def say(text: str) -> None:
     """Print a line, above the bar where there is one; of several processes only the first speaks."""
-    if distributed.rank() == 0:
+    if devices.rank() == 0:
         tqdm.write(text)
         sys.stdout.flush()
 
@@ -234,7 +233,7 @@ def percent(values: Tensor) -> str:
 def progress(steps: int, done: int):
     """A bar on a terminal, else a line every 100 steps; of `steps`, `done` were made before this process."""
     if sys.stderr.isatty():
-        return tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=distributed.rank() > 0)
+        return tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=devices.rank() > 0)
     return _Lines(steps, done)
 
 

@@ -11,7 +11,7 @@ from typing import Callable, Sequence
 
 import torch
 
-import distributed
+import device as devices
 from files import Parser, UserError, contents
 from learner import Config, Learner
 from splits import Dataset
@@ -208,9 +208,9 @@ def check(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse
         raise UserError(f"--imgc {args.imgc}: {dataset.name} has {dataset.channels}")
     if meta_steps(args) < 1:
         raise UserError(f"--epoch {args.epoch}: fewer tasks than one meta-step takes; at least {args.task_num}")
-    if args.task_num % distributed.size():
-        raise UserError(f"--task_num {args.task_num}: {distributed.size()} processes need a multiple of "
-                        f"{distributed.size()}")
+    if args.task_num % devices.size():
+        raise UserError(f"--task_num {args.task_num}: {devices.size()} processes need a multiple of "
+                        f"{devices.size()}")
     try:
         with torch.device("meta"):  # shapes alone: --n_way 1000000000 is refused below, and not by the memory
             Learner(layers(args), args.imgc, args.imgsz)

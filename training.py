@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 import checkpoint
-import distributed
+import device as devices
 import nc_metrics
 import record
-from cuda_graph import GraphedStep
+from device import GraphedStep
 from files import UserError
 from interrupt import Interrupted, Signals
 from learner import Config, Learner
-from machine import check_device, keep_memory, memory_runs_out, peak_memory, set_arithmetic
+from device import check_device, keep_memory, memory_runs_out, peak_memory, set_arithmetic
 from meta import Meta, join
 from record import Log, numbers, percent, say
 from settings import check, experiment, meta_steps, recorded_settings
@@ -44,7 +44,7 @@ LOOK_EVERY = 10  # steps on CUDA between two looks at what is only known by wait
 
 def train(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse.Namespace], Config]) -> None:
     """Train, validate and test as the settings say; go on with a run, or test a finished one again."""
-    name = distributed.local_device(args.device)
+    name = devices.local_device(args.device)
     remedy = (f"lower --task_chunk (now {args.task_chunk or 'as fits the device'}) to hold fewer tasks at once, "
               f"or take another --device than {name}")
     with Signals() as signals, memory_runs_out(remedy):
@@ -52,12 +52,12 @@ def train(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse
             check_device(name)
             device = torch.device(name)
             sizes = check(args, dataset, layers)
-            distributed.start(device)
+            devices.start(device)
             _train(args, dataset, sizes, layers(args), device, signals)
         except Interrupted as interrupted:
             sys.exit(interrupted.status)
         finally:
-            distributed.stop()
+            devices.stop()
 
 
 def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, config: Config, device: torch.device,
@@ -119,7 +119,7 @@ class _Run:
         record.lengthen(self.out, self.args.epoch, self.steps)
         if self.best is not None:
             checkpoint.write(self.out / "best.pt", self.best)
-        elif distributed.rank() == 0:
+        elif devices.rank() == 0:
             record.remove(self.out / "best.pt")
 
     def _anew(self) -> str:
@@ -241,18 +241,18 @@ def _evaluate(maml: Meta, splits: Splits, images: Tensor, n_tasks: int, seed: in
     sample = splits.sampler(images, seed, EVALUATION_BATCH)
     results = []
     for i, start in enumerate(range(0, n_tasks, EVALUATION_BATCH)):
-        if i % distributed.size() == 0:
+        if i % devices.size() == 0:
             signals.check(splits.device)
         tasks = sample(min(EVALUATION_BATCH, n_tasks - start))
-        if i % distributed.size() == distributed.rank():
+        if i % devices.size() == devices.rank():
             results.append(maml.finetune(tasks, measure))
-    return distributed.gather_lists(results)
+    return devices.gather_lists(results)
 
 
 def _test(args: argparse.Namespace, maml: Meta, splits: Splits, run: Path, signals: Signals) -> dict:
     """Test accuracy of a run's best weights on the test classes."""
     path = run / "best.pt"
-    distributed.wait()  # for the process that writes it
+    devices.wait()  # for the process that writes it
     try:
         best = checkpoint.read(path, splits.device, "train again")
         maml.net.load_state_dict(best["weights"])

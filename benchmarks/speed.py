@@ -49,10 +49,10 @@ from torch import Tensor, nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import machine
+import device as devices
 import miniimagenet_train
 import omniglot_train
-from cuda_graph import GraphedStep
+from device import GraphedStep
 from files import Parser, UserError, atomic, run
 from learner import Config, Learner
 from meta import Meta
@@ -349,7 +349,7 @@ def measure(case: Case, settings: Settings, allocator: str, only: Sequence[str] 
     """
     device = start(settings)
     if allocator == "kept":
-        machine.keep_memory()
+        devices.keep_memory()
     implementations, tasks = prepare(case, device, torch.float32)
     if only:
         implementations = {name: implementations[name] for name in only}
@@ -366,7 +366,7 @@ def measure(case: Case, settings: Settings, allocator: str, only: Sequence[str] 
             seconds[name].append(time.perf_counter() - began)
     common = {"tasks": case.tasks, "steps": case.steps, "n_way": case.n_way, "k_spt": case.k_spt, "k_qry": case.k_qry,
               "repeats": settings.repeats, "allocator": allocator, "device": device.type,
-              "device_name": machine.device_name(device), "threads": settings.threads, "torch": torch.__version__}
+              "device_name": devices.device_name(device), "threads": settings.threads, "torch": torch.__version__}
     rows = []
     for name, (_, *times) in seconds.items():  # the first was the warm-up
         median = statistics.median(times)
@@ -517,7 +517,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name} {getattr(args, name)}: must be a whole number from 1")
     if args.chart.suffix.lower() != ".png":
         raise UserError(f"--chart {args.chart}: pictures are PNG files; name one that ends in .png")
-    machine.check_device(args.device)
+    devices.check_device(args.device)
     return args
 
 
@@ -531,7 +531,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = start(settings)
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         allocators = ["default"]
-    print(where({"device": device.type, "device_name": machine.device_name(device), "threads": args.threads,
+    print(where({"device": device.type, "device_name": devices.device_name(device), "threads": args.threads,
                  "torch": torch.__version__}))
     for case in cases:
         worst = max(check(case, device).values())

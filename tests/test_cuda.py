@@ -7,7 +7,7 @@ import torch
 
 import omniglot_train
 import synthetic
-from cuda_graph import GraphedStep
+from device import GraphedStep
 from learner import Learner
 from meta import Meta
 from tasks import Tasks, sample_tasks, with_rotations
