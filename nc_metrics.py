@@ -1,374 +1,102 @@
-"""Neural collapse of features, measured task by task.
+"""Neural-collapse metrics (NC1 to NC4): how far features have collapsed onto their class means.
 
-How far the features of a network have collapsed onto their class means, for
-any layer, as pure functions of tensors: features `[..., N, D]`, labels
-`[..., N]`, any leading batch dimensions (tasks, models), which are never
-pooled, because class c of one task has nothing to do with class c of another.
-`measure` gives everything for all layers in one call.
+Pure functions of tensors: features `[..., N, D]`, labels `[..., N]`, any leading dimensions (tasks, models). Tasks are
+never pooled: class c of one task is unrelated to class c of another. `measure` returns all metrics of all layers in one
+call. `measure_features` takes features of your own and returns plain numbers.
 
-    Papyan, Han, Donoho 2020: Prevalence of neural collapse during the terminal
-        phase of deep learning training, PNAS 117(40) (NC1 to NC4).
-    Galanti, György, Hutter 2021: On the role of neural collapse in transfer
-        learning, arXiv:2112.15121 (CDNV).
-    Zhu, Ding, Zhou, Li, You, Sulam, Qu 2021: A geometric analysis of neural
-        collapse with unconstrained features, NeurIPS 34 (the ETF's error).
-    Rangamani, Lindegaard, Galanti, Poggio 2023: Feature learning in deep
-        classifiers through intermediate neural collapse, ICML, PMLR 202 (the
-        traces, and the nearest class mean, layer by layer).
+    Papyan, Han, Donoho 2020: Prevalence of neural collapse during the terminal phase of deep learning training (NC1-4).
+    Galanti, György, Hutter 2021: On the role of neural collapse in transfer learning, arXiv:2112.15121 (CDNV).
+    Zhu et al. 2021: A geometric analysis of neural collapse with unconstrained features, NeurIPS 34 (error of the ETF).
+    Rangamani et al. 2023: Feature learning in deep classifiers through intermediate neural collapse, ICML (by layer).
+    Luthra, Salunkhe, Galanti 2026: Directional neural collapse explains few-shot transfer, arXiv:2603.03530.
 
-Notation: C classes (`n_way`), n = N/C samples a class, mu_c the mean of class
-c, mu_G the mean of the mu_c, M the C x D matrix of rows mu_c - mu_G,
+Notation: C classes (`n_way`), n = N/C samples per class, mu_c the mean of class c, mu_G the mean of the mu_c,
+M the C x D matrix of rows mu_c - mu_G, v_c the mean of ||h - mu_c||^2 in class c,
 S_W = 1/N sum (h - mu_c)(h - mu_c)^T, S_B = 1/C sum (mu_c - mu_G)(mu_c - mu_G)^T.
 
-What to beware of when reading the values:
-- With D much larger than N, pure noise looks collapsed to `nc1`, to `etf_error`
-  and to nearest means taken from the same rows. Read them beside the same
-  metric of permuted labels (`permuted`), and take the means for
-  `ncc_accuracy` and `ncc_mismatch` from the support set.
-- One sample a class has no spread: what is built on it is nan, not 0.
-- The unbiased between trace can be negative. It is kept.
-- A zero denominator gives nan. Whatever is zero but for the rounding of a mean
-  of N rows in float64 counts as zero, or a dead layer, whose rows are all the
-  same, would report the quotient of two rounding errors.
-- Labels are 0..C-1 in any order, each equally often; a task whose labels are
-  not, and a task with a feature that is not finite, has nan for its values.
-
-Everything is accumulated and returned in float64, whatever the dtype that
-comes in. No D x D matrix is formed, and but for the svd of a C x C matrix in
-`nc1`, nothing waits for a device.
+What to know before reading the values:
+- If D is much larger than N, pure noise looks collapsed to `nc1`, `etf_error` and nearest means from the same rows.
+  Compare with the same metric of permuted labels (`permuted`). Take the means for NC4 from the support set.
+- What depends on spread is nan for one sample per class. A zero denominator gives nan, e.g. when class means are equal.
+- A value that is zero up to the rounding of a mean of N rows counts as zero. A dead layer would else report noise.
+- Labels are 0..C-1 in any order, each equally often. A task with other labels or a feature that is not finite gets nan.
+Everything is float64. No D x D matrix is formed. Nothing waits for a GPU, except the svd of a C x C matrix in `nc1`.
 """
 
 import math
+import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Array = Tensor | np.ndarray | Sequence
 EPS = torch.finfo(torch.float64).eps
+CHUNK = 2**20   # feature values projected per call on a CPU: 8 MB in float64, so that repeated passes stay in its cache
 
 
-# ---- the public functions, one metric each ----
-
-def class_means(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
-    """mu_c, the mean of each class: features [..., N, D], labels [..., N] -> [..., C, D]."""
-    return _means(features.double(), _one_hot(labels, n_way))
-
-
-def covariance_traces(features: Tensor, labels: Tensor, n_way: int) -> tuple[Tensor, Tensor]:
-    """tr S_W and tr S_B (Rangamani et al. 2023): [..., N, D], [..., N] -> (within [...], between [...]).
-
-    Within is summed over centred residuals: a difference of squares would lose it when it is small.
-    At full collapse within is 0. Within is nan for one sample a class; between is not.
-    """
-    group = _group(features, _one_hot(labels, n_way))
-    return group.variances.mean(-1), _between(group)
-
-
-def unbiased_traces(features: Tensor, labels: Tensor, n_way: int) -> tuple[Tensor, Tensor]:
-    """The traces without the bias of few samples: [..., N, D], [..., N] -> (within [...], between [...]).
-
-    Means of n samples swallow 1/n of the spread within and show it as spread between:
-    E tr S_W = t_W (n-1)/n and E tr S_B = t_B + t_W (C-1)/(C n), solved for t_W and t_B.
-    At full collapse within is 0. Between can come out negative and is left so. Both are nan for
-    one sample a class.
-    """
-    group = _group(features, _one_hot(labels, n_way))
-    return _unbiased(group.variances.mean(-1), _between(group), group)
-
-
-def relative_within(within: Tensor, between: Tensor) -> Tensor:
-    """within / (within + between), of either pair of traces: [...], [...] -> [...].
-
-    At full collapse 0; (n-1) / (n-1 + (C-1)/C) on noise (biased traces). Nan when the traces add up to 0.
-    """
-    return _ratio(within.double(), within.double() + between.double())
-
-
-def nc1(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
-    """tr(S_W pinv(S_B)) / C, NC1 of Papyan, Han, Donoho 2020: [..., N, D], [..., N] -> [...].
-
-    At full collapse 0, and near 0 on noise too when D >> N. Nan for one sample a class and when
-    all class means are equal.
-    """
-    return _nc1(_group(features, _one_hot(labels, n_way)))
-
-
-def cdnv(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
-    """Class-distance normalized variance of Galanti, György, Hutter 2021: [..., N, D], [..., N] -> [...].
-
-    Mean over pairs i != j of (v_i + v_j) / (2 ||mu_i - mu_j||^2), v_i the mean of ||h - mu_i||^2 in class i.
-    At full collapse 0; (n-1)/2 on noise. Nan for one sample a class and when two class means are equal.
-    """
-    return _cdnv(_group(features, _one_hot(labels, n_way)))
-
-
-def equinorm(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
-    """How unequal the centred means are in length: [..., N, D], [..., N] -> [...].
-
-    Population standard deviation over mean of ||M_c||, NC2 of Papyan, Han, Donoho 2020. At full collapse 0.
-    Nan when all class means are equal.
-    """
-    return _equinorm(_group(features, _one_hot(labels, n_way)))
-
-
-def equiangularity(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
-    """How far the angles between centred means are from a simplex's: [..., N, D], [..., N] -> [...].
-
-    Mean over pairs i != j of |cos(M_i, M_j) + 1/(C-1)|, NC2 of Papyan, Han, Donoho 2020. At full collapse 0.
-    Nan when a class mean is the mean of all, so that it has no angle.
-    """
-    return _equiangularity(_group(features, _one_hot(labels, n_way)))
-
-
-def etf_error(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
-    """|| M M^T/||M M^T||_F - (I - 11^T/C)/sqrt(C-1) ||_F: [..., N, D], [..., N] -> [...].
-
-    NC2 as one number: the distance to a simplex equiangular tight frame, the measure of Zhu et al. 2021
-    for a classifier's weights, here of the class means. At full collapse 0, and near 0 on noise too
-    when D >> N. Nan when all class means are equal.
-    """
-    return _etf_error(_group(features, _one_hot(labels, n_way)))
-
-
-def self_duality(weight: Tensor, features: Tensor, labels: Tensor, n_way: int) -> Tensor:
-    """|| W/||W||_F - M/||M||_F ||_F^2, NC3 of Papyan, Han, Donoho 2020.
-
-    weight [..., C, D] are the classifier's rows, features [..., N, D] its input, labels [..., N]; -> [...].
-    At full collapse 0; 2 when weight and means have nothing to do with each other. Nan when all class
-    means are equal or the weight is 0.
-    """
-    return _self_duality(weight, _group(features, _one_hot(labels, n_way)))
-
-
-def ncc_mismatch(logits: Tensor, features: Tensor, labels: Tensor, n_way: int, means: Tensor) -> Tensor:
-    """Share of samples that the classifier puts elsewhere than the nearest class mean does.
-
-    NC4 of Papyan, Han, Donoho 2020: logits [..., N, C], features [..., N, D], means [..., C, D] (the support
-    set's, from `class_means`); -> [...]. The two are compared with each other, right or wrong, so the
-    labels [..., N] don't enter; they are taken so that all metrics of features are called alike.
-    At full collapse 0. Nan when a logit, feature or mean is not finite.
-    """
-    if not logits.shape[-1] == means.shape[-2] == n_way:
-        raise ValueError(f"{logits.shape[-1]} logits and {means.shape[-2]} means for {n_way} classes")
-    return _mismatch(_best(logits), _nearest(features.double(), means.double()))
-
-
-def ncc_accuracy(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
-    """Share of samples nearest to the mean of their own class, NC4 layer by layer in Rangamani et al. 2023.
-
-    features [..., N, D], labels [..., N], means [..., C, D] (the support set's, by `class_means`); -> [...].
-    By Euclidean distance. At full collapse 1. Nan when a feature or mean is not finite.
-    """
-    return _agreement(labels, _nearest(features.double(), means.double()))
-
-
-def original_traces(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """What the code that this is a port of took for the traces: logits [..., N, C] -> (within [...], between [...]).
-
-    Not a metric of anything: it stands here so that its figure can be set beside the right one, of the same logits.
-    Its class means are those of consecutive groups of five rows, whatever the labels; it compares the rows of class k,
-    which lie class after class, with the mean of group k. Nan with fewer than five rows a class.
-    """
-    n_samples, n_way = logits.shape[-2:]
-    x = logits.double()
-    if n_samples < 5 * n_way:
-        return (torch.full_like(x[..., 0, 0], math.nan),) * 2
-    means = x[..., :5 * n_way, :].unflatten(-2, (n_way, 5)).mean(-2)                        # [..., C, C]
-    residual = x.unflatten(-2, (n_way, n_samples // n_way)) - means.unsqueeze(-2)           # [..., C, n, C]
-    within = _square_length(residual).mean((-2, -1))
-    return within, _square_length(means - x.mean(-2, keepdim=True)).mean(-1)
-
-
-def permuted(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """The labels [..., N] of each task in a random order of its own: what a metric makes of them is its null.
-
-    The generator may be on the CPU or on the labels' device; only the latter needs no copy between them.
-    """
-    order = torch.rand(labels.shape, generator=generator, device=generator.device).argsort(-1)
-    return labels.gather(-1, order.to(labels.device))
-
-
-def mean_and_se(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over tasks and its standard error: values [L, T] -> (mean [L], error [L]).
-
-    The error is the sample standard deviation (ddof 1) over sqrt(T), nan for a single task. A task
-    that is nan makes both nan: leaving it out would change which tasks are averaged.
-    """
-    values = values.double()
-    n_tasks = values.shape[-1]
-    mean = values.mean(-1)
-    if n_tasks < 2:
-        return mean, torch.full_like(mean, math.nan)
-    return mean, values.std(-1, correction=1) / math.sqrt(n_tasks)
-
-
-@torch.no_grad()
-def measure(
-    features: list[Tensor],
-    labels: Tensor,
-    support_features: list[Tensor],
-    support_labels: Tensor,
-    n_way: int,
-    classifier_weight: Tensor,
-    null_labels: Tensor,
-    null_support_labels: Tensor,
-) -> dict[str, Tensor]:
-    """All metrics of all L layers at once: each entry is [L, ...], float64, one row a layer.
-
-    Args:
-        features: of the query set, one [..., N, D_l] a layer; the last are the logits [..., N, C].
-        labels: of the query set, [..., N].
-        support_features, support_labels: the same of the support set, [..., N_s, D_l] and [..., N_s]; the
-            class means of the ncc metrics are taken from it.
-        n_way: C.
-        classifier_weight: [..., C, D] for the D of the last hidden layer, the classifier's input.
-        null_labels, null_support_labels: `permuted` labels, for the null of each metric, NAME_null.
-
-    ncc_mismatch compares each layer's nearest mean with the logits of the whole network. self_duality
-    is defined on the last hidden layer (row L-2); its other rows are nan. within_original and between_original
-    are `original_traces` of the logits (row L-1).
-    """
-    reduced = [reduce(query, labels, support, support_labels, n_way, null_labels, null_support_labels,
-                      classifier_weight if layer == len(features) - 2 else None)
-               for layer, (query, support) in enumerate(zip(features, support_features, strict=True))]
-    return metrics(reduced, features[-1], labels, null_labels)
-
-
-@torch.no_grad()
-def reduce(
-    features: Tensor,
-    labels: Tensor,
-    support_features: Tensor,
-    support_labels: Tensor,
-    n_way: int,
-    null_labels: Tensor,
-    null_support_labels: Tensor,
-    classifier_weight: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """The half of `measure` that reads a layer's features, and leaves 5 C coordinates of a sample for `metrics`.
-
-    A metric knows samples, class means and classifier only by their distances and angles, which are the same in any
-    orthonormal basis of the span of these means and rows, if what lies beside that span is kept as a squared length.
-
-    Takes what `measure` takes, of one layer; the classifier only if this is its input. Each entry keeps the leading
-    dimensions, so that tasks reduced apart, while their features lie in a cache, can be put side by side again.
-    """
-    one_hot, null_one_hot = _one_hot(labels, n_way), _one_hot(null_labels, n_way)
-    group, support = _group(features, one_hot), support_features.double()
-    # from the mean of all: the class means, the null's, those of the support set, its null's, the classifier
-    null_means = _means(group.residual, null_one_hot) + _means(one_hot, null_one_hot) @ group.centred
-    origin = group.means.mean(-2, keepdim=True)
-    anchors = [group.centred, null_means,
-               *(_means(support, _one_hot(y, n_way)) - origin for y in (support_labels, null_support_labels))]
-    if classifier_weight is not None:
-        anchors.append(classifier_weight.double())
-    basis, anchors = torch.linalg.qr(torch.cat(anchors, -2).mT)            # [..., D, A], [..., A, 4 or 5 C]
-    within = group.residual @ basis                                        # [..., N, A]
-    anchors = anchors.mT
-    missing = 5 * n_way - anchors.shape[-1]                                # zeros make all layers the same size
-    return {
-        "samples": F.pad(within + one_hot @ anchors[..., :n_way, :], (0, missing)),
-        "beside": (group.spread - _square_length(within)).clamp_min(0),
-        "anchors": F.pad(F.pad(anchors, (0, missing)), (0, 0, 0, 5 * n_way - anchors.shape[-2]), value=math.nan),
-        "floor": group.floor,
-    }
-
-
-@torch.no_grad()
-def metrics(layers: list[dict[str, Tensor]], logits: Tensor, labels: Tensor, null_labels: Tensor) -> dict[str, Tensor]:
-    """The other half: what `reduce` returns of each layer, and the query set's logits and labels -> as `measure`."""
-    reduced = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
-    n_way = logits.shape[-1]
-    labels = torch.stack([labels, null_labels]).unsqueeze(1)               # [2, 1, ..., N]: both kinds, every layer
-    samples = reduced["samples"].expand(2, *reduced["samples"].shape)      # [2, L, ..., N, 5 C]
-    one_hot = _one_hot(labels, n_way).expand(*samples.shape[:-1], n_way)
-    group = _group(samples, one_hot, reduced["beside"], reduced["floor"])
-    _, _, support_means, null_support_means, weight = reduced["anchors"].split(n_way, -2)
-    nearest = _nearest(samples, torch.stack([support_means, null_support_means]))
-    within, between = group.variances.mean(-1), _between(group)
-    unbiased_within, unbiased_between = _unbiased(within, between, group)
-    values = {
-        "within": within,
-        "between": between,
-        "relative_within": relative_within(within, between),
-        "within_unbiased": unbiased_within,
-        "between_unbiased": unbiased_between,
-        "relative_within_unbiased": relative_within(unbiased_within, unbiased_between),
-        "nc1": _nc1(group),
-        "cdnv": _cdnv(group),
-        "equinorm": _equinorm(group),
-        "equiangularity": _equiangularity(group),
-        "etf_error": _etf_error(group),
-        "self_duality": _self_duality(weight, group),
-        "ncc_accuracy": _agreement(labels, nearest),
-        "ncc_mismatch": _mismatch(_best(logits), nearest),
-    }
-    table = {name + suffix: value[kind] for name, value in values.items() for kind, suffix in enumerate(("", "_null"))}
-    for name, trace in zip(("within_original", "between_original"), original_traces(logits)):
-        table[name] = torch.full_like(table["within"], math.nan)
-        table[name][-1] = trace
-    return table
-
-
-# ---- what they share ----
+# ---- features sorted into classes ----
 
 class _Group(NamedTuple):
-    """Features sorted into classes."""
-
     residual: Tensor   # [..., N, D] h - mu_c, float64
+    one_hot: Tensor    # [..., N, C]
     means: Tensor      # [..., C, D]
-    centred: Tensor    # [..., C, D] M; a row that is zero but for rounding is zero
+    centred: Tensor    # [..., C, D] M; a row that is zero up to rounding is zero
     spread: Tensor     # [..., N] ||h - mu_c||^2
-    variances: Tensor  # [..., C] v_c, the mean of the spread in class c; their mean over classes is tr S_W
-    floor: Tensor      # [...] a squared length up to this is zero but for rounding
+    variances: Tensor  # [..., C] v_c, nan for a class of one sample; their mean over classes is tr S_W
+    errors: Tensor     # [..., C] v_c/(n-1), the squared standard error of mu_c
+    tolerance: Tensor  # [...] a squared length up to this is zero up to rounding
 
     @property
-    def n(self) -> int:
-        """Samples a class."""
-        return self.residual.shape[-2] // self.means.shape[-2]
+    def distances(self) -> Tensor:
+        """||mu_i - mu_j||^2 [..., C, C], of the differences: M M^T would lose two close means far from a third."""
+        distances = torch.cdist(self.centred, self.centred, compute_mode="donot_use_mm_for_euclid_dist").square()
+        return distances.masked_fill(distances <= self.tolerance[..., None, None], 0)
 
 
 def _one_hot(labels: Tensor, n_way: int) -> Tensor:
-    """[..., N] -> [..., N, C] float64; nan for a task that doesn't have each class equally often."""
+    """[..., N] -> [..., N, C] float64; nan for a task that does not have each class equally often."""
     n_samples = labels.shape[-1]
-    if n_way < 2 or n_samples == 0 or n_samples % n_way:
-        raise ValueError(f"{n_samples} samples can't be {n_way} classes (2 or more) of equal size")
+    _require(n_way > 1 and n_samples > 0 and n_samples % n_way == 0,
+             f"{n_samples} samples can't be {n_way} classes (2 or more) of equal size")
     one_hot = (labels.unsqueeze(-1) == torch.arange(n_way, device=labels.device)).double()
-    # An assertion on the values would have to wait for the device: spoil the task's values instead.
-    balanced = (one_hot.sum(-2) == n_samples // n_way).all(-1)
-    return one_hot.where(balanced[..., None, None], math.nan)
+    # An assertion on the values would have to wait for the device: make the values of the task nan instead.
+    return one_hot.where((one_hot.sum(-2) == n_samples // n_way).all(-1)[..., None, None], math.nan)
 
 
 def _means(x: Tensor, one_hot: Tensor) -> Tensor:
     """[..., N, D] float64, [..., N, C] -> [..., C, D]."""
-    n_samples, n_way = one_hot.shape[-2:]
-    return one_hot.mT @ x / (n_samples // n_way)
+    return one_hot.mT @ x / one_hot.sum(-2).unsqueeze(-1)
 
 
-def _group(features: Tensor, one_hot: Tensor, beside: Tensor | float = 0.0, floor: Tensor | None = None) -> _Group:
-    """Sort features [..., N, D] by labels [..., N, C], in few passes: reading N x D numbers is what takes the time.
+def _group(features: Tensor, one_hot: Tensor, off_span: Tensor | float = 0.0,
+           tolerance: Tensor | None = None) -> _Group:
+    """Sorts features [..., N, D] by classes [..., N, C], in few passes: reading N x D numbers is what takes the time.
 
-    Args:
-        beside: [..., N], the squared length of what the features leave out of ||h - mu_c||.
-        floor: of the features that these are coordinates of; their own if None.
+    off_span [..., N] is the part of ||h - mu_c||^2 that projected features lack. They come with their tolerance.
     """
     n_samples, n_way = one_hot.shape[-2:]
     residual = features.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
     means = _means(residual, one_hot)
     residual.view(-1, *residual.shape[-2:]).baddbmm_(one_hot.reshape(-1, n_samples, n_way),
                                                      means.reshape(-1, *means.shape[-2:]), alpha=-1)
-    spread = _square_length(residual) + beside
-    if floor is None:  # a sum of N rows in float64 is off by at most about N eps times their size
-        floor = (n_samples * EPS) ** 2 * (spread.mean(-1) + _square_length(means).mean(-1))
+    spread = _square_length(residual) + off_span
+    if tolerance is None:  # a sum of N rows in float64 is off by at most about N eps times their size
+        tolerance = (n_samples * EPS) ** 2 * (spread.mean(-1) + _square_length(means).mean(-1))
     centred = means - means.mean(-2, keepdim=True)
-    centred = centred.masked_fill((_square_length(centred) <= floor.unsqueeze(-1)).unsqueeze(-1), 0)
-    if n_samples == n_way:
-        variances = torch.full_like(centred[..., 0], math.nan)
-    else:
-        variances = (spread.unsqueeze(-2) @ one_hot).squeeze(-2) * (n_way / n_samples)
-        variances = variances.masked_fill(variances <= floor.unsqueeze(-1), 0)
-    return _Group(residual, means, centred, spread, variances, floor)
+    centred = centred.masked_fill((_square_length(centred) <= tolerance.unsqueeze(-1)).unsqueeze(-1), 0)
+    sizes = one_hot.sum(-2)                                   # [..., C]
+    variances = (spread.unsqueeze(-2) @ one_hot).squeeze(-2) / sizes
+    variances = variances.masked_fill(variances <= tolerance.unsqueeze(-1), 0).where(sizes > 1, math.nan)
+    return _Group(residual, one_hot, means, centred, spread, variances, variances / (sizes - 1), tolerance)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
 
 
 def _square_length(rows: Tensor) -> Tensor:
@@ -382,101 +110,371 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def _off_diagonal_mean(pairs: Tensor) -> Tensor:
-    """Mean of what is beside the diagonal: [..., C, C] -> [...]."""
+    """Mean over ordered pairs i != j: [..., C, C] -> [...]."""
     n_way = pairs.shape[-1]
     diagonal = torch.eye(n_way, dtype=torch.bool, device=pairs.device)
     return pairs.masked_fill(diagonal, 0).sum((-2, -1)) / (n_way * (n_way - 1))
 
 
-def _between(group: _Group) -> Tensor:
-    return _square_length(group.centred).mean(-1)
+def _of_features(metric: Callable) -> Callable:
+    """Makes a metric of a `_Group` one of features, labels and n_way; `measure` calls the former, as `of_group`."""
+    def of_features(features: Tensor, labels: Tensor, n_way: int) -> Tensor | tuple[Tensor, Tensor]:
+        return metric(_group(features, _one_hot(labels, n_way)))
+    of_features.__name__, of_features.__doc__, of_features.of_group = metric.__name__, metric.__doc__, metric
+    return of_features
 
 
-def _unbiased(within: Tensor, between: Tensor, group: _Group) -> tuple[Tensor, Tensor]:
-    n, n_way = group.n, group.centred.shape[-2]
-    freedom = n - 1 if n > 1 else math.nan
-    return within * n / freedom, between - within * (n_way - 1) / (n_way * freedom)
+# ---- metrics; those marked are called with (features [..., N, D], labels [..., N], n_way) and return [...] ----
+
+def class_means(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
+    """mu_c, the mean of each class: features [..., N, D], labels [..., N] -> [..., C, D]."""
+    return _means(features.double(), _one_hot(labels, n_way))
 
 
-def _nc1(group: _Group) -> Tensor:
-    """sum_k mean_i ((h_i - mu_i) . v_k)^2 / s_k^2: M = U diag(s) V^T makes pinv(S_B) = C V diag(1/s^2) V^T.
+@_of_features
+def covariance_traces(group: _Group) -> tuple[Tensor, Tensor]:
+    """(tr S_W, tr S_B) of Rangamani et al. 2023. At full collapse tr S_W = 0. One sample per class: only tr S_W is nan.
 
-    V comes from M itself: M M^T would square its condition number. Rows that sum to zero have rank C-1 at
-    most, and a further singular value that is zero but for rounding is left out, as pinv does.
+    Within is a sum over centred residuals: a difference of squares would lose it when it is small.
     """
-    if group.n == 1:
-        return torch.full_like(group.centred[..., 0, 0], math.nan)
+    return group.variances.mean(-1), _square_length(group.centred).mean(-1)
+
+
+@_of_features
+def unbiased_traces(group: _Group) -> tuple[Tensor, Tensor]:
+    """The traces (within, between) without the bias of few samples. At full collapse within = 0.
+
+    E tr S_W = t_W (n-1)/n and E tr S_B = t_B + t_W (C-1)/(C n), solved for t_W and t_B. Between can be negative.
+    """
+    (within, between), error, n_way = covariance_traces.of_group(group), group.errors.mean(-1), group.means.shape[-2]
+    return within + error, between - error * (n_way - 1) / n_way   # v n/(n-1) = v + v/(n-1)
+
+
+def relative_within(within: Tensor, between: Tensor) -> Tensor:
+    """within / (within + between) of either pair of traces: 0 at full collapse, (n-1)/(n-1 + (C-1)/C) on noise."""
+    return _ratio(within.double(), within.double() + between.double())
+
+
+@_of_features
+def nc1(group: _Group) -> Tensor:
+    """tr(S_W pinv(S_B)) / C, NC1 of Papyan et al. 2020: 0 at full collapse, and near 0 on noise too if D >> N.
+
+    M = U diag(s) V^T makes it sum_k mean ((h - mu_c) . v_k)^2 / s_k^2. V comes from M itself: M M^T would square its
+    condition number. M has rank C-1 at most. Further singular values that are zero up to rounding are left out.
+    """
     n_way, n_features = group.centred.shape[-2:]
     rank = min(n_way - 1, n_features)
     finite = group.centred.isfinite().all(-1).all(-1)
     # svd raises on nan, and is fast only on a small matrix: M^T = Q R, R = U' diag(s) V'^T, V = Q U'.
-    q, r = torch.linalg.qr(group.centred.where(finite[..., None, None], 0).mT)   # [..., D, C], [..., C, C]
+    q, r = torch.linalg.qr(group.centred.where(finite[..., None, None], 0).mT)         # [..., D, C], [..., C, C]
     u, s, _ = torch.linalg.svd(r, full_matrices=False)
-    directions, s = q @ u[..., :rank], s[..., :rank]                             # [..., D, C-1], [..., C-1]
-    spread = (group.residual @ directions).square().mean(-2)                     # [..., C-1]
-    rounding = torch.maximum(EPS * max(n_way, n_features) * s[..., :1],
-                             (n_way * group.floor).sqrt().unsqueeze(-1))
+    directions, s = q @ u[..., :rank], s[..., :rank]                                   # [..., D, C-1], [..., C-1]
+    spread = _means((group.residual @ directions).square(), group.one_hot).mean(-2)    # [..., C-1]
+    rounding = torch.maximum(EPS * max(n_way, n_features) * s[..., :1], (n_way * group.tolerance).sqrt().unsqueeze(-1))
     kept = s > rounding
     value = (spread / s.where(kept, math.inf).square()).sum(-1)
-    return value.where(finite & kept.any(-1), math.nan)
+    return value.where(finite & kept.any(-1) & group.variances.isfinite().all(-1), math.nan)
 
 
-def _cdnv(group: _Group) -> Tensor:
-    # Of the differences, not from M M^T, which would lose two close means far from a third.
-    distances = torch.cdist(group.centred, group.centred,
-                            compute_mode="donot_use_mm_for_euclid_dist").square()               # [..., C, C]
-    distances = distances.masked_fill(distances <= group.floor[..., None, None], 0)
-    variances = group.variances
-    return _off_diagonal_mean(_ratio(variances.unsqueeze(-1) + variances.unsqueeze(-2), 2 * distances))
+@_of_features
+def cdnv(group: _Group) -> Tensor:
+    """Mean over i != j of (v_i + v_j)/(2 ||mu_i - mu_j||^2), Galanti et al. 2021: 0 if collapsed, (n-1)/2 on noise."""
+    return _off_diagonal_mean(_ratio(group.variances.unsqueeze(-1), group.distances))
 
 
-def _equinorm(group: _Group) -> Tensor:
+@_of_features
+def unbiased_cdnv(group: _Group) -> Tensor:
+    """`cdnv` without the bias of few samples: 0 at full collapse.
+
+    Means of n samples shorten v and lengthen distances: this takes v_i n/(n-1) for v_i and the squared distance minus
+    (v_i + v_j)/(n-1). Nan when one of these is not positive, as about half are on noise.
+    """
+    distances = group.distances - group.errors.unsqueeze(-1) - group.errors.unsqueeze(-2)
+    return _off_diagonal_mean((group.variances + group.errors).unsqueeze(-1) / distances.where(distances > 0, math.nan))
+
+
+@_of_features
+def directional_cdnv(group: _Group) -> Tensor:
+    """CDNV along the lines between means, Luthra et al. 2026: 0 at full collapse, (n-1)/(2(D-2)) on noise.
+
+    Mean over i != j of (a_ij + a_ji) / (2 ||mu_i - mu_j||^2), a_ij the mean over class i of ((h - mu_i) . u_ij)^2,
+    u_ij the unit vector from mu_j to mu_i; averaged over ordered pairs as in the authors' code.
+    """
+    along = group.residual @ group.centred.mT                              # [..., N, C] (h - mu_i) . M_j
+    own = (along * group.one_hot).sum(-1, keepdim=True)                    # [..., N, 1] (h - mu_i) . M_i
+    spread = _means((own - along).square(), group.one_hot)                 # [..., C, C] a_ij ||mu_i - mu_j||^2
+    spread = spread.where(group.variances.isfinite().unsqueeze(-1), math.nan)
+    return _off_diagonal_mean(_ratio(_ratio(spread, group.distances), group.distances))
+
+
+def effective_dimension(means: Tensor) -> Tensor:
+    """(tr S)^2 / tr S^2, S the covariance of class means [..., C, D]: participation ratio [...], 1 to min(C-1, D).
+
+    For the means of a few hundred classes, not of one task. NC2 of random directions in so many dimensions is its null.
+    """
+    labels = torch.arange(means.shape[-2], device=means.device).expand(means.shape[:-1])
+    centred = _group(means, _one_hot(labels, means.shape[-2])).centred
+    gram = centred @ centred.mT                               # [..., C, C], with the nonzero eigenvalues of C S
+    return _ratio(gram.diagonal(dim1=-2, dim2=-1).sum(-1).square(), gram.square().sum((-2, -1)))
+
+
+@_of_features
+def equinorm(group: _Group) -> Tensor:
+    """std_c ||M_c|| / mean_c ||M_c|| (population std), NC2 of Papyan et al. 2020: 0 at full collapse."""
     norms = torch.linalg.vector_norm(group.centred, dim=-1)   # [..., C]
     return _ratio(norms.std(-1, correction=0), norms.mean(-1))
 
 
-def _equiangularity(group: _Group) -> Tensor:
-    n_way = group.centred.shape[-2]
+@_of_features
+def equiangularity(group: _Group) -> Tensor:
+    """Mean over i != j of |cos(M_i, M_j) + 1/(C-1)|, NC2 of Papyan et al. 2020: 0 at full collapse."""
     unit = _ratio(group.centred, torch.linalg.vector_norm(group.centred, dim=-1, keepdim=True))
-    return _off_diagonal_mean((unit @ unit.mT + 1 / (n_way - 1)).abs())
+    return _off_diagonal_mean((unit @ unit.mT + 1 / (unit.shape[-2] - 1)).abs())
 
 
-def _etf_error(group: _Group) -> Tensor:
+@_of_features
+def etf_error(group: _Group) -> Tensor:
+    """|| M M^T/||M M^T||_F - (I - 11^T/C)/sqrt(C-1) ||_F: 0 at full collapse, and near 0 on noise too if D >> N.
+
+    NC2 as one number: the measure of Zhu et al. 2021 for the weights of a classifier, here of the class means.
+    """
     n_way = group.centred.shape[-2]
     gram = group.centred @ group.centred.mT                   # [..., C, C]
     etf = (torch.eye(n_way, dtype=gram.dtype, device=gram.device) - 1 / n_way) / math.sqrt(n_way - 1)
     return torch.linalg.matrix_norm(_ratio(gram, torch.linalg.matrix_norm(gram, keepdim=True)) - etf)
 
 
+def self_duality(weight: Tensor, features: Tensor, labels: Tensor, n_way: int) -> Tensor:
+    """|| W/||W||_F - M/||M||_F ||_F^2, NC3 of Papyan et al. 2020: 0 at full collapse, 2 if unrelated.
+
+    weight [..., C, D] are the rows of the classifier, features [..., N, D] its input, labels [..., N]; -> [...].
+    """
+    return _self_duality(weight, _group(features, _one_hot(labels, n_way)))
+
+
 def _self_duality(weight: Tensor, group: _Group) -> Tensor:
-    weight = weight.double()
-    weight = _ratio(weight, torch.linalg.matrix_norm(weight, keepdim=True))
-    means = _ratio(group.centred, torch.linalg.matrix_norm(group.centred, keepdim=True))
+    weight, means = (_ratio(x, torch.linalg.matrix_norm(x, keepdim=True)) for x in (weight.double(), group.centred))
     return torch.linalg.matrix_norm(weight - means).square()
 
 
-def _nearest(x: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest mean if there is one: [..., N, D], [..., C, D] float64 -> (class, finite), both [..., N].
+def ncc_mismatch(logits: Tensor, features: Tensor, labels: Tensor, n_way: int, means: Tensor) -> Tensor:
+    """Share of samples whose largest logit is not that of the nearest class mean, NC4 of Papyan et al. 2020.
 
-    ||h - mu_c||^2 is least where (h - g) . (mu_c - g) - ||mu_c - g||^2 / 2 is greatest, for any g. With
-    the mean of the means as g, a large common offset costs no digits.
+    logits [..., N, C], features [..., N, D], means [..., C, D] (of the support set); -> [...]. 0 at full collapse.
+    The labels [..., N] have no effect; they are taken so that all metrics of features are called alike.
     """
-    origin = means.mean(-2, keepdim=True)                     # [..., 1, D]
+    _require(logits.shape[-1] == means.shape[-2] == n_way,
+             f"{logits.shape[-1]} logits and {means.shape[-2]} means for {n_way} classes")
+    nearest, finite = _nearest(features, means)
+    return (logits.argmax(-1) != nearest).double().where(finite & logits.isfinite().all(-1), math.nan).mean(-1)
+
+
+def ncc_accuracy(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
+    """Share of samples nearest to the mean of their own class, NC4 layer by layer in Rangamani et al. 2023.
+
+    features [..., N, D], labels [..., N], means [..., C, D] (of the support set); -> [...]. 1 at full collapse.
+    """
+    nearest, finite = _nearest(features, means)
+    return (nearest == labels).double().where(finite, math.nan).mean(-1)
+
+
+def _nearest(features: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest mean: [..., N, D], [..., C, D] -> (class, whether distances are finite), both [..., N].
+
+    ||h - mu_c||^2 is least where (h - g) . (mu_c - g) - ||mu_c - g||^2 / 2 is greatest, for any g.
+    """
+    origin = means.double().mean(-2, keepdim=True)            # [..., 1, D] g: a large common offset costs no digits
     centred = means - origin
     offset = origin @ centred.mT + _square_length(centred).unsqueeze(-2) / 2   # [..., 1, C]
-    return _best(x @ centred.mT - offset)
-
-
-def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., C] -> (argmax [...], whether all scores are finite [...])."""
+    scores = features.double() @ centred.mT - offset
     return scores.argmax(-1), scores.isfinite().all(-1)
 
 
-def _agreement(labels: Tensor, nearest: tuple[Tensor, Tensor]) -> Tensor:
-    index, finite = nearest
-    return (index == labels).double().where(finite, math.nan).mean(-1)
+def original_traces(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The traces as the original code computed them, to compare: logits [..., N, C] -> (within [...], between [...]).
+
+    Its class means are those of consecutive groups of five rows, whatever the labels. It compares the rows of class k,
+    which lie class after class, with the mean of group k. Nan with fewer than five rows per class.
+    """
+    x, (n_samples, n_way) = logits.double(), logits.shape[-2:]
+    if n_samples < 5 * n_way:
+        return (torch.full_like(x[..., 0, 0], math.nan),) * 2
+    means = x[..., :5 * n_way, :].unflatten(-2, (n_way, 5)).mean(-2)                        # [..., C, C]
+    residual = x.unflatten(-2, (n_way, n_samples // n_way)) - means.unsqueeze(-2)           # [..., C, n, C]
+    return _square_length(residual).mean((-2, -1)), _square_length(means - x.mean(-2, keepdim=True)).mean(-1)
 
 
-def _mismatch(predicted: tuple[Tensor, Tensor], nearest: tuple[Tensor, Tensor]) -> Tensor:
-    (predicted, predicted_finite), (nearest, nearest_finite) = predicted, nearest
-    return (predicted != nearest).double().where(predicted_finite & nearest_finite, math.nan).mean(-1)
+def permuted(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """The labels [..., N] of each task in a random order of its own, for the null. The generator may be on the CPU."""
+    order = torch.rand(labels.shape, generator=generator, device=generator.device).argsort(-1)
+    return labels.gather(-1, order.to(labels.device))
+
+
+def mean_and_se(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over tasks and its standard error: values [T, ...] -> (mean [...], error [...]).
+
+    The error is the sample standard deviation over sqrt(T), nan for a single task. A nan task makes both nan.
+    """
+    mean = values.double().mean(0)
+    if len(values) < 2:
+        return mean, torch.full_like(mean, math.nan)
+    return mean, values.double().std(0, correction=1) / math.sqrt(len(values))
+
+
+# ---- all metrics at once ----
+
+def _metrics_of_group(group: _Group) -> dict[str, Tensor]:
+    """All metrics of features and labels alone."""
+    values = {}
+    for suffix, traces in ("", covariance_traces), ("_unbiased", unbiased_traces):
+        within, between = traces.of_group(group)
+        values |= {f"within{suffix}": within, f"between{suffix}": between,
+                   f"relative_within{suffix}": relative_within(within, between)}
+    metrics = {"nc1": nc1, "cdnv": cdnv, "cdnv_unbiased": unbiased_cdnv, "directional_cdnv": directional_cdnv,
+               "equinorm": equinorm, "equiangularity": equiangularity, "etf_error": etf_error}
+    return values | {name: metric.of_group(group) for name, metric in metrics.items()}
+
+
+@torch.no_grad()
+def measure(features: list[Tensor], labels: Tensor, support_features: list[Tensor], support_labels: Tensor, n_way: int,
+            classifier_weight: Tensor, null_labels: Tensor, null_support_labels: Tensor) -> dict[str, Tensor]:
+    """All metrics of all L layers: each entry is [L, ...], float64, one row per layer.
+
+    Args:
+        features, labels: of the query set, one [..., N, D_l] per layer, the last the logits [..., N, C]; [..., N].
+        support_features, support_labels: the same of the support set, which gives the class means for NC4.
+        classifier_weight: [..., C, D] for the D of the last hidden layer, the input of the classifier.
+        null_labels, null_support_labels: `permuted` labels, for the null of each metric, NAME_null.
+
+    ncc_mismatch compares the nearest mean at each layer with the logits of the network. self_duality is nan except
+    for the last hidden layer, within_original and between_original (`original_traces`) except for the logits.
+    """
+    layers = []
+    for layer, (query, support) in enumerate(zip(features, support_features, strict=True)):
+        per_task = [query, labels, null_labels, support, support_labels, null_support_labels]
+        if layer == len(features) - 2:
+            per_task.append(classifier_weight.expand(*labels.shape[:-1], *classifier_weight.shape[-2:]))
+        if query.ndim == 3 and query.device.type == "cpu":
+            size = max(1, CHUNK // query[0].numel())
+            parts = [_project(n_way, *chunk) for chunk in zip(*(x.split(size) for x in per_task))]
+            layers.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        else:
+            layers.append(_project(n_way, *per_task))
+    return _metrics_of_projection(layers, features[-1], labels, null_labels)
+
+
+def _project(n_way: int, features: Tensor, labels: Tensor, null_labels: Tensor, support_features: Tensor,
+             support_labels: Tensor, null_support_labels: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
+    """Projects a layer onto the span of all class means and classifier rows, in 5 C coordinates.
+
+    This preserves distances and angles, hence all metrics. The part outside the span is kept as a squared length.
+    """
+    one_hot, null_one_hot = _one_hot(labels, n_way), _one_hot(null_labels, n_way)
+    group, support = _group(features, one_hot), support_features.double()
+    origin = group.means.mean(-2, keepdim=True)
+    references = [group.centred, _means(group.residual, null_one_hot) + _means(one_hot, null_one_hot) @ group.centred,
+                  *(_means(support, _one_hot(y, n_way)) - origin for y in (support_labels, null_support_labels)),
+                  *([] if weight is None else [weight.double()])]   # class means, null, support, its null, classifier
+    basis, references = torch.linalg.qr(torch.cat(references, -2).mT)      # [..., D, R], [..., R, 4 or 5 C]
+    within = group.residual @ basis                                        # [..., N, R]
+    references = references.mT
+    absent, missing = (5 * n_way - size for size in references.shape[-2:])   # zeros make all layers the same size
+    return {
+        "samples": F.pad(within + one_hot @ references[..., :n_way, :], (0, missing)),
+        "off_span": (group.spread - _square_length(within)).clamp_min(0),
+        "references": F.pad(F.pad(references, (0, missing)), (0, 0, 0, absent), value=math.nan),
+        "tolerance": group.tolerance,
+    }
+
+
+def _metrics_of_projection(layers: list[dict], logits: Tensor, labels: Tensor, null_labels: Tensor) -> dict:
+    """What `_project` returns for each layer, and the logits and labels of the query set -> as `measure`."""
+    projected = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+    n_way = logits.shape[-1]
+    labels = torch.stack([labels, null_labels]).unsqueeze(1)               # [2, 1, ..., N]: both kinds, every layer
+    samples = projected["samples"].expand(2, *projected["samples"].shape)  # [2, L, ..., N, 5 C]
+    one_hot = _one_hot(labels, n_way).expand(*samples.shape[:-1], n_way)
+    group = _group(samples, one_hot, projected["off_span"], projected["tolerance"])
+    _, _, support_means, null_support_means, weight = projected["references"].split(n_way, -2)
+    means = torch.stack([support_means, null_support_means])
+    values = {**_metrics_of_group(group), "self_duality": _self_duality(weight, group),
+              "ncc_accuracy": ncc_accuracy(samples, labels, means),
+              "ncc_mismatch": ncc_mismatch(logits, samples, labels, n_way, means)}
+    table = {name + suffix: value[kind] for name, value in values.items() for kind, suffix in enumerate(("", "_null"))}
+    for name, trace in zip(("within_original", "between_original"), original_traces(logits)):
+        table[name] = torch.full_like(table["within"], math.nan)
+        table[name][-1] = trace
+    return table
+
+
+@torch.no_grad()
+def measure_features(features: Array, labels: Array, *, classifier_weight: Array = None, logits: Array = None,
+                     support_features: Array = None, support_labels: Array = None) -> dict[str, float]:
+    """All metrics of features of your own, as plain numbers; ValueError for what cannot be measured.
+
+        import numpy as np
+        from nc_metrics import measure_features
+        values = measure_features(np.load("features.npy"), np.load("labels.npy"))
+        print(values["relative_within"], values["nc1"], values["directional_cdnv"])
+
+    Args:
+        features: [N, D] or [N, C, H, W], which is flattened.
+        labels: one number, string or row (one-hot, or a tuple) per sample. Classes are taken in sorted order. They may
+            differ in size: S_W and S_B are means over classes. Each needs two samples. Permuted, they give the null.
+        classifier_weight: [C, D], the rows of the classifier that takes the features; adds self_duality (NC3).
+        logits: [N, C], of the same samples; adds ncc_mismatch (NC4). Needs the support set.
+        support_features, support_labels: other samples, e.g. the training set, of any number per class. They give the
+            class means for NC4 and add ncc_accuracy.
+
+    cdnv_unbiased alone can be nan, with a warning: near noise, two means may be no farther apart than by chance.
+    """
+    x = _rows("features", features)
+    classes, index = _classes("labels", labels, len(x))
+    n_way, sizes = len(classes), index.bincount()
+    _require(n_way > 1, "labels hold a single class; at least two are needed")
+    _require(sizes.min() > 1, f"class {classes[sizes.argmin()]} has one sample and thus no spread; leave it out")
+    _require((support_features is None) == (support_labels is None), "support features and labels need each other")
+    _require(logits is None or support_labels is not None, "logits need class means: give a support set")
+    group = _group(x, F.one_hot(index, n_way).double())
+    values = _metrics_of_group(group)
+    if classifier_weight is not None:
+        values["self_duality"] = _self_duality(_rows("classifier_weight", classifier_weight, n_way, x.shape[1]), group)
+    if support_labels is not None:
+        support = _rows("support_features", support_features, n_columns=x.shape[1])
+        support_classes, support_index = _classes("support_labels", support_labels, len(support))
+        _require(np.array_equal(classes, support_classes), "support_labels have other classes than labels")
+        means = _means(support, F.one_hot(support_index, n_way).double())
+        values["ncc_accuracy"] = ncc_accuracy(x, index, means)
+        if logits is not None:
+            values["ncc_mismatch"] = ncc_mismatch(_rows("logits", logits, len(x), n_way), x, index, n_way, means)
+    numbers = {name: value.item() for name, value in values.items()}
+    undefined = [name for name, number in numbers.items() if not math.isfinite(number)]
+    _require(set(undefined) <= {"cdnv_unbiased"}, f"{', '.join(undefined)}: division by zero. Class means are equal to "
+             "each other or to the mean of all, or the classifier is zero, or values are too large to square")
+    if undefined:
+        warnings.warn("cdnv_unbiased is nan: two class means are no farther apart than by chance", stacklevel=2)
+    return numbers
+
+
+def _rows(name: str, x: Array, n_rows: int = 0, n_columns: int = 0) -> Tensor:
+    """Any array of finite numbers -> [N, D] float64 on the CPU."""
+    x = x.detach().cpu().double() if isinstance(x, Tensor) else torch.tensor(np.asarray(x, np.float64))
+    _require(x.ndim > 1 and x.numel() > 0, f"{name} must be [N, D] or [N, C, H, W], not {list(x.shape)}")
+    x = x.flatten(1)
+    wanted = [n_rows or len(x), n_columns or x.shape[1]]
+    _require(list(x.shape) == wanted, f"{name} must be {wanted}, not {list(x.shape)}")
+    _require(x.isfinite().all(), f"{name} must be finite; row {x.isfinite().all(1).int().argmin()} is not")
+    return x
+
+
+def _classes(name: str, labels: Array, n_samples: int) -> tuple[np.ndarray, Tensor]:
+    """The classes in sorted order, and the index of the class of each sample [N]."""
+    y = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    _require(y.ndim > 0 and len(y) == n_samples, f"{name}: {y.shape[:1]} for {n_samples} samples")
+    y = y.reshape(n_samples, -1)
+    if y.dtype.kind in "biuf":
+        _require(np.isfinite(y).all(), f"{name} must be finite")
+        if y.shape[1] > 1 and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
+            y = y.argmax(1)[:, None]   # one-hot: rows in sorted order would reverse the classes
+    classes, index = np.unique(y[:, 0] if y.shape[1] == 1 else y, axis=0, return_inverse=True)
+    return classes, torch.from_numpy(index.reshape(-1))

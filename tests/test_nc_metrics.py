@@ -338,7 +338,7 @@ def test_unbiased_traces_are_unbiased():
     for value, truth, is_biased in zip(
             nc.unbiased_traces(features, labels, n_way) + nc.covariance_traces(features, labels, n_way),
             (true_within, true_between) * 2, (False, False, True, True)):
-        mean, error = nc.mean_and_se(value[None])
+        mean, error = nc.mean_and_se(value)
         assert (abs(mean - truth) > 4 * error).item() == is_biased
 
 
