@@ -458,7 +458,7 @@ def measure_features(features: Array, labels: Array, *, classifier_weight: Array
 
 def _rows(name: str, x: Array, n_rows: int = 0, n_columns: int = 0) -> Tensor:
     """Any array of finite numbers -> [N, D] float64 on the CPU."""
-    x = x.detach().cpu().double() if isinstance(x, Tensor) else torch.tensor(np.asarray(x, np.float64))
+    x = x.detach().cpu().double() if isinstance(x, Tensor) else torch.from_numpy(np.array(x, np.float64, order="C"))
     _require(x.ndim > 1 and x.numel() > 0, f"{name} must be [N, D] or [N, C, H, W], not {list(x.shape)}")
     x = x.flatten(1)
     wanted = [n_rows or len(x), n_columns or x.shape[1]]
@@ -472,9 +472,9 @@ def _classes(name: str, labels: Array, n_samples: int) -> tuple[np.ndarray, Tens
     y = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     _require(y.ndim > 0 and len(y) == n_samples, f"{name}: {y.shape[:1]} for {n_samples} samples")
     y = y.reshape(n_samples, -1)
-    if y.dtype.kind in "biuf":
-        _require(np.isfinite(y).all(), f"{name} must be finite")
-        if y.shape[1] > 1 and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
-            y = y.argmax(1)[:, None]   # one-hot: rows in sorted order would reverse the classes
-    classes, index = np.unique(y[:, 0] if y.shape[1] == 1 else y, axis=0, return_inverse=True)
+    _require(all(value is not None and value == value for value in y.flat), f"{name} hold None or nan")
+    if y.dtype.kind in "biuf" and y.shape[1] > 1 and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
+        y = y.argmax(1)[:, None]   # one-hot: rows in sorted order would reverse the classes
+    y = y[:, 0] if y.shape[1] == 1 else y.astype(str) if y.dtype == object else y
+    classes, index = np.unique(y, axis=None if y.ndim == 1 else 0, return_inverse=True)
     return classes, torch.from_numpy(index.reshape(-1))
