@@ -22,7 +22,7 @@ import device as devices
 import record
 from files import UserError, atomic, contents
 from meta import Meta
-from splits import Sampler
+from tasks import Sampler
 
 KINDS = {"step": int, "updates": int, "weights": dict, "adam": dict, "generator": Tensor,
          "cuda_generator": Tensor | None, "tasks": Tensor, "best": dict | None, "log_bytes": int, "minutes": float,

@@ -65,11 +65,18 @@ class Learner(nn.Module):
         super().__init__()
         self.config = [(name, list(params)) for name, params in config]
         self.input_shape = (imgc, imgsz, imgsz)
-        self.shapes = output_shapes(config, imgc, imgsz)  # [c, h, w] or [features] after each layer
+        self.shapes: list[list[int]] = []  # [c, h, w] or [features] after each layer
         self.weights = nn.ParameterDict()
+        shape = list(self.input_shape)
         for i, (name, params) in enumerate(self.config):
-            for kind, weight in _initial_weights(name, params).items():
-                self.weights[f"{i}_{name}_{kind}"] = nn.Parameter(weight)
+            try:
+                _check(name, params, shape)
+                for kind, weight in _initial_weights(name, params).items():
+                    self.weights[f"{i}_{name}_{kind}"] = nn.Parameter(weight)
+                shape = _output_shape(name, params, shape, [w.shape for w in self._own(i, self.weights)])
+            except (ValueError, RuntimeError, ArithmeticError) as error:
+                raise ValueError(f"layer {i}, {name}{tuple(params)}, after {tuple(shape)}: {error}") from error
+            self.shapes.append(shape)
 
     @property
     def blocks(self) -> list[str]:
@@ -103,13 +110,17 @@ class Learner(nn.Module):
         for i, (name, params) in enumerate(self.config):
             if name in BLOCK_STARTS and i > 0:
                 seen.append(h.flatten(2))
-            own = [weights[f"{i}_{name}_{kind}"] for kind in ("weight", "bias") if f"{i}_{name}_{kind}" in weights]
-            h = _apply(name, params, h, own)
+            h = _apply(name, params, h, self._own(i, weights))
         logits = h.flatten(2)
         seen.append(logits)
         if x.dim() == 4:
             logits, seen = logits[0], [f[0] for f in seen]
         return (logits, seen) if features else logits
+
+    def _own(self, i: int, weights: Weights) -> list[Tensor]:
+        """The weights of layer i, in the order in which `_apply` takes them."""
+        names = (f"{i}_{self.config[i][0]}_{kind}" for kind in ("weight", "bias"))
+        return [weights[name] for name in names if name in weights]
 
     def per_task(self, weights: Weights, tasks: int) -> dict[str, Tensor]:
         """The weights with a leading task axis [T, ...]: one set is shared by all tasks, without a copy."""
@@ -122,80 +133,40 @@ class Learner(nn.Module):
         return "\n".join(["Learner(", f"  {list(self.input_shape)}", *lines, ")"])
 
 
-def output_shapes(config: Config, imgc: int, imgsz: int) -> list[list[int]]:
-    """Shape [c, h, w] or [features] of one image after each layer.
+def output_shape(config: Config, imgc: int, imgsz: int) -> list[int]:
+    """Shape [c, h, w] or [features] of one image after the layers; no memory is taken.
 
     Raises:
         ValueError: as `Learner`.
     """
-    shape, shapes = [imgc, imgsz, imgsz], []
-    for i, (name, params) in enumerate(config):
-        if name not in LAYERS:
-            raise ValueError(f"layer {i}: unknown layer {name!r}; there are {', '.join(LAYERS)}")
-        try:
-            if name != "reshape" and len(params) != len(LAYERS[name].strip("[]").split()):
-                raise TypeError
-            shape = _output_shape(name, params, shape)
-        except (ValueError, IndexError, TypeError) as error:
-            reason = str(error) if isinstance(error, ValueError) else f"params must be {LAYERS[name]}"
-            raise ValueError(f"layer {i}, {name}{tuple(params)}, after {tuple(shape)}: {reason}") from None
-        shapes.append(shape)
-    return shapes
+    with torch.device("meta"):
+        return Learner(config, imgc, imgsz).shapes[-1]
 
 
-def _output_shape(name: str, params: Sequence, shape: list[int]) -> list[int]:
-    if name in ("conv2d", "convt2d"):
-        first, second, kernel, kernel2, stride, padding = params
-        if kernel != kernel2:
-            raise ValueError("kernels are square here")
-        c_in, c_out = (second, first) if name == "conv2d" else (first, second)
-        c, *size = _image(shape)
-        if c != c_in:
-            raise ValueError(f"takes {c_in} channels, not {c}")
-        if name == "conv2d":
-            return [c_out, *(_slid(s, kernel, stride, padding) for s in size)]
-        return [c_out, *(_positive((s - 1) * stride - 2 * padding + kernel) for s in size)]
-    if name in ("max_pool2d", "avg_pool2d"):
-        c, *size = _image(shape)
-        return [c, *(_slid(s, *params) for s in size)]
-    if name == "upsample":
-        c, *size = _image(shape)
-        return [c, *(int(s * params[0]) for s in size)]
-    if name == "linear":
-        if shape != [params[1]]:
-            raise ValueError(f"takes [{params[1]}], not {shape}")
-        return [params[0]]
-    if name == "bn" and len(shape) not in (1, 3):
-        raise ValueError("takes features or an image [c, h, w]")
-    if name == "bn" and params[0] != shape[0]:
-        raise ValueError(f"takes {params[0]} channels, not {shape[0]}")
-    if name == "flatten":
-        return [math.prod(shape)]
-    if name == "reshape":
-        if math.prod(params) != math.prod(shape):
-            raise ValueError(f"{math.prod(shape)} values can't take the shape {list(params)}")
-        return list(params)
-    return shape
-
-
-def _image(shape: list[int]) -> list[int]:
-    if len(shape) != 3:
+def _check(name: str, params: Sequence, shape: list[int]) -> None:
+    """What torch would not refuse, or not in words that lead out."""
+    if name not in LAYERS:
+        raise ValueError(f"unknown layer {name!r}; there are {', '.join(LAYERS)}")
+    if name != "reshape" and len(params) != len(LAYERS[name].strip("[]").split()):
+        raise ValueError(f"params must be {LAYERS[name]}")
+    if name in ("conv2d", "convt2d", "max_pool2d", "avg_pool2d", "upsample") and len(shape) != 3:
         raise ValueError("takes an image [c, h, w]")
-    return shape
+    if name in ("conv2d", "convt2d") and params[2] != params[3]:
+        raise ValueError("kernels are square here")
+    if name == "linear" and shape != [params[1]]:
+        raise ValueError(f"takes [{params[1]}], not {shape}")
+    channels = {"conv2d": params[1:2], "convt2d": params[:1], "bn": params[:1]}.get(name)
+    if channels and channels != shape[:1]:
+        raise ValueError(f"takes {channels[0]} channels, not {shape[0]}")
 
 
-def _slid(size: int, kernel: int, stride: int, padding: int) -> int:
-    if kernel < 1 or stride < 1 or padding < 0:
-        raise ValueError("kernel and stride must be 1 or more, padding 0 or more")
-    if size + 2 * padding < kernel:
-        raise ValueError(f"a {kernel}x{kernel} kernel doesn't fit {size}x{size} pixels: take larger images (--imgsz)")
-    return (size + 2 * padding - kernel) // stride + 1
-
-
-def _positive(size: int) -> int:
-    if size < 1:
-        raise ValueError("nothing is left of the image")
-    return size
+def _output_shape(name: str, params: Sequence, shape: list[int], own: list[torch.Size]) -> list[int]:
+    """What the layer makes of one image of this shape; the layer itself says, on the meta device."""
+    sizes = [*shape[1:], shape[0]] if len(shape) == 3 else shape
+    h = torch.empty(1, 2, *sizes, device="meta")
+    y = _apply(name, params, h, [torch.empty(1, *size, device="meta") for size in own])
+    sizes = list(y.shape[2:])
+    return [sizes[-1], *sizes[:-1]]
 
 
 def _initial_weights(name: str, params: Sequence) -> dict[str, Tensor]:

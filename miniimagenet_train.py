@@ -17,8 +17,8 @@ import settings
 import synthetic
 import training
 from files import run
-from learner import Config, output_shapes
-from splits import Dataset
+from learner import Config, output_shape
+from tasks import Dataset
 
 DEFAULTS = {
     "script": "miniimagenet_train", "epoch": 60000, "n_way": 5, "k_spt": 5, "k_qry": 15, "imgsz": 84, "imgc": 3,
@@ -35,7 +35,7 @@ def layers(args: argparse.Namespace) -> Config:
     blocks = []
     for channels, stride in ((args.imgc, 2), (32, 2), (32, 2), (32, 1)):
         blocks += [("conv2d", [32, channels, 3, 3, 1, 0]), *after, ("max_pool2d", [2, stride, 0])]
-    features = math.prod(output_shapes(blocks, args.imgc, args.imgsz)[-1])
+    features = math.prod(output_shape(blocks, args.imgc, args.imgsz))
     return blocks + [("flatten", []), ("linear", [args.n_way, features])]
 
 

@@ -16,8 +16,8 @@ import settings
 import synthetic
 import training
 from files import run
-from learner import Config, output_shapes
-from splits import Dataset
+from learner import Config, output_shape
+from tasks import Dataset
 
 DEFAULTS = {
     "script": "omniglot_train", "epoch": 40000, "n_way": 5, "k_spt": 1, "k_qry": 15, "imgsz": 28, "imgc": 1,
@@ -34,7 +34,7 @@ def layers(args: argparse.Namespace) -> Config:
     blocks = []
     for channels, kernel, stride in ((args.imgc, 3, 2), (64, 3, 2), (64, 3, 2), (64, 2, 1)):
         blocks += [("conv2d", [64, channels, kernel, kernel, stride, 0]), *after]
-    features = math.prod(output_shapes(blocks, args.imgc, args.imgsz)[-1])
+    features = math.prod(output_shape(blocks, args.imgc, args.imgsz))
     return blocks + [("flatten", []), ("linear", [args.n_way, features])]
 
 

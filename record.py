@@ -24,6 +24,7 @@ import nc_metrics
 from files import UserError, atomic, locked, remove_stale
 
 WRITTEN = ("args.json", "checkpoint.pt", "best.pt", "nonfinite.pt", "result.json", "timing.json")
+PER_TASK = ("within", "between", "nc1", "cdnv", "directional_cdnv", "ncc_accuracy")  # what log.jsonl keeps per task
 REMEDY = "free some space or give rights there, then go on with --resume"
 
 
@@ -181,17 +182,20 @@ class Log:
             raise UserError(f"can't write {self.path}: {error.strerror}; {REMEDY}") from error
 
     def metrics(self, step: int, classes: str, layers: list[str], found: dict) -> None:
-        """One "nc" line: mean and standard error over tasks of every metric, a value a layer."""
-        def summary(values: Tensor) -> dict:  # [..., T]
-            mean, se = nc_metrics.mean_and_se(values.double())
+        """One "nc" line: mean and standard error over tasks of every metric, one value per layer.
+
+        "per_task" keeps the values of each task at the classifier's input, for intervals over tasks.
+        """
+        def summary(values: Tensor) -> dict:  # [T, ...]
+            mean, se = nc_metrics.mean_and_se(values)
             return {"mean": numbers(mean), "se": numbers(se)}
 
-        inner = {name: values.permute(2, 0, 1) for name, values in found["inner"].items()}  # [K+1, L, T]
-        inner["accuracy"] = inner["accuracy"][:, 0]
-        models = {model: {name: summary(values) for name, values in found[model].items()}
-                  for model in ("meta", "finetuned")}
-        self.add("nc", step, classes=classes, tasks=found["meta"]["within"].shape[1], layers=layers, **models,
-                 inner={name: summary(values) for name, values in inner.items()})
+        models = {model: {name: summary(values) for name, values in entries.items()}
+                  for model, entries in found.items()}
+        per_task = {model: {name: numbers(found[model][name][:, -2], 4) for name in PER_TASK}
+                    for model in ("meta", "finetuned")}
+        self.add("nc", step, classes=classes, tasks=len(found["meta"]["within"]), layers=layers, **models,
+                 per_task=per_task)
         if classes == "train":
             traces = [models[model][name]["mean"][-2] for model in models for name in ("within", "between")]
             said = "step: {} \ttraces of {}: meta within {:.4g} between {:.4g}, finetuned within {:.4g} between {:.4g}"
@@ -205,14 +209,14 @@ class Log:
         return self.file.tell()
 
 
-def numbers(values):
-    """Tensors to lists, six digits; what is not a number to None, for JSON has none."""
+def numbers(values, digits: int = 6):
+    """Tensors to lists, rounded to significant digits; what is not a number to None, for JSON has none."""
     if isinstance(values, Tensor):
         values = values.tolist()
     if isinstance(values, list):
-        return [numbers(value) for value in values]
+        return [numbers(value, digits) for value in values]
     if isinstance(values, float):
-        return float(f"{values:.6g}") if math.isfinite(values) else None
+        return float(f"{values:.{digits}g}") if math.isfinite(values) else None
     return values
 
 

@@ -14,7 +14,7 @@ import torch
 import device as devices
 from files import Parser, UserError, contents
 from learner import Config, Learner
-from splits import Dataset
+from tasks import Dataset
 
 MODES = ("resume", "test", "from_args")  # name the run that the other settings come from; they are no settings
 PLACE = ("root", "cache", "device")  # where a run happens; no part of the experiment
@@ -218,7 +218,6 @@ def check(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse
         raise UserError(f"--imgsz {args.imgsz}: {error}") from error
     sizes = dataset.sizes()
     for split, (classes, images) in sizes.items():
-        classes *= 4 if split == "train" and getattr(args, "rotations", False) else 1
         if args.n_way > classes:
             raise UserError(f"--n_way {args.n_way}: {dataset.name} has {classes} classes in its {split} split")
         if args.k_spt + args.k_qry > images:

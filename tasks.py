@@ -1,13 +1,12 @@
-"""N-way K-shot tasks, gathered from one tensor of images on its own device.
+"""N-way K-shot tasks, gathered from one tensor of images; trees of tensors that lead with tasks.
 
-A task picks `n_way` classes and, of each, `k_spt` support and `k_qry` query
-images, all different (Vinyals et al. 2016). One random permutation is cut into
-support and query, so they are disjoint by construction. Labels are 0..n_way-1,
-whatever the classes: which class gets which label is drawn anew for every task.
+A task picks `n_way` classes and, of each, `k_spt` support and `k_qry` query images, all different (Vinyals et al.
+2016). One random permutation is cut into support and query, so they are disjoint by construction. Labels are
+0..n_way-1: which class gets which label is drawn for every task.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Iterator, NamedTuple, Sequence
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -21,64 +20,93 @@ class Tasks(NamedTuple):
     x_qry: Tensor  # [T, n_way * k_qry, c, h, w]
     y_qry: Tensor  # [T, n_way * k_qry]
 
-    def split(self, size: int) -> Iterator["Tasks"]:
-        """The same tasks in chunks of at most `size`."""
-        return (Tasks(*part) for part in zip(*(field.split(size) for field in self)))
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where a script's images come from."""
+
+    called: Callable[[], str]  # name in logs and figures; may look at the sizes
+    channels: int
+    mean: Sequence[float]  # per channel, of images scaled to 0..1
+    std: Sequence[float]
+    sizes: Callable[[], dict[str, tuple[int, int]]]  # split -> (classes, images per class); reads no image
+    load: Callable[[str], Tensor]  # split -> uint8 [class, image, c, h, w]
+
+    @property
+    def name(self) -> str:
+        return self.called()
 
 
-def sample_tasks(
-    images: Tensor,
-    n_tasks: int,
-    n_way: int,
-    k_spt: int,
-    k_qry: int,
-    generator: torch.Generator,
-    mean: Tensor | Sequence[float] = (0.0,),
-    std: Tensor | Sequence[float] = (1.0,),
-) -> Tasks:
-    """Draw tasks.
+# ---- trees: tensors in dicts, lists and tuples
 
-    Args:
-        images: uint8 [classes, images a class, c, h, w].
-        n_tasks: T.
-        n_way: classes a task.
-        k_spt, k_qry: support and query images a class.
-        generator: on the device of `images`; the same state gives the same tasks.
-        mean, std: of images scaled to 0..1; one number, or one a channel (a tensor on the device is not copied).
-    Raises:
-        ValueError: too few classes, or too few images a class.
-    """
-    return finish(pick(images, n_tasks, n_way, k_spt + k_qry, generator), k_spt, mean, std)
+
+def tree_map(function: Callable, tree: Any, *others: Any) -> Any:
+    """`function` of the corresponding tensors of trees of one structure; None stays None."""
+    if isinstance(tree, Tensor):
+        return function(tree, *others)
+    if tree is None:
+        return None
+    if isinstance(tree, dict):
+        return {key: tree_map(function, value, *(other[key] for other in others)) for key, value in tree.items()}
+    parts = [tree_map(function, *values) for values in zip(tree, *others, strict=True)]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+
+
+def chunks(size: int, total: int, *trees: Any) -> Iterator[tuple]:
+    """The trees, `size` of their `total` tasks (axis 0 of every tensor) at a time."""
+    for start in range(0, total, size):
+        yield tree_map(lambda values: values[start:start + size], trees)
+
+
+def cat(trees: Sequence[Any]) -> Any:
+    """The tasks of several trees in one tree."""
+    return trees[0] if len(trees) == 1 else tree_map(lambda *parts: torch.cat(parts), *trees)
+
+
+def chunked(function: Callable, size: int, total: int, *trees: Any) -> Any:
+    """`function(*trees)`, a tree of tensors that lead with tasks, computed for at most `size` tasks at a time."""
+    return cat([function(*parts) for parts in chunks(size, total, *trees)])
+
+
+# ---- sampling
 
 
 def with_rotations(images: Tensor) -> Tensor:
-    """Every class also turned by 90, 180 and 270 degrees, as further classes (Santoro et al. 2016).
+    """Every class at 0, 90, 180 and 270 degrees: [classes, n, c, s, s] -> [4 classes, n, c, s, s] (Santoro et al. 2016).
 
-    [classes, images a class, c, s, s] -> [4 classes, images a class, c, s, s]. Turned once, and not in every task: four
-    times the memory (Omniglot's 1,100 training classes: 69 MB), and nothing to do in a meta-step.
+    Turned once and not in every task: four times the memory (Omniglot's training images: 69 MB).
     """
     return torch.stack([torch.rot90(images, turns, (-2, -1)) for turns in range(4)], 1).flatten(0, 1)
 
 
-def pick(images: Tensor, n_tasks: int, n_way: int, k: int, generator: torch.Generator) -> Tensor:
-    """The images of `sample_tasks` as they are stored, uint8 [T, n_way, k, c, h, w]: what is copied to a device."""
-    classes, per_class = images.shape[:2]
+def draw(classes: int, per_class: int, n_tasks: int, n_way: int, k: int, generator: torch.Generator,
+         turns: int = 1) -> tuple[Tensor, Tensor]:
+    """Indices of tasks: (class [T, n_way, 1], image [T, n_way, k]), on the generator's device.
+
+    The first images of a larger k are those of a smaller one.
+
+    Args:
+        classes: distinct classes; with `turns` there are turns * classes rows of images, a class's one after the other.
+        turns: a task takes each of its classes in one random orientation, so a character never meets its rotation.
+    Raises:
+        ValueError: too few classes, or too few images per class.
+    """
     if n_way > classes:
         raise ValueError(f"{n_way}-way tasks need {n_way} classes, here are {classes}")
     if k > per_class:
-        raise ValueError(f"support and query images need {k} a class, here are {per_class}")
-    random = {"device": images.device, "generator": generator}
+        raise ValueError(f"support and query images need {k} per class, here are {per_class}")
+    random = {"device": generator.device, "generator": generator}
     chosen = torch.rand(n_tasks, classes, **random).topk(n_way).indices  # [T, n_way]
     order = torch.rand(n_tasks, n_way, per_class, **random).topk(k).indices  # [T, n_way, k]
-    return images[chosen[..., None], order]
+    if turns > 1:
+        chosen = chosen * turns + torch.randint(turns, chosen.shape, **random)
+    return chosen[..., None], order
 
 
-def finish(picked: Tensor, k_spt: int, mean: Tensor | Sequence[float], std: Tensor | Sequence[float]) -> Tasks:
-    """Scale and normalise what `pick` returns, and cut each class into support and query."""
+def as_tasks(picked: Tensor, k_spt: int, mean: Tensor | Sequence[float], std: Tensor | Sequence[float]) -> Tasks:
+    """Scale and normalise picked images, uint8 [T, n_way, k, c, h, w]; cut each class into support and query."""
     n_tasks, n_way, k = picked.shape[:3]
-    shape = (1, 1, 1, -1, 1, 1)
-    mean = torch.as_tensor(mean, device=picked.device).view(shape)
-    std = torch.as_tensor(std, device=picked.device).view(shape)
+    mean, std = (torch.as_tensor(values, device=picked.device).view(1, 1, 1, -1, 1, 1) for values in (mean, std))
     picked = (picked.float() / 255 - mean) / std
     labels = torch.arange(n_way, device=picked.device).view(1, n_way, 1).expand(n_tasks, n_way, k)
     x_spt, x_qry = (part.flatten(1, 2) for part in picked.split([k_spt, k - k_spt], 2))
@@ -86,21 +114,59 @@ def finish(picked: Tensor, k_spt: int, mean: Tensor | Sequence[float], std: Tens
     return Tasks(x_spt, y_spt, x_qry, y_qry)
 
 
-class Prefetched:
-    """Calls `draw` (a `pick`) in a thread, one batch ahead, and copies its result to `device` from pinned memory.
+def sample_tasks(images: Tensor, n_tasks: int, n_way: int, k_spt: int, k_qry: int, generator: torch.Generator,
+                 mean: Tensor | Sequence[float] = (0.0,), std: Tensor | Sequence[float] = (1.0,)) -> Tasks:
+    """Draw tasks.
 
-    For images that stay on the host because the device can't hold them: drawing and copying go on beside a meta-step.
+    Args:
+        images: uint8 [classes, images per class, c, h, w].
+        n_tasks: T.
+        k_spt, k_qry: support and query images per class.
+        generator: on the CPU or on the device of `images`; the same state gives the same tasks.
+        mean, std: of images scaled to 0..1; one number, or one per channel (a tensor on the device is not copied).
+    Raises:
+        ValueError: too few classes, or too few images per class.
+    """
+    index = draw(*images.shape[:2], n_tasks, n_way, k_spt + k_qry, generator)
+    return as_tasks(images[tuple(part.to(images.device) for part in index)], k_spt, mean, std)
+
+
+class Sampler:
+    """Tasks from the images of a split.
+
+    Args:
+        images: uint8 [classes * turns, images per class, c, h, w], on `device` or on the host.
+        dataset: whose mean and deviation normalise them.
+        device: where tasks go.
+        seed: of the generator. It is on the device where `on_device` is set and the images are there too, as a captured
+            step needs; else on the CPU, and every machine draws the same tasks.
+        turns: see `draw`.
     """
 
-    def __init__(self, draw: Callable[[], Tensor], device: torch.device):
-        self.draw, self.device = draw, device
-        self.thread = ThreadPoolExecutor(1)
-        self.next = self.thread.submit(self._draw)
+    def __init__(self, images: Tensor, dataset: Dataset, device: torch.device, seed: int, n_way: int, k_spt: int,
+                 k_qry: int, turns: int = 1, on_device: bool = False):
+        self.images, self.device, self.n_way, self.k_spt, self.turns = images, device, n_way, k_spt, turns
+        self.k = k_spt + k_qry
+        self.mean, self.std = (torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
+        self.generator = torch.Generator(images.device if on_device else "cpu").manual_seed(seed)
 
-    def _draw(self) -> Tensor:
-        drawn = self.draw()
-        return drawn.pin_memory() if self.device.type == "cuda" else drawn
+    def __call__(self, n_tasks: int) -> Tasks:
+        return self.gather(self.draw(n_tasks))
 
-    def __call__(self) -> Tensor:
-        drawn, self.next = self.next.result(), self.thread.submit(self._draw)
-        return drawn.to(self.device, non_blocking=True)
+    def draw(self, n_tasks: int) -> tuple[Tensor, Tensor]:
+        """Indices of the next tasks, for `gather`."""
+        classes, per_class = self.images.shape[:2]
+        return draw(classes // self.turns, per_class, n_tasks, self.n_way, self.k, self.generator, self.turns)
+
+    def gather(self, index: tuple[Tensor, Tensor]) -> Tasks:
+        picked = self.images[tuple(part.to(self.images.device) for part in index)]
+        return as_tasks(picked.to(self.device), self.k_spt, self.mean, self.std)
+
+    @property
+    def state(self) -> Tensor:
+        """Of the generator; a checkpoint holds it."""
+        return self.generator.get_state()
+
+    @state.setter
+    def state(self, state: Tensor) -> None:
+        self.generator.set_state(state)
