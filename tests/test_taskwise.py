@@ -196,7 +196,8 @@ def max_pool_inputs(tasks):
 
 
 @pytest.mark.parametrize("tasks", TASKS)
-@pytest.mark.parametrize("name", ["conv2d-3-2-0-7", "conv2d-3-2-1-6", "conv2d-3-2-(0, 1)-8", "batch_norm", "max_pool2d"])
+@pytest.mark.parametrize("name", ["conv2d-3-2-0-7", "conv2d-3-2-1-6", "conv2d-3-2-(0, 1)-8", "batch_norm",
+                                  "max_pool2d"])
 def test_third_derivative_raises(name, tasks):
     if name == "max_pool2d":
         layer, inputs = (lambda x: taskwise.max_pool2d(x, 2, 2)), max_pool_inputs(tasks)
