@@ -81,20 +81,26 @@ def adapt(
     return trajectory
 
 
-def chunk_sizes(device: torch.device, net: Learner, samples: int) -> tuple[int, int]:
+def chunk_sizes(device: torch.device, net: Learner, support: int, query: int) -> tuple[int, int]:
     """How many tasks go together at most through the inner loop, and through the query pass.
 
-    A GPU wants all of them. A CPU wants what it works on to stay in its cache: the query pass is fastest one task at a
-    time. The inner loop is too where a task's largest activation is large (miniImageNet's); where it is small (5-way
-    Omniglot's, 1-shot and 5-shot) as many tasks go together as make it 10 MB.
-
     Args:
-        samples: support images a task.
+        support, query: images per task.
     """
     if device.type != "cpu":
         return ALL, ALL
-    largest = samples * max(math.prod(shape) for shape in net.shapes)
-    return 5 * 2**19 // largest if largest <= 2**19 else 1, 1
+    largest = max(math.prod(shape) for shape in net.shapes)  # values of an image's largest activation
+    return tasks_together(support * largest, 9 * 2**16), tasks_together(query * largest, 5 * 2**16)
+
+
+def tasks_together(values: int, most: int) -> int:
+    """Tasks per chunk on a CPU (benchmarks/README.md has the measurements).
+
+    Args:
+        values: of a task's largest activation. Up to `most`, one task is too little work per operation, and as many
+            tasks go together as make 5 * 2^19 values (10 MB). Above it, one task fills the cache.
+    """
+    return 5 * 2**19 // values if values <= most else 1
 
 
 class Meta(nn.Module):
@@ -255,7 +261,7 @@ class Meta(nn.Module):
         return torch.cat(accuracies), join(metrics) if null else None
 
     def _chunk_sizes(self, tasks: Tasks) -> tuple[int, int]:
-        sizes = chunk_sizes(tasks.x_spt.device, self.net, tasks.x_spt.shape[1])
+        sizes = chunk_sizes(tasks.x_spt.device, self.net, tasks.x_spt.shape[1], tasks.x_qry.shape[1])
         return tuple(min(size, self.task_chunk or ALL) for size in sizes)
 
     def _null(self, tasks: Tasks) -> tuple[Tensor, Tensor]:
