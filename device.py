@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import taskwise
 from files import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ def set_arithmetic(precision: str, deterministic: bool) -> None:
     Call it before the first product: cuBLAS reads its setting once.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    taskwise.use_bf16(precision == "bf16")
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.backends.cudnn.deterministic = deterministic

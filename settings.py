@@ -87,8 +87,8 @@ def _parser(description: str, defaults: dict, epoch_help: str, only_given: bool 
     flag("out", None, "folder of the run; runs/SCRIPT-<n>w<k>s-seed<seed>-<time> if not given")
     flag("task_chunk", 0, "tasks in memory together at most: less memory, the same result; 0: as fits the device")
     choice("cuda_graph", True, "on CUDA, capture the training step once and replay it: the same result, sooner")
-    flag("precision", "float32", "of matrix products: tf32 (CUDA) and bf16 are faster and coarser",
-         choices=["float32", "tf32", "bf16"])
+    flag("precision", "float32", "of matrix products: tf32 (CUDA) is faster and coarser",
+         choices=["float32", "tf32"])
     choice("deterministic", False, "on CUDA, only kernels that give the same bits every time; a CPU always does")
     flag("seed", 222, "of the initial weights and the training tasks")
     flag("device", "cuda" if torch.cuda.is_available() else "cpu", "where to compute: cpu, cuda, cuda:1, ...")

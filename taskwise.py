@@ -13,54 +13,81 @@ for batch norm's double backward is wrong (pytorch/functorch#534).
 Letters: T tasks, N samples, h w c height, width, channels in, o channels out,
 k kernel, R = N*h*w rows that share a channel's statistics.
 
-Third derivatives are refused (`once_differentiable`), not silently wrong.
+A third derivative raises an error.
 """
+
+import functools
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 EPS = 1e-5  # batch norm's, as torch.nn.BatchNorm2d
-_products_in_bf16 = False
 
 
-def use_bf16(on: bool) -> None:
-    """Round what enters the batched matrix products of convolutions to bfloat16; all else stays as it is."""
-    global _products_in_bf16
-    _products_in_bf16 = on
-
-
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int | tuple[int, int] = 0) -> Tensor:
     """Convolve every task's images with that task's kernels.
 
     Args:
         x: [T, N, h, w, c], channels last.
         weight: [T, o, c, k, k]; fastest where each task's kernel is stored [o, k, k, c].
         bias: [T, o].
+        padding: zeros on each side of the image, or (before, after): before the first row and column, after the last.
     Returns:
         [T, N, h', w', o].
     """
-    if len(x) > 1 and padding:  # one task is padded inside the native kernel
-        x, padding = F.pad(x, (0, 0, padding, padding, padding, padding)), 0
-    return _Conv.apply(x, weight, bias, stride, padding)
+    before, after = (padding, padding) if isinstance(padding, int) else padding
+    if before == after and len(x) == 1:  # the native kernel pads
+        return _Conv.apply(x, weight, bias, stride, before)
+    if before or after:
+        x = F.pad(x, (0, 0, before, after, before, after))
+    return _Conv.apply(x, weight, bias, stride, 0)
 
 
-def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor) -> Tensor:
     """Normalise by the batch's own statistics, task by task (transductive, as in MAML).
 
     Args:
         x: [T, N, ..., c], channels last; statistics are over all axes but T and c.
-        weight, bias: [T, c].
+        weight: the scale, [T, c]; None: no scale.
+        bias: [T, c].
     Returns:
         As x.
     """
-    return _BatchNorm.apply(x, weight, bias)
+    return _BatchNorm.apply(x, torch.ones_like(bias) if weight is None else weight, bias)
 
 
 def max_pool2d(x: Tensor, kernel: int, stride: int, padding: int = 0) -> Tensor:
     """The largest value under a sliding window: [T, N, h, w, c] -> [T, N, h', w', c]."""
     return _MaxPool.apply(x.flatten(0, 1), kernel, stride, padding).unflatten(0, x.shape[:2])
+
+
+class _SecondDerivative(torch.autograd.Function):
+    """compute(*tensors), which autograd can't differentiate.
+
+    `once_differentiable` is not enough: its error is skipped by `torch.autograd.grad`, whose result is then wrong.
+    """
+
+    @staticmethod
+    def forward(ctx, compute, *tensors):
+        return compute(*tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError("taskwise has no third derivatives; its layers can be differentiated twice")
+
+
+def _no_third_derivative(compute: Callable) -> Callable:
+    """For the backward of a first derivative, `compute(ctx, saved tensors, *gradients)`."""
+
+    @functools.wraps(compute)
+    def backward(ctx, *gradients):
+        saved = ctx.saved_tensors
+        return _SecondDerivative.apply(
+            lambda *tensors: compute(ctx, tensors[:len(saved)], *tensors[len(saved):]), *saved, *gradients)
+
+    return backward
 
 
 # A convolution is bilinear in image and kernel. Its gradients are its two adjoints, and the gradients of those are
@@ -94,10 +121,10 @@ class _ConvGradients(torch.autograd.Function):
         return _adjoints(x, weight, g, columns, *geometry, [for_x, True, True])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, vx, vw, vb):
+    @_no_third_derivative
+    def backward(ctx, saved, vx, vw, vb):
         # Differentiate <vx, for x> + <vw, for weight> + <vb, for bias> = <g, conv(vx, weight) + conv(x, vw) + vb>.
-        x, weight, g = ctx.saved_tensors
+        x, weight, g = saved
         needs_x, _, needs_g, *_ = ctx.needs_input_grad
         to_x = to_weight = to_g = None
         if vw is not None:
@@ -124,7 +151,7 @@ def _convolve(x, weight, bias, stride, padding, columns=None):
     if columns is None:
         columns = _im2col(x, k, stride)
     matrix = _matrix(weight).transpose(1, 2)
-    y = _bmm(columns, matrix, bias)
+    y = torch.bmm(columns, matrix) if bias is None else torch.baddbmm(bias[:, None], columns, matrix)
     return y.view(tasks, samples, (h - k) // stride + 1, (w - k) // stride + 1, o), columns
 
 
@@ -141,22 +168,14 @@ def _adjoints(x, weight, g, columns, stride, padding, wanted):
     rows = g.reshape(tasks, -1, o)
     gx = gw = None
     if for_x:
-        gx = _col2im(_bmm(rows, _matrix(weight)), x.shape, k, stride)
+        gx = _col2im(torch.bmm(rows, _matrix(weight)), x.shape, k, stride)
     if for_weight:
         if k * k * c < o:  # a product is slow where its last side is short
-            gw = _bmm(columns.transpose(1, 2), rows).transpose(1, 2).contiguous()
+            gw = torch.bmm(columns.transpose(1, 2), rows).transpose(1, 2).contiguous()
         else:
-            gw = _bmm(rows.transpose(1, 2), columns)
+            gw = torch.bmm(rows.transpose(1, 2), columns)
         gw = gw.view(tasks, o, k, k, c).permute(0, 1, 4, 2, 3)
     return gx, gw, rows.sum(1) if for_bias else None
-
-
-def _bmm(a, b, bias=None):
-    """[T, i, j] @ [T, j, k], plus bias [T, k]."""
-    if _products_in_bf16:
-        product = torch.bmm(a.bfloat16(), b.bfloat16()).to(a.dtype)
-        return product if bias is None else product + bias[:, None]
-    return torch.bmm(a, b) if bias is None else torch.baddbmm(bias[:, None], a, b)
 
 
 def _nchw(x):  # [1, N, h, w, c] -> [N, c, h, w], in channels-last memory
@@ -243,12 +262,12 @@ class _BatchNormGradients(torch.autograd.Function):
         return gx.view(x.shape), gw, gb
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, v, vw, vb):
+    @_no_third_derivative
+    def backward(ctx, saved, v, vw, vb):
         # Differentiate L = <v, for x> + <vw, for weight> + <vb, for bias>. xhat depends on x through the mean and r,
         # and dr/dx = -r^2 xhat / R. With a = dL/dxhat = -scale s2 v + e g, and q = mean of v (g - s1 - xhat s2):
         #   for x: r (a - <a> - xhat <a xhat>) - scale r q xhat
-        g, x, weight = ctx.saved_tensors
+        g, x, weight = saved
         xhat, mean, r, s1, s2 = ctx.statistics
         if xhat is None:
             xhat = torch.addcmul(-mean * r, _rows(x), r)
@@ -290,8 +309,8 @@ class _MaxPoolGradient(torch.autograd.Function):
         return gx.permute(0, 2, 3, 1).contiguous()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, v):
+    @_no_third_derivative
+    def backward(ctx, saved, v):
         picked = v.flatten(1, 2).gather(1, ctx.indices.permute(0, 2, 3, 1).flatten(1, 2))  # [N, h'*w', c]
         return picked.unflatten(1, ctx.indices.shape[2:]), None, None, None
 

@@ -1,4 +1,4 @@
-"""The benchmark: everyone computes the same gradient, a wrong one is named, rows and chart are written."""
+"""The benchmark: every implementation computes the same gradient, a wrong one is named, the table shows the report."""
 
 import json
 import sys
@@ -7,74 +7,95 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import implementations
 import speed
-from files import UserError
 
 CPU = torch.device("cpu")
-PACKAGES = ("higher", "torchopt")
-SMALL = {
-    "omniglot": speed.TRIAL,
-    "miniimagenet": speed.CASES["miniimagenet-5w5s"]._replace(imgsz=48, n_way=2, k_spt=1, k_qry=2, steps=2, tasks=2),
-}
+TORCH_ONLY = {name: make for name, make in speed.OTHERS.items() if name not in implementations.PACKAGES}
 
 
-@pytest.fixture
-def installed(monkeypatch):
-    """Leave out of the benchmark what is not installed."""
-    there = {name: make for name, make in speed.OTHERS.items() if name not in PACKAGES or find_spec(name)}
-    monkeypatch.setattr(speed, "OTHERS", there)
+def tiny_layers(args):
+    """Every kind of layer that the benchmark's networks have, few channels."""
+    return [("conv2d", [4, args.imgc, 3, 3, 2, 1]), ("bn", [4]), ("relu", [True]), ("max_pool2d", [2, 1, 0]),
+            ("conv2d", [3, 4, 2, 2, 1, 0]), ("bn", [3]), ("relu", [True]), ("flatten", []),
+            ("linear", [args.n_way, 3 * 3 * 3])]
 
 
-@pytest.mark.parametrize("name", PACKAGES)
-def test_package_is_there(name):
-    pytest.importorskip(name, reason=f"{name} is not compared here: pip install -r benchmarks/requirements.txt")
+TINY = speed.Case("tiny", tiny_layers, imgc=2, imgsz=9, lr=0.1, n_way=3, k_spt=2, tasks=2, steps=2, k_qry=2)
 
 
-@pytest.mark.parametrize("case", SMALL)
-def test_gradients_agree(case, installed):
-    errors = speed.check(SMALL[case], CPU)
-    assert set(errors) == {speed.THIS, *speed.OTHERS} and max(errors.values()) < 1e-9
+@pytest.mark.parametrize("package", implementations.PACKAGES.values())
+def test_package_is_there(package):
+    pytest.importorskip(package, reason=f"{package} is not compared here: pip install -r benchmarks/requirements.txt")
 
 
-def test_wrong_gradient_is_named(installed, monkeypatch):
-    right = speed.elementary_batch_norm
-    monkeypatch.setattr(speed, "elementary_batch_norm", lambda x, weight, bias: right(x, weight, 1.001 * bias + 0.001))
-    with pytest.raises(UserError, match=r"trial: gradients differ in float64, relative: vmap by \S+; nothing"):
-        speed.check(speed.TRIAL, CPU)
+def test_gradients_agree():
+    errors = speed.check(TINY, CPU)
+    assert set(errors) == set(implementations.implementations_on(CPU)) and max(errors.values()) < 1e-9
 
 
-def test_missing_package_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "higher", None)
-    monkeypatch.setattr(speed, "OTHERS", {"higher": speed.Higher})
-    with pytest.raises(UserError, match="no module higher: pip install -r benchmarks/requirements.txt"):
-        speed.check(speed.TRIAL, CPU)
+def test_gradients_of_the_real_networks_agree(monkeypatch):
+    monkeypatch.setattr(implementations, "OTHERS", TORCH_ONLY)
+    for name in ("omniglot-paper", "miniimagenet-5w1s"):
+        case = speed.CASES[name]._replace(n_way=2, tasks=2, steps=1, k_qry=1)
+        errors = speed.check(case, CPU)
+        assert set(errors) == {speed.THIS, *TORCH_ONLY} and max(errors.values()) < 1e-9
 
 
-@pytest.mark.parametrize("flags, complaint", [
-    ("--repeats 0", "--repeats 0"), ("--only omniglot", "--only"), ("--chart speed.jpg", "speed.jpg"),
-    ("--device nowhere", "--device nowhere"), ("--threads -1", "--threads -1"),
-])
-def test_bad_flags(flags, complaint):
-    with pytest.raises(UserError, match=complaint):
+def test_wrong_gradient_is_named(monkeypatch):
+    right = implementations.elementary_batch_norm
+    monkeypatch.setattr(implementations, "OTHERS", TORCH_ONLY)
+    monkeypatch.setattr(implementations, "elementary_batch_norm", lambda x, w, b: right(x, w, 1.001 * b + 0.001))
+    with pytest.raises(SystemExit, match=r"tiny: gradients differ in float64, relative: vmap by \S+; nothing"):
+        speed.check(TINY, CPU)
+
+
+def test_a_package_that_is_absent_is_left_out(monkeypatch):
+    monkeypatch.setattr(implementations, "find_spec", lambda name: None if name == "jax" else find_spec(name))
+    assert "JAX" not in implementations.implementations_on(CPU)
+
+
+def test_matrix_product_has_the_flops_of_the_plain_loop():
+    case = TINY._replace(tasks=3)
+    _, net, tasks = speed.prepare(case, CPU, torch.float32)
+    product, loop = implementations.MatrixProduct(case, net, tasks), implementations.PlainLoop(case, net, tasks)
+    with FlopCounterMode(display=False) as counter:
+        loop.backward()
+    assert product.flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("flags", ["--repeats 0", "--only omniglot", "--threads -1"])
+def test_bad_flags(flags, capsys):
+    with pytest.raises(SystemExit):
         speed.main(flags.split())
+    assert flags.split()[0] in capsys.readouterr().err
 
 
-def test_rows_and_chart(tmp_path, capsys):
-    for name in PACKAGES:
-        pytest.importorskip(name)
-    rows, chart = tmp_path / "rows.json", tmp_path / "chart.png"
-    speed.main(f"--only trial --repeats 1 --threads 1 --allocator kept --json {rows} --chart {chart}".split())
-    found = json.loads(rows.read_text())
-    assert [row["implementation"] for row in found] == [speed.THIS, *speed.OTHERS]
-    for row in found:
-        assert row["case"] == "trial" and row["allocator"] == "kept" and row["device"] == "cpu"
-        assert row["repeats"] == row["threads"] == 1 and row["tasks"] == row["steps"] == 2
-        assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"]
-        assert row["tasks_per_s"] == pytest.approx(row["tasks"] / row["median_s"])
-    with Image.open(chart) as image:
-        assert image.width == 1800
+def test_report_and_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(implementations, "OTHERS", TORCH_ONLY)
+    monkeypatch.setattr(speed, "start", lambda args: CPU)  # the settings of the tests' own process stay
+
+    class InThisProcess:
+        def __init__(self, *_, **__): ...
+        def __enter__(self): return self
+        def __exit__(self, *_): ...
+
+        def submit(self, function, *arguments):
+            self.result = lambda: function(*arguments)
+            return self
+
+    monkeypatch.setattr(speed, "ProcessPoolExecutor", InThisProcess)
+    path = tmp_path / "speed.json"
+    speed.main(f"--only trial --repeats 2 --json {path}".split())
     printed = capsys.readouterr().out
-    assert f"PyTorch {torch.__version__}" in printed and "as fast as the best other" in printed
+    report = json.loads(path.read_text())
+    times = report["cases"]["trial"]["times"]
+    assert list(times) == [speed.THIS, *TORCH_ONLY, speed.PRODUCT]
+    assert all(0 < row["min_s"] <= row["s"] for row in times.values())
+    speed.main(f"--table --json {path}".split())
+    table = capsys.readouterr().out
+    assert table.strip() in printed and f"PyTorch {torch.__version__}" in table
+    assert f"| {speed.THIS} | {times[speed.THIS]['s']:.3g} s (1.00x) |" in table

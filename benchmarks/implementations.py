@@ -1,0 +1,329 @@
+"""Second-order MAML in the ways in which people write it; benchmarks/speed.py times them."""
+
+import argparse
+import copy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Callable, NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import device as devices
+from learner import Config, Learner
+from meta import Meta
+from tasks import Tasks
+
+META_LR = 1e-3
+THIS, EAGER, PRODUCT = "this project", "this project, no graph", "matrix product"
+
+
+class Case(NamedTuple):
+    """A setting of MAML."""
+
+    title: str
+    layers: Callable[[argparse.Namespace], Config]
+    imgc: int
+    imgsz: int
+    lr: float  # of the inner loop
+    n_way: int
+    k_spt: int
+    tasks: int
+    steps: int = 5
+    k_qry: int = 15
+
+    @property
+    def config(self) -> Config:
+        return self.layers(argparse.Namespace(net="paper", imgc=self.imgc, imgsz=self.imgsz, n_way=self.n_way))
+
+
+class Implementation:
+    """One way to take a meta-step."""
+
+    weights: list[nn.Parameter]  # its theta, in the order of the layers
+
+    def step(self) -> None:
+        """The gradient of the mean query loss with respect to theta, and a step of Adam."""
+        raise NotImplementedError
+
+    def gradient(self) -> list[Tensor]:
+        """What the last step computed, in torch's layouts."""
+        return [w.grad for w in self.weights]
+
+    def put_back(self, theta: Sequence[Tensor]) -> None:
+        """theta into the weights, at the address where they are."""
+        with torch.no_grad():
+            for weight, value in zip(self.weights, theta):
+                weight.copy_(value)
+
+
+class ThisProject(Implementation):
+    def __init__(self, case: Case, net: Learner, tasks: Tasks):
+        self.tasks = tasks
+        self.meta = Meta(copy.deepcopy(net), update_lr=case.lr, meta_lr=META_LR, update_step=case.steps)
+        self.weights = list(self.meta.net.weights.values())
+
+    def step(self) -> None:
+        self.meta(self.tasks)
+
+
+class ThisProjectGraphed(ThisProject):
+    """The same, captured at its first step (the warm-up) and replayed."""
+
+    graph = None
+
+    def step(self) -> None:
+        if self.graph is None:
+            theta = [w.detach().clone() for w in self.weights]
+            self.meta(self.tasks)  # Adam's state must be there before the capture
+            self.put_back(theta)
+            generator = torch.Generator(self.tasks.y_spt.device)
+            self.graph = devices.GraphedStep(self.meta, lambda: self.meta(self.tasks), generator)
+        self.graph()
+
+
+class _WithAdam(Implementation):
+    def __init__(self, case: Case, net: Learner, tasks: Tasks):
+        self.case, self.config, self.tasks = case, case.config, tasks
+        # in the memory layout that torch's own layers give their weights
+        self.weights = [nn.Parameter(w.detach().clone(memory_format=torch.contiguous_format))
+                        for w in net.weights.values()]
+        self.optimizer = torch.optim.Adam(self.weights, lr=META_LR)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.backward()
+        self.optimizer.step()
+
+    def backward(self) -> None:
+        """One backward pass per task: faster than one over the sum of the losses, and it takes less memory."""
+        for x_spt, y_spt, x_qry, y_qry in zip(*self.tasks):
+            (self.query_loss(x_spt, y_spt, x_qry, y_qry) / len(self.tasks.y_qry)).backward()
+
+    def query_loss(self, x_spt: Tensor, y_spt: Tensor, x_qry: Tensor, y_qry: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class PlainLoop(_WithAdam):
+    def query_loss(self, x_spt, y_spt, x_qry, y_qry):
+        fast = self.weights
+        for _ in range(self.case.steps):
+            loss = F.cross_entropy(logits(self.config, fast, x_spt, native_batch_norm), y_spt)
+            gradients = torch.autograd.grad(loss, fast, create_graph=True)
+            fast = [w - self.case.lr * g for w, g in zip(fast, gradients)]
+        return F.cross_entropy(logits(self.config, fast, x_qry, native_batch_norm), y_qry)
+
+
+class Vmap(_WithAdam):
+    def backward(self) -> None:
+        torch.func.vmap(self.query_loss)(*self.tasks).mean().backward()
+
+    def query_loss(self, x_spt, y_spt, x_qry, y_qry):
+        def loss(fast: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(logits(self.config, fast, x, elementary_batch_norm), y)
+
+        fast = self.weights
+        for _ in range(self.case.steps):
+            gradients = torch.func.grad(loss)(fast, x_spt, y_spt)
+            fast = [w - self.case.lr * g for w, g in zip(fast, gradients)]
+        return loss(fast, x_qry, y_qry)
+
+
+class Higher(_WithAdam):
+    def __init__(self, case: Case, net: Learner, tasks: Tasks):
+        super().__init__(case, net, tasks)
+        self.net = module(self.config, self.weights)
+        self.inner = torch.optim.SGD(self.net.parameters(), lr=case.lr)
+
+    def backward(self) -> None:
+        import higher
+
+        for x_spt, y_spt, x_qry, y_qry in zip(*self.tasks):
+            with higher.innerloop_ctx(self.net, self.inner, copy_initial_weights=False) as (net, inner):
+                for _ in range(self.case.steps):
+                    inner.step(F.cross_entropy(net(x_spt), y_spt))
+                (F.cross_entropy(net(x_qry), y_qry) / len(self.tasks.y_qry)).backward()
+
+
+class TorchOpt(_WithAdam):
+    def __init__(self, case: Case, net: Learner, tasks: Tasks):
+        import torchopt
+
+        super().__init__(case, net, tasks)
+        self.torchopt, self.net = torchopt, module(self.config, self.weights)
+        self.inner = torchopt.MetaSGD(self.net, lr=case.lr)
+
+    def backward(self) -> None:
+        state = self.torchopt.extract_state_dict(self.net, by="reference", detach_buffers=True)
+        inner_state = self.torchopt.extract_state_dict(self.inner, by="reference")
+        for x_spt, y_spt, x_qry, y_qry in zip(*self.tasks):
+            for _ in range(self.case.steps):
+                self.inner.step(F.cross_entropy(self.net(x_spt), y_spt))
+            (F.cross_entropy(self.net(x_qry), y_qry) / len(self.tasks.y_qry)).backward()
+            self.torchopt.recover_state_dict(self.net, state)
+            self.torchopt.recover_state_dict(self.inner, inner_state)
+
+
+class Jax(Implementation):
+    """jit of vmap over tasks. Images are [N, h, w, c] and kernels [k, k, c, o], so that im2col is a concatenation."""
+
+    def __init__(self, case: Case, net: Learner, tasks: Tasks):
+        import jax
+
+        jax.config.update("jax_enable_x64", tasks.x_spt.dtype == torch.float64)
+        self.jax, self.case, self.config = jax, case, case.config
+        self.weights = list(net.weights.values())
+        self.theta = [jax.numpy.asarray(_to_jax(w.detach()).cpu().numpy()) for w in self.weights]
+        self.moments = [[jax.numpy.zeros_like(w) for w in self.theta] for _ in range(2)]
+        x_spt, y_spt, x_qry, y_qry = (jax.numpy.asarray(values.cpu().numpy()) for values in tasks)
+        self.tasks = x_spt.transpose(0, 1, 3, 4, 2), y_spt, x_qry.transpose(0, 1, 3, 4, 2), y_qry
+        self.compiled, self.count = jax.jit(self.update), 0
+
+    def put_back(self, theta: Sequence[Tensor]) -> None:
+        pass  # arrays are immutable, and `step` keeps theta as it was
+
+    def step(self) -> None:
+        self.count += 1
+        _, self.moments, self.found = self.jax.block_until_ready(
+            self.compiled(self.theta, self.moments, self.count, *self.tasks))
+
+    def gradient(self) -> list[Tensor]:
+        arrays = [torch.tensor(self.jax.device_get(g)) for g in self.found]
+        return [(g.permute(3, 2, 0, 1) if g.dim() == 4 else g).to(w) for g, w in zip(arrays, self.weights)]
+
+    def update(self, theta, moments, count, *tasks):
+        """One meta-step -> theta, Adam's moments, the gradient."""
+        def mean_loss(theta):
+            return self.jax.vmap(self.query_loss, (None, 0, 0, 0, 0))(theta, *tasks).mean()
+
+        gradient = self.jax.grad(mean_loss)(theta)
+        first = [0.9 * m + 0.1 * g for m, g in zip(moments[0], gradient)]
+        second = [0.999 * m + 0.001 * g * g for m, g in zip(moments[1], gradient)]
+        theta = [w - META_LR * m / (1 - 0.9**count) / ((v / (1 - 0.999**count))**0.5 + 1e-8)
+                 for w, m, v in zip(theta, first, second)]
+        return theta, [first, second], gradient
+
+    def query_loss(self, weights, x_spt, y_spt, x_qry, y_qry):
+        def loss(weights, x, y):
+            log_p = self.jax.nn.log_softmax(self.logits(weights, x))
+            return -self.jax.numpy.take_along_axis(log_p, y[:, None], 1).mean()
+
+        for _ in range(self.case.steps):
+            gradients = self.jax.grad(loss)(weights, x_spt, y_spt)
+            weights = [w - self.case.lr * g for w, g in zip(weights, gradients)]
+        return loss(weights, x_qry, y_qry)
+
+    def logits(self, weights, x):
+        jnp, weights = self.jax.numpy, iter(weights)
+
+        def windows(x, kernel, stride):
+            rows, cols = ((size - kernel) // stride + 1 for size in x.shape[1:3])
+            return [x[:, i:i + stride * rows:stride, j:j + stride * cols:stride][:, :rows, :cols]
+                    for i in range(kernel) for j in range(kernel)]
+
+        for name, params in self.config:
+            match name:
+                case "conv2d":
+                    kernel, bias = next(weights), next(weights)
+                    pad = params[5], params[5]
+                    x = jnp.concatenate(windows(jnp.pad(x, ((0, 0), pad, pad, (0, 0))), *params[3:5]), -1)
+                    x = (x.reshape(-1, x.shape[-1]) @ kernel.reshape(x.shape[-1], -1) + bias).reshape(*x.shape[:3], -1)
+                case "bn":
+                    centred = x - x.mean((0, 1, 2))
+                    r = self.jax.lax.rsqrt((centred * centred).mean((0, 1, 2)) + 1e-5)
+                    x = centred * (r * next(weights)) + next(weights)
+                case "relu":
+                    x = self.jax.nn.relu(x)
+                case "max_pool2d":
+                    x, *others = windows(x, *params[:2])
+                    for other in others:
+                        x = jnp.maximum(x, other)
+                case "flatten":
+                    x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # torch's order: the linear layer is torch's
+                case "linear":
+                    x = x @ next(weights).T + next(weights)
+        return x
+
+
+class MatrixProduct(Implementation):
+    """One torch.mm with the FLOPs of the plain loop's meta-step: about as fast as this arithmetic could be."""
+
+    def __init__(self, case: Case, net: Learner, tasks: Tasks):
+        self.weights = []
+        x = tasks.x_spt
+        one = PlainLoop(case, net, Tasks(*(values[:1] for values in tasks)))
+        with FlopCounterMode(display=False) as counter:
+            one.backward()
+        self.flops = case.tasks * counter.get_total_flops()
+        side = 2048
+        self.factors = x.new_ones(max(1, self.flops // (2 * side**2)), side), x.new_ones(side, side)
+
+    def step(self) -> None:
+        torch.mm(*self.factors)
+
+
+PACKAGES = {"higher": "higher", "torchopt": "torchopt", "JAX": "jax"}
+OTHERS = {"plain loop": PlainLoop, "higher": Higher, "torchopt": TorchOpt, "vmap": Vmap, "JAX": Jax}
+
+
+def implementations_on(device: torch.device) -> dict[str, type[Implementation]]:
+    own = {THIS: ThisProjectGraphed, EAGER: ThisProject} if device.type == "cuda" else {THIS: ThisProject}
+    return own | {name: make for name, make in OTHERS.items() if name not in PACKAGES or find_spec(PACKAGES[name])}
+
+
+def _to_jax(weight: Tensor) -> Tensor:  # a kernel [o, c, k, k] -> [k, k, c, o]
+    return weight.permute(2, 3, 1, 0) if weight.dim() == 4 else weight
+
+
+def logits(config: Config, weights: Sequence[Tensor], x: Tensor, batch_norm: Callable) -> Tensor:
+    """The network as a function of its weights: images [N, c, h, w] of one task -> [N, n_way]."""
+    weights = iter(weights)
+    for name, params in config:
+        match name:
+            case "conv2d":
+                x = F.conv2d(x, next(weights), next(weights), params[4], params[5])
+            case "bn":
+                x = batch_norm(x, next(weights), next(weights))
+            case "relu":
+                x = F.relu(x, inplace=True)
+            case "max_pool2d":
+                x = F.max_pool2d(x, *params)
+            case "flatten":
+                x = x.flatten(1)
+            case "linear":
+                x = F.linear(x, next(weights), next(weights))
+    return x
+
+
+def native_batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, weight, bias, training=True)
+
+
+def elementary_batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As above. vmap over F.batch_norm gives a wrong second derivative (pytorch/functorch#534)."""
+    centred = x - x.mean((0, 2, 3), keepdim=True)
+    r = (centred.square().mean((0, 2, 3), keepdim=True) + 1e-5).rsqrt()
+    return centred * (r * weight[:, None, None]) + bias[:, None, None]
+
+
+def module(config: Config, weights: Sequence[nn.Parameter]) -> nn.Sequential:
+    """The network as a module of torch's own layers, on these weights."""
+    make = {
+        "conv2d": lambda out, c, k, _, stride, padding: nn.Conv2d(c, out, k, stride, padding),
+        "bn": lambda c: nn.BatchNorm2d(c, track_running_stats=False),
+        "relu": lambda _: nn.ReLU(inplace=True),
+        "max_pool2d": nn.MaxPool2d,
+        "flatten": nn.Flatten,
+        "linear": lambda out, features: nn.Linear(features, out),
+    }
+    net = nn.Sequential(*(make[name](*params) for name, params in config))
+    weights = iter(weights)
+    for layer in net:
+        for name, _ in list(layer.named_parameters()):  # weight, then bias, as in the Learner
+            setattr(layer, name, next(weights))
+    return net
