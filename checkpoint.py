@@ -1,12 +1,12 @@
-"""A run's state between two meta-steps, in one file: from it the run goes on as if nothing had happened.
+"""A run's state between two meta-steps, in one file: a resumed run continues from it bit for bit.
 
     {"step": 500,                     meta-steps made
-     "updates": 500,                  of these, updates made: fewer only with --skip_nonfinite
+     "updates": 500,                  Adam's updates, one per meta-step: fewer only with --skip_nonfinite
      "weights": {...}, "adam": {...}, state_dicts
      "generator", "cuda_generator", "tasks",    states of the generators: torch's own, and the training tasks'
      "best": {"weights", "step", "val_accuracy"} or None,    what best.pt holds
      "log_bytes": 12345, "minutes": 1.5,        the log's size, and the time in training
-     "of": {...}}                      settings and data that make the experiment
+     "of": {...}}                      the experiment: its settings and data
 
 `torch.load(path, weights_only=True)` reads it: numbers and tensors, no code.
 """
@@ -40,7 +40,7 @@ def write(path: Path, value: dict) -> None:
 
 
 def read(path: Path, device: torch.device, remedy: str) -> dict:
-    """What `write` wrote, every byte checked against the checksums in the file.
+    """What `write` wrote; every byte is checked against the checksums in the file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -52,10 +52,11 @@ def read(path: Path, device: torch.device, remedy: str) -> dict:
             if archive.testzip():  # torch.load doesn't look at the checksums
                 raise ValueError("wrong checksum")
         data.seek(0)
-        value = torch.load(data, map_location=device, weights_only=True)
+        where = device if device.index is None or device.type != "cpu" else "cpu"  # torch.load refuses cpu:0
+        value = torch.load(data, map_location=where, weights_only=True)
         if not isinstance(value, dict):
             raise ValueError("no dictionary")
-    except Exception as error:  # whatever zipfile, pickle and torch make of damage
+    except Exception as error:  # damage makes zipfile, pickle and torch raise nearly anything
         raise UserError(f"{path} is cut, damaged or no file of this program; {remedy}") from error
     return value
 
@@ -80,42 +81,42 @@ def load(path: Path, device: torch.device, remedy: str) -> dict | None:
         UserError: it isn't a whole checkpoint; the line ends in `remedy`.
     """
     try:
-        found = read(path, device, remedy)
+        state = read(path, device, remedy)
     except FileNotFoundError:
         return None
-    wrong = [name for name, kind in KINDS.items() if not isinstance(found.get(name), kind)]
-    if wrong or not 0 <= found["updates"] <= found["step"] or found["log_bytes"] < 0:
+    wrong = [name for name, kind in KINDS.items() if not isinstance(state.get(name), kind)]
+    if wrong or not 0 <= state["updates"] <= state["step"] or state["log_bytes"] < 0:
         raise UserError(f"{path} is no checkpoint ({', '.join(wrong) or 'its counts are impossible'}); {remedy}")
-    return found
+    return state
 
 
-def restore(path: Path, found: dict, of: dict, maml: Meta, sampler: Sampler, remedy: str) -> None:
-    """Put everything back into `maml`, the generators and `sampler`, bit for bit.
+def restore(path: Path, state: dict, experiment: dict, maml: Meta, sampler: Sampler, remedy: str) -> None:
+    """Put `state` back into `maml`, the generators and `sampler`, bit for bit.
 
     Raises:
-        UserError: it is of another run than `of` says, or its parts don't fit; the line ends in `remedy`.
+        UserError: it is of another experiment, or its parts don't fit; the line ends in `remedy`.
     """
-    for name, value in of.items():
-        if repr(found["of"].get(name)) != repr(value):  # a damaged one may hold tensors, which don't compare to a bool
-            raise UserError(f"{path} is of a run with {name} {found['of'].get(name)}, and here it is {value}; {remedy}")
+    for name, value in experiment.items():
+        saved = state["of"].get(name)
+        if repr(saved) != repr(value):  # a damaged one may hold tensors, whose comparison is no bool
+            raise UserError(f"{path} is of a run with {name} {saved}, and here it is {value}; {remedy}")
     try:
-        if found["best"] is not None:
-            maml.net.load_state_dict(found["best"]["weights"])
-            found["best"] |= {"step": int(found["best"]["step"]), "val_accuracy": float(found["best"]["val_accuracy"])}
-        maml.net.load_state_dict(found["weights"])
-        if repr(found["adam"]["param_groups"]) != repr(maml.optimizer.state_dict()["param_groups"]):
+        if state["best"] is not None:
+            maml.net.load_state_dict(state["best"]["weights"])
+            state["best"] |= {"step": int(state["best"]["step"]), "val_accuracy": float(state["best"]["val_accuracy"])}
+        maml.net.load_state_dict(state["weights"])
+        if repr(state["adam"]["param_groups"]) != repr(maml.optimizer.state_dict()["param_groups"]):
             raise ValueError("other settings of Adam")
-        maml.optimizer.load_state_dict(found["adam"])
-        if found["step"]:
-            for weight in maml.net.parameters():  # load_state_dict takes any
-                state = maml.optimizer.state[weight]
-                if not state["exp_avg"].shape == state["exp_avg_sq"].shape == weight.shape or not state["step"] >= 0:
-                    raise ValueError("not Adam's state of these weights")
-        maml.step = found["step"]
-        maml.updates.fill_(found["updates"])
-        sampler.state = found["tasks"].cpu()
-        torch.set_rng_state(found["generator"].cpu())
+        maml.optimizer.load_state_dict(state["adam"])
+        for weight in maml.net.parameters() if state["step"] else ():  # load_state_dict takes any
+            moments = maml.optimizer.state[weight]
+            if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == weight.shape or not moments["step"] >= 0:
+                raise ValueError("not Adam's state of these weights")
+        maml.step = state["step"]
+        maml.updates.fill_(state["updates"])
+        sampler.state = state["tasks"].cpu()
+        torch.set_rng_state(state["generator"].cpu())
         if maml.updates.is_cuda:
-            torch.cuda.set_rng_state(found["cuda_generator"].cpu(), maml.updates.device)
-    except Exception as error:  # whatever torch makes of parts that don't fit
+            torch.cuda.set_rng_state(state["cuda_generator"].cpu(), maml.updates.device)
+    except Exception as error:  # parts that don't fit make torch raise nearly anything
         raise UserError(f"{path} doesn't fit this run; {remedy}") from error

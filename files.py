@@ -1,4 +1,4 @@
-"""Files written whole or not at all, locks, and errors that are the user's to mend.
+"""Files written whole or not at all, locks, and errors that the user can fix.
 
 Every program here ends in one of two ways: it did its work, or it prints one
 line that says what is wrong and what to do, with exit status 2 (`run`).
@@ -6,24 +6,21 @@ line that says what is wrong and what to do, with exit status 2 (`run`).
 
 import argparse
 import contextlib
+import io
 import os
 import stat
 import sys
 import tempfile
+import time
 from pathlib import Path
+from types import ModuleType
 from typing import Callable, Iterator, NoReturn, Sequence
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: no locks; every file is still written whole, through `atomic`
-    fcntl = None
-
 
 LONGEST = 2000  # characters of a message, whatever a file or an argument holds
 
 
 class UserError(Exception):
-    """Something the user can mend; its text is one line: what is wrong, where, what to do."""
+    """An error that the user can fix; its text is one line: what is wrong, where, what to do."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,11 +38,11 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def atomic(path: Path, mode: str = "wb", remedy: str = "free some space or name another folder") -> Iterator:
-    """Open a temporary file beside `path`; on success flush it to disk and rename it to `path`.
+    """Open a temporary file in the folder of `path`; on success flush it to disk and rename it to `path`.
 
     A reader never sees a half-written `path`, and a failure leaves neither a
-    half-written file nor the temporary one behind. A process killed on the way
-    leaves `.<name>.????????.tmp`, which `remove_stale` finds.
+    half-written file nor the temporary one behind. A killed process leaves
+    `.<name>.????????.tmp`, which `remove_stale` finds.
 
     Raises:
         UserError: the folder can't be written or the disk is full; the line ends in `remedy`.
@@ -64,8 +61,9 @@ def atomic(path: Path, mode: str = "wb", remedy: str = "free some space or name 
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}; {remedy}") from error
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        if temporary is not None:
+            with contextlib.suppress(OSError):  # renamed already, or the disk takes no change any more
+                os.unlink(temporary)
 
 
 def contents(path: Path, remedy: str) -> bytes:
@@ -103,65 +101,92 @@ def _umask() -> int:
 def remove_stale(folder: Path, pattern: str) -> None:
     """Delete what killed `atomic` writes of files named like `pattern` left in `folder`.
 
-    Call it only while holding the lock that their writers hold, or a living one loses its file.
+    Call it only while holding the lock that their writers hold, or a running one loses its file.
     """
     for leftover in Path(folder).glob(f".{pattern}.????????.tmp"):
-        with contextlib.suppress(OSError):
-            leftover.unlink()
+        _remove(leftover)
 
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True, remedy: str = "name another folder") -> Iterator[bool]:
-    """Hold the lock file `path`; the system lets go of it however the process ends.
+    """Hold the lock file `path`; the system releases it however the process ends.
 
     Yields True, or False where the system or file system has no locks. With
-    `wait` a second process waits for the first, saying so in one line.
+    `wait` a second process waits for the first, and says so in one line.
 
     Raises:
         UserError: the folder can't be written, or with `wait=False` another process holds the lock.
     """
     path = _without_nul(path)
-    descriptor = None
     try:
-        try:
-            descriptor = _take_lock(path, wait)
-        except OSError as error:
-            raise UserError(f"can't write in {path.parent}: {error.strerror or error}; {remedy}") from error
-        yield descriptor is not None
+        descriptor, held = _take_lock(path, wait)
+    except OSError as error:
+        raise UserError(f"can't write in {path.parent}: {error.strerror or error}; {remedy}") from error
+    try:
+        yield held
     finally:
-        if descriptor is not None:
-            # Unlinked while held: a process that waits on the unlinked file sees that and starts over.
-            with contextlib.suppress(OSError):
-                path.unlink()
+        if _posix_locks():  # removed while it is held: `_take_lock` sees that and opens a new one
+            _remove(path)
             os.close(descriptor)
+        else:  # Windows removes no file that a process has open, be it this one or the next holder
+            os.close(descriptor)
+            _remove(path)
 
 
-def _take_lock(path: Path, wait: bool) -> int | None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _take_lock(path: Path, wait: bool) -> tuple[int, bool]:
+    """The open lock file, and whether this process holds it."""
+    waiting = False
     while True:
-        no_link = getattr(os, "O_NOFOLLOW", 0)  # it may lead outside
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | no_link, 0o666)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)  # a link leads outside
         try:
-            try:
-                if fcntl is None:
-                    raise OSError("no locks on this system")
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise UserError(f"{path.parent} is in use by another process; name another folder")
-                print(f"waiting for another process that works in {path.parent}", file=sys.stderr, flush=True)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            except OSError:  # some network file systems have no locks
-                path.unlink(missing_ok=True)
-                os.close(descriptor)
-                return None
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    return descriptor
-        except BaseException:
+            held = _lock(descriptor)
+        except (BlockingIOError, PermissionError):
             os.close(descriptor)
-            raise
-        os.close(descriptor)
+            if not wait:
+                raise UserError(f"{path.parent} is in use by another process; name another folder") from None
+            if not waiting:
+                print(f"waiting for another process that works in {path.parent}", file=sys.stderr, flush=True)
+            waiting = True
+            time.sleep(0.05)
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor, held
+        os.close(descriptor)  # the holder before has removed it meanwhile
+
+
+def _lock(descriptor: int) -> bool:
+    """Take the lock; False where there are none.
+
+    Raises:
+        BlockingIOError, PermissionError: another process holds it.
+    """
+    try:
+        if posix := _posix_locks():
+            posix.flock(descriptor, posix.LOCK_EX | posix.LOCK_NB)
+        else:
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        raise
+    except (OSError, ImportError):  # some network file systems have none
+        return False
+    return True
+
+
+def _posix_locks() -> ModuleType | None:
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    return fcntl
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def one_line(text: str) -> str:
@@ -170,7 +195,13 @@ def one_line(text: str) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    """Call `main`; a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130.
+
+    A character that a stream's encoding lacks is printed as "?".
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         main()
     except UserError as error:

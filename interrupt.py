@@ -11,6 +11,7 @@ all of them; a second signal means nothing there, because launchers pass on to t
 import contextlib
 import os
 import signal
+import sys
 from typing import Iterator
 
 import torch
@@ -19,24 +20,36 @@ import device as devices
 
 
 class Interrupted(BaseException):
-    """SIGTERM or SIGINT came. No Exception, as KeyboardInterrupt is none: what handles errors mustn't swallow it."""
+    """SIGTERM or SIGINT came. Like KeyboardInterrupt no Exception, so that no handler of errors swallows it."""
 
     def __init__(self, number: int):
         self.status = 128 + number  # as a shell reports it
 
 
 class Signals:
-    """While it is entered, SIGTERM and SIGINT are taken as the module says."""
+    """While it is entered, SIGTERM and SIGINT are handled as the module says; Interrupted leaves it as SystemExit."""
 
     def __init__(self):
         self.came = 0  # number of the signal
-        self.at_once = True
+        self.at_once = False  # until all handlers are in place, and again once the work is done
 
     def __enter__(self) -> "Signals":
-        self.before = {number: signal.signal(number, self._take) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in self.before:
+            signal.signal(number, self._take)
+        if self.came:  # between the two handlers
+            self._restore()
+            sys.exit(128 + self.came)
+        self.at_once = True
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, _, error: BaseException | None, *__) -> None:
+        self.at_once = False
+        self._restore()
+        if isinstance(error, Interrupted):
+            sys.exit(error.status)
+
+    def _restore(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

@@ -24,7 +24,7 @@ from measuring import accuracies, accuracy, collapse_metrics, permuted_labels
 from tasks import Tasks, cat, chunked, chunks, tree_map
 
 NO_LIMIT = 2**31 - 1
-CACHED = 5 * 2**19  # values of the largest activation of the tasks that a CPU takes together: 10 MB
+CACHED = 5 * 2**19  # values of the largest activation of the tasks that a CPU takes together (10 MB)
 LATE = 7_500  # meta-steps: the original's first figure covers them, and measures more often than its second
 
 
@@ -227,7 +227,9 @@ class Meta(nn.Module):
 
     def _together(self, tasks: Tasks) -> tuple[int, int]:
         """How many tasks go together through the inner loop, and through the query pass."""
-        sizes = (tasks_together(x.device, self.net, x.shape[1]) for x in (tasks.x_spt, tasks.x_qry))
+        largest = max(math.prod(shape) for shape in self.net.shapes)  # values of an image's largest activation
+        sizes = (tasks_together(x.device, x.shape[1] * largest, most)
+                 for x, most in ((tasks.x_spt, 9 * 2**16), (tasks.x_qry, 5 * 2**16)))
         return tuple(min(size, self.task_chunk or NO_LIMIT) for size in sizes)
 
     def _accuracies(self, size: int, tasks: Tasks, trajectory: Sequence[Weights]) -> Tensor:
@@ -237,12 +239,15 @@ class Meta(nn.Module):
         return None if null is None else chunked(partial(collapse_metrics, self.net), size, len(tasks.y_qry), tasks, trajectory, null)
 
 
-def tasks_together(device: torch.device, net: Learner, images: int) -> int:
-    """How many tasks of so many images each go through the network together at most.
+def tasks_together(device: torch.device, values: int, most: int) -> int:
+    """How many tasks go through the network together at most (benchmarks/README.md has the measurements).
 
-    A GPU takes all of them. A CPU takes as many as its cache holds the activations of, and large tasks singly.
+    A GPU takes all of them. On a CPU a task up to `most` is too little work per operation, and as many go together as
+    its cache holds; a larger one goes alone.
+
+    Args:
+        values: of a task's largest activation.
     """
-    if device.type == "cpu":
-        largest = images * max(math.prod(shape) for shape in net.shapes)
-        return CACHED // largest if 5 * largest <= CACHED else 1
-    return NO_LIMIT
+    if device.type != "cpu":
+        return NO_LIMIT
+    return CACHED // values if values <= most else 1

@@ -21,29 +21,33 @@ from tqdm import tqdm
 
 import device as devices
 import nc_metrics
-from files import UserError, atomic, locked, remove_stale
+from files import UserError, atomic, contents, locked, remove_stale
 
 WRITTEN = ("args.json", "checkpoint.pt", "best.pt", "nonfinite.pt", "result.json", "timing.json")
 PER_TASK = ("within", "between", "nc1", "cdnv", "directional_cdnv", "ncc_accuracy")  # what log.jsonl keeps per task
-REMEDY = "free some space or give rights there, then go on with --resume"
+REMEDY = "free some space or give rights there, then continue with --resume"
 
 
 # ---- the folder
 
 
 def folder(args: argparse.Namespace) -> Path:
-    """Where the run goes; of a new run it mustn't hold one already."""
+    """The run's folder; a new run is refused where there is one already."""
     name = f"{args.script}-{args.n_way}w{args.k_spt}s-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(args.out or f"runs/{name}")
-    if args.resume is None and devices.rank() == 0:
-        if any(os.path.exists(out / file) for file in ("args.json", "log.jsonl")):
-            raise UserError(f"--out {out}: there is a run already; name another folder, or go on: --resume {out}")
+    if args.resume is None:
+        _refuse_existing(out)
     return out
 
 
+def _refuse_existing(out: Path) -> None:
+    if devices.rank() == 0 and any(os.path.exists(out / file) for file in ("args.json", "log.jsonl")):
+        raise UserError(f"--out {out}: there is a run already; name another folder, or continue it: --resume {out}")
+
+
 @contextlib.contextmanager
-def claimed(out: Path) -> Iterator[None]:
-    """Hold the run's folder, made when absent; a folder in which nothing was written goes again.
+def lock_run(out: Path) -> Iterator[None]:
+    """Hold the run's folder, which is made if absent, and removed if nothing was written to it.
 
     Raises:
         UserError: another process holds it, or it can't be made.
@@ -64,7 +68,8 @@ def claimed(out: Path) -> Iterator[None]:
 
 
 def write_args(out: Path, settings: dict, steps: int, data: dict, device: torch.device) -> None:
-    """args.json: what the run is, before its first step."""
+    """args.json: what the run is, before its first step. Call it while holding the folder (`lock_run`)."""
+    _refuse_existing(out)  # looked for once more: another run may have begun and ended before this one got the lock
     write_json(out / "args.json", {
         "settings": settings,
         "meta_steps": steps,
@@ -77,14 +82,14 @@ def write_args(out: Path, settings: dict, steps: int, data: dict, device: torch.
 
 
 def complete(out: Path, epoch: int) -> bool:
-    """Whether the run has its result, and no longer one is asked for."""
+    """Whether the run is finished and no larger --epoch is requested."""
     return os.path.exists(out / "result.json") and _args(out)["settings"]["epoch"] == epoch
 
 
 def lines(out: Path) -> int:
     """Whole lines in the log; 0 without one."""
     with contextlib.suppress(FileNotFoundError):
-        return (out / "log.jsonl").read_bytes().count(b"\n")
+        return contents(out / "log.jsonl", "put the run's own log there").count(b"\n")
     return 0
 
 
@@ -92,14 +97,17 @@ def _args(out: Path) -> dict:
     return json.loads((out / "args.json").read_text(encoding="utf-8"))
 
 
-def lengthen(out: Path, epoch: int, steps: int) -> None:
-    """Make args.json that of a longer run; what else it says stays, from the run's first start."""
+def extend_run(out: Path, epoch: int, steps: int) -> None:
+    """Write a larger --epoch to args.json; the rest of it stays as at the run's first start."""
     recorded = _args(out)
     if recorded["settings"]["epoch"] != epoch and devices.rank() == 0:
         for name in ("result.json", "timing.json"):  # first: with a result a run is complete
             remove(out / name)
         recorded["settings"]["epoch"], recorded["meta_steps"] = epoch, steps
         write_json(out / "args.json", recorded)
+
+
+claimed, lengthen = lock_run, extend_run  # until training.py calls them by their names
 
 
 def remove(path: Path) -> None:
@@ -133,15 +141,25 @@ def write_json(path: Path, value: dict) -> None:
         file.write("\n")
 
 
+def write_test(path: Path, result: dict) -> None:
+    """The result of a later test, test-*.json; what a killed test left there is removed."""
+    if devices.rank() > 0:
+        return
+    with locked(path.parent / ".test.lock", remedy=REMEDY) as held:
+        if held:
+            remove_stale(path.parent, "test-*.json")
+        write_json(path, result)
+
+
 # ---- the log
 
 
 class Log:
-    """log.jsonl: one JSON object a line, handed to the system at once, so that a plot can be drawn while it runs.
+    """log.jsonl: one JSON object per line, handed to the system at once, so that a running run can be plotted.
 
     Args:
         path: of the file.
-        keep: bytes of an existing log that stay; what came after them is cut off. 0: a new log.
+        keep: bytes of an existing log that stay; the rest is cut off. 0: a new log.
     Raises:
         UserError: it can't be written; or it is missing or shorter than `keep`.
     """
@@ -153,33 +171,41 @@ class Log:
             return
         if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
             raise UserError(f"{path} is not a file of its own; remove it")  # a link may lead out of the folder
-        try:
+        if keep and not os.path.exists(path):
+            raise UserError(f"{path} is missing, and the run can't continue without it; put it back")
+        with self._writing():
             self.file = open(path, "r+b" if keep else "wb", buffering=0)
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is missing, and the run can't go on without it; put it back") from error
-        except OSError as error:
-            raise UserError(f"can't write {path}: {error.strerror}; {REMEDY}") from error
-        size = self.file.seek(0, os.SEEK_END)
-        if size < keep:
-            self.file.close()
-            raise UserError(f"{path} is cut: {size:,} of the {keep:,} bytes that the checkpoint knows; put it back")
-        self.file.truncate(keep)
-        self.file.seek(keep)
+            size = self.file.seek(0, os.SEEK_END)
+            if size < keep:
+                self.file.close()
+                raise UserError(f"{path} is cut: {size:,} of the {keep:,} bytes that the checkpoint knows; put it back")
+            self.file.truncate(keep)
+            self.file.seek(keep)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # of a full disk too; some file systems say so only in fsync or close
+            raise UserError(f"can't write {self.path}: {error.strerror}; {REMEDY}") from error
 
     def __enter__(self) -> "Log":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.file.close()
+    def __exit__(self, error: type | None, *_) -> None:
+        with self._writing():
+            try:
+                if error is None:
+                    self.sync()  # before result.json, which says that the run is finished
+            finally:
+                self.file.close()
 
     def add(self, kind: str, step: int, **values) -> None:
         line = {"kind": kind, "step": step} | {name: numbers(value) for name, value in values.items()}
         rest = json.dumps(line).encode() + b"\n"
-        try:
+        with self._writing():
             while rest:
                 rest = rest[self.file.write(rest):]
-        except OSError as error:
-            raise UserError(f"can't write {self.path}: {error.strerror}; {REMEDY}") from error
 
     def metrics(self, step: int, classes: str, layers: list[str], found: dict) -> None:
         """One "nc" line: mean and standard error over tasks of every metric, one value per layer.
@@ -197,7 +223,7 @@ class Log:
         self.add("nc", step, classes=classes, tasks=len(found["meta"]["within"]), layers=layers, **models,
                  per_task=per_task)
         if classes == "train":
-            traces = [models[model][name]["mean"][-2] for model in models for name in ("within", "between")]
+            traces = [models[model][name]["mean"][-2] for model in per_task for name in ("within", "between")]
             said = "step: {} \ttraces of {}: meta within {:.4g} between {:.4g}, finetuned within {:.4g} between {:.4g}"
             say(said.format(step, layers[-2], *(math.nan if t is None else t for t in traces)))
 
@@ -205,8 +231,9 @@ class Log:
         """Wait until it is on the disk; its size in bytes."""
         if devices.rank() > 0:
             return 0
-        os.fsync(self.file.fileno())
-        return self.file.tell()
+        with self._writing():
+            os.fsync(self.file.fileno())
+            return self.file.tell()
 
 
 def numbers(values, digits: int = 6):
@@ -235,14 +262,14 @@ def percent(values: Tensor) -> str:
 
 
 def progress(steps: int, done: int):
-    """A bar on a terminal, else a line every 100 steps; of `steps`, `done` were made before this process."""
+    """A bar on a terminal, else a line every 100 steps; `done` of the `steps` were made before this process."""
     if sys.stderr.isatty():
         return tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=devices.rank() > 0)
     return _Lines(steps, done)
 
 
 class _Lines:
-    """What tqdm shows, as a plain line every 100 steps: for logs of a batch system."""
+    """What tqdm shows, as a line every 100 steps; tqdm itself would make one endless line of a batch job's log."""
 
     def __init__(self, steps: int, done: int):
         self.steps, self.done, self.step, self.started, self.postfix = steps, done, done, time.perf_counter(), ""

@@ -1,9 +1,9 @@
-"""A run can be stopped at any moment, goes on as if nothing had happened, and what stands in its way is one line."""
+"""A run can be stopped at any moment and continues as if nothing had happened; what prevents it is one line."""
 
 import contextlib
+import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -96,26 +96,28 @@ def same(one: Path, two: Path) -> None:
 
 
 def test_thirty_kills_lose_nothing():
-    """Half a minute of `python tests/kill.py`."""
+    """A few runs of `python tests/kill.py`."""
     done = subprocess.run([sys.executable, HERE / "kill.py", "--kills", "30"], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sum(int(line.split()[0]) for line in done.stdout.splitlines() if " in " in line) >= 30, done.stdout
+    assert int(done.stdout.splitlines()[-1].split()[0]) >= 30, done.stdout
 
 
-def test_sigterm_ends_a_real_process_in_time_and_it_goes_on(tmp_path):
+def test_sigterm_ends_a_real_process_and_it_is_resumed(tmp_path):
     kill.make_photographs(tmp_path / "photographs")
     flags = [*kill.FLAGS, "--root", str(tmp_path / "photographs"), "--save_every", "500", "--eval_every", "1000"]
     run = tmp_path / "run"
     program = [sys.executable, HERE.parent / "miniimagenet_train.py"]
     process = subprocess.Popen([*program, *flags, "--epoch", "100000", "--out", run], stdout=subprocess.PIPE, text=True)
-    while not (run / "log.jsonl").exists() or (run / "log.jsonl").read_bytes().count(b"\n") < 9:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    asked = time.perf_counter()
-    said = process.communicate()[0]
-    assert process.returncode == 143 and time.perf_counter() - asked < 10
+    try:
+        while not (run / "log.jsonl").exists() or (run / "log.jsonl").read_bytes().count(b"\n") < 9:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=300)[0]  # a hang; a busy machine may take its time
+    finally:
+        process.kill()
+    assert process.returncode == 143
     assert f"go on with: python miniimagenet_train.py --resume {run}" in said.splitlines()[-1]
     step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
     assert step > 2
@@ -158,6 +160,32 @@ def test_a_second_signal_ends_on_the_spot():
             os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+
+
+def test_a_signal_while_the_handlers_are_set_or_taken_away(monkeypatch):
+    """The process ends with the signal's status, or with its work done; the handlers are what they were."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    for call, status in ((1, 143), (2, 143), (3, None)):  # two handlers are set, then taken away
+        calls, original = iter(range(1, 10)), signal.signal
+
+        def signalled(number, handler):
+            if next(calls) == call:
+                original(signal.SIGTERM, handler if callable(handler) else signals._take)
+                signals._take(signal.SIGTERM, None)
+            return original(number, handler)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "signal", signalled)
+            signals, ended = Signals(), None
+            try:
+                with signals:
+                    pass
+            except SystemExit as error:
+                ended = error.code
+        assert ended == status and [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    with pytest.raises(SystemExit) as ended, Signals():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert ended.value.code == 130
 
 
 def test_a_noted_signal_waits_for_the_check():
@@ -334,6 +362,11 @@ def test_every_damage_to_a_checkpoint_is_refused(stopped):
     assert (stopped / "log.jsonl").read_bytes() == log
 
 
+def test_a_checkpoint_is_read_for_any_name_of_the_processor(stopped):
+    for name in ("cpu", "cpu:0"):
+        assert checkpoint.load(stopped / "checkpoint.pt", torch.device(name), "")["step"] == 5
+
+
 class Code:
     def __reduce__(self):
         return os.mkdir, ("made by a checkpoint",)
@@ -400,6 +433,31 @@ def test_a_folder_in_use_is_refused(stopped, whole, tmp_path):
     same(stopped, whole)
 
 
+def test_a_run_that_began_and_ended_just_now_is_not_overwritten(whole, tmp_path, monkeypatch):
+    """After the folder was looked at and before it was locked."""
+    run, opened = tmp_path / "run", os.open
+
+    def late(path, *args, **kwargs):
+        if str(path).endswith(".run.lock"):
+            shutil.copytree(whole, run, dirs_exist_ok=True)
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", late)
+    assert f"--out {run}: there is a run already" in refused(*TINY, "--out", str(run))
+    same(run, whole)
+
+
+def test_a_test_removes_what_a_killed_one_left(tmp_path):
+    (tmp_path / ".test-4tasks-1qry-1steps.json.abcd1234.tmp").write_text("half")
+    with locked(tmp_path / ".test.lock"), pytest.raises(KeyboardInterrupt):  # it waits for a test that is writing
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+            record.write_test(tmp_path / "test-6tasks.json", {})
+    assert len(list(tmp_path.iterdir())) == 1
+    record.write_test(tmp_path / "test-6tasks.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["test-6tasks.json"]
+
+
 def test_a_real_run_holds_its_folder(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Meta, "forward", lambda *_, **__: refused("--resume", str(tmp_path / "run")) + "!" and sys.exit(7))
@@ -413,8 +471,10 @@ def test_a_real_run_holds_its_folder(tmp_path, monkeypatch):
 
 
 @contextlib.contextmanager
-def limit(kind: int, bound: int):
+def limit(kind: str, bound: int):
     """A soft limit of this process."""
+    resource = pytest.importorskip("resource")
+    kind = getattr(resource, f"RLIMIT_{kind}")
     soft, hard = resource.getrlimit(kind)
     resource.setrlimit(kind, (bound, hard))
     try:
@@ -428,7 +488,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, whole):
     size = (whole / "checkpoint.pt").stat().st_size
     train(run, "--epoch", "2")
     good = (run / "checkpoint.pt").read_bytes()
-    with limit(resource.RLIMIT_FSIZE, size - 1000):
+    with limit("FSIZE", size - 1000):
         assert "checkpoint.pt: File too large; free some space" in refused("--resume", str(run), "--epoch", "8")
     assert (run / "checkpoint.pt").read_bytes() == good
     assert not list(run.glob(".*"))
@@ -441,12 +501,33 @@ def test_a_log_on_a_full_disk(tmp_path):
     with record.Log(path) as log:
         log.add("run", 0, data="whole")
         size = log.sync()
-        with limit(resource.RLIMIT_FSIZE, size + 10), pytest.raises(UserError, match="log.jsonl: File too large; free some"):
+        with limit("FSIZE", size + 10), pytest.raises(UserError, match="log.jsonl: File too large; free some"):
             log.add("train", 0, loss=1.0)
     assert path.stat().st_size == size + 10  # half a line
     with record.Log(path, keep=size) as log:
         log.add("train", 0, loss=1.0)
     assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == ["run", "train"]
+
+
+def test_a_disk_that_is_full_only_when_it_is_flushed(tmp_path, monkeypatch, whole):
+    """As over a network and with quotas: the first fsync is of args.json, the second of the log."""
+    for call, name in ((1, "args.json"), (2, "log.jsonl"), (3, "checkpoint.pt"), (4, "best.pt")):
+        calls, original = iter(range(1, 1000)), os.fsync
+
+        def full(descriptor: int) -> None:
+            if next(calls) == call:
+                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+            original(descriptor)
+
+        run = tmp_path / str(call)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            said = refused(*TINY, "--out", str(run))
+        assert said.startswith(f"can't write {run / name}: {os.strerror(errno.EDQUOT)}; free some space")
+        assert not run.exists() or not list(run.glob(".*"))
+        if call > 1:
+            omniglot_train.main(["--resume", str(run)])
+            same(run, whole)
 
 
 @pytest.fixture
@@ -485,7 +566,7 @@ def test_no_path_holds_nul(tmp_path):
 def test_out_of_memory_names_the_flag(stopped, tmp_path):
     good = (stopped / "checkpoint.pt").read_bytes()
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    with limit(resource.RLIMIT_AS, used + 2**28):
+    with limit("AS", used + 2**28):
         large = ["--task_num", "50", "--n_way", "3", "--k_spt", "2", "--update_step", "50"]
         said = refused(*TINY, *large, "--out", str(tmp_path / "big"))
     assert said == ("out of memory; lower --task_chunk (now as fits the device) to hold fewer tasks at once, "
