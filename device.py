@@ -1,8 +1,9 @@
-"""The device: is it there, how it computes, its memory; several processes; a meta-step as one CUDA graph.
+"""The device: which one, its arithmetic and memory; several processes; a meta-step as a CUDA graph.
 
-Several processes, one meta-step: `torchrun --nproc_per_node=N omniglot_train.py`. Every process draws the same tasks
-and adapts its share of them; gradients are summed, so that all take the same Adam step. Only the first process writes.
-With one process these functions do nothing.
+Several processes share one meta-step: `torchrun --nproc_per_node=N omniglot_train.py`. Every process draws the same
+tasks and adapts its share of them. The gradients are summed, so every process takes the same Adam step. Only the
+process of rank 0 writes. With one process the functions for several change nothing.
+Letters: T tasks, P processes.
 """
 
 import contextlib
@@ -10,7 +11,8 @@ import ctypes
 import os
 import platform
 import sys
-from typing import TYPE_CHECKING, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -21,23 +23,52 @@ from files import UserError
 if TYPE_CHECKING:
     from meta import Meta, Step
 
-def check_device(name: str) -> None:
-    """Refuse a device that isn't there.
+WARM_UP = 3  # steps before a capture, as torch.cuda.graph asks for: in the first steps libraries choose and allocate
 
+
+def select_device(name: str) -> torch.device:
+    """Check that torch computes on the device, and make it the current device of this process.
+
+    Args:
+        name: cpu, cuda or cuda:N. Under torchrun, cuda is cuda:LOCAL_RANK.
+    Returns:
+        cpu, or cuda with its number.
     Raises:
-        UserError: torch's own reason in one line.
+        UserError: the device is of another kind, is absent, or can't run a kernel of this build of torch.
     """
     try:
-        torch.empty(1, device=name)
+        device = torch.device(name)
+        if name in ("cpu", "cpu:0"):
+            return torch.device("cpu")
+        if device.type != "cuda" or str(device) != name:  # torch reads cuda:300 as cuda:44
+            raise RuntimeError("the metrics need float64, which MPS doesn't have" if device.type == "mps" else
+                               "there is no such device to train on")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        elif int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise RuntimeError("several processes would share this GPU; with cuda each takes its own")
+        torch.cuda.init()
+        torch.cuda.set_device(device)  # streams and graphs are made on the current device
+        torch.ones(1, device=device).add(1).item()  # a GPU that this build has no kernels for fails only here
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise UserError(f"--device {name}: {reason}; take cpu, or cuda on a machine with an NVIDIA GPU") from error
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """What the GPU or the processor calls itself, for example "AMD EPYC"; the architecture if it has no name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as file:
+        return next(line for line in file if line.startswith("model name")).split(":")[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def set_arithmetic(precision: str, deterministic: bool) -> None:
-    """Precision of matrix products, and whether CUDA may pick kernels whose sums differ from run to run.
+    """Set matrix products to float32 or tf32; if `deterministic`, take only CUDA kernels that repeat bit for bit.
 
-    Call it before the first product: cuBLAS reads its setting once.
+    Call it before the first matrix product: cuBLAS reads its setting once.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     if deterministic:
@@ -47,98 +78,80 @@ def set_arithmetic(precision: str, deterministic: bool) -> None:
 
 
 def keep_memory() -> None:
-    """Let glibc keep large blocks instead of returning them to the system and faulting them in again.
+    """Let glibc keep freed blocks: the inner loop frees and allocates the same megabytes thousands of times.
 
-    The inner loop allocates and frees the same megabytes thousands of times. What it saves are page faults: it helps
-    code that allocates more (benchmarks/speed.py: vmap, 1.4 to 3.3 times as fast); a whole step here is about the same.
+    On one CPU core this took 8% off a meta-step of Omniglot's defaults, 14% off one of 1 query and 1 inner step.
     """
-    if platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         libc = ctypes.CDLL(None)
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        with contextlib.suppress(AttributeError):
-            libc.mallopt(mmap_threshold, 1 << 30) or libc.mallopt(mmap_threshold, 1 << 25)  # the most that some allow
-            libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, to the most that the version allows
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 @contextlib.contextmanager
 def memory_runs_out(remedy: str) -> Iterator[None]:
-    """Turn what torch raises when the device or the host has no memory left into one line.
-
-    Raises:
-        UserError: out of memory; the line ends in `remedy`.
-    """
+    """Raise a UserError, one line that ends in `remedy`, where the device or the host has no memory left."""
     try:
         yield
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        raise UserError(f"out of memory; {remedy}") from error
-    except RuntimeError as error:  # the CPU's allocators have no class of their own
-        if not any(words in str(error) for words in ("can't allocate memory", "bad_alloc", "out of memory")):
-            raise
-        raise UserError(f"out of memory; {remedy}") from error
+    except (RuntimeError, MemoryError) as error:  # the CPU's allocators have no class of their own
+        words = "can't allocate memory", "bad_alloc", "out of memory"
+        if isinstance(error, MemoryError) or any(part in str(error) for part in words):
+            raise UserError(f"out of memory; {remedy}") from error
+        raise
 
 
-def peak_memory(device: torch.device) -> float:
-    """GiB: of the device's allocator, or of the process on a CPU."""
+def peak_memory(device: torch.device) -> float | None:
+    """Peak memory in GiB: of torch's allocator on CUDA, of the process on a CPU; None where the system doesn't tell."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-    import resource
-
-    scale = 2**30 if sys.platform == "darwin" else 2**20  # getrusage counts bytes there, KiB elsewhere
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    scale = 2**30 if sys.platform == "darwin" else 2**20  # getrusage counts bytes on macOS, KiB elsewhere
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 2)
 
 
-def device_name(device: torch.device) -> str:
-    """What the GPU or the processor calls itself."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+@contextlib.contextmanager
+def processes(device: torch.device) -> Iterator[None]:
+    """Join the other processes if torchrun started several: nccl between GPUs, gloo between CPUs.
 
-
-def processor() -> str:
-    """What the processor calls itself, e.g. "AMD EPYC"; its architecture where it doesn't say."""
-    with contextlib.suppress(OSError, StopIteration):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line for line in file if line.startswith("model name")).split(":")[1].strip()
-    return platform.processor() or platform.machine()
-
-
-# ---- several processes
-
-
-def start(device: torch.device) -> None:
-    """Join the other processes, if torchrun started several: nccl between GPUs, gloo between CPUs."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-
-def stop() -> None:
-    """Leave the others, if there are any."""
+    After an error the group isn't left, for that could wait without end. torchrun ends the others with this process.
+    """
+    if size() > 1:
+        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, device_id=gpu)
+    yield
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """Number of this process, 0 .. size-1; known from the start."""
+    """The number of this process, 0 .. P-1; known before `processes`."""
     return int(os.environ.get("RANK", "0"))
 
 
 def size() -> int:
-    """How many processes there are; known from the start."""
+    """P, the number of processes; known before `processes`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def local_device(name: str) -> str:
-    """The device of this process: on one machine with several GPUs, "cuda" is another one for each."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
+def share(values: Tensor) -> Tensor:
+    """This process's equal share of the tasks: [T, ...] -> [T / P, ...]; P divides T."""
+    return values if size() == 1 else values.chunk(size())[rank()]
 
 
-def share(values: Tensor, axis: int = 0) -> Tensor:
-    """This process's equal part of `values` along `axis`."""
-    return values if size() == 1 else values.chunk(size(), axis)[rank()]
+def gather(values: Tensor) -> Tensor:
+    """The tasks of all processes in order, in every process: [T / P, ...] -> [T, ...]; the inverse of `share`."""
+    if size() == 1:
+        return values
+    parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(size())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
 
 
 def add_up(tensors: list[Tensor]) -> list[Tensor]:
-    """The sum of each tensor over the processes."""
+    """Each tensor's sum over the processes; any shapes, one dtype."""
     if size() == 1:
         return tensors
     flat = torch.cat([t.flatten() for t in tensors])
@@ -147,23 +160,18 @@ def add_up(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def largest(value: Tensor) -> Tensor:
-    """The largest of the processes' values, element by element; `value` itself is overwritten by it."""
+    """The elementwise maximum over the processes, any shape; with several processes `value` is overwritten by it."""
     if size() > 1:
         dist.all_reduce(value, dist.ReduceOp.MAX)
     return value
 
 
-def gather(values: Tensor, axis: int = 0) -> Tensor:
-    """Put the processes' equal parts side by side along `axis`: the inverse of `share`."""
-    if size() == 1:
-        return values
-    parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(size())]
-    dist.all_gather(parts, values.contiguous())
-    return torch.cat(parts, axis)
-
-
 def gather_lists(own: list) -> list:
-    """Deal round: lists of items 0, n, 2n, ...; 1, n+1, ...; one a process -> all items in order, in every process."""
+    """All items in order, in every process, where process r has items r, r + P, r + 2 P, ...
+
+    Their tensors are on the CPU; otherwise those of another process would be on that process's GPU.
+    """
+    own = _to_cpu(own)
     if size() == 1:
         return own
     lists = [None] * size()
@@ -171,51 +179,86 @@ def gather_lists(own: list) -> list:
     return [lists[i % size()][i // size()] for i in range(sum(map(len, lists)))]
 
 
+def _to_cpu(value):
+    """`value` with every tensor in its lists, tuples and dicts on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_to_cpu(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a NamedTuple or not
+    return value
+
+
 def wait() -> None:
-    """Until every process is here."""
+    """Return when every process has called it."""
     if size() > 1:
         dist.barrier()
 
 
-# ---- a CUDA graph
-
-
-WARM_UP = 3  # steps before the capture, as torch.cuda.graph asks for: libraries choose and allocate in the first ones
-
-
 class GraphedStep:
-    """A whole training step as one CUDA graph: captured once, then replayed. Calling it does what `step()` does, and returns the same tensors, overwritten, every time.
+    """A meta-step that is captured as a CUDA graph once, and replayed wherever nothing but the update is wanted.
+
+    A step with every_step=True or with a measurement runs eagerly. A replay overwrites what the last replay returned.
 
     Args:
-        maml: whose weights and Adam the step changes; Adam has made at least one step, so that its state is there.
-        step: one meta-step, without arguments, on the device alone: draw tasks, forward, backward, Adam.
-        generator: what the tasks are drawn from.
+        maml: `state()` lists every tensor that a step changes in place, `step` counts the steps, and `measures_next`
+            tells whether the next one measures.
+        step: step(every_step=False) draws tasks and takes one meta-step, all on the current CUDA device.
+        generator: the CUDA generator that `step` draws tasks from.
     """
 
-    def __init__(self, maml: "Meta", step: "Callable[[], Step]", generator: torch.Generator):
-        self.maml = maml
-        tensors = [*maml.net.parameters(), maml.updates, maml.going]
-        tensors += [t for state in maml.optimizer.state.values() for t in state.values()]
-        before = [t.detach().clone() for t in tensors], generator.get_state(), maml.step
+    def __init__(self, maml: "Meta", step: "Callable[..., Step]", generator: torch.Generator):
+        self.maml, self.step, self.generator, self.graph = maml, step, generator, None
+
+    def __call__(self, every_step: bool = False) -> "Step":
+        """Take one meta-step.
+
+        Raises:
+            UserError: the step can't be captured. `maml` and `generator` are as they were before the call.
+        """
+        if every_step or self.maml.measures_next:
+            return self.step(every_step=every_step)
+        if self.graph is None:
+            try:
+                with self._unchanged():
+                    self.graph, self.result = self._capture()
+            except (RuntimeError, MemoryError) as error:
+                reason = str(error).partition("\n")[0] or "out of memory"
+                raise UserError(f"--cuda_graph: the step can't be captured here ({reason}); "
+                                "leave --cuda_graph out") from error
+        self.graph.replay()
+        self.maml.step += 1
+        return self.result
+
+    def _capture(self) -> "tuple[torch.cuda.CUDAGraph, Step]":
+        """Record one step: the graph, and the tensors that a replay writes its result into."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                step()
-                maml.step = before[2]
+                self.step()
+                self.maml.step -= 1  # or a warm-up step might become one that measures
         torch.cuda.current_stream().wait_stream(side)
-        # the warm-up must leave no trace: graph or not, the training curve is the same
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before[0]):
-                tensor.copy_(value)
-        generator.set_state(before[1])
-        self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(generator)
-        with torch.cuda.graph(self.graph):
-            self.seen = step()
-        maml.step = before[2]  # a capture records, and computes nothing
+        graph = torch.cuda.CUDAGraph()
+        if torch.__version__ < (2, 14):  # from then on a capture finds its generators itself, and the call warns
+            graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            result = self.step()
+        return graph, result
 
-    def __call__(self) -> "Step":
-        self.graph.replay()
-        self.maml.step += 1
-        return self.seen
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Put `maml` and `generator` back afterwards: the training curve is the same with a graph and without."""
+        tensors, step, drawn = self.maml.state(), self.maml.step, self.generator.get_state()
+        before = [tensor.detach().clone() for tensor in tensors]
+        try:
+            yield
+        finally:
+            torch.cuda.synchronize()  # a failed warm-up may still be writing on its stream
+            with torch.no_grad():
+                for tensor, value in zip(tensors, before):
+                    tensor.copy_(value)
+            self.generator.set_state(drawn)
+            self.maml.step = step
