@@ -77,17 +77,6 @@ def set_arithmetic(precision: str, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def keep_memory() -> None:
-    """Let glibc keep freed blocks: the inner loop frees and allocates the same megabytes thousands of times.
-
-    On one CPU core this took 8% off a meta-step of Omniglot's defaults, 14% off one of 1 query and 1 inner step.
-    """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, to the most that the version allows
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
 @contextlib.contextmanager
 def memory_runs_out(remedy: str) -> Iterator[None]:
     """Raise a UserError, one line that ends in `remedy`, where the device or the host has no memory left."""

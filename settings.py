@@ -19,8 +19,8 @@ from tasks import Dataset
 MODES = ("resume", "test", "from_args")  # name the run that the other settings come from; they are no settings
 PLACE = ("root", "cache", "device")  # where a run happens; no part of the experiment
 MAY_CHANGE = {  # what may be given anew
-    "resume": ("epoch", *PLACE, "save_every"),
-    "test": ("k_qry", "update_step_test", "test_tasks", *PLACE),
+    "resume": ("epoch", *PLACE, "save_every", "task_chunk", "cuda_graph"),
+    "test": ("k_qry", "update_step_test", "test_tasks", "task_chunk", *PLACE),
 }
 
 

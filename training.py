@@ -27,7 +27,7 @@ import checkpoint
 import device as devices
 import nc_metrics
 import record
-from device import GraphedStep, check_device, memory_runs_out, peak_memory, set_arithmetic
+from device import GraphedStep, memory_runs_out, peak_memory, processes, select_device, set_arithmetic
 from files import UserError
 from interrupt import Interrupted, Signals
 from learner import Config, Learner
@@ -43,20 +43,22 @@ CHECK_EVERY = 10  # steps on CUDA between two waits for the device, to see wheth
 
 def train(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse.Namespace], Config]) -> None:
     """Train, validate and test as the settings say; resume a run, or test a finished one again."""
-    name = devices.local_device(args.device)
     remedy = (f"lower --task_chunk (now {args.task_chunk or 'as fits the device'}) to hold fewer tasks at once, "
-              f"or take another --device than {name}")
+              f"or take another --device than {args.device}")
+    status = 0
     with Signals() as signals, memory_runs_out(remedy):
         try:
-            check_device(name)
-            device = torch.device(name)
+            device = select_device(args.device)
             sizes = check(args, dataset, layers)
-            devices.start(device)
-            _train(args, dataset, sizes, layers(args), device, signals)
-        except Interrupted as interrupted:
-            sys.exit(interrupted.status)
-        finally:
-            devices.stop()
+            with processes(device):
+                try:
+                    _train(args, dataset, sizes, layers(args), device, signals)
+                except Interrupted as interrupted:  # in all processes at once: they leave together
+                    status = interrupted.status
+        except Interrupted as interrupted:  # before the processes met
+            status = interrupted.status
+    if status:
+        sys.exit(status)
 
 
 def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, config: Config, device: torch.device,
@@ -71,7 +73,7 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, config: Conf
     if args.test is not None:
         return _test_again(args, maml, data, signals)
     out = record.folder(args)
-    with record.claimed(out):
+    with record.lock_run(out):
         if args.resume is not None and record.complete(out, args.epoch):
             return say(f"{out} is complete; more steps with a larger --epoch, another test with --test {out}")
         run = _Run(args, maml, data, sizes, out, signals)
@@ -117,11 +119,13 @@ class _Run:
         self.steps, self.device = meta_steps(args), data.device
         self.best: dict | None = None  # what best.pt holds
         self.minutes, self.log_bytes = 0.0, 0  # of the processes before this one
-        found = checkpoint.load(out / "checkpoint.pt", self.device, self._restart()) if args.resume is not None else None
+        resumes = args.resume is not None
+        found = checkpoint.load(out / "checkpoint.pt", self.device, self._restart()) if resumes else None
         images, self.held_out = data.load("train"), data.load("val")
         data.dataset.load("test")  # what is wrong with it is said now, not after the training
         self.sampler = data.sampler("train", images, args.seed)
-        self.replay: GraphedStep | None = None
+        replays = args.cuda_graph and self.device.type == "cuda" and images.is_cuda
+        self.meta_step = GraphedStep(maml, self._eager_step, self.sampler.generator) if replays else self._eager_step
         described = {"name": data.dataset.name, "synthetic": args.synthetic, "splits": {
             split: {"classes": classes, "images_per_class": count} for split, (classes, count) in sizes.items()}}
         self.experiment = experiment(args) | {
@@ -141,7 +145,7 @@ class _Run:
             self.best, self.minutes, self.log_bytes = found["best"], found["minutes"], found["log_bytes"]
         elif record.lines(self.out) > 1:
             raise UserError(f"{self.out / 'checkpoint.pt'} is missing; {self._restart()}")
-        record.lengthen(self.out, self.args.epoch, self.steps)
+        record.extend_run(self.out, self.args.epoch, self.steps)
         if self.best is not None:
             checkpoint.write(self.out / "best.pt", self.best)
         elif devices.rank() == 0:
@@ -179,14 +183,8 @@ class _Run:
                 raise
         self.signals.check(self.device)
 
-    def meta_step(self, every_step: bool) -> Step:
-        """One meta-step on new tasks; with --cuda_graph a step of which only the loss is looked at is replayed."""
-        maml, sampler, n_tasks = self.maml, self.sampler, self.args.task_num
-        graph = self.args.cuda_graph and self.device.type == "cuda" and sampler.images.is_cuda
-        if every_step or maml.measures_next or not graph:
-            return maml(sampler(n_tasks), every_step)
-        self.replay = self.replay or GraphedStep(maml, lambda: maml(sampler(n_tasks)), sampler.generator)
-        return self.replay()
+    def _eager_step(self, every_step: bool = False) -> Step:
+        return self.maml(self.sampler(self.args.task_num), every_step)
 
     def report(self, log: Log, bar, step: int, seen: Step, shown: bool) -> None:
         loss = seen.losses.mean()
@@ -238,8 +236,8 @@ class _Run:
         args, maml = self.args, self.maml
         self.stop_if_not_finite()
         with self.signals.raised():
-            accuracy, metrics = _evaluate(maml, self.data, "val", self.held_out, args.eval_tasks, VAL_SEED, self.signals,
-                                          measure=args.nc_every > 0)
+            accuracy, metrics = _evaluate(maml, self.data, "val", self.held_out, args.eval_tasks, VAL_SEED,
+                                          self.signals, measure=args.nc_every > 0)
         mean, interval = _mean_and_interval(accuracy)
         log.add("val", maml.step, acc=mean, ci95=interval, tasks=len(accuracy))
         if metrics is not None:
@@ -253,7 +251,7 @@ class _Run:
     def test(self) -> None:
         """Test the best weights; what is written last makes the run complete."""
         minutes = self._minutes()
-        self.sampler = self.held_out = self.replay = None  # room for the test images
+        self.sampler = self.held_out = self.meta_step = None  # room for the test images
         result = _test(self.args, self.maml, self.data, self.out, self.signals)
         if self.args.skip_nonfinite:
             result["skipped_updates"] = self.skipped()
@@ -261,7 +259,8 @@ class _Run:
         record.write_json(self.out / "timing.json", {
             "training_minutes": round(minutes, 2), "meta_steps": self.steps, "peak_memory_gb": memory})
         record.write_json(self.out / "result.json", result)
-        say(f"{minutes:.1f} minutes for {self.steps} meta-steps, peak memory {memory} GB; results in {self.out}")
+        peak = "" if memory is None else f", peak memory {memory} GB"
+        say(f"{minutes:.1f} minutes for {self.steps} meta-steps{peak}; results in {self.out}")
 
     def _minutes(self) -> float:
         return self.minutes + (time.perf_counter() - self.started) / 60
@@ -311,7 +310,7 @@ def _test_again(args: argparse.Namespace, maml: Meta, data: _Data, signals: Sign
     run = Path(args.test)
     result = _test(args, maml, data, run, signals)
     path = run / f"test-{args.test_tasks}tasks-{args.k_qry}qry-{args.update_step_test}steps.json"
-    record.write_json(path, result)
+    record.write_test(path, result)
     say(f"written to {path}")
 
 
