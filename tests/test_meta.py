@@ -198,7 +198,7 @@ def test_gradient_of_the_scripts_networks(script, imgsz, n_way, net, k_spt, step
 @pytest.mark.parametrize("chunks", CHUNKS)
 def test_gradient_does_not_depend_on_chunks(monkeypatch, chunks, first_order):
     net, tasks, lr, steps = small_net(), make_tasks(), 0.3, 2
-    monkeypatch.setattr(meta, "chunk_sizes", lambda *_: chunks)
+    monkeypatch.setattr(Meta, "_together", lambda *_: chunks)
     gradient, step = meta_step(net, tasks, update_lr=lr, update_step=steps, first_order=first_order)
     loss, expected = oracle.meta_gradient(net.config, net.weights, tasks, lr, steps, not first_order)
     assert oracle.relative_error(gradient, expected) <= 1e-9
@@ -345,6 +345,8 @@ def own_metrics(net, weights, tasks, t, null_spt, null_qry):
                 "within_unbiased": unbiased[0], "between_unbiased": unbiased[1],
                 "relative_within_unbiased": nc_metrics.relative_within(*unbiased),
                 "nc1": nc_metrics.nc1(h, y, N_WAY), "cdnv": nc_metrics.cdnv(h, y, N_WAY),
+                "cdnv_unbiased": nc_metrics.unbiased_cdnv(h, y, N_WAY),
+                "directional_cdnv": nc_metrics.directional_cdnv(h, y, N_WAY),
                 "equinorm": nc_metrics.equinorm(h, y, N_WAY),
                 "equiangularity": nc_metrics.equiangularity(h, y, N_WAY),
                 "etf_error": nc_metrics.etf_error(h, y, N_WAY),
@@ -361,17 +363,22 @@ def own_metrics(net, weights, tasks, t, null_spt, null_qry):
 
 
 def expected_metrics(net, tasks, lr, steps, null_spt, null_qry):
-    """What Meta should measure: "meta", "finetuned" {name: [L, T]} and "inner" {name: [L or 1, T, K+1]}."""
+    """What Meta should measure: "meta", "finetuned" {name: [T, L]} and "inner" {name: [T, K+1, L] or [T, K+1]}."""
     trajectories = oracle_trajectories(net, tasks, lr, steps)
     every = [[own_metrics(net, weights, tasks, t, null_spt, null_qry) for weights in trajectory]
              for t, trajectory in enumerate(trajectories)]  # [T][K+1]
-    names = every[0][0]
-    inner = {name: torch.stack([torch.stack([m[name] for m in task], -1) for task in every], 1)
+    of_support = tasks._replace(x_qry=tasks.x_spt, y_qry=tasks.y_spt)
+    expected = {
+        "meta": [task[0] for task in every], "finetuned": [task[-1] for task in every],
+        "support": [own_metrics(net, trajectory[-1], of_support, t, null_spt, null_spt)
+                    for t, trajectory in enumerate(trajectories)]}
+    if tasks.y_spt.shape[1] == N_WAY:  # one per class has no spread
+        del expected["support"]
+    inner = {name: torch.stack([torch.stack([m[name] for m in task]) for task in every])
              for name in ("within", "between")}
-    inner["accuracy"] = oracle_accuracies(net, tasks, trajectories)[None]
-    return {"meta": {name: torch.stack([task[0][name] for task in every], 1) for name in names},
-            "finetuned": {name: torch.stack([task[-1][name] for task in every], 1) for name in names},
-            "inner": inner}
+    inner["accuracy"] = oracle_accuracies(net, tasks, trajectories)
+    return {model: {name: torch.stack([task[name] for task in of_tasks]) for name in of_tasks[0]}
+            for model, of_tasks in expected.items()} | {"inner": inner}
 
 
 @pytest.fixture
@@ -387,7 +394,7 @@ def null_labels(monkeypatch):
 @pytest.mark.parametrize("k_spt", [1, 2])
 def test_metrics_are_those_of_each_tasks_query_set(monkeypatch, null_labels, call, chunks, k_spt):
     net, tasks, lr, steps = small_net(), make_tasks(k_spt=k_spt), 0.3, 2
-    monkeypatch.setattr(meta, "chunk_sizes", lambda *_: chunks)
+    monkeypatch.setattr(Meta, "_together", lambda *_: chunks)
     maml = Meta(copy.deepcopy(net), update_lr=lr, update_step=steps, update_step_test=3, nc_every=1)
     metrics = maml(tasks).metrics if call == "forward" else maml.finetune(tasks, measure=True)[1]
     null_spt, null_qry = null_labels
@@ -398,18 +405,8 @@ def test_metrics_are_those_of_each_tasks_query_set(monkeypatch, null_labels, cal
         for name, values in expected[model].items():
             torch.testing.assert_close(metrics[model][name].double(), values, rtol=1e-6, atol=1e-9,
                                        equal_nan=True, msg=lambda text: f"{model} {name}: {text}")
-    assert metrics["meta"]["within"].shape == (3, 4) and metrics["inner"]["within"].shape == (3, 4, steps + 1)
-    assert metrics["inner"]["accuracy"].shape == (1, 4, steps + 1)
-
-
-@pytest.mark.parametrize("piece", [1, 45, 100, 2**20])
-def test_metrics_do_not_depend_on_the_pieces_they_are_read_in(monkeypatch, piece):
-    _, whole = meta_step(small_net(), make_tasks(5), update_step=2, nc_every=1)
-    monkeypatch.setattr(meta, "PIECE", piece)
-    _, pieces = meta_step(small_net(), make_tasks(5), update_step=2, nc_every=1)
-    for model, values in whole.metrics.items():
-        for name, value in values.items():
-            torch.testing.assert_close(pieces.metrics[model][name], value, rtol=1e-9, atol=1e-12, equal_nan=True)
+    assert metrics["meta"]["within"].shape == (4, 3) and metrics["inner"]["within"].shape == (4, steps + 1, 3)
+    assert metrics["inner"]["accuracy"].shape == (4, steps + 1)
 
 
 def test_null_labels_are_the_tasks_labels_permuted(null_labels):
@@ -469,7 +466,7 @@ def test_measuring_changes_no_bit_of_the_weights(first_order, k_spt):
 @pytest.mark.parametrize("chunks", [(4, 1), (1, 1), (3, 2)])
 def test_accuracies(monkeypatch, chunks):
     net, tasks, lr = small_net(), make_tasks(), 0.3
-    monkeypatch.setattr(meta, "chunk_sizes", lambda *_: chunks)
+    monkeypatch.setattr(Meta, "_together", lambda *_: chunks)
     expected = oracle_accuracies(net, tasks, oracle_trajectories(net, tasks, lr, 3)).float()
     assert expected.unique().numel() > 3
     options = {"update_lr": lr, "update_step": 2, "update_step_test": 3}
@@ -521,15 +518,36 @@ def test_what_a_step_returns_holds_no_graph():
 
 # ---- chunks by device ----
 
-def test_a_gpu_takes_all_tasks_at_once_and_a_cpu_what_stays_in_its_cache():
-    def sizes(script, device, samples):
-        args = argparse.Namespace(net="paper", n_way=5, **{k: script.DEFAULTS[k] for k in ("imgc", "imgsz")})
-        net = Learner(script.layers(args), args.imgc, args.imgsz)
-        return meta.chunk_sizes(torch.device(device), net, samples)
+@pytest.mark.parametrize("script, k_spt, k_qry, together", [
+    (omniglot_train, 1, 15, (32, 1)),  # a large query set goes singly
+    (omniglot_train, 1, 1, (32, 32)),  # the paper's training sizes
+    (omniglot_train, 5, 5, (8, 8)), (omniglot_train, 5, 15, (8, 1)), (miniimagenet_train, 5, 15, (1, 1))])
+def test_a_cpu_takes_as_many_tasks_together_as_stay_in_its_cache(script, k_spt, k_qry, together):
+    args = argparse.Namespace(net="paper", n_way=5, **{k: script.DEFAULTS[k] for k in ("imgc", "imgsz")})
+    maml = Meta(Learner(script.layers(args), args.imgc, args.imgsz))
+    tasks = Tasks(*(torch.empty(2, 5 * k, 0) for k in (k_spt, k_spt, k_qry, k_qry)))
+    for got, about in zip(maml._together(tasks), together, strict=True):
+        assert about <= got < 2 * about
+    maml.task_chunk = 1
+    assert maml._together(tasks) == (1, 1)
 
-    for size in (*sizes(omniglot_train, "cuda", 5), *sizes(miniimagenet_train, "cuda", 25)):
-        assert size >= 1000
-    for samples, tasks in ((5, 32), (25, 8)):  # 5-way 1-shot and 5-shot
-        inner, query = sizes(omniglot_train, "cpu", samples)
-        assert tasks <= inner < 2 * tasks and query == 1
-    assert sizes(miniimagenet_train, "cpu", 25) == (1, 1)
+
+def test_a_gpu_takes_all_tasks_at_once():
+    assert meta.tasks_together(torch.device("cuda"), 10**9, 1) >= 1000
+
+
+def test_a_gradient_too_large_for_adams_square_changes_nothing():
+    """A finite gradient whose square isn't: Adam's second moment would stay infinite, and no weight would move again."""
+    maml = Meta(small_net(dtype=torch.float32))
+    before = state(maml)
+    huge = [torch.full_like(weight, 1e21) for weight in maml.net.parameters()]
+    maml._update(huge, torch.ones(4))
+    assert all(torch.equal(old, new) for old, new in zip(before, state(maml), strict=True))
+    assert (maml.step, maml.updates.item(), maml.halted.item()) == (1, 0, True)
+
+
+def test_halves_of_a_validation_have_their_own_null_labels(null_labels):
+    maml, tasks = Meta(small_net(), update_step=1, update_step_test=1), make_tasks()
+    for null_seed in (0, 50, 0):
+        maml.finetune(tasks, measure=True, null_seed=null_seed)
+    assert not torch.equal(null_labels[1], null_labels[3]) and torch.equal(null_labels[1], null_labels[5])

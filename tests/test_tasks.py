@@ -171,33 +171,54 @@ def test_one_mean_for_all_channels():
 @pytest.mark.parametrize("options, text", [
     ({"n_way": 13}, "13-way tasks need 13 classes, here are 12"),
     ({"n_way": 49, "rotations": True}, "49-way tasks need 49 classes, here are 48"),
-    ({"k_spt": 3, "k_qry": 5}, "support and .*query images need 8 a class, here are 7"),
+    ({"k_spt": 3, "k_qry": 5}, "support and .*query images need 8 per class, here are 7"),
 ])
 def test_too_few(options, text):
     with pytest.raises(ValueError, match=text):
         draw(**options)
 
 
-def test_picking_first_and_finishing_elsewhere_is_the_same():
-    images, mean, std = encoded(channels=3), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    picked = module.pick(images, 6, 5, 5, generator(1))
-    assert picked.dtype == torch.uint8 and picked.shape == (6, 5, 5, 3, 2, 2)
-    whole = sample_tasks(images, 6, 5, 2, 3, generator(1), mean, std)
-    for one, other in zip(module.finish(picked, 2, mean, std), whole):
-        assert torch.equal(one, other)
-
-
-def test_prefetched_batches_are_the_same_ones_in_the_same_order():
-    images, ahead, now = encoded(), generator(2), generator(2)
-    prefetched = module.Prefetched(lambda: module.pick(images, 3, 5, 4, ahead), torch.device("cpu"))
-    for _ in range(5):
-        assert torch.equal(prefetched(), module.pick(images, 3, 5, 4, now))
-
-
-def test_split_cuts_along_tasks():
+def test_chunks_cut_along_tasks_and_cat_puts_them_together():
     tasks = draw(n_tasks=5)
-    parts = list(tasks.split(2))
-    assert [len(part.y_spt) for part in parts] == [2, 2, 1]
-    assert all(isinstance(part, Tasks) for part in parts)
-    for field, *pieces in zip(tasks, *parts):
-        assert torch.equal(torch.cat(pieces), field)
+    tree = {"tasks": tasks, "list": [tasks.y_spt, None], "nothing": None}
+    parts = [part for part, in module.chunks(2, 5, tree)]
+    assert [len(part["tasks"].y_spt) for part in parts] == [2, 2, 1]
+    assert all(isinstance(part["tasks"], Tasks) for part in parts)
+    whole = module.cat(parts)
+    assert all(torch.equal(a, b) for a, b in zip(whole["tasks"], tasks, strict=True))
+    assert torch.equal(whole["list"][0], tasks.y_spt) and whole["list"][1] is whole["nothing"] is None
+    double = module.chunked(lambda t, y: (2 * y, t.y_qry), 3, 5, tasks, tasks.y_spt)
+    assert torch.equal(double[0], 2 * tasks.y_spt) and torch.equal(double[1], tasks.y_qry)
+
+
+def sampler(images, seed=3, turns=1, k_qry=3):
+    dataset = module.Dataset(str, 1, (0.0,), (1.0,), dict, None)
+    return module.Sampler(images, dataset, torch.device("cpu"), seed, 3, 2, k_qry, turns)
+
+
+def test_a_sampler_goes_back_to_a_state_and_gathers_what_it_drew():
+    sample = sampler(encoded())
+    sample(4)
+    state = sample.state
+    first = [sample(4), sample(4)]
+    sample.state = state
+    again = [sample.gather(sample.draw(4)), sample(4)]
+    assert all(torch.equal(x, y) for a, b in zip(first, again, strict=True) for x, y in zip(a, b, strict=True))
+
+
+def test_more_query_images_leave_the_first_ones_as_they_are():
+    few, many = sampler(encoded(), k_qry=1)(6), sampler(encoded(), k_qry=4)(6)
+    assert torch.equal(few.x_spt, many.x_spt)
+    assert torch.equal(few.x_qry, many.x_qry.unflatten(1, (3, 4))[:, :, 0])
+
+
+def test_a_character_never_meets_its_own_rotation():
+    sample = sampler(with_rotations(encoded(classes=4)), turns=4)
+    turns = set()
+    for _ in range(20):
+        classes, _, turned = decoded(sample(10).x_spt)
+        assert all(len(set(row.tolist())) == 3 for row in classes)
+        turns |= set(turned.flatten().tolist())
+    assert turns == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match="3-way tasks need 3 classes, here are 2"):
+        sampler(with_rotations(encoded(classes=2)), turns=4)(1)
