@@ -7,7 +7,6 @@ Letters: T tasks, P processes.
 """
 
 import contextlib
-import ctypes
 import os
 import platform
 import sys
@@ -23,6 +22,8 @@ from files import UserError
 if TYPE_CHECKING:
     from meta import Meta, Step
 
+NO_LIMIT = 2**31 - 1
+CACHED = 5 * 2**19  # values of the largest activation of the tasks that a CPU takes together (10 MB)
 WARM_UP = 3  # steps before a capture, as torch.cuda.graph asks for: in the first steps libraries choose and allocate
 
 
@@ -99,6 +100,20 @@ def peak_memory(device: torch.device) -> float | None:
         return None
     scale = 2**30 if sys.platform == "darwin" else 2**20  # getrusage counts bytes on macOS, KiB elsewhere
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 2)
+
+
+def tasks_together(device: torch.device, values: int, most: int) -> int:
+    """How many tasks go through the network together at most (benchmarks/README.md has the measurements).
+
+    A GPU takes all of them. On a CPU a task up to `most` is too little work per operation, and as many go together as
+    its cache holds; a larger one goes alone.
+
+    Args:
+        values: of a task's largest activation.
+    """
+    if device.type != "cpu":
+        return NO_LIMIT
+    return CACHED // values if values <= most else 1
 
 
 @contextlib.contextmanager

@@ -3,8 +3,7 @@
 `load` takes the image files of a split, class by class, decodes them in
 parallel threads into one array [class, image, c, s, s] and keeps it in a cache
 file: the .npy format, so `numpy.load` reads it too, followed by a line that
-ties it to the very files it was made from. `picture` is the program behind
-`python omniglot.py` and `python miniimagenet.py`: it draws a few sampled tasks.
+ties it to the very files it was made from.
 """
 
 import concurrent.futures
@@ -18,17 +17,14 @@ import threading
 import warnings
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from files import Parser, UserError, atomic, locked, one_line, remove_stale
-
-if TYPE_CHECKING:
-    from tasks import Tasks
+from files import UserError, atomic, locked, remove_stale
 
 SPLITS = ("train", "val", "test")
 FORMATS = ("JPEG", "PNG", "GIF", "BMP")  # what data sets hold: few parsers, none that starts a program
@@ -309,117 +305,3 @@ def check_tasks(images: torch.Tensor, n_way: int, k_spt: int, k_qry: int) -> Non
     if k_spt + k_qry > count:
         raise UserError(f"--k_spt {k_spt} and --k_qry {k_qry} need {k_spt + k_qry} images of a class, "
                         f"and there are {count}; lower one")
-
-
-def picture(
-    load: Callable[..., torch.Tensor],
-    synthesise: Callable[..., torch.Tensor],
-    root: str,
-    imgsz: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    description: str,
-) -> None:
-    """The program of a data set's module: draw a few tasks as the model sees them into a PNG file.
-
-    Args:
-        load: the module's own `load`.
-        synthesise: what stands in for it under --synthetic: (split, imgsz) -> such a tensor.
-        root: default data folder; its name also names the picture.
-        imgsz: default image size.
-        mean, std: the module's own.
-        description: for --help.
-    """
-    from tasks import sample_tasks
-
-    parser = Parser(description=description)
-    parser.add_argument("--root", type=Path, default=Path(root), help="data folder (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(f"{root}-tasks.png"),
-                        help="the PNG file (default %(default)s)")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="its classes (default %(default)s)")
-    parser.add_argument("--n_way", type=int, default=5, help="classes a task (default %(default)s)")
-    parser.add_argument("--k_spt", type=int, default=1, help="support images a class (default %(default)s)")
-    parser.add_argument("--k_qry", type=int, default=5, help="query images a class (default %(default)s)")
-    parser.add_argument("--tasks", type=int, default=3, help="how many tasks (default %(default)s)")
-    parser.add_argument("--imgsz", type=int, default=imgsz, help="image size in pixels (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=222, help="draws other tasks (default %(default)s)")
-    parser.add_argument("--cache", type=Path,
-                        help="folder of the decoded images (default: cache/ in the data folder)")
-    parser.add_argument("--synthetic", action="store_true", help="generated images, no data needed")
-    args = parser.parse_args()
-    if args.out.suffix.lower() != ".png":
-        raise UserError(f"--out {args.out} is not a name of a PNG file; let it end in .png")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed} must be from 0 to 2**63 - 1")
-    if not 1 <= args.tasks <= 20:
-        raise UserError(f"--tasks {args.tasks} must be from 1 to 20")
-    check_request(args.split, args.imgsz)
-    if args.tasks * args.n_way * (args.k_spt + args.k_qry) * args.imgsz**2 > MAX_PIXELS:
-        raise UserError(f"a picture has at most {MAX_PIXELS // 10**6} million pixels; "
-                        "lower --tasks, --n_way, --k_spt, --k_qry or --imgsz")
-    if args.synthetic:
-        if args.imgsz < 8:
-            raise UserError(f"--imgsz {args.imgsz} is too small for --synthetic; give at least 8")
-        images, source = synthesise(args.split, args.imgsz), "synthetic"
-    else:
-        images, source = load(args.root, args.split, args.imgsz, args.cache), args.root.resolve().name
-    check_tasks(images, args.n_way, args.k_spt, args.k_qry)
-    generator = torch.Generator().manual_seed(args.seed)
-    tasks = sample_tasks(images, args.tasks, args.n_way, args.k_spt, args.k_qry, generator, mean, std)
-    title = (f"{source}, {args.split} classes: {args.n_way}-way {args.k_spt}-shot tasks, "
-             f"{args.imgsz} x {args.imgsz} pixels")
-    draw_tasks(tasks, title, mean, std, args.out)
-    print(one_line(str(args.out)))
-
-
-def draw_tasks(tasks: "Tasks", title: str, mean: Sequence[float], std: Sequence[float], path: Path) -> None:
-    """Draw each task as a panel, a row for each label: support images on the left, queries on the right.
-
-    Raises:
-        UserError: `path` can't be written.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = [_panel(*task, mean, std) for task in zip(*tasks)]
-    height, width = panels[0][0].shape[:2]
-    n_way = int(tasks.y_spt.max()) + 1
-    panel_width = min(4.2 * width / height, 12.0)
-    figure = Figure(figsize=(min((panel_width + 0.7) * len(panels), 60.0), 5.3), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03)
-    figure.suptitle(one_line(title), fontsize=13, parse_math=False)
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for number, (axes, (panel, border)) in enumerate(zip(all_axes, panels)):
-        axes.imshow(panel, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axes.set_title(f"task {number + 1}", fontsize=11, pad=24)
-        for middle, name in ((border / 2, "support"), ((border + width) / 2, "query")):
-            axes.text(middle, -0.02 * height, name, ha="center", va="bottom", fontsize=10, color="0.35")
-        axes.set_yticks([(label + 0.5) * height / n_way for label in range(n_way)], range(n_way))
-        axes.set_xticks([])
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.set_ylabel("label", color="0.35")
-    with atomic(path) as file:
-        figure.savefig(file, format="png", dpi=150)
-
-
-def _panel(
-    x_spt: torch.Tensor, y_spt: torch.Tensor, x_qry: torch.Tensor, y_qry: torch.Tensor,
-    mean: Sequence[float], std: Sequence[float],
-) -> tuple[np.ndarray, float]:
-    """One task -> (an image [h, w] or [h, w, 3] in 0..1, where the queries begin in pixels)."""
-    size = x_spt.shape[-1]
-    line, gap, wide = max(size // 42, 1), max(size // 20, 1), max(size // 3, 1)  # the frame and the spaces
-
-    def tiles(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        x = x * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
-        x = torch.nn.functional.pad(x.clamp(0, 1), (line,) * 4, value=0.85)
-        x = torch.nn.functional.pad(x, (gap,) * 4, value=1.0)
-        rows = [torch.cat(list(x[y == label]), dim=2) for label in range(int(y.max()) + 1)]
-        return torch.cat(rows, dim=1)  # [c, rows * h, columns * w]
-
-    support, query = tiles(x_spt, y_spt), tiles(x_qry, y_qry)
-    between = torch.ones(support.shape[0], support.shape[1], wide)
-    panel = torch.cat([support, between, query], dim=2).permute(1, 2, 0).numpy()
-    return (panel if panel.shape[-1] == 3 else panel[..., 0]), support.shape[2] + wide / 2

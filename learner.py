@@ -14,7 +14,6 @@ Inside, images are channels last, [T, N, h, w, c]: the layout in which a
 convolution is a matrix product and batch norm's channels lie side by side.
 """
 
-import math
 from typing import Mapping, Sequence
 
 import torch

@@ -12,7 +12,7 @@ takes them as constants.
 
 import math
 from functools import partial
-from typing import NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,6 @@ from learner import Learner, Weights
 from measuring import accuracies, accuracy, collapse_metrics, permuted_labels
 from tasks import Tasks, cat, chunked, chunks, tree_map
 
-NO_LIMIT = 2**31 - 1
-CACHED = 5 * 2**19  # values of the largest activation of the tasks that a CPU takes together (10 MB)
 LATE = 7_500  # meta-steps: the original's first figure covers them, and measures more often than its second
 
 
@@ -78,14 +76,11 @@ def query_pass(net: Learner, weights: Weights, tasks: Tasks) -> tuple[Tensor, Te
 
 
 def meta_gradient(net: Learner, tasks: Tasks, lr: float, steps: int, first_order: bool = False,
-                  query_chunk: int = NO_LIMIT) -> tuple[list[Tensor], Tensor, Tensor, list[Weights]]:
+                  query_chunk: int = devices.NO_LIMIT) -> tuple[list[Tensor], Tensor, Tensor, list[Weights]]:
     """Gradient of the sum of the adapted weights' query losses with respect to theta (algorithm 2, line 10).
 
-    The gradient with respect to the adapted weights comes first, for `query_chunk` tasks at a time; it is then pulled
-    back through the inner loop.
-
-    Returns:
-        A gradient for each of theta's weights, query losses [T], accuracies [T], the inner loop's weights (detached).
+    The gradient with respect to the adapted weights, `query_chunk` tasks at a time, is pulled back through the inner
+    loop. Returns a gradient per weight of theta, losses [T], accuracies [T], the inner loop's weights (detached).
     """
     theta = dict(net.weights)
     trajectory = adapt(net, theta, tasks.x_spt, tasks.y_spt, lr, steps, second_order=not first_order)
@@ -94,7 +89,7 @@ def meta_gradient(net: Learner, tasks: Tasks, lr: float, steps: int, first_order
     if first_order:  # adapted = theta - constants
         gradient = [g.sum(0) for g in outer]
     else:
-        outer = [torch.empty_like(w).copy_(g) for w, g in zip(adapted.values(), outer)]  # in the weights' layout: faster
+        outer = [torch.empty_like(w).copy_(g) for w, g in zip(adapted.values(), outer)]  # in their layout: faster
         gradient = list(torch.autograd.grad(list(adapted.values()), list(theta.values()), outer))
     return gradient, losses, right, tree_map(Tensor.detach, trajectory)
 
@@ -115,9 +110,7 @@ class Meta(nn.Module):
         skip_nonfinite: if a loss, a gradient or Adam's state is not finite, the update is skipped; training halts
             there (default) or continues with the next tasks.
 
-    `step` counts meta-steps and `updates`, on the device, those that changed the weights: the two differ after a step
-    that was not finite, and counting costs no wait for the device.
-
+    `step` counts meta-steps, and `updates`, on the device, those that changed the weights.
     With several processes (device.py), each takes an equal share of a meta-step's tasks.
     """
 
@@ -168,9 +161,9 @@ class Meta(nn.Module):
         for tasks, null in chunks(inner, len(shared[0].y_spt), *shared):
             gradient, losses, right, trajectory = meta_gradient(
                 self.net, tasks, self.update_lr, self.update_step, self.first_order, query)
-            right = self._accuracies(query, tasks, trajectory) if every_step else right[:, None]
+            right = self._chunked(accuracies, query, tasks, trajectory) if every_step else right[:, None]
             gradients.append(gradient)
-            steps.append(Step(losses, right, self._metrics(query, tasks, trajectory, null)))
+            steps.append(Step(losses, right, self._chunked(collapse_metrics, query, tasks, trajectory, null)))
         step = tree_map(devices.gather, cat(steps))
         total = devices.add_up([sum(parts) for parts in zip(*gradients)])
         self._update([gradient / n_tasks for gradient in total], step.losses)
@@ -197,8 +190,8 @@ class Meta(nn.Module):
     def losses(self, tasks: Tasks) -> Tensor:
         """What `forward` would see as `Step.losses`, [T]; nothing is updated."""
         inner, query = self._together(tasks)
-        return chunked(lambda chunk: meta_gradient(self.net, chunk, self.update_lr, self.update_step, True, query)[1],
-                       inner, len(tasks.y_spt), tasks)
+        settings = self.update_lr, self.update_step, True, query  # first order: the losses are the same
+        return chunked(lambda chunk: meta_gradient(self.net, chunk, *settings)[1], inner, len(tasks.y_spt), tasks)
 
     def finetune(self, tasks: Tasks, measure: bool = False,
                  null_seed: int | None = None) -> tuple[Tensor, dict | None]:
@@ -216,8 +209,8 @@ class Meta(nn.Module):
 
         def one_chunk(tasks: Tasks, null: tuple | None) -> tuple[Tensor, dict | None]:
             trajectory = adapt(self.net, leaves(self.net.weights), tasks.x_spt, tasks.y_spt, self.update_lr, steps)
-            return (self._accuracies(query, tasks, trajectory[:self.update_step_test + 1]),
-                    self._metrics(query, tasks, trajectory[:self.update_step + 1], null))
+            return (self._chunked(accuracies, query, tasks, trajectory[:self.update_step_test + 1]),
+                    self._chunked(collapse_metrics, query, tasks, trajectory[:self.update_step + 1], null))
 
         return chunked(one_chunk, inner, len(tasks.y_spt), tasks, null)
 
@@ -228,26 +221,10 @@ class Meta(nn.Module):
     def _together(self, tasks: Tasks) -> tuple[int, int]:
         """How many tasks go together through the inner loop, and through the query pass."""
         largest = max(math.prod(shape) for shape in self.net.shapes)  # values of an image's largest activation
-        sizes = (tasks_together(x.device, x.shape[1] * largest, most)
+        sizes = (devices.tasks_together(x.device, x.shape[1] * largest, most)
                  for x, most in ((tasks.x_spt, 9 * 2**16), (tasks.x_qry, 5 * 2**16)))
-        return tuple(min(size, self.task_chunk or NO_LIMIT) for size in sizes)
+        return tuple(min(size, self.task_chunk or devices.NO_LIMIT) for size in sizes)
 
-    def _accuracies(self, size: int, tasks: Tasks, trajectory: Sequence[Weights]) -> Tensor:
-        return chunked(partial(accuracies, self.net), size, len(tasks.y_qry), tasks, trajectory)
+    def _chunked(self, function: Callable, size: int, tasks: Tasks, *trees):
+        return chunked(partial(function, self.net), size, len(tasks.y_qry), tasks, *trees)
 
-    def _metrics(self, size: int, tasks: Tasks, trajectory: Sequence[Weights], null: tuple | None) -> dict | None:
-        return None if null is None else chunked(partial(collapse_metrics, self.net), size, len(tasks.y_qry), tasks, trajectory, null)
-
-
-def tasks_together(device: torch.device, values: int, most: int) -> int:
-    """How many tasks go through the network together at most (benchmarks/README.md has the measurements).
-
-    A GPU takes all of them. On a CPU a task up to `most` is too little work per operation, and as many go together as
-    its cache holds; a larger one goes alone.
-
-    Args:
-        values: of a task's largest activation.
-    """
-    if device.type != "cpu":
-        return NO_LIMIT
-    return CACHED // values if values <= most else 1

@@ -1,8 +1,5 @@
 """miniImageNet, and any photographs in its layout: `images/` and `train.csv`, `val.csv`, `test.csv`.
 
-    python miniimagenet.py                # writes miniimagenet-tasks.png: tasks as the model sees them
-    python miniimagenet.py --synthetic    # the same from generated pictures, with no data
-
 Each CSV file has the header `filename,label`; the label column says which class
 an image is of (Vinyals et al., 2016; the splits of Ravi and Larochelle, 2017).
 `MiniImagenet` gives single tasks, for use with a DataLoader.
@@ -16,7 +13,7 @@ import torch
 from PIL import Image
 
 import images
-from files import UserError, run
+from files import UserError
 from images import ImageFile
 
 CHANNELS = 3
@@ -179,15 +176,3 @@ def _short(text: str) -> str:
 def _where(root: Path) -> str:
     return (f"put images/, train.csv, val.csv and test.csv (filename,label) into {root}, "
             "or use --synthetic, which needs no data")
-
-
-def main() -> None:
-    """Write a picture of a few sampled tasks."""
-    from synthetic import load_photos
-
-    description = "Draw a few tasks of photographs as the model sees them."
-    images.picture(load, load_photos, "miniimagenet", 84, MEAN, STD, description)
-
-
-if __name__ == "__main__":
-    run(main)

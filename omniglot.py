@@ -1,8 +1,5 @@
 """Omniglot: 1,623 handwritten characters of 50 alphabets, 20 drawings each (Lake et al., Science 2015).
 
-    python omniglot.py                # writes omniglot-tasks.png: a few sampled tasks as the model sees them
-    python omniglot.py --synthetic    # the same from generated characters, with no data
-
 `load` reads the data folder as it is: `images_background` and
 `images_evaluation`, each a folder or a zip file, which is read without
 unpacking it; what is absent is downloaded.
@@ -24,7 +21,7 @@ import torch
 from PIL import Image
 
 import images
-from files import UserError, locked, one_line, run
+from files import UserError, locked, one_line
 from images import ImageFile
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
@@ -220,15 +217,3 @@ def _remove(folder: Path) -> None:
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
-
-
-def main() -> None:
-    """Write a picture of a few sampled tasks."""
-    from synthetic import load_characters
-
-    description = "Draw a few Omniglot tasks as the model sees them."
-    images.picture(load, load_characters, "omniglot", 28, MEAN, STD, description)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -98,9 +98,9 @@ def _parser(description: str, defaults: dict, epoch_help: str, only_given: bool 
     flag("eval_tasks", 100, "tasks of a validation, always the same")
     flag("test_tasks", 600, "tasks of the test at the end")
     flag("save_every", 500, "meta-steps between two checkpoints; 0: only at the start, at the end and when stopped")
-    flag("resume", None, f"go on with a stopped run, on its own settings; {_flags(MAY_CHANGE['resume'])} may be given "
-         "anew, and EPOCH may only grow", metavar="RUN_FOLDER")
-    flag("test", None, f"test a finished run again, on its own settings; {_flags(MAY_CHANGE['test'])} may be given anew",
+    flag("resume", None, f"resume a stopped run on its own settings; {_flags(MAY_CHANGE['resume'])} may be "
+         "changed, and EPOCH may only grow", metavar="RUN_FOLDER")
+    flag("test", None, f"test a finished run again, on its own settings; {_flags(MAY_CHANGE['test'])} may be changed",
          metavar="RUN_FOLDER")
     flag("from_args", None, "repeat a run, in a new folder; flags that are given change it",
          metavar="RUN_FOLDER/args.json")

@@ -72,7 +72,7 @@ def chunked(function: Callable, size: int, total: int, *trees: Any) -> Any:
 
 
 def with_rotations(images: Tensor) -> Tensor:
-    """Every class at 0, 90, 180 and 270 degrees: [classes, n, c, s, s] -> [4 classes, n, c, s, s] (Santoro et al. 2016).
+    """Every class at 0, 90, 180 and 270 degrees: [classes, n, c, s, s] -> [4 classes, n, c, s, s] (Santoro 2016).
 
     Turned once and not in every task: four times the memory (Omniglot's training images: 69 MB).
     """

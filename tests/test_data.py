@@ -909,62 +909,6 @@ def test_run_prints_one_line_and_exits_with_2(capsys):
     assert capsys.readouterr().err == "error: a name with\\na line end and \\x1b[31m colour\n"
 
 
-# The programs
-
-
-def program(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(REPOSITORY / script), *arguments], cwd=cwd, timeout=120,
-                          capture_output=True, text=True)
-
-
-def test_programs_draw_a_picture(photos, monkeypatch, capsys):
-    monkeypatch.chdir(photos.parent)
-    arguments = "--root photos --n_way 2 --k_qry 3 --imgsz 16 --out a/b.png"
-    monkeypatch.setattr(sys, "argv", ["miniimagenet.py", *arguments.split()])
-    miniimagenet.main()
-    done = program("omniglot.py", "--synthetic", cwd=photos.parent)
-    assert done.returncode == 0, done.stderr
-    for said, path in ((capsys.readouterr().out, "a/b.png"), (done.stdout, "omniglot-tasks.png")):
-        assert said == f"{path}\n"
-        with Image.open(path) as image:
-            assert image.format == "PNG" and image.width > 1000 and len(image.getcolors(10**7)) > 10
-
-
-@pytest.mark.parametrize("arguments, words", [
-    ("--root absent", ["absent", "--synthetic"]), ("--root " + "x" * 5000, ["no folder"]),
-    ("--root photos", ["--n_way 5", "3 classes"]), ("--split all", ["val"]), ("--k_qry 1.5", ["--k_qry"]),
-    ("--synthetic --split val --imgsz 8 --out photos/train.csv/a.png", ["a.png"]),
-    ("--synthetic --split val --imgsz 8 --k_qry 40", ["--k_qry 40"]), ("--out a.pdf", ["a.pdf", ".png"]),
-    ("--synthetic --n_way 1000000", ["--n_way"]), ("--synthetic --imgsz 4", ["--imgsz 4"]),
-    ("--seed -1", ["--seed -1"]), ("--seed 99999999999999999999", ["--seed"]), ("--tasks 0", ["--tasks 0"])])
-def test_program_arguments_that_can_not_work(photos, monkeypatch, capsys, arguments, words):
-    monkeypatch.chdir(photos.parent)
-    monkeypatch.setattr(sys, "argv", ["miniimagenet.py", *arguments.split()])
-    with pytest.raises(SystemExit) as stopped:
-        files.run(miniimagenet.main)
-    assert stopped.value.code == 2
-    out, err = capsys.readouterr()
-    line = err.splitlines()[-1]
-    assert out == "" and line.startswith("error: ") and all(word in line for word in words), err
-    assert not list(photos.parent.glob("*.png"))
-
-
-def test_program_exit_status_from_the_command_line(tmp_path):
-    done = program("miniimagenet.py", cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and "there is no folder miniimagenet" in done.stderr
-    assert listing(tmp_path) == []
-
-
-def test_picture_says_synthetic(monkeypatch, tmp_path):
-    titles = []
-    monkeypatch.setattr(images, "draw_tasks", lambda tasks, title, *rest: titles.append(title))
-    for module in (omniglot, miniimagenet):
-        monkeypatch.setattr(sys, "argv", ["program", "--synthetic", "--imgsz", "16", "--split", "val"])
-        module.main()
-    assert len(titles) == 2 and all("synthetic" in title for title in titles)
-
-
 # The real data
 
 
