@@ -1,6 +1,14 @@
-"""On CUDA: the graph and the eager step train the same, and both as the CPU does. Skipped where there is no GPU."""
+"""On a GPU: a replayed step and an eager one train the same, and both as on a CPU. Skipped where there is no GPU.
+
+`take_steps` also runs on a CPU, with a graph that is a pretence: test_device.py.
+"""
 
 import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,34 +21,40 @@ from meta import Meta
 from tasks import Tasks, sample_tasks, with_rotations
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+HERE = Path(__file__).parent
 TINY = ("--synthetic --task_num 4 --k_qry 3 --update_step 2 --update_step_test 3 --eval_every 8 --eval_tasks 4 "
         "--test_tasks 4 --nc_every 5 --epoch 16").split()
 
 
-def maml_on(device: str, first_order: bool = False) -> Meta:
+def maml_on(device: str, first_order: bool = False, dtype: torch.dtype = torch.float32, nc_every: int = 0) -> Meta:
     torch.manual_seed(0)
-    args = omniglot_train.argparse.Namespace(net="paper", imgc=1, imgsz=28, n_way=5)
-    net = Learner(omniglot_train.layers(args), 1, 28).to(device)
-    return Meta(net, update_step=2, first_order=first_order)
+    net = Learner(omniglot_train.layers(Namespace(net="paper", imgc=1, imgsz=28, n_way=5)), 1, 28).to(device, dtype)
+    return Meta(net, update_step=2, first_order=first_order, nc_every=nc_every)
+
+
+def take_steps(device: str, graphed: bool, first_order: bool) -> tuple[list[float], list[torch.Tensor]]:
+    """Nine meta-steps, of which steps 0, 4 and 8 measure: the losses, and all that the steps changed."""
+    images = with_rotations(synthetic.characters(8, 6, 28, seed=0)).to(device)
+    mean, std = torch.zeros(1, device=device), torch.ones(1, device=device)  # a capture can't copy from the host
+    maml = maml_on(device, first_order, nc_every=4)
+    generator = torch.Generator(device).manual_seed(1)
+
+    def step(every_step: bool = False):
+        return maml(sample_tasks(images, 4, 5, 1, 3, generator, mean, std), every_step)
+
+    take = GraphedStep(maml, step, generator) if graphed else step
+    losses = [take().losses.mean().item() for _ in range(9)]
+    assert maml.step == 9
+    return losses, [*maml.state(), generator.get_state()]
 
 
 @pytest.mark.parametrize("first_order", [False, True])
 def test_graph_and_eager_take_the_same_steps(first_order):
-    images = with_rotations(synthetic.characters(8, 6, 28, seed=0).cuda())
-    seen = {}
-    for name in ("eager", "graph"):
-        maml = maml_on("cuda", first_order)
-        generator = torch.Generator("cuda").manual_seed(1)
-
-        def step():
-            return maml(sample_tasks(images, 4, 5, 1, 3, generator))
-
-        losses = [step().losses.mean().item()]  # Adam's state is there after one step
-        again = GraphedStep(maml, step, generator) if name == "graph" else step
-        losses += [again().losses.mean().item() for _ in range(8)]
-        seen[name] = losses, maml.step
-    assert seen["graph"][1] == seen["eager"][1] == 9
-    assert seen["graph"][0] == pytest.approx(seen["eager"][0], rel=2e-2)  # atomics may reorder sums
+    eager, _ = take_steps("cuda", False, first_order)
+    graph, _ = take_steps("cuda", True, first_order)
+    assert graph == pytest.approx(eager, rel=2e-2)  # atomics may reorder sums
+    assert len(set(graph)) == 9  # each replay draws tasks of its own
 
 
 def test_gradient_is_the_cpus():
@@ -49,17 +63,43 @@ def test_gradient_is_the_cpus():
     tasks = sample_tasks(images, 4, 5, 1, 3, torch.Generator().manual_seed(1))
     tasks = tasks._replace(x_spt=tasks.x_spt.double(), x_qry=tasks.x_qry.double())
     for device in ("cpu", "cuda"):
-        maml = maml_on(device)
-        maml.net.double()
+        maml = maml_on(device, dtype=torch.float64)
         maml(Tasks(*(field.to(device) for field in tasks)))
         gradients.append(torch.cat([w.grad.flatten().cpu() for w in maml.net.parameters()]))
     assert (gradients[0] - gradients[1]).norm() < 1e-9 * gradients[0].norm()
 
 
-@pytest.mark.parametrize("flags", [[], ["--no-cuda_graph"], ["--precision", "tf32"],
-                                   ["--task_chunk", "2"]])
+def train(out: Path, *flags: str, launcher: tuple[str, ...] = ()) -> str:
+    """A run in a process of its own, because cuBLAS reads its settings once; the log."""
+    command = [sys.executable, *launcher, str(HERE.parent / "omniglot_train.py"), *TINY, *flags, "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "result.json").read_text())["test"]["tasks"] == 4
+    log = (out / "log.jsonl").read_text()
+    assert max(json.loads(line)["step"] for line in log.splitlines()) == 16
+    return log
+
+
+@pytest.mark.parametrize("flags", [[], ["--cuda_graph"], ["--precision", "tf32"], ["--task_chunk", "2"],
+                                   ["--cuda_graph", "--clip", "10"]])
 def test_script(flags, tmp_path):
-    omniglot_train.main([*TINY, *flags, "--device", "cuda", "--out", str(tmp_path)])
-    assert json.loads((tmp_path / "result.json").read_text())["test"]["tasks"] == 4
-    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert max(steps) == 16
+    train(tmp_path / "run", "--device", "cuda", *flags)
+
+
+@pytest.mark.parametrize("flags", [[], ["--first_order", "--net", "original", "--clip", "10"]])
+def test_graph_changes_no_byte_of_the_log(flags, tmp_path):
+    logs = {train(tmp_path / f"run{graph}", "--device", "cuda", "--deterministic", *flags, *graph)
+            for graph in ((), ("--cuda_graph",))}
+    assert len(logs) == 1
+
+
+@two_gpus
+def test_the_second_gpu(tmp_path):
+    train(tmp_path / "run", "--device", "cuda:1", "--cuda_graph")
+
+
+@two_gpus
+def test_two_gpus_together(tmp_path):
+    train(tmp_path / "run", "--device", "cuda",
+          launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))

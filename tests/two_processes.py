@@ -1,4 +1,7 @@
-"""Three meta-steps in float64; the first process saves the weights. Started by test_distributed.py, or by torchrun."""
+"""Three meta-steps in float64; the process of rank 0 saves the weights. Started by test_distributed.py, or by torchrun.
+
+With several processes it also checks what each function of device.py exchanges between them.
+"""
 
 import sys
 from argparse import Namespace
@@ -17,17 +20,34 @@ def main(path: str) -> None:
     torch.manual_seed(0)
     net = Learner(omniglot_train.layers(Namespace(net="paper", imgc=1, imgsz=28, n_way=5)), 1, 28).double()
     maml = Meta(net, nc_every=2)
-    devices.start(torch.device("cpu"))
     images = synthetic.characters(8, 6, 28, seed=0)
     generator = torch.Generator().manual_seed(1)
     seen = []
-    for _ in range(3):
-        tasks = sample_tasks(images, 4, 5, 1, 3, generator)
-        step = maml(tasks._replace(x_spt=tasks.x_spt.double(), x_qry=tasks.x_qry.double()), every_step=True)
-        seen.append({"losses": step.losses, "accuracy": step.accuracy, "metrics": step.metrics})
-    if devices.rank() == 0:
-        torch.save({"weights": net.state_dict(), "seen": seen}, path)
-    devices.stop()
+    with devices.processes(torch.device("cpu")):
+        check_exchanges()
+        for _ in range(3):
+            tasks = sample_tasks(images, 4, 5, 1, 3, generator)
+            step = maml(tasks._replace(x_spt=tasks.x_spt.double(), x_qry=tasks.x_qry.double()), every_step=True)
+            seen.append({"losses": step.losses, "accuracy": step.accuracy, "metrics": step.metrics})
+        if devices.rank() == 0:
+            torch.save({"weights": net.state_dict(), "seen": seen}, path)
+
+
+def check_exchanges() -> None:
+    """Tasks and lists come back whole and in order; sums and maxima are over all processes."""
+    rank, size = devices.rank(), devices.size()
+    values = torch.arange(24.0).view(4, 3, 2).transpose(1, 2)  # 4 tasks, not contiguous
+    assert len(devices.share(values)) == 4 // size
+    assert devices.gather(devices.share(values)).equal(values)
+    one, two = devices.add_up([torch.ones(2, 3), torch.tensor(float(rank))])
+    assert one.equal(torch.full((2, 3), float(size))) and two.item() == sum(range(size))
+    assert devices.largest(torch.tensor([rank, -rank])).tolist() == [size - 1, 0]
+    items = [(torch.full((2,), i), {"a": [torch.tensor(i)]}) for i in range(3)]
+    gathered = devices.gather_lists(items[rank::size])
+    assert len(gathered) == len(items)
+    for i, (first, second) in enumerate(gathered):
+        assert first.equal(items[i][0]) and second["a"][0].item() == i
+    devices.wait()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,442 @@
+"""device.py without a GPU: torch.cuda and torch.distributed are replaced by pretences that fail as the real ones do."""
+
+import contextlib
+import ctypes
+import sys
+from argparse import Namespace
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_cuda import take_steps
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import device as devices
+import omniglot_train
+from device import GraphedStep, select_device
+from files import UserError
+from learner import Learner
+from meta import Meta
+from tasks import sample_tasks
+
+CPU, ONES = torch.device("cpu"), torch.ones
+
+
+# ---- the device
+
+
+@pytest.fixture
+def gpus(monkeypatch) -> list:
+    """Two GPUs that compute on the CPU; returns the devices that were made current."""
+    chosen = []
+
+    def set_device(device: torch.device) -> None:
+        if device.index >= 2:
+            raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might be reported later")
+        chosen.append(str(device))
+
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: ONES(*shape))
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return chosen
+
+
+def refusal(name: str) -> str:
+    with pytest.raises(UserError) as error:
+        select_device(name)
+    line = str(error.value)
+    assert line.startswith(f"--device {name}: ") and "\n" not in line.removeprefix(f"--device {name}")
+    return line
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu:0"])
+def test_a_cpu_has_no_number(name):
+    assert str(select_device(name)) == "cpu"
+
+
+@pytest.mark.parametrize("name", ["", "cpu:1", "cpu:-1", "meta", "meta:0", "mps", "mps:0", "xpu", "xla", "gpu", "CUDA",
+                                  "cuda:", "cuda:-1", "cuda:01", "cuda:2", "cuda:300", "cuda:256", "cuda:" + 30 * "9",
+                                  "cuda:\u0663", "cu\nda", "cpu\0"])
+def test_any_other_name_is_refused_in_one_line(gpus, name):
+    assert "take cpu" in refusal(name)
+    assert not gpus
+
+
+def test_mps_is_refused_for_its_arithmetic():
+    assert "float64" in refusal("mps")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_cuda_is_refused():
+    refusal("cuda")
+
+
+def test_the_gpu_becomes_the_current_one(gpus, monkeypatch):
+    assert str(select_device("cuda")) == "cuda:0"
+    assert str(select_device("cuda:1")) == "cuda:1"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert str(select_device("cuda")) == "cuda:1"
+    assert gpus == ["cuda:0", "cuda:1", "cuda:1"]
+
+
+def test_processes_do_not_share_a_gpu(gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "share" in refusal("cuda:1")
+
+
+def test_a_gpu_without_kernels_is_refused(gpus, monkeypatch):
+    """It allocates, and launches fail; a failure may be reported only when the result is read."""
+    class Unread:
+        def add(self, _):
+            return self
+
+        def item(self):
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel ...")
+
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: Unread())
+    assert "no kernel image" in refusal("cuda")
+
+
+def test_the_processor_has_a_name():
+    assert devices.device_name(CPU)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "float32"])
+def test_arithmetic(precision):
+    try:
+        devices.set_arithmetic(precision, deterministic=False)
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+    finally:
+        devices.set_arithmetic("float32", deterministic=False)
+
+
+# ---- memory
+
+
+def test_a_system_without_resource_has_no_peak(monkeypatch):
+    """As Windows: the module imports, and no number is known."""
+    assert devices.peak_memory(CPU) > 0
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.delitem(sys.modules, "device")
+    assert __import__("device").peak_memory(CPU) is None
+
+
+def test_memory_is_kept_on_linux_alone(monkeypatch):
+    def library(_):
+        raise AssertionError("ctypes.CDLL(None) fails on Windows")
+
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    monkeypatch.setattr(sys, "platform", "win32")
+    devices.keep_memory()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\n..."),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 2 bytes")])
+def test_out_of_memory_is_one_line(error):
+    with pytest.raises(UserError, match="^out of memory; buy some$"), devices.memory_runs_out("buy some"):
+        raise error
+
+
+def test_other_errors_stay():
+    with pytest.raises(RuntimeError, match="shapes"), devices.memory_runs_out(""):
+        raise RuntimeError("shapes differ")
+
+
+# ---- several processes
+
+
+class OnGpu(Tensor):
+    """A tensor that says it is on a GPU, until it is copied to the CPU."""
+
+    device = property(lambda self: torch.device("cuda:1"))
+
+    def cpu(self):
+        return torch.zeros(len(self))
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: dict | None
+
+
+def test_only_tensors_on_the_cpu_are_sent(monkeypatch):
+    sent = []
+
+    def all_gather_object(lists: list, own: list) -> None:
+        sent.extend(own)
+        lists[:] = [own, own]
+
+    def tensor() -> Tensor:
+        return torch.ones(3).as_subclass(OnGpu)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
+    own = [(tensor(), {"meta": {"nc1": tensor()}}), Pair(tensor(), None), [tensor(), "text", 3]]
+    assert len(devices.gather_lists(own)) == 6
+    tensors = [leaf for leaf in tree_leaves(sent) if isinstance(leaf, Tensor)]
+    assert len(tensors) == 4 and all(tensor.device.type == "cpu" for tensor in tensors)
+    assert isinstance(sent[1], Pair) and sent[2][1:] == ["text", 3]
+
+
+def test_one_process_gets_cpu_tensors_too():
+    (result,) = devices.gather_lists([torch.ones(3).as_subclass(OnGpu)])
+    assert result.device.type == "cpu"
+
+
+@pytest.fixture
+def group(monkeypatch) -> list:
+    """Two processes, of which this is one; returns what was called."""
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, device_id: calls.append((backend, device_id)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
+    monkeypatch.setattr(dist, "is_initialized", lambda: bool(calls))
+    return calls
+
+
+@pytest.mark.parametrize("device, joined", [(CPU, ("gloo", None)),
+                                            (torch.device("cuda:1"), ("nccl", torch.device("cuda:1")))])
+def test_the_group_is_left_at_the_end(group, device, joined):
+    with devices.processes(device):
+        assert group == [joined]
+    assert group[1:] == ["destroyed"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, UserError, KeyboardInterrupt])
+def test_the_group_is_not_left_after_an_error(group, error):
+    with pytest.raises(error), devices.processes(CPU):
+        raise error
+    assert group == [("gloo", None)]
+
+
+def test_one_process_joins_nothing(group, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with devices.processes(CPU):
+        pass
+    assert not group
+
+
+# ---- a CUDA graph
+
+
+class Pretence:
+    """torch.cuda's graphs on a CPU. A capture runs the step, and a replay runs it again into the captured tensors."""
+
+    def __init__(self, monkeypatch):
+        self.take, self.maml, self.registered, self.captures = None, None, [], 0
+        self.fails: Exception | None = None  # what the end of a capture raises
+        pretence = self
+
+        class Stream:
+            def wait_stream(self, _):
+                pass
+
+        class Graph:
+            def register_generator_state(self, generator):
+                pretence.registered.append(generator)
+
+            def replay(self):
+                step = pretence.maml.step
+                for old, new in zip(tree_leaves(pretence.captured), tree_leaves(pretence.take())):
+                    if isinstance(old, Tensor):
+                        old.copy_(new)
+                pretence.maml.step = step  # a replay runs no Python
+
+        @contextlib.contextmanager
+        def graph(_):
+            pretence.captures += 1
+            yield
+            if pretence.fails:
+                raise pretence.fails
+            pretence.captured = pretence.latest
+
+        for name, value in {"CUDAGraph": Graph, "graph": graph, "Stream": Stream, "current_stream": Stream,
+                            "stream": lambda _: contextlib.nullcontext(), "synchronize": lambda: None}.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def graphed(self, maml, step, generator) -> GraphedStep:
+        def recorded(every_step: bool = False):
+            self.latest = step(every_step=every_step)
+            return self.latest
+
+        self.maml, self.take = maml, step
+        return GraphedStep(maml, recorded, generator)
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> Pretence:
+    return Pretence(monkeypatch)
+
+
+class Counter:
+    """What GraphedStep needs of a Meta. Step n adds a random number to the weights; every third measures."""
+
+    def __init__(self):
+        self.weights, self.moments = torch.zeros(3, requires_grad=True), torch.zeros(3)
+        self.step, self.eager = 0, []
+        self.generator = torch.Generator().manual_seed(1)
+
+    @property
+    def measures_next(self) -> bool:
+        return self.step % 3 == 0
+
+    def state(self) -> list[Tensor]:
+        return [self.weights, self.moments]
+
+    @torch.no_grad()
+    def take(self, every_step: bool = False) -> tuple:
+        drawn = torch.rand(3, generator=self.generator)
+        self.eager.append((self.step, every_step))
+        self.weights += drawn
+        self.moments += 1
+        self.step += 1
+        return drawn, every_step
+
+    def everything(self) -> tuple:
+        return self.weights.tolist(), self.moments.tolist(), self.generator.get_state().tolist(), self.step
+
+
+def test_a_graph_takes_the_steps_that_are_taken_without(cuda):
+    eager, graph = Counter(), Counter()
+    graphed = cuda.graphed(graph, graph.take, graph.generator)
+    for i in range(8):
+        assert eager.take(every_step=i == 4)[0].tolist() == graphed(every_step=i == 4)[0].tolist()
+        assert eager.everything() == graph.everything()
+    assert cuda.captures == 1
+    assert {(0, False), (3, False), (4, True), (6, False)} <= set(graph.eager)
+
+
+def test_warm_up_steps_never_measure(cuda):
+    """The third step after the first replayed one would."""
+    maml = Counter()
+    maml.step = 1
+    cuda.graphed(maml, maml.take, maml.generator)()
+    assert not any(step % 3 == 0 for step, _ in maml.eager)
+    assert maml.step == 2
+
+
+@pytest.mark.parametrize("when", ["capture", "warm-up"])
+@pytest.mark.parametrize("error, reason", [
+    (RuntimeError("CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors ..."),
+     "CUDA error: operation not permitted when stream is capturing"),
+    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+     "CUDA out of memory. Tried to allocate 2 GiB"), (MemoryError(), "out of memory")])
+def test_a_failed_capture_is_one_line_and_leaves_the_run_as_it_was(cuda, error, reason, when):
+    maml = Counter()
+    maml.take()
+    before = maml.everything()
+
+    def failing(every_step: bool = False):
+        maml.take(every_step)
+        if when == "warm-up" and len(maml.eager) == 3:
+            raise error
+
+    cuda.fails = error
+    with pytest.raises(UserError) as line:
+        cuda.graphed(maml, failing, maml.generator)()
+    assert str(line.value) == f"--cuda_graph: the step can't be captured here ({reason}); leave --cuda_graph out"
+    assert maml.everything() == before
+
+
+@pytest.mark.parametrize("version, registers", [("2.6.0+cu124", True), ("2.13.1", True), ("2.14.0", False)])
+def test_the_generator_is_registered_where_that_is_needed(cuda, monkeypatch, version, registers):
+    """From PyTorch 2.14 on the call does nothing but warn, and it will go."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    if not registers:
+        monkeypatch.delattr(torch.cuda.CUDAGraph, "register_generator_state")
+    maml = Counter()
+    maml.step = 1
+    cuda.graphed(maml, maml.take, maml.generator)()
+    assert cuda.registered == [maml.generator] * registers
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_meta_takes_the_same_steps_with_a_graph(cuda, monkeypatch, first_order):
+    """test_cuda.py's steps, bit for bit."""
+    monkeypatch.setattr("test_cuda.GraphedStep", cuda.graphed)
+    (losses, state), (replayed, after) = (take_steps("cpu", graphed, first_order) for graphed in (False, True))
+    assert losses == replayed and cuda.captures == 1
+    assert all(one.equal(other) for one, other in zip(state, after, strict=True))
+
+
+# ---- what a capture forbids
+
+
+WAIT = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "allclose", "masked_select", "bincount",
+        "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave"}
+
+
+class OnDeviceOnly(TorchDispatchMode):
+    """Fails on an operation that waits for the device or touches a host tensor; meta tensors stand for a GPU's."""
+
+    def __init__(self, solvers: bool = False):
+        super().__init__()
+        self.solvers, self.operations = solvers, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        inputs = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        assert name not in WAIT, f"{operation} waits for the device"
+        assert "linalg" not in name or "norm" in name or self.solvers, f"{operation} may wait for the device"
+        if name in ("index", "index_put", "index_put_"):
+            assert not any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tree_leaves(args[1])), operation
+        result = operation(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in (*inputs, *tree_leaves(result)) if isinstance(leaf, Tensor)]
+        assert all(tensor.is_meta or tensor.dim() == 0 for tensor in tensors), f"{operation} touches a host tensor"
+        if name in ("_to_copy", "copy_"):
+            assert all(tensor.is_meta for tensor in tensors), f"{operation} copies between host and device"
+        self.operations += 1
+        return result
+
+
+class NoHostNumbers(TorchFunctionMode):
+    """Fails where Python numbers become a tensor, which copies them to the device; dispatch modes don't see that."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.tensor, torch.as_tensor):
+            assert isinstance(args[0], Tensor), f"{function.__name__} copies from the host"
+        return function(*args, **(kwargs or {}))
+
+
+def draw(*normalisation: Tensor):
+    images = torch.zeros(8, 6, 1, 28, 28, dtype=torch.uint8, device="meta")
+    return sample_tasks(images, 4, 5, 1, 3, None, *normalisation)
+
+
+@pytest.mark.parametrize("nc_every", [0, 1])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_a_meta_step_stays_on_the_device(first_order, nc_every, monkeypatch):
+    net = Learner(omniglot_train.layers(Namespace(net="paper", imgc=1, imgsz=28, n_way=5)), 1, 28).to("meta")
+    maml = Meta(net, update_step=2, first_order=first_order, nc_every=nc_every)
+    # Adam takes the path that it takes on CUDA
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_get_capturable_supported_devices", lambda *_, **__: ["meta"])
+    maml.optimizer.param_groups[0]["capturable"] = True
+    monkeypatch.setattr("nc_metrics.permuted", lambda labels, generator: labels.clone())  # meta has no generators
+    monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator)
+    normalisation = torch.zeros(1, device="meta"), torch.ones(1, device="meta")
+    # a step that measures is never captured, and its QR and singular values may wait
+    with OnDeviceOnly(solvers=nc_every > 0) as mode, NoHostNumbers():
+        maml(draw(*normalisation), every_step=bool(nc_every))
+    assert mode.operations > 1000
+
+
+def test_numbers_of_the_host_are_no_part_of_a_capture():
+    """Why test_cuda.py hands device tensors to sample_tasks."""
+    with pytest.raises(AssertionError, match="host"), NoHostNumbers():
+        draw()
+
+
+@pytest.mark.parametrize("operation", [lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: x[x > 0],
+                                       lambda x: x + torch.ones(3), lambda x: torch.linalg.svd(x[None]),
+                                       lambda x: x.copy_(torch.ones(3)), lambda x: bool(x.sum() > 0)])
+def test_each_forbidden_operation_is_seen(operation):
+    with pytest.raises(AssertionError, match="device|host|index"), OnDeviceOnly():
+        operation(torch.empty(3, device="meta"))
