@@ -108,7 +108,7 @@ def restore(path: Path, state: dict, experiment: dict, maml: Meta, sampler: Samp
         if repr(state["adam"]["param_groups"]) != repr(maml.optimizer.state_dict()["param_groups"]):
             raise ValueError("other settings of Adam")
         maml.optimizer.load_state_dict(state["adam"])
-        for weight in maml.net.parameters() if state["step"] else ():  # load_state_dict takes any
+        for weight in maml.net.parameters():  # load_state_dict takes any
             moments = maml.optimizer.state[weight]
             if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == weight.shape or not moments["step"] >= 0:
                 raise ValueError("not Adam's state of these weights")

@@ -79,9 +79,9 @@ def with_rotations(images: Tensor) -> Tensor:
     return torch.stack([torch.rot90(images, turns, (-2, -1)) for turns in range(4)], 1).flatten(0, 1)
 
 
-def draw(classes: int, per_class: int, n_tasks: int, n_way: int, k: int, generator: torch.Generator,
-         turns: int = 1) -> tuple[Tensor, Tensor]:
-    """Indices of tasks: (class [T, n_way, 1], image [T, n_way, k]), on the generator's device.
+def draw(classes: int, per_class: int, n_tasks: int, n_way: int, k: int, generator: torch.Generator | None,
+         turns: int = 1, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Indices of tasks: (class [T, n_way, 1], image [T, n_way, k]), on the generator's device; `device` without one.
 
     The first images of a larger k are those of a smaller one.
 
@@ -95,7 +95,7 @@ def draw(classes: int, per_class: int, n_tasks: int, n_way: int, k: int, generat
         raise ValueError(f"{n_way}-way tasks need {n_way} classes, here are {classes}")
     if k > per_class:
         raise ValueError(f"support and query images need {k} per class, here are {per_class}")
-    random = {"device": generator.device, "generator": generator}
+    random = {"device": generator.device if generator else device, "generator": generator}
     chosen = torch.rand(n_tasks, classes, **random).topk(n_way).indices  # [T, n_way]
     order = torch.rand(n_tasks, n_way, per_class, **random).topk(k).indices  # [T, n_way, k]
     if turns > 1:
@@ -114,7 +114,7 @@ def as_tasks(picked: Tensor, k_spt: int, mean: Tensor | Sequence[float], std: Te
     return Tasks(x_spt, y_spt, x_qry, y_qry)
 
 
-def sample_tasks(images: Tensor, n_tasks: int, n_way: int, k_spt: int, k_qry: int, generator: torch.Generator,
+def sample_tasks(images: Tensor, n_tasks: int, n_way: int, k_spt: int, k_qry: int, generator: torch.Generator | None,
                  mean: Tensor | Sequence[float] = (0.0,), std: Tensor | Sequence[float] = (1.0,)) -> Tasks:
     """Draw tasks.
 
@@ -122,12 +122,12 @@ def sample_tasks(images: Tensor, n_tasks: int, n_way: int, k_spt: int, k_qry: in
         images: uint8 [classes, images per class, c, h, w].
         n_tasks: T.
         k_spt, k_qry: support and query images per class.
-        generator: on the CPU or on the device of `images`; the same state gives the same tasks.
+        generator: on the CPU or on the device of `images`; the same state gives the same tasks. None: torch's own.
         mean, std: of images scaled to 0..1; one number, or one per channel (a tensor on the device is not copied).
     Raises:
         ValueError: too few classes, or too few images per class.
     """
-    index = draw(*images.shape[:2], n_tasks, n_way, k_spt + k_qry, generator)
+    index = draw(*images.shape[:2], n_tasks, n_way, k_spt + k_qry, generator, device=images.device)
     return as_tasks(images[tuple(part.to(images.device) for part in index)], k_spt, mean, std)
 
 

@@ -47,16 +47,13 @@ def train(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse
               f"or take another --device than {args.device}")
     status = 0
     with Signals() as signals, memory_runs_out(remedy):
-        try:
-            device = select_device(args.device)
-            sizes = check(args, dataset, layers)
-            with processes(device):
-                try:
-                    _train(args, dataset, sizes, layers(args), device, signals)
-                except Interrupted as interrupted:  # in all processes at once: they leave together
-                    status = interrupted.status
-        except Interrupted as interrupted:  # before the processes met
-            status = interrupted.status
+        device = select_device(args.device)
+        sizes = check(args, dataset, layers)
+        with processes(device):
+            try:
+                _train(args, dataset, sizes, layers(args), device, signals)
+            except Interrupted as interrupted:  # in all processes at once: they leave together
+                status = interrupted.status
     if status:
         sys.exit(status)
 

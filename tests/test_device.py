@@ -1,7 +1,6 @@
 """device.py without a GPU: torch.cuda and torch.distributed are replaced by pretences that fail as the real ones do."""
 
 import contextlib
-import ctypes
 import sys
 from argparse import Namespace
 from typing import NamedTuple
@@ -127,15 +126,6 @@ def test_a_system_without_resource_has_no_peak(monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.delitem(sys.modules, "device")
     assert __import__("device").peak_memory(CPU) is None
-
-
-def test_memory_is_kept_on_linux_alone(monkeypatch):
-    def library(_):
-        raise AssertionError("ctypes.CDLL(None) fails on Windows")
-
-    monkeypatch.setattr(ctypes, "CDLL", library)
-    monkeypatch.setattr(sys, "platform", "win32")
-    devices.keep_memory()
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\n..."),
@@ -420,7 +410,7 @@ def test_a_meta_step_stays_on_the_device(first_order, nc_every, monkeypatch):
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_get_capturable_supported_devices", lambda *_, **__: ["meta"])
     maml.optimizer.param_groups[0]["capturable"] = True
     monkeypatch.setattr("nc_metrics.permuted", lambda labels, generator: labels.clone())  # meta has no generators
-    monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator)
+    monkeypatch.setattr(torch, "Generator", lambda: torch.default_generator)
     normalisation = torch.zeros(1, device="meta"), torch.ones(1, device="meta")
     # a step that measures is never captured, and its QR and singular values may wait
     with OnDeviceOnly(solvers=nc_every > 0) as mode, NoHostNumbers():

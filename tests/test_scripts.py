@@ -180,7 +180,6 @@ with files.locked(files.Path("o/.run.lock")):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="a system that doesn't tell which files are open")
-@pytest.mark.xfail(raises=AssertionError, reason="until device.peak_memory does without the module resource")
 def test_without_posix_and_without_removing_open_files(tmp_path):
     """As on Windows: both scripts run to their end, and a second process in a run's folder is refused."""
     done = subprocess.run([sys.executable, "-c", WINDOWS, *TINY], cwd=tmp_path, capture_output=True, text=True,
