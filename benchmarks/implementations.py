@@ -75,16 +75,10 @@ class ThisProject(Implementation):
 class ThisProjectGraphed(ThisProject):
     """The same, captured at its first step (the warm-up) and replayed."""
 
-    graph = None
-
-    def step(self) -> None:
-        if self.graph is None:
-            theta = [w.detach().clone() for w in self.weights]
-            self.meta(self.tasks)  # Adam's state must be there before the capture
-            self.put_back(theta)
-            generator = torch.Generator(self.tasks.y_spt.device)
-            self.graph = devices.GraphedStep(self.meta, lambda: self.meta(self.tasks), generator)
-        self.graph()
+    def __init__(self, case: Case, net: Learner, tasks: Tasks):
+        super().__init__(case, net, tasks)
+        generator = torch.Generator(tasks.y_spt.device)  # nothing is drawn from it
+        self.step = devices.GraphedStep(self.meta, lambda every_step=False: self.meta(tasks, every_step), generator)
 
 
 class _WithAdam(Implementation):

@@ -125,7 +125,7 @@ def start(args: argparse.Namespace) -> torch.device:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.threads])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for all
     torch.backends.cudnn.benchmark = True  # shapes never change
-    return torch.device(args.device)
+    return devices.select_device(args.device)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -39,7 +39,7 @@ def small(monkeypatch):
 
 
 def make_small(monkeypatch) -> None:
-    """Few characters, drawn in no time; an evaluation still takes two batches."""
+    """Few characters, drawn in no time; an evaluation still takes three batches."""
     monkeypatch.setattr(training, "DRAWN", 4)
     monkeypatch.setattr(synthetic, "CHARACTER_SPLITS", {"train": (0, 4), "val": (4, 3), "test": (7, 3)})
     monkeypatch.setattr(synthetic, "CHARACTER_IMAGES", 4)
@@ -130,8 +130,8 @@ def test_sigterm_ends_a_real_process_and_it_is_resumed(tmp_path):
 
 @pytest.mark.parametrize("method, call, step", [
     ("forward", 1, 1), ("forward", 4, 4), ("forward", 8, 8),  # within a step: at the next one's top
-    ("finetune", 1, 0), ("finetune", 4, 3), ("finetune", 8, 8),  # in a validation: as at that step's top
-    ("finetune", 9, 8), ("finetune", 10, 8),  # in the test: the last checkpoint is there already
+    ("finetune", 1, 0), ("finetune", 5, 3), ("finetune", 12, 8),  # in a validation: as at that step's top
+    ("finetune", 13, 8), ("finetune", 15, 8),  # in the test: the last checkpoint is there already
 ])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_anywhere_and_resumed(method, call, step, number, whole, tmp_path, monkeypatch, capsys):
@@ -327,7 +327,7 @@ def test_every_damage_to_a_checkpoint_is_refused(stopped):
     good = path.read_bytes()
     for length in [0, 1, 100, len(good) // 2, len(good) - 1]:
         path.write_bytes(good[:length])
-        assert "checkpoint.pt is cut, damaged or no file of this program; put it back, or begin anew: python omniglot_train.py " \
+        assert "checkpoint.pt is cut, damaged or no file of this program; put it back, or start again: python omniglot_train.py " \
                f"--from_args {stopped / 'args.json'}" in refused("--resume", str(stopped))
     accepted = 0
     for place in range(7, len(good), len(good) // 60):
@@ -391,7 +391,7 @@ def test_a_run_without_its_checkpoint_or_log_is_refused(stopped):
     assert f"log.jsonl is cut: {len(log) - 1:,} of the {len(log):,} bytes" in refused("--resume", str(stopped))
     (stopped / "log.jsonl").write_bytes(log)
     (stopped / "checkpoint.pt").unlink()
-    assert "checkpoint.pt is missing; put it back, or begin anew" in refused("--resume", str(stopped))
+    assert "checkpoint.pt is missing; put it back, or start again" in refused("--resume", str(stopped))
     assert (stopped / "log.jsonl").read_bytes() == log
 
 
