@@ -73,7 +73,7 @@ def _parser(description: str, defaults: dict, epoch_help: str, only_given: bool 
          choices=["paper", "original"])
     if "rotations" in defaults:
         choice("rotations", defaults["rotations"],
-               "in training, every class also turned by 90, 180, 270 degrees as further classes")
+               "in training, each class of a task is turned by a random multiple of 90 degrees")
     flag("clip", 0.0, "the outer gradient is clipped to -CLIP..CLIP, value by value (the paper's code: 10 on "
          "miniImageNet); 0: not at all")
     choice("skip_nonfinite", False, "go on without an update whose loss or gradient is not finite, and count it, "
