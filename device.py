@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from files import UserError
+from tasks import tree_map
 
 if TYPE_CHECKING:
     from meta import Meta, Step
@@ -183,24 +184,12 @@ def largest(value: Tensor) -> Tensor:
 
 def gather_lists(own: list) -> list:
     """All items in order, their tensors on the CPU, in every process; process r had items r, r + P, r + 2 P, ..."""
-    own = _to_cpu(own)  # received tensors would be on the sender's GPU
+    own = tree_map(lambda values: values.cpu(), own)  # received tensors would be on the sender's GPU
     if size() == 1:
         return own
     lists = [None] * size()
     dist.all_gather_object(lists, own)
     return [lists[i % size()][i // size()] for i in range(sum(map(len, lists)))]
-
-
-def _to_cpu(value):
-    """`value` with every tensor in its lists, tuples and dicts on the CPU."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {key: _to_cpu(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_to_cpu(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a NamedTuple or not
-    return value
 
 
 def wait() -> None:

@@ -208,7 +208,7 @@ class Meta(nn.Module):
         inner, query = self._together(tasks)
 
         def one_chunk(tasks: Tasks, null: tuple | None) -> tuple[Tensor, dict | None]:
-            trajectory = adapt(self.net, leaves(self.net.weights), tasks.x_spt, tasks.y_spt, self.update_lr, steps)
+            trajectory = adapt(self.net, self.net.weights, tasks.x_spt, tasks.y_spt, self.update_lr, steps)
             return (self._chunked(accuracies, query, tasks, trajectory[:self.update_step_test + 1]),
                     self._chunked(collapse_metrics, query, tasks, trajectory[:self.update_step + 1], null))
 

@@ -293,7 +293,7 @@ def _nearest(features: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 def original_traces(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The traces as the original code computed them, to compare: logits [..., N, C] -> (within [...], between [...]).
 
-    Its class means are those of consecutive groups of five rows, whatever the labels. It compares the rows of class k,
+    Its class means are those of consecutive groups of five rows, not of labels. It compares the rows of class k,
     which lie class after class, with the mean of group k. Nan with fewer than five rows per class.
     """
     x, (n_samples, n_way) = logits.double(), logits.shape[-2:]

@@ -107,8 +107,6 @@ def extend_run(out: Path, epoch: int, steps: int) -> None:
         write_json(out / "args.json", recorded)
 
 
-
-
 def remove(path: Path) -> None:
     """Delete a file if it is there.
 

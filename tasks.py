@@ -41,15 +41,15 @@ class Dataset:
 
 
 def tree_map(function: Callable, tree: Any, *others: Any) -> Any:
-    """`function` of the corresponding tensors of trees of one structure; None stays None."""
+    """`function` of the corresponding tensors of trees of one structure; what is no tensor stays as it is."""
     if isinstance(tree, Tensor):
         return function(tree, *others)
-    if tree is None:
-        return None
     if isinstance(tree, dict):
         return {key: tree_map(function, value, *(other[key] for other in others)) for key, value in tree.items()}
-    parts = [tree_map(function, *values) for values in zip(tree, *others, strict=True)]
-    return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    if isinstance(tree, (list, tuple)):
+        parts = [tree_map(function, *values) for values in zip(tree, *others, strict=True)]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return tree
 
 
 def chunks(size: int, total: int, *trees: Any) -> Iterator[tuple]:
@@ -103,6 +103,11 @@ def draw(classes: int, per_class: int, n_tasks: int, n_way: int, k: int, generat
     return chosen[..., None], order
 
 
+def pick(images: Tensor, index: tuple[Tensor, Tensor]) -> Tensor:
+    """The images that `draw` chose, [T, n_way, k, c, h, w], where `images` are."""
+    return images[tuple(part.to(images.device) for part in index)]
+
+
 def as_tasks(picked: Tensor, k_spt: int, mean: Tensor | Sequence[float], std: Tensor | Sequence[float]) -> Tasks:
     """Scale and normalise picked images, uint8 [T, n_way, k, c, h, w]; cut each class into support and query."""
     n_tasks, n_way, k = picked.shape[:3]
@@ -128,7 +133,7 @@ def sample_tasks(images: Tensor, n_tasks: int, n_way: int, k_spt: int, k_qry: in
         ValueError: too few classes, or too few images per class.
     """
     index = draw(*images.shape[:2], n_tasks, n_way, k_spt + k_qry, generator, device=images.device)
-    return as_tasks(images[tuple(part.to(images.device) for part in index)], k_spt, mean, std)
+    return as_tasks(pick(images, index), k_spt, mean, std)
 
 
 class Sampler:
@@ -159,8 +164,7 @@ class Sampler:
         return draw(classes // self.turns, per_class, n_tasks, self.n_way, self.k, self.generator, self.turns)
 
     def gather(self, index: tuple[Tensor, Tensor]) -> Tasks:
-        picked = self.images[tuple(part.to(self.images.device) for part in index)]
-        return as_tasks(picked.to(self.device), self.k_spt, self.mean, self.std)
+        return as_tasks(pick(self.images, index).to(self.device), self.k_spt, self.mean, self.std)
 
     @property
     def state(self) -> Tensor:

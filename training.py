@@ -15,7 +15,6 @@ top of a step, before that step's validation: a run that goes on from it does an
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Callable
@@ -45,17 +44,17 @@ def train(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse
     """Train, validate and test as the settings say; resume a run, or test a finished one again."""
     remedy = (f"lower --task_chunk (now {args.task_chunk or 'as fits the device'}) to hold fewer tasks at once, "
               f"or take another --device than {args.device}")
-    status = 0
     with Signals() as signals, memory_runs_out(remedy):
         device = select_device(args.device)
         sizes = check(args, dataset, layers)
+        stopped = None
         with processes(device):
             try:
                 _train(args, dataset, sizes, layers(args), device, signals)
             except Interrupted as interrupted:  # in all processes at once: they leave together
-                status = interrupted.status
-    if status:
-        sys.exit(status)
+                stopped = interrupted
+        if stopped:
+            raise stopped
 
 
 def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, config: Config, device: torch.device,
@@ -93,7 +92,7 @@ class _Data:
     def load(self, split: str) -> Tensor:
         """uint8 [class, image, c, h, w] on the device, or on the host where it would take over half of what is free."""
         images = self.dataset.load(split)
-        if split == "train" and self._turns(split) > 1:
+        if self._turns(split) > 1:
             images = with_rotations(images)
         if self.device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(self.device)[0] / 2:
             say(f"the {split} images stay on the host: {images.numel() / 2**30:.1f} GB")
