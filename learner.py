@@ -14,7 +14,8 @@ Inside, images are channels last, [T, N, h, w, c]: the layout in which a
 convolution is a matrix product and batch norm's channels lie side by side.
 """
 
-from typing import Mapping, Sequence
+import math
+from typing import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,11 @@ Weights = Mapping[str, Tensor]
 
 # name: what its params mean
 LAYERS = {
-    "conv2d": "[out, in, kernel, kernel, stride, padding]",
+    "conv2d": "[out, in, kernel, kernel, stride, padding]",  # padding: zeros on each side, or "same" (TensorFlow's)
     "convt2d": "[in, out, kernel, kernel, stride, padding]",
     "linear": "[out, in]",
     "bn": "[channels]",
+    "bn_shift": "[channels]",  # batch norm without a scale, whose shift the inner loop doesn't adapt, and eps 1e-3
     "relu": "[inplace]",
     "leakyrelu": "[slope, inplace]",
     "tanh": "[]",
@@ -39,6 +41,7 @@ LAYERS = {
     "max_pool2d": "[kernel, stride, padding]",
     "avg_pool2d": "[kernel, stride, padding]",
     "flatten": "[]",
+    "mean": "[]",  # over height and width
     "reshape": "[shape without the batch]",
 }
 BLOCK_STARTS = ("conv2d", "convt2d", "linear")
@@ -55,22 +58,24 @@ class Learner(nn.Module):
         config: the layers in order, as (name, params); LAYERS says what the params of each mean.
         imgc: channels of an image.
         imgsz: height and width of an image, in pixels.
+        initial: layer name -> function that fills a weight tensor, [out, in, k, k] or [out, in], in place.
     Raises:
         ValueError: an unknown layer, params of the wrong number, or a layer that can't take what comes before it
             (an image too small for the kernel, other channels); the text names the layer.
     """
 
-    def __init__(self, config: Config, imgc: int, imgsz: int):
+    def __init__(self, config: Config, imgc: int, imgsz: int, initial: Mapping[str, Callable] | None = None):
         super().__init__()
         self.config = [(name, list(params)) for name, params in config]
         self.input_shape = (imgc, imgsz, imgsz)
         self.shapes: list[list[int]] = []  # [c, h, w] or [features] after each layer
         self.weights = nn.ParameterDict()
+        self.classes: nn.Linear | None = None  # features -> all training classes, for `meta.classifier_gradient`
         shape = list(self.input_shape)
         for i, (name, params) in enumerate(self.config):
             try:
                 _check(name, params, shape)
-                for kind, weight in _initial_weights(name, params).items():
+                for kind, weight in _initial_weights(name, params, (initial or {}).get(name)).items():
                     self.weights[f"{i}_{name}_{kind}"] = nn.Parameter(weight)
                 shape = _output_shape(name, params, shape, [w.shape for w in self._own(i, self.weights)])
             except (ValueError, RuntimeError, ArithmeticError) as error:
@@ -88,7 +93,17 @@ class Learner(nn.Module):
         """Name of the last linear layer's weight, [n_way, features]."""
         return [name for name in self.weights if name.endswith("_linear_weight")][-1]
 
-    def forward(self, x: Tensor, weights: Weights | None = None, features: bool = False):
+    @property
+    def head(self) -> list[str]:
+        """Names of the last linear layer's weights."""
+        return [self.classifier, self.classifier.removesuffix("weight") + "bias"]
+
+    @property
+    def adaptable(self) -> list[str]:
+        """Names of the weights that an inner loop may adapt."""
+        return [name for name in self.weights if "_bn_shift_" not in name]
+
+    def forward(self, x: Tensor, weights: Weights | None = None, features: bool = False, groups: int = 1):
         """Logits of a batch of images, or of a batch of tasks.
 
         Args:
@@ -97,6 +112,7 @@ class Learner(nn.Module):
             features: also return the features of every block, i.e. what enters the next convolution or linear layer,
                 and last the logits: a list of [N, D] or [T, N, D], in the order of `blocks`. A feature's position
                 in D is that of the memory (channels last), not torch's flatten.
+            groups: batch norm's statistics are of N / groups consecutive images instead of all N of a task.
         Returns:
             Logits [N, n_way] or [T, N, n_way]; with features, (logits, list).
         """
@@ -109,7 +125,7 @@ class Learner(nn.Module):
         for i, (name, params) in enumerate(self.config):
             if name in BLOCK_STARTS and i > 0:
                 seen.append(h.flatten(2))
-            h = _apply(name, params, h, self._own(i, weights))
+            h = _apply(name, params, h, self._own(i, weights), groups)
         logits = h.flatten(2)
         seen.append(logits)
         if x.dim() == 4:
@@ -150,11 +166,13 @@ def _check(name: str, params: Sequence, shape: list[int]) -> None:
         raise ValueError(f"params must be {LAYERS[name]}")
     if name in ("conv2d", "convt2d", "max_pool2d", "avg_pool2d", "upsample") and len(shape) != 3:
         raise ValueError("takes an image [c, h, w]")
+    if name == "mean" and len(shape) != 3:
+        raise ValueError("takes an image [c, h, w]")
     if name in ("conv2d", "convt2d") and params[2] != params[3]:
         raise ValueError("kernels are square here")
     if name == "linear" and shape != [params[1]]:
         raise ValueError(f"takes [{params[1]}], not {shape}")
-    channels = {"conv2d": params[1:2], "convt2d": params[:1], "bn": params[:1]}.get(name)
+    channels = {"conv2d": params[1:2], "convt2d": params[:1], "bn": params[:1], "bn_shift": params[:1]}.get(name)
     if channels and channels != shape[:1]:
         raise ValueError(f"takes {channels[0]} channels, not {shape[0]}")
 
@@ -168,31 +186,38 @@ def _output_shape(name: str, params: Sequence, shape: list[int], own: list[torch
     return [sizes[-1], *sizes[:-1]]
 
 
-def _initial_weights(name: str, params: Sequence) -> dict[str, Tensor]:
+def _initial_weights(name: str, params: Sequence, fill: Callable | None) -> dict[str, Tensor]:
+    fill = fill or nn.init.kaiming_normal_
     if name in ("conv2d", "convt2d"):
-        weight = nn.init.kaiming_normal_(torch.empty(params[:4]))
+        weight = fill(torch.empty(params[:4]))
         outputs = params[0] if name == "conv2d" else params[1]
         # stored as [out, kernel, kernel, in], so that taskwise sees each task's kernel as a matrix without a copy
         return {"weight": weight.contiguous(memory_format=torch.channels_last), "bias": torch.zeros(outputs)}
     if name == "linear":
-        return {"weight": nn.init.kaiming_normal_(torch.empty(params)), "bias": torch.zeros(params[0])}
+        return {"weight": fill(torch.empty(params)), "bias": torch.zeros(params[0])}
     if name == "bn":
         return {"weight": torch.ones(params[0]), "bias": torch.zeros(params[0])}
+    if name == "bn_shift":
+        return {"bias": torch.zeros(params[0])}
     return {}
 
 
-def _apply(name: str, params: Sequence, h: Tensor, own: list[Tensor]) -> Tensor:
+def _apply(name: str, params: Sequence, h: Tensor, own: list[Tensor], groups: int = 1) -> Tensor:
     """One layer on all tasks: h is [T, N, h, w, c] or [T, N, features], `own` its weights, each [T, ...]."""
     match name:
         case "conv2d":
-            return taskwise.conv2d(h, *own, stride=params[4], padding=params[5])
+            padding = _same(h.shape[2], *params[3:5]) if params[5] == "same" else params[5]
+            return taskwise.conv2d(h, *own, stride=params[4], padding=padding)
         case "convt2d":
             return _conv_transpose(h, *own, stride=params[4], padding=params[5])
         case "linear":
             weight, bias = own
             return torch.baddbmm(bias[:, None], h, weight.transpose(1, 2))
-        case "bn":
-            return taskwise.batch_norm(h, *own)
+        case "bn" | "bn_shift":
+            apart = h.reshape(len(h) * groups, -1, *h.shape[2:])
+            own = [weight.repeat_interleave(groups, 0) for weight in own] if groups > 1 else own
+            y = taskwise.batch_norm(apart, *own) if name == "bn" else taskwise.batch_norm(apart, None, *own, eps=1e-3)
+            return y.view(h.shape)
         case "relu":
             return F.relu(h)  # inplace or not is the same to a reader; in place, autograd would refuse views
         case "leakyrelu":
@@ -207,11 +232,19 @@ def _apply(name: str, params: Sequence, h: Tensor, own: list[Tensor]) -> Tensor:
             return taskwise.max_pool2d(h, *params)
         case "avg_pool2d":
             return _per_image(h, lambda x: F.avg_pool2d(x, *params))
+        case "mean":
+            return h.mean((2, 3))
         case "flatten":  # in torch's order, c h w
             return (h.permute(0, 1, 4, 2, 3) if h.dim() == 5 else h).flatten(2)
         case "reshape":
             h = (h.permute(0, 1, 4, 2, 3) if h.dim() == 5 else h).reshape(*h.shape[:2], *params)
             return h.permute(0, 1, 3, 4, 2) if h.dim() == 5 else h
+
+
+def _same(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """TensorFlow's SAME: ceil(size / stride) outputs; where the padding is odd, the larger half comes after."""
+    total = max(0, (math.ceil(size / stride) - 1) * stride + kernel - size)
+    return total // 2, total - total // 2
 
 
 def _per_image(h: Tensor, layer) -> Tensor:

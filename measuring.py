@@ -1,4 +1,4 @@
-"""Accuracy and neural collapse of the query sets along the inner loop: what is measured while MAML trains.
+"""Accuracy and neural collapse of the query sets along the inner loop: what is measured while a network trains.
 
 T tasks, K inner steps, L layers: the blocks and the logits. Tasks lead every tensor.
 """
@@ -6,6 +6,7 @@ T tasks, K inner steps, L layers: the blocks and the logits. Tasks lead every te
 from typing import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import nc_metrics
@@ -13,15 +14,73 @@ from learner import Learner, Weights
 from tasks import Tasks
 
 
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of each task: [T, N, C], [T, N] -> [T]."""
+    return -F.log_softmax(logits, -1).gather(-1, labels[..., None]).mean((1, 2))
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of right answers in each task: [T, N, C], [T, N] -> [T]."""
     return (logits.argmax(-1) == labels).float().mean(1)
 
 
+def class_means(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
+    """[..., N, D], [..., N] -> [..., C, D]."""
+    one_hot = (labels[..., None] == torch.arange(n_way, device=labels.device)).to(features)
+    return one_hot.mT @ features / one_hot.sum(-2)[..., None]
+
+
+def squared_distances(features: Tensor, means: Tensor) -> Tensor:
+    """[..., N, D], [..., C, D] -> [..., N, C]."""
+    return (features[..., :, None, :] - means[..., None, :, :]).square().sum(-1)
+
+
 @torch.no_grad()
-def accuracies(net: Learner, tasks: Tasks, trajectory: Sequence[Weights]) -> Tensor:
+def query_accuracy(net: Learner, tasks: Tasks, trajectory: Sequence[Weights]) -> Tensor:
     """Query accuracy with each set of weights, [T, K+1]."""
     return torch.stack([accuracy(net(tasks.x_qry, weights), tasks.y_qry) for weights in trajectory], 1)
+
+
+@torch.no_grad()
+def accuracies(net: Learner, tasks: Tasks, trajectory: Sequence[Weights], transductive: bool = True) -> dict:
+    """Query accuracy with each set of weights, by the classifier and by the nearest support mean of its input.
+
+    Args:
+        transductive: batch norm by the statistics of the whole query set, as MAML's code does. Else each query is
+            normalised together with the task's support set and nothing else, so that no query changes another's answer.
+    Returns:
+        "accuracy", "nearest_mean": [T, K+1].
+    """
+    steps = []
+    for weights in trajectory:
+        logits, support, query = (_together if transductive else _one_by_one)(net, tasks, weights)
+        if transductive:
+            distances = squared_distances(query, class_means(support, tasks.y_spt, logits.shape[-1]))
+        else:  # means of its own for every query
+            means = class_means(support, tasks.y_spt[:, None], logits.shape[-1])
+            distances = squared_distances(query[:, :, None], means)[:, :, 0]
+        steps.append({"accuracy": accuracy(logits, tasks.y_qry), "nearest_mean": accuracy(-distances, tasks.y_qry)})
+    return {name: torch.stack([step[name] for step in steps], 1) for name in ("accuracy", "nearest_mean")}
+
+
+def _together(net: Learner, tasks: Tasks, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [T, N_qry, C], and features at the classifier's input: of the support set, and of the queries [T, N, D]."""
+    logits, query = net(tasks.x_qry, weights, features=True)
+    return logits, net(tasks.x_spt, weights, features=True)[1][-2], query[-2]
+
+
+def _one_by_one(net: Learner, tasks: Tasks, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, with a support set per query, [T, N_qry, N_spt, D]; as many images at once as the query set has."""
+    n_support, n_query = tasks.x_spt.shape[1], tasks.x_qry.shape[1]
+    parts = []
+    for query in tasks.x_qry.split(max(1, n_query // (n_support + 1)), 1):
+        support = tasks.x_spt[:, None].expand(-1, query.shape[1], *tasks.x_spt.shape[1:])
+        images = torch.cat([support, query[:, :, None]], 2)  # [T, queries, N_spt + 1, c, h, w]
+        logits, layers = net(images.flatten(1, 2), weights, features=True, groups=query.shape[1])
+        logits, features = (values.unflatten(1, images.shape[1:3]) for values in (logits, layers[-2]))
+        parts.append((logits[:, :, -1], features[:, :, :-1], features[:, :, -1]))
+    logits, support, query = zip(*parts)
+    return torch.cat(logits, 1), torch.cat(support, 1), torch.cat(query, 1)
 
 
 def permuted_labels(tasks: Tasks, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -15,12 +15,12 @@ from functools import partial
 from typing import Callable, NamedTuple, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import device as devices
+from baselines import BASELINES
 from learner import Learner, Weights
-from measuring import accuracies, accuracy, collapse_metrics, permuted_labels
+from measuring import accuracies, accuracy, collapse_metrics, cross_entropy, permuted_labels, query_accuracy
 from tasks import Tasks, cat, chunked, chunks, tree_map
 
 LATE = 7_500  # meta-steps: the original's first figure covers them, and measures more often than its second
@@ -34,9 +34,13 @@ class Step(NamedTuple):
     metrics: dict | None  # as `measuring.collapse_metrics`, at every nc_every-th step
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of each task: [T, N, C], [T, N] -> [T]."""
-    return -F.log_softmax(logits, -1).gather(-1, labels[..., None]).mean((1, 2))
+class Adapted(NamedTuple):
+    """What `Meta.finetune` finds on the query sets, before adaptation and after each of K inner steps."""
+
+    accuracy: Tensor  # [T, K+1]
+    nearest_mean: Tensor  # [T, K+1] accuracy of the nearest support mean at the classifier's input
+    metrics: dict | None  # as `measuring.collapse_metrics`
+    nontransductive: dict | None  # "accuracy", "nearest_mean" [T, n]: with the last n sets of weights, query by query
 
 
 def leaves(weights: Weights) -> dict[str, Tensor]:
@@ -44,7 +48,7 @@ def leaves(weights: Weights) -> dict[str, Tensor]:
 
 
 def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float, steps: int,
-          second_order: bool = False) -> list[Weights]:
+          second_order: bool = False, adapted: Sequence[str] | None = None) -> list[Weights]:
     """The inner loop: K steps of SGD on each task's own loss, for all tasks at once. Nothing passed in changes.
 
     Args:
@@ -53,16 +57,18 @@ def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float, steps
         lr: of SGD on the mean cross-entropy of a task's support set (the paper's alpha).
         steps: K.
         second_order: keep the graph, so that the last weights can be differentiated with respect to the first.
+        adapted: names of the weights that change; all that the network lets change if None.
     Returns:
         K+1 sets of weights, each [T, ...]: the start, and after each step.
     """
+    names = net.adaptable if adapted is None else adapted
     trajectory = [net.per_task(weights, len(x))]
     for _ in range(steps):
         weights = trajectory[-1] if second_order else leaves(trajectory[-1])
         with torch.enable_grad():
             loss = cross_entropy(net(x, weights), y).sum()  # tasks share nothing: each gets its own gradient
-            gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=second_order)
-            trajectory.append({name: w.add(g, alpha=-lr) for (name, w), g in zip(weights.items(), gradients)})
+            gradients = torch.autograd.grad(loss, [weights[name] for name in names], create_graph=second_order)
+            trajectory.append(weights | {name: weights[name].add(g, alpha=-lr) for name, g in zip(names, gradients)})
     return trajectory
 
 
@@ -76,21 +82,22 @@ def query_pass(net: Learner, weights: Weights, tasks: Tasks) -> tuple[Tensor, Te
 
 
 def meta_gradient(net: Learner, tasks: Tasks, lr: float, steps: int, first_order: bool = False,
-                  query_chunk: int = devices.NO_LIMIT) -> tuple[list[Tensor], Tensor, Tensor, list[Weights]]:
+                  query_chunk: int = devices.NO_LIMIT, adapted: Sequence[str] | None = None,
+                  ) -> tuple[list[Tensor], Tensor, Tensor, list[Weights]]:
     """Gradient of the sum of the adapted weights' query losses with respect to theta (algorithm 2, line 10).
 
     The gradient with respect to the adapted weights, `query_chunk` tasks at a time, is pulled back through the inner
     loop. Returns a gradient per weight of theta, losses [T], accuracies [T], the inner loop's weights (detached).
     """
     theta = dict(net.weights)
-    trajectory = adapt(net, theta, tasks.x_spt, tasks.y_spt, lr, steps, second_order=not first_order)
-    adapted = trajectory[-1]
-    losses, right, outer = chunked(partial(query_pass, net), query_chunk, len(tasks.y_qry), adapted, tasks)
-    if first_order:  # adapted = theta - constants
+    trajectory = adapt(net, theta, tasks.x_spt, tasks.y_spt, lr, steps, not first_order, adapted)
+    last = trajectory[-1]
+    losses, right, outer = chunked(partial(query_pass, net), query_chunk, len(tasks.y_qry), last, tasks)
+    if first_order:  # the last weights are theta minus constants
         gradient = [g.sum(0) for g in outer]
     else:
-        outer = [torch.empty_like(w).copy_(g) for w, g in zip(adapted.values(), outer)]  # in their layout: faster
-        gradient = list(torch.autograd.grad(list(adapted.values()), list(theta.values()), outer))
+        outer = [torch.empty_like(w).copy_(g) for w, g in zip(last.values(), outer)]  # in their layout: faster
+        gradient = list(torch.autograd.grad(list(last.values()), list(theta.values()), outer))
     return gradient, losses, right, tree_map(Tensor.detach, trajectory)
 
 
@@ -107,6 +114,9 @@ class Meta(nn.Module):
         task_chunk: tasks in memory together at most; less memory, the same result. 0: all, or as fits the device.
         seed: of the permuted labels (the metrics' null).
         clip: the outer gradient is clipped to [-clip, clip], value by value, as in the paper's code; 0 doesn't clip.
+        learner: which algorithm. maml; anil (Raghu et al. 2020): the inner loop adapts the last linear layer alone;
+            boil (Oh et al. 2021): all but it; protonet, classifier: no inner loop in training (baselines.py).
+        cosine_steps: Adam's rate falls from meta_lr to 0 as half a cosine over so many updates; 0: it is constant.
         skip_nonfinite: if a loss, a gradient or Adam's state is not finite, the update is skipped; training halts
             there (default) or continues with the next tasks.
 
@@ -116,7 +126,8 @@ class Meta(nn.Module):
 
     def __init__(self, net: Learner, update_lr: float = 0.4, meta_lr: float = 1e-3, update_step: int = 5,
                  update_step_test: int = 10, first_order: bool = False, nc_every: int = 0, task_chunk: int = 0,
-                 seed: int = 222, nc_every_late: int | None = None, clip: float = 0.0, skip_nonfinite: bool = False):
+                 seed: int = 222, nc_every_late: int | None = None, clip: float = 0.0, skip_nonfinite: bool = False,
+                 learner: str = "maml", cosine_steps: int = 0):
         super().__init__()
         self.net = net
         self.update_lr = update_lr
@@ -125,12 +136,15 @@ class Meta(nn.Module):
         self.nc_every, self.nc_every_late = nc_every, nc_every if nc_every_late is None else nc_every_late
         self.task_chunk, self.seed = task_chunk, seed
         self.clip, self.skip_nonfinite = clip, skip_nonfinite
+        self.learner, self.meta_lr, self.cosine_steps = learner, meta_lr, cosine_steps
+        self.adapted = {"anil": net.head, "boil": [name for name in net.adaptable if name not in net.head]}.get(learner)
         self.step = 0
         weights = list(net.parameters())
         on_device = {"device": weights[0].device}
         self.updates = torch.zeros((), dtype=torch.int64, **on_device)
         self.halted = torch.zeros((), dtype=torch.bool, **on_device)  # no update is made any more
-        self.optimizer = torch.optim.Adam(weights, lr=meta_lr, capturable=weights[0].is_cuda)
+        rate = torch.tensor(meta_lr, **on_device) if cosine_steps else meta_lr  # a tensor may change within a graph
+        self.optimizer = torch.optim.Adam(weights, lr=rate, capturable=weights[0].is_cuda)
         for weight in weights:  # as Adam itself makes it in its first step
             self.optimizer.state[weight] = {"step": torch.zeros((), **on_device), "exp_avg": torch.zeros_like(weight),
                                             "exp_avg_sq": torch.zeros_like(weight)}
@@ -146,28 +160,43 @@ class Meta(nn.Module):
         adam = [t for weight in self.net.parameters() for t in self.optimizer.state[weight].values()]
         return [*self.net.parameters(), *adam, self.updates, self.halted]
 
-    def forward(self, tasks: Tasks, every_step: bool = False) -> Step:
+    def forward(self, tasks: Tasks, every_step: bool = False, measured: Tasks | None = None) -> Step:
         """One meta-step: gradients, what is measured of the weights as they are, Adam.
 
         Args:
             tasks: T tasks; the gradient is of the mean of their query losses.
             every_step: accuracy before adaptation and after each inner step, not only after the last.
+            measured: the same tasks with other query sets, on which the metrics are measured; `tasks` if None.
         """
         n_tasks = len(tasks.y_spt)
-        null = self._null(tasks) if self.measures_next else None
+        measured = (measured or tasks) if self.measures_next else None
+        null = self._null(measured) if measured else None
         inner, query = self._together(tasks)
-        shared = tree_map(devices.share, (tasks, null))
+        few = min(query, self._together(measured)[1]) if measured else query
+        shared = tree_map(devices.share, (tasks, measured, null))
         gradients, steps = [], []
-        for tasks, null in chunks(inner, len(shared[0].y_spt), *shared):
-            gradient, losses, right, trajectory = meta_gradient(
-                self.net, tasks, self.update_lr, self.update_step, self.first_order, query)
-            right = self._chunked(accuracies, query, tasks, trajectory) if every_step else right[:, None]
+        inner = devices.NO_LIMIT if self.learner == "classifier" else inner  # its batch norm is over all images
+        for tasks, measured, null in chunks(inner, len(shared[0].y_spt), *shared):
+            gradient, losses, right, trajectory = self._gradient(tasks, query, self.first_order)
+            if trajectory is None and (every_step or measured):
+                trajectory = self._adapt(tasks, self.update_step)
+            right = self._chunked(query_accuracy, query, tasks, trajectory) if every_step else right[:, None]
             gradients.append(gradient)
-            steps.append(Step(losses, right, self._chunked(collapse_metrics, query, tasks, trajectory, null)))
+            metrics = self._chunked(collapse_metrics, few, measured, trajectory, null) if measured else None
+            steps.append(Step(losses, right, metrics))
         step = tree_map(devices.gather, cat(steps))
         total = devices.add_up([sum(parts) for parts in zip(*gradients)])
         self._update([gradient / n_tasks for gradient in total], step.losses)
         return step
+
+    def _gradient(self, tasks: Tasks, query_chunk: int, first_order: bool) -> tuple:
+        """What `meta_gradient` returns; without an inner loop there is no trajectory."""
+        if self.learner in BASELINES:
+            return *BASELINES[self.learner](self.net, tasks), None
+        return meta_gradient(self.net, tasks, self.update_lr, self.update_step, first_order, query_chunk, self.adapted)
+
+    def _adapt(self, tasks: Tasks, steps: int) -> list[Weights]:
+        return adapt(self.net, self.net.weights, tasks.x_spt, tasks.y_spt, self.update_lr, steps, adapted=self.adapted)
 
     @torch.no_grad()
     def _update(self, gradients: Sequence[Tensor], losses: Tensor) -> None:
@@ -176,6 +205,9 @@ class Meta(nn.Module):
             weight.grad = gradient.clamp(-self.clip, self.clip) if self.clip else gradient
         *state, _, _ = self.state()
         before = [tensor.clone() for tensor in state]
+        if self.cosine_steps:
+            cosine = torch.cos(self.updates * (math.pi / self.cosine_steps))
+            self.optimizer.param_groups[0]["lr"].copy_(self.meta_lr * (1 + cosine) / 2)
         self.optimizer.step()
         squares = [self.optimizer.state[weight]["exp_avg_sq"] for weight in self.net.parameters()]
         finite = torch.stack([values.isfinite().all() for values in (losses, *gradients, *squares)]).all()
@@ -190,29 +222,36 @@ class Meta(nn.Module):
     def losses(self, tasks: Tasks) -> Tensor:
         """What `forward` would see as `Step.losses`, [T]; nothing is updated."""
         inner, query = self._together(tasks)
-        settings = self.update_lr, self.update_step, True, query  # first order: the losses are the same
-        return chunked(lambda chunk: meta_gradient(self.net, chunk, *settings)[1], inner, len(tasks.y_spt), tasks)
+        return chunked(lambda chunk: self._gradient(chunk, query, first_order=True)[1],  # both orders: equal losses
+                       devices.NO_LIMIT if self.learner == "classifier" else inner, len(tasks.y_spt), tasks)
 
-    def finetune(self, tasks: Tasks, measure: bool = False,
-                 null_seed: int | None = None) -> tuple[Tensor, dict | None]:
+    def finetune(self, tasks: Tasks, measure: bool = False, null_seed: int | None = None,
+                 measured: Tasks | None = None, nontransductive: int = 0) -> Adapted:
         """Test-time adaptation from theta, which stays as it is.
 
         Args:
             measure: also the metrics, after `update_step` inner steps as in training.
             null_seed: of the permuted labels; seed + step if None.
-        Returns:
-            Query accuracy [T, update_step_test + 1], before adaptation and after each inner step; the metrics or None.
+            measured: the same tasks with other query sets, on which the metrics are measured; `tasks` if None.
+            nontransductive: with so many of the last sets of weights, also answer query by query.
         """
         steps = max(self.update_step_test, self.update_step if measure else 0)
-        null = self._null(tasks, null_seed) if measure else None
+        measured = (measured or tasks) if measure else None
+        null = self._null(measured, null_seed) if measured else None
         inner, query = self._together(tasks)
+        few = min(query, self._together(measured)[1]) if measured else query
 
-        def one_chunk(tasks: Tasks, null: tuple | None) -> tuple[Tensor, dict | None]:
-            trajectory = adapt(self.net, self.net.weights, tasks.x_spt, tasks.y_spt, self.update_lr, steps)
-            return (self._chunked(accuracies, query, tasks, trajectory[:self.update_step_test + 1]),
-                    self._chunked(collapse_metrics, query, tasks, trajectory[:self.update_step + 1], null))
+        def one_chunk(tasks: Tasks, measured: Tasks | None, null: tuple | None) -> Adapted:
+            trajectory = self._adapt(tasks, steps)
+            tested = trajectory[:self.update_step_test + 1]
+            answers = self._chunked(accuracies, query, tasks, tested)
+            metrics = self._chunked(collapse_metrics, few, measured, trajectory[:self.update_step + 1],
+                                    null) if measured else None
+            one_by_one = self._chunked(partial(accuracies, transductive=False), query, tasks,
+                                       tested[-nontransductive:]) if nontransductive else None
+            return Adapted(answers["accuracy"], answers["nearest_mean"], metrics, one_by_one)
 
-        return chunked(one_chunk, inner, len(tasks.y_spt), tasks, null)
+        return chunked(one_chunk, inner, len(tasks.y_spt), tasks, measured, null)
 
     def _null(self, tasks: Tasks, seed: int | None = None) -> tuple[Tensor, Tensor]:
         """Permuted labels, from a generator of their own: measuring changes nothing else."""

@@ -12,23 +12,37 @@ import functools
 import math
 from typing import Sequence
 
+from torch import nn
+
 import miniimagenet
 import settings
 import synthetic
 import training
 from files import run
-from learner import Config, output_shape
-from tasks import Dataset
+from learner import Config, Learner, output_shape
+from tasks import Dataset, normalisation
 
 DEFAULTS = {
     "script": "miniimagenet_train", "epoch": 60000, "n_way": 5, "k_spt": 5, "k_qry": 15, "imgsz": 84, "imgc": 3,
     "task_num": 4, "meta_lr": 1e-3, "update_lr": 0.01, "update_step": 5, "update_step_test": 10,
-    "root": "miniimagenet/", "data_name": None, "print_every": 100,
+    "root": "miniimagenet/", "data_name": None, "pixels": "normalised", "print_every": 100,
 }
+PAPER = {  # Finn, Abbeel, Levine 2017, appendix A.1, and the paper's code; epoch counts tasks
+    (5, k_spt): {
+        "epoch": 240000, "net": "paper", "pixels": "unit", "task_num": 4, "k_qry": 15, "k_qry_test": k_spt,
+        "update_lr": 0.05, "update_step": 5, "update_step_test": 10, "meta_lr": 1e-3, "clip": round(10 * k_spt / 75, 3),
+        "first_order": False, "test_weights": "last", "test_tasks": 600, "nc_every": 30, "nc_every_late": 100}
+    for k_spt in (1, 5)}
 
 
 def layers(args: argparse.Namespace) -> Config:
     """Four 3x3 convolutions of 32 filters, each followed by a max-pool, then a linear layer."""
+    if args.net == "paper":  # padded, and every pool halves
+        blocks = [[("conv2d", [32, channels, 3, 3, 1, "same"]), ("bn_shift", [32]), ("relu", [True]),
+                   ("max_pool2d", [2, 2, 0])] for channels in (args.imgc, 32, 32, 32)]
+        blocks = sum(blocks, [])
+        features = math.prod(output_shape(blocks, args.imgc, args.imgsz))
+        return [*blocks, ("flatten", []), ("linear", [args.n_way, features])]
     after = [("bn", [32]), ("relu", [True])]
     if args.net == "original":
         after.reverse()
@@ -39,8 +53,14 @@ def layers(args: argparse.Namespace) -> Config:
     return blocks + [("flatten", []), ("linear", [args.n_way, features])]
 
 
+def network(args: argparse.Namespace) -> Learner:
+    initial = dict.fromkeys(("conv2d", "linear"), nn.init.xavier_uniform_) if args.net == "paper" else {}
+    return Learner(layers(args), args.imgc, args.imgsz, initial)
+
+
 def dataset(args: argparse.Namespace) -> Dataset:
-    common = miniimagenet.CHANNELS, miniimagenet.MEAN, miniimagenet.STD
+    channels = miniimagenet.CHANNELS
+    common = channels, *normalisation(args.pixels, channels, miniimagenet.MEAN, miniimagenet.STD)
     if args.synthetic:
         sizes = {split: (classes, synthetic.PHOTO_IMAGES) for split, (_, classes) in synthetic.PHOTO_SPLITS.items()}
         return Dataset(lambda: synthetic.PHOTOS, *common, lambda: sizes,
@@ -55,9 +75,9 @@ def dataset(args: argparse.Namespace) -> Dataset:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = settings.parse_args("MAML on miniImageNet, with neural collapse measured on the way.", DEFAULTS, argv,
+    args = settings.parse_args("MAML on miniImageNet, with neural collapse measured on the way.", DEFAULTS, PAPER, argv,
                                epoch_help="tasks in all, in epochs of 10,000 (divide by --task_num for meta-steps)")
-    training.train(args, dataset(args), layers)
+    training.train(args, dataset(args), network)
 
 
 if __name__ == "__main__":

@@ -11,23 +11,36 @@ import argparse
 import math
 from typing import Sequence
 
+from torch import nn
+
 import omniglot
 import settings
 import synthetic
 import training
 from files import run
-from learner import Config, output_shape
-from tasks import Dataset
+from learner import Config, Learner, output_shape
+from tasks import Dataset, normalisation
 
 DEFAULTS = {
     "script": "omniglot_train", "epoch": 40000, "n_way": 5, "k_spt": 1, "k_qry": 15, "imgsz": 28, "imgc": 1,
     "task_num": 32, "meta_lr": 1e-3, "update_lr": 0.4, "update_step": 5, "update_step_test": 10, "root": "omniglot/",
-    "rotations": True, "print_every": 50,
+    "rotations": True, "pixels": "unit", "print_every": 50,
 }
+PAPER = {  # Finn, Abbeel, Levine 2017, appendix A.1, and the paper's code
+    (n_way, k_spt): {
+        "epoch": 60000, "net": "paper", "pixels": "inverted", "rotations": True, "rotate_heldout": True,
+        "task_num": 32 if n_way == 5 else 16, "k_qry": k_spt, "update_lr": 2.0, "update_step": 1 if n_way == 5 else 5,
+        "update_step_test": 3 if n_way == 5 else 5, "meta_lr": 1e-3, "clip": 0.0, "first_order": False,
+        "test_weights": "last", "test_tasks": 600, "nc_every": 30, "nc_every_late": 100}
+    for n_way in (5, 20) for k_spt in (1, 5)}
 
 
 def layers(args: argparse.Namespace) -> Config:
-    """Three convolutions of stride 2 and one of 2x2, 64 filters each, then a linear layer."""
+    """Three convolutions of stride 2 and one of 2x2, 64 filters each, then a linear layer; the paper's: see below."""
+    if args.net == "paper":  # four padded convolutions of stride 2, then the mean over the last 2 x 2
+        blocks = [[("conv2d", [64, channels, 3, 3, 2, "same"]), ("bn_shift", [64]), ("relu", [True])]
+                  for channels in (args.imgc, 64, 64, 64)]
+        return [*sum(blocks, []), ("mean", []), ("linear", [args.n_way, 64])]
     after = [("bn", [64]), ("relu", [True])]
     if args.net == "original":
         after.reverse()
@@ -38,8 +51,14 @@ def layers(args: argparse.Namespace) -> Config:
     return blocks + [("flatten", []), ("linear", [args.n_way, features])]
 
 
+def network(args: argparse.Namespace) -> Learner:
+    initial = {"conv2d": nn.init.xavier_uniform_, "linear": nn.init.normal_} if args.net == "paper" else {}
+    return Learner(layers(args), args.imgc, args.imgsz, initial)
+
+
 def dataset(args: argparse.Namespace) -> Dataset:
-    common = omniglot.CHANNELS, omniglot.MEAN, omniglot.STD
+    channels = omniglot.CHANNELS
+    common = channels, *normalisation(args.pixels, channels, omniglot.MEAN, omniglot.STD)
     if args.synthetic:
         sizes = {split: (classes, synthetic.CHARACTER_IMAGES)
                  for split, (_, classes) in synthetic.CHARACTER_SPLITS.items()}
@@ -51,9 +70,9 @@ def dataset(args: argparse.Namespace) -> Dataset:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = settings.parse_args("MAML on Omniglot, with neural collapse measured on the way.", DEFAULTS, argv,
+    args = settings.parse_args("MAML on Omniglot, with neural collapse measured on the way.", DEFAULTS, PAPER, argv,
                                epoch_help="meta-steps in all")
-    training.train(args, dataset(args), layers)
+    training.train(args, dataset(args), network)
 
 
 if __name__ == "__main__":

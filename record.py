@@ -23,7 +23,7 @@ import device as devices
 import nc_metrics
 from files import UserError, atomic, contents, locked, remove_stale
 
-WRITTEN = ("args.json", "checkpoint.pt", "best.pt", "nonfinite.pt", "result.json", "timing.json")
+WRITTEN = ("args.json", "checkpoint.pt", "best.pt", "last.pt", "nonfinite.pt", "result.json", "timing.json")
 PER_TASK = ("within", "between", "nc1", "cdnv", "directional_cdnv", "ncc_accuracy")  # what log.jsonl keeps per task
 REMEDY = "free some space or give rights there, then continue with --resume"
 

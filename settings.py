@@ -12,44 +12,60 @@ from typing import Callable, Sequence
 import torch
 
 import device as devices
+from baselines import BASELINES
 from files import Parser, UserError, contents
-from learner import Config, Learner
+from learner import Learner
 from tasks import Dataset
 
 MODES = ("resume", "test", "from_args")  # name the run that the other settings come from; they are no settings
 PLACE = ("root", "cache", "device")  # where a run happens; no part of the experiment
 MAY_CHANGE = {  # what may be given anew
     "resume": ("epoch", *PLACE, "save_every", "task_chunk", "cuda_graph"),
-    "test": ("k_qry", "update_step_test", "test_tasks", "task_chunk", *PLACE),
+    "test": ("k_qry", "k_qry_test", "update_step_test", "test_tasks", "test_weights", "transductive", "task_chunk", *PLACE),
 }
 
 
-def parse_args(description: str, defaults: dict, argv: Sequence[str] | None, epoch_help: str) -> argparse.Namespace:
+def parse_args(description: str, defaults: dict, paper: dict, argv: Sequence[str] | None,
+               epoch_help: str) -> argparse.Namespace:
     """The command line of a training script.
 
     Args:
         description: first line of --help.
         defaults: of the flags whose default is the script's own; "rotations" only where the data has them.
+        paper: what --recipe paper sets instead, (n_way, k_spt) -> flag -> value.
         argv: arguments without the program's name; sys.argv's if None.
     Raises:
         UserError: unknown or malformed flags; a run that can't be read, or isn't of this script.
     """
-    parser = _parser(description, defaults, epoch_help)
+    given = vars(_parser(description, defaults, paper, epoch_help, only_given=True).parse_args(argv))
+    task = given.get("n_way", defaults["n_way"]), given.get("k_spt", defaults["k_spt"])
+    if given.get("recipe") == "paper" and task not in paper:
+        known = ", ".join(f"{way}-way {shot}-shot" for way, shot in paper)
+        raise UserError(f"--recipe paper: the paper has no {task[0]}-way {task[1]}-shot; there are {known}")
+    recipe = paper[task] if given.get("recipe") == "paper" else {}
+    parser = _parser(description, defaults | recipe, paper, epoch_help)
     args = parser.parse_args(argv)
     modes = [mode for mode in MODES if getattr(args, mode) is not None]
     if not modes:
         return args
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other; give one")
-    given = vars(_parser(description, defaults, epoch_help, only_given=True).parse_args(argv))
     return _of_a_run(modes[0], given, parser)
 
 
-def _parser(description: str, defaults: dict, epoch_help: str, only_given: bool = False) -> argparse.ArgumentParser:
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def _parser(description: str, defaults: dict, paper: dict, epoch_help: str,
+            only_given: bool = False) -> argparse.ArgumentParser:
     """The flags; with `only_given`, those that are not on the command line are left unset."""
-    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    recipes = (f"  {way}-way {shot}-shot: {' '.join(_as_flags(values, values))}" for (way, shot), values in paper.items())
+    parser = Parser(description=description, formatter_class=_Help, allow_abbrev=False,
+                    epilog="\n".join(["what --recipe paper sets (flags given with it override it):", *recipes]))
 
     def flag(name: str, default, text: str, **options):
+        default = defaults.get(name, default)
         if not isinstance(default, bool):
             options.setdefault("type", str if default is None else type(default))
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS if only_given else default, help=text, **options)
@@ -57,30 +73,46 @@ def _parser(description: str, defaults: dict, epoch_help: str, only_given: bool 
     def choice(name: str, default: bool, text: str):
         flag(name, default, text, action=argparse.BooleanOptionalAction)
 
-    flag("epoch", defaults["epoch"], epoch_help)
-    flag("n_way", defaults["n_way"], "classes a task")
-    flag("k_spt", defaults["k_spt"], "support images a class (k-shot)")
-    flag("k_qry", defaults["k_qry"], "query images a class")
-    flag("imgsz", defaults["imgsz"], "images are resized to this square, pixels")
-    flag("imgc", defaults["imgc"], "channels of an image")
-    flag("task_num", defaults["task_num"], "tasks a meta-step (the meta-batch)")
-    flag("meta_lr", defaults["meta_lr"], "learning rate of the outer loop, Adam")
-    flag("update_lr", defaults["update_lr"], "learning rate of the inner loop, SGD on the mean cross-entropy")
-    flag("update_step", defaults["update_step"], "inner steps in training")
-    flag("update_step_test", defaults["update_step_test"], "inner steps in validation and testing")
+    flag("recipe", "original", "settings to start from: those of this code's original, or of MAML's paper (at the end "
+         "of this help)", choices=["original", "paper"])
+    flag("learner", "maml", "anil: the inner loop adapts the last layer alone; boil: all but the last; protonet: a "
+         "prototypical network; classifier: one over all training classes. The last two train without an inner loop",
+         choices=["maml", "anil", "boil", *BASELINES])
+    flag("epoch", None, epoch_help)
+    flag("n_way", None, "classes per task")
+    flag("k_spt", None, "support images per class (k-shot)")
+    flag("k_qry", None, "query images per class")
+    flag("k_qry_test", None, "query images per class in validation and testing; K_QRY if not given", type=int)
+    flag("nc_qry", None, "query images per class that neural collapse is measured on; 15 if not given, or what a class "
+         "has", type=int)
+    flag("imgsz", None, "images are resized to this square, pixels")
+    flag("imgc", None, "channels of an image")
+    flag("task_num", None, "tasks per meta-step (the meta-batch)")
+    flag("meta_lr", None, "learning rate of the outer loop, Adam")
+    flag("update_lr", None, "learning rate of the inner loop, SGD on the mean cross-entropy; the paper's "
+         "code sums over the classes, so that its 0.4 is 2.0 here in 5-way")
+    flag("lr_schedule", "constant", "of META_LR: constant, or half a cosine that ends at 0",
+         choices=["constant", "cosine"])
+    flag("update_step", None, "inner steps in training")
+    flag("update_step_test", None, "inner steps in validation and testing")
     choice("first_order", False, "take the inner gradients as constants (first-order MAML)")
-    flag("net", "paper", "order within a block: paper = conv, batch norm, relu; original = conv, relu, batch norm",
-         choices=["paper", "original"])
+    flag("net", "conv_bn_relu", "original: blocks of conv, relu, batch norm; conv_bn_relu: the same in that order; "
+         "paper: the network and initial weights of the paper's code (padded, batch norm without scale)",
+         choices=["original", "conv_bn_relu", "paper"])
+    flag("pixels", None, "normalised: by the data's mean and deviation; unit: 0..1; inverted: 1..0",
+         choices=["normalised", "unit", "inverted"])
     if "rotations" in defaults:
-        choice("rotations", defaults["rotations"],
-               "in training, each class of a task is turned by a random multiple of 90 degrees")
-    flag("clip", 0.0, "the outer gradient is clipped to -CLIP..CLIP, value by value (the paper's code: 10 on "
-         "miniImageNet); 0: not at all")
+        choice("rotations", None, "in training, each class of a task is turned by a random multiple of 90 degrees")
+        choice("rotate_heldout", False, "the same in validation and testing")
+    choice("transductive", True, "validate, and choose the best weights, with batch norm by the whole query set; "
+           "otherwise each query is normalised together with the support set alone. A test has both")
+    flag("clip", 0.0, "the outer gradient is clipped to -CLIP..CLIP, value by value; the paper's code clips the sum over "
+         "the 5 * 15 queries, per shot, at 10: 0.133 here in 1-shot, 0.667 in 5-shot; 0: not at all")
     choice("skip_nonfinite", False, "go on without an update whose loss or gradient is not finite, and count it, "
            "instead of stopping there")
-    flag("root", defaults["root"], "folder of the data")
+    flag("root", None, "folder of the data")
     if "data_name" in defaults:
-        flag("data_name", defaults["data_name"], "what logs and figures call the data in ROOT; miniImageNet only where "
+        flag("data_name", None, "what logs and figures call the data in ROOT; miniImageNet only where "
              "the splits have its 64, 16 and 20 classes of 600 images")
     flag("cache", None, "folder of the decoded images; ROOT/cache if not given")
     choice("synthetic", False, "train on generated images, with no data at all")
@@ -97,6 +129,9 @@ def _parser(description: str, defaults: dict, epoch_help: str, only_given: bool 
     flag("eval_every", 500, "meta-steps between two validations, with metrics on the same held-out tasks")
     flag("eval_tasks", 100, "tasks of a validation, always the same")
     flag("test_tasks", 600, "tasks of the test at the end")
+    flag("test_weights", "best", "weights that are tested: of the best validation, or after the last step",
+         choices=["best", "last"])
+    flag("keep_every", 0, "meta-steps between two copies of the weights that are kept, weights-STEP.pt; 0: none")
     flag("save_every", 500, "meta-steps between two checkpoints; 0: only at the start, at the end and when stopped")
     flag("resume", None, f"resume a stopped run on its own settings; {_flags(MAY_CHANGE['resume'])} may be "
          "changed, and EPOCH may only grow", metavar="RUN_FOLDER")
@@ -129,9 +164,15 @@ def _of_a_run(mode: str, given: dict, parser: argparse.ArgumentParser) -> argpar
         which = ", ".join(sorted(unknown or absent)) or f"script {recorded.get('script')}"
         raise UserError(f"{path} is not of this script and version ({which}); use the code that made the run")
     try:
+        if "recipe" not in recorded and recorded.get("net") == "paper":
+            recorded["net"] = "conv_bn_relu"  # its name before the paper's own network was there
         settings = vars(parser.parse_args(_as_flags(recorded, defaults)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    if "recipe" in given and given["recipe"] != settings["recipe"]:
+        raise UserError(f"--recipe can't be set with --{mode}: the run's settings hold; give single flags")
+    if mode == "test" and "k_qry" in given:
+        given.setdefault("k_qry_test", given["k_qry"])
     if mode == "from_args":
         return argparse.Namespace(**settings | {"out": None} | given)
     for name, value in given.items():
@@ -185,15 +226,15 @@ def meta_steps(args: argparse.Namespace) -> int:
     return args.epoch if args.script == "omniglot_train" else args.epoch // args.task_num
 
 
-def check(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse.Namespace], Config]) -> dict:
-    """Refuse settings that can't work, before any image is read.
+def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argparse.Namespace], Learner]) -> dict:
+    """Refuse settings that can't work, before any image is read; set `nc_qry` where it was not given.
 
     Returns:
         The data's sizes: split -> (classes, images a class).
     Raises:
         UserError: one line that names the flag and what it can be.
     """
-    for name, least in {"epoch": 1, "n_way": 2, "k_spt": 1, "k_qry": 1, "imgsz": 1, "task_num": 1, "update_step": 1,
+    for name, least in {"epoch": 1, "n_way": 2, "k_spt": 1, "k_qry": 1, "k_qry_test": 1, "nc_qry": 1, "keep_every": 0, "imgsz": 1, "task_num": 1, "update_step": 1,
                         "update_step_test": 1, "eval_every": 1, "eval_tasks": 2, "test_tasks": 2, "nc_every": 0,
                         "nc_every_late": 0, "task_chunk": 0, "save_every": 0, "seed": 0}.items():
         if getattr(args, name) is not None and not least <= getattr(args, name) < 2**31:
@@ -208,19 +249,25 @@ def check(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse
         raise UserError(f"--imgc {args.imgc}: {dataset.name} has {dataset.channels}")
     if meta_steps(args) < 1:
         raise UserError(f"--epoch {args.epoch}: fewer tasks than one meta-step takes; at least {args.task_num}")
+    if args.learner == "classifier" and (devices.size() > 1 or args.task_chunk):
+        raise UserError("--learner classifier: batch norm is over all images of a step, so one process takes them "
+                        "together; leave --task_chunk and torchrun out")
     if args.task_num % devices.size():
         raise UserError(f"--task_num {args.task_num}: {devices.size()} processes need a multiple of "
                         f"{devices.size()}")
     try:
         with torch.device("meta"):  # shapes alone: --n_way 1000000000 is refused below, and not by the memory
-            Learner(layers(args), args.imgc, args.imgsz)
+            network(args)
     except ValueError as error:
         raise UserError(f"--imgsz {args.imgsz}: {error}") from error
     sizes = dataset.sizes()
     for split, (classes, images) in sizes.items():
         if args.n_way > classes:
             raise UserError(f"--n_way {args.n_way}: {dataset.name} has {classes} classes in its {split} split")
-        if args.k_spt + args.k_qry > images:
-            raise UserError(f"--k_spt {args.k_spt} --k_qry {args.k_qry}: {dataset.name} has {images} images "
-                            f"a class in its {split} split; their sum can be at most that")
+        for name in ("k_qry", "k_qry_test", "nc_qry"):
+            if args.k_spt + (getattr(args, name) or 0) > images:
+                raise UserError(f"--k_spt {args.k_spt} --{name} {getattr(args, name)}: {dataset.name} has {images} images "
+                                f"per class in its {split} split; their sum can be at most that")
+    if args.nc_qry is None:
+        args.nc_qry = min(15, min(images for _, images in sizes.values()) - args.k_spt)
     return sizes

@@ -19,6 +19,7 @@ class Tasks(NamedTuple):
     y_spt: Tensor  # [T, n_way * k_spt]
     x_qry: Tensor  # [T, n_way * k_qry, c, h, w]
     y_qry: Tensor  # [T, n_way * k_qry]
+    classes: Tensor | None = None  # [T, n_way] which class of the data (and turn of it) each label stands for
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,17 @@ def chunked(function: Callable, size: int, total: int, *trees: Any) -> Any:
 
 
 # ---- sampling
+
+
+def normalisation(pixels: str, channels: int, mean: Sequence[float], std: Sequence[float]) -> tuple[tuple, tuple]:
+    """Mean and deviation per channel by which images in 0..1 become a network's input.
+
+    Args:
+        pixels: "normalised" by the data's own `mean` and `std`; "unit": 0..1 as they are; "inverted": 1..0, so that
+            Omniglot's paper is 0, as zero padding is, and its ink 1.
+    """
+    return {"normalised": (mean, std), "unit": ((0.0,) * channels, (1.0,) * channels),
+            "inverted": ((1.0,) * channels, (-1.0,) * channels)}[pixels]
 
 
 def with_rotations(images: Tensor) -> Tensor:
@@ -146,12 +158,14 @@ class Sampler:
         seed: of the generator. It is on the device where `on_device` is set and the images are there too, as a captured
             step needs; else on the CPU, and every machine draws the same tasks.
         turns: see `draw`.
+        k_qry, nc_qry: query images per class, of a task and of the same task when neural collapse is measured on it.
+            The smaller of the two sets is a part of the larger one.
     """
 
     def __init__(self, images: Tensor, dataset: Dataset, device: torch.device, seed: int, n_way: int, k_spt: int,
-                 k_qry: int, turns: int = 1, on_device: bool = False):
+                 k_qry: int, turns: int = 1, on_device: bool = False, nc_qry: int | None = None):
         self.images, self.device, self.n_way, self.k_spt, self.turns = images, device, n_way, k_spt, turns
-        self.k = k_spt + k_qry
+        self.k_qry, self.nc_qry = k_qry, k_qry if nc_qry is None else nc_qry
         self.mean, self.std = (torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
         self.generator = torch.Generator(images.device if on_device else "cpu").manual_seed(seed)
 
@@ -161,10 +175,15 @@ class Sampler:
     def draw(self, n_tasks: int) -> tuple[Tensor, Tensor]:
         """Indices of the next tasks, for `gather`."""
         classes, per_class = self.images.shape[:2]
-        return draw(classes // self.turns, per_class, n_tasks, self.n_way, self.k, self.generator, self.turns)
+        k = self.k_spt + max(self.k_qry, self.nc_qry)
+        return draw(classes // self.turns, per_class, n_tasks, self.n_way, k, self.generator, self.turns)
 
-    def gather(self, index: tuple[Tensor, Tensor]) -> Tasks:
-        return as_tasks(pick(self.images, index).to(self.device), self.k_spt, self.mean, self.std)
+    def gather(self, index: tuple[Tensor, Tensor], measured: bool = False) -> Tasks:
+        """The tasks of these indices, with `nc_qry` query images per class if `measured`, else with `k_qry`."""
+        classes, order = index
+        order = order[..., :self.k_spt + (self.nc_qry if measured else self.k_qry)]
+        tasks = as_tasks(pick(self.images, (classes, order)).to(self.device), self.k_spt, self.mean, self.std)
+        return tasks._replace(classes=classes[..., 0].to(self.device))
 
     @property
     def state(self) -> Tensor:

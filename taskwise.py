@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-5  # batch norm's, as torch.nn.BatchNorm2d
+LONG = 2**14  # rows of a sum that a GPU does better in parts: cuBLAS gives it to few threads where the product is small
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int | tuple[int, int] = 0) -> Tensor:
@@ -45,17 +46,18 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: in
     return _Conv.apply(x, weight, bias, stride, 0)
 
 
-def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor) -> Tensor:
+def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor, eps: float = EPS) -> Tensor:
     """Normalise by the batch's own statistics, task by task (transductive, as in MAML).
 
     Args:
         x: [T, N, ..., c], channels last; statistics are over all axes but T and c.
         weight: the scale, [T, c]; None: no scale.
         bias: [T, c].
+        eps: added to the variance.
     Returns:
         As x.
     """
-    return _BatchNorm.apply(x, torch.ones_like(bias) if weight is None else weight, bias)
+    return _BatchNorm.apply(x, torch.ones_like(bias) if weight is None else weight, bias, eps)
 
 
 def max_pool2d(x: Tensor, kernel: int, stride: int, padding: int = 0) -> Tensor:
@@ -172,6 +174,11 @@ def _adjoints(x, weight, g, columns, stride, padding, wanted):
     if for_weight:
         if k * k * c < o:  # a product is slow where its last side is short
             gw = torch.bmm(columns.transpose(1, 2), rows).transpose(1, 2).contiguous()
+        elif g.is_cuda and rows.shape[1] > LONG:  # a sum per image, then over images: else one block of threads sums all
+            samples = g.shape[1]
+            per_image = torch.bmm(rows.reshape(tasks * samples, -1, o).transpose(1, 2),
+                                  columns.reshape(tasks * samples, -1, k * k * c))
+            gw = per_image.view(tasks, samples, o, -1).sum(1)
         else:
             gw = torch.bmm(rows.transpose(1, 2), columns)
         gw = gw.view(tasks, o, k, k, c).permute(0, 1, 4, 2, 3)
@@ -216,15 +223,16 @@ class _BatchNorm(torch.autograd.Function):
     """y = weight * xhat + bias, xhat = (x - mean) * r, r = 1 / sqrt(variance + eps)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, eps):
         ctx.save_for_backward(x, weight)
+        ctx.eps = eps
         rows, weight = _rows(x), weight[:, None]  # [T, R, c], [T, 1, c]
         if len(x) == 1:
-            y, mean, r = torch.native_batch_norm(rows[0], weight[0, 0], bias[0], None, None, True, 0.0, EPS)
+            y, mean, r = torch.native_batch_norm(rows[0], weight[0, 0], bias[0], None, None, True, 0.0, eps)
             ctx.statistics = None, mean.view(1, 1, -1), r.view(1, 1, -1)
         else:
             xhat = rows - rows.mean(1, keepdim=True)
-            r = xhat.square().mean(1, keepdim=True).add_(EPS).rsqrt_()
+            r = xhat.square().mean(1, keepdim=True).add_(eps).rsqrt_()
             ctx.statistics = xhat.mul_(r), None, r
             y = torch.addcmul(bias[:, None], xhat, weight)
         return y.view(x.shape)
@@ -232,7 +240,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
-        return _BatchNormGradients.apply(g, x, weight, ctx.statistics)
+        return *_BatchNormGradients.apply(g, x, weight, ctx.statistics, ctx.eps), None
 
 
 class _BatchNormGradients(torch.autograd.Function):
@@ -243,14 +251,14 @@ class _BatchNormGradients(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, g, x, weight, statistics):
+    def forward(ctx, g, x, weight, statistics, eps):
         ctx.save_for_backward(g, x, weight)
         xhat, mean, r = statistics
         rows, weight = _rows(g), weight[:, None]
         n = rows.shape[1]
         if xhat is None:
             gx, gw, gb = torch.ops.aten.native_batch_norm_backward(
-                rows[0], _rows(x)[0], weight[0, 0], None, None, mean[0, 0], r[0, 0], True, EPS, [True] * 3)
+                rows[0], _rows(x)[0], weight[0, 0], None, None, mean[0, 0], r[0, 0], True, eps, [True] * 3)
             gw, gb = gw[None], gb[None]
             s1, s2 = gb[:, None] / n, gw[:, None] / n
         else:
@@ -280,7 +288,7 @@ class _BatchNormGradients(torch.autograd.Function):
         d = -scale * s2
         mean_a, mean_a_xhat = d * t1 + e * s1, d * t2 + e * s2
         to_x = torch.addcmul(-r * mean_a, v, r * d).addcmul_(g, r * e).addcmul_(xhat, -r * (mean_a_xhat + scale * q))
-        return to_g.view(x.shape), to_x.view(x.shape), (r * q)[:, 0] * g.shape[1], None
+        return to_g.view(x.shape), to_x.view(x.shape), (r * q)[:, 0] * g.shape[1], None, None
 
 
 class _MaxPool(torch.autograd.Function):

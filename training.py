@@ -6,6 +6,7 @@ A run writes its own folder:
     log.jsonl      one JSON object per line: "run" (the data's name), then "train", "nc" (metrics) and "val"
     checkpoint.pt  the run's state, every --save_every steps and when it is stopped: --resume continues from it
     best.pt        weights with the best validation accuracy so far
+    last.pt        weights after the last step; weights-STEP.pt at every --keep_every-th step
     nonfinite.pt   where a loss was not finite: the weights and tasks that gave it
     result.json    test accuracy of the best weights, at the end
     timing.json    minutes and memory, apart from what the seed determines
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import checkpoint
 import device as devices
@@ -28,9 +29,10 @@ import nc_metrics
 import record
 from device import GraphedStep, keep_memory, memory_runs_out, peak_memory, processes, select_device, set_arithmetic
 from files import UserError
+from baselines import BASELINES
 from interrupt import Interrupted, Signals
-from learner import Config, Learner
-from meta import Meta, Step
+from learner import Learner
+from meta import Adapted, Meta, Step
 from record import Log, numbers, percent, say
 from settings import check, experiment, meta_steps, recorded_settings
 from tasks import Dataset, Sampler, cat, with_rotations
@@ -40,33 +42,35 @@ DRAWN = 50  # held-out tasks drawn at once; another number gives other tasks
 CHECK_EVERY = 10  # steps on CUDA between two waits for the device, to see whether an update failed
 
 
-def train(args: argparse.Namespace, dataset: Dataset, layers: Callable[[argparse.Namespace], Config]) -> None:
+def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argparse.Namespace], Learner]) -> None:
     """Train, validate and test as the settings say; resume a run, or test a finished one again."""
     remedy = (f"lower --task_chunk (now {args.task_chunk or 'as fits the device'}) to hold fewer tasks at once, "
               f"or take another --device than {args.device}")
     with Signals() as signals, memory_runs_out(remedy):
         device = select_device(args.device)
-        sizes = check(args, dataset, layers)
+        sizes = check(args, dataset, network)
         stopped = None
         with processes(device):
             try:
-                _train(args, dataset, sizes, layers(args), device, signals)
+                _train(args, dataset, sizes, network, device, signals)
             except Interrupted as interrupted:  # in all processes at once: they leave together
                 stopped = interrupted
         if stopped:
             raise stopped
 
 
-def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, config: Config, device: torch.device,
-           signals: Signals) -> None:
+def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Callable[[argparse.Namespace], Learner],
+           device: torch.device, signals: Signals) -> None:
     keep_memory()
     set_arithmetic(args.precision, args.deterministic)
     torch.manual_seed(args.seed)
-    net = Learner(config, args.imgc, args.imgsz)
+    net, data = network(args), _Data(args, dataset, device)
+    if args.learner == "classifier":
+        net.classes = nn.Linear(net.weights[net.classifier].shape[1], sizes["train"][0] * data.turns("train"))
     net.to(device)
     maml = Meta(net, args.update_lr, args.meta_lr, args.update_step, args.update_step_test, args.first_order,
-                args.nc_every, args.task_chunk, args.seed, args.nc_every_late, args.clip, args.skip_nonfinite)
-    data = _Data(args, dataset, device)
+                args.nc_every, args.task_chunk, args.seed, args.nc_every_late, args.clip, args.skip_nonfinite,
+                args.learner, cosine_steps=meta_steps(args) if args.lr_schedule == "cosine" else 0)
     if args.test is not None:
         return _test_again(args, maml, data, signals)
     out = record.folder(args)
@@ -92,7 +96,7 @@ class _Data:
     def load(self, split: str) -> Tensor:
         """uint8 [class, image, c, h, w] on the device, or on the host where it would take over half of what is free."""
         images = self.dataset.load(split)
-        if self._turns(split) > 1:
+        if self.turns(split) > 1:
             images = with_rotations(images)
         if self.device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(self.device)[0] / 2:
             say(f"the {split} images stay on the host: {images.numel() / 2**30:.1f} GB")
@@ -100,12 +104,14 @@ class _Data:
         return images.to(self.device)
 
     def sampler(self, split: str, images: Tensor, seed: int) -> Sampler:
-        args = self.args
-        return Sampler(images, self.dataset, self.device, seed, args.n_way, args.k_spt, args.k_qry, self._turns(split),
-                       on_device=split == "train")
+        args, trains = self.args, split == "train"
+        k_qry = args.k_qry if trains or args.k_qry_test is None else args.k_qry_test
+        return Sampler(images, self.dataset, self.device, seed, args.n_way, args.k_spt, k_qry, self.turns(split),
+                       on_device=trains, nc_qry=args.nc_qry)
 
-    def _turns(self, split: str) -> int:
-        return 4 if split == "train" and getattr(self.args, "rotations", False) else 1  # not all scripts have them
+    def turns(self, split: str) -> int:
+        """Orientations of each class, 4 or 1; not all scripts have rotations."""
+        return 4 if getattr(self.args, "rotations" if split == "train" else "rotate_heldout", False) else 1
 
 
 class _Run:
@@ -115,6 +121,7 @@ class _Run:
         self.args, self.maml, self.data, self.out, self.signals = args, maml, data, out, signals
         self.steps, self.device = meta_steps(args), data.device
         self.best: dict | None = None  # what best.pt holds
+        self.val_accuracy: float | None = None  # of the last validation
         self.minutes, self.log_bytes = 0.0, 0  # of the processes before this one
         resumes = args.resume is not None
         found = checkpoint.load(out / "checkpoint.pt", self.device, self._restart()) if resumes else None
@@ -167,6 +174,8 @@ class _Run:
                         self.signals.check(self.device)
                     if step % args.eval_every == 0:
                         self.validate(log)
+                    if args.keep_every and step % args.keep_every == 0:
+                        self.keep(f"weights-{step}.pt")
                     shown = step % args.print_every == 0
                     seen = self.meta_step(shown)
                     if checks or shown or seen.metrics:
@@ -175,13 +184,16 @@ class _Run:
                     bar.update()
                 self.save(log)
                 self.validate(log)
+                self.keep("last.pt", val_accuracy=self.val_accuracy)
             except Interrupted:
                 self.save(log)
                 raise
         self.signals.check(self.device)
 
     def _eager_step(self, every_step: bool = False) -> Step:
-        return self.maml(self.sampler(self.args.task_num), every_step)
+        index, apart = self.sampler.draw(self.args.task_num), self.sampler.nc_qry != self.sampler.k_qry
+        measured = self.sampler.gather(index, measured=True) if apart and self.maml.measures_next else None
+        return self.maml(self.sampler.gather(index), every_step, measured)
 
     def report(self, log: Log, bar, step: int, seen: Step, shown: bool) -> None:
         loss = seen.losses.mean()
@@ -233,17 +245,27 @@ class _Run:
         args, maml = self.args, self.maml
         self.stop_if_not_finite()
         with self.signals.raised():
-            accuracy, metrics = _evaluate(maml, self.data, "val", self.held_out, args.eval_tasks, VAL_SEED,
-                                          self.signals, measure=args.nc_every > 0)
-        mean, interval = _mean_and_interval(accuracy)
-        log.add("val", maml.step, acc=mean, ci95=interval, tasks=len(accuracy))
-        if metrics is not None:
-            log.metrics(maml.step, "heldout", maml.net.blocks, metrics)
-        say(f"step: {maml.step} \tvalidation acc: {percent(mean)} (last ± {100 * interval[-1]:.1f})")
-        if self.best is None or mean[-1] > self.best["val_accuracy"]:
-            weights = {name: weight.clone() for name, weight in maml.net.state_dict().items()}
-            self.best = {"weights": weights, "step": maml.step, "val_accuracy": mean[-1].item()}
-            checkpoint.write(self.out / "best.pt", self.best)
+            found = _evaluate(maml, self.data, "val", self.held_out, args.eval_tasks, VAL_SEED, self.signals,
+                              measure=args.nc_every > 0,
+                              nontransductive=0 if args.transductive else args.update_step_test + 1)
+        shown = _answers(found, args.transductive)
+        mean, interval = _mean_and_interval(shown["accuracy"])
+        nearest, _ = _mean_and_interval(shown["nearest_mean"])
+        log.add("val", maml.step, acc=mean, ci95=interval, tasks=len(found.accuracy), nearest_mean=nearest)
+        if found.metrics is not None:
+            log.metrics(maml.step, "heldout", maml.net.blocks, found.metrics)
+        self.val_accuracy = float(nearest[0] if args.learner in BASELINES else mean[-1])
+        say(f"step: {maml.step} \tvalidation acc: {percent(mean)} (last ± {100 * interval[-1]:.1f}); "
+            f"nearest support mean: {percent(nearest)}")
+        if self.best is None or self.val_accuracy > self.best["val_accuracy"]:
+            self.best = self.keep("best.pt", val_accuracy=self.val_accuracy)
+
+    def keep(self, name: str, **more: float) -> dict:
+        """Write the weights as they are now to a file of the run's folder; what it holds."""
+        weights = {key: weight.clone() for key, weight in self.maml.net.state_dict().items()}
+        kept = {"weights": weights, "step": self.maml.step} | more
+        checkpoint.write(self.out / name, kept)
+        return kept
 
     def test(self) -> None:
         """Test the best weights; what is written last makes the run complete."""
@@ -264,7 +286,7 @@ class _Run:
 
 
 def _evaluate(maml: Meta, data: _Data, split: str, images: Tensor, n_tasks: int, seed: int, signals: Signals,
-              measure: bool = False) -> tuple[Tensor, dict | None]:
+              measure: bool = False, nontransductive: int = 0) -> Adapted:
     """`maml.finetune` of `n_tasks` tasks, the same for a seed on every device; as many at a time as in training."""
     sampler = data.sampler(split, images, seed)
     index = cat([sampler.draw(min(DRAWN, n_tasks - start)) for start in range(0, n_tasks, DRAWN)])
@@ -273,42 +295,61 @@ def _evaluate(maml: Meta, data: _Data, split: str, images: Tensor, n_tasks: int,
         if i % devices.size() == 0:
             signals.check(data.device)
         if i % devices.size() == devices.rank():
-            tasks = sampler.gather(tuple(part[start:start + data.args.task_num] for part in index))
-            results.append(maml.finetune(tasks, measure, null_seed=maml.seed + start))
+            part = tuple(values[start:start + data.args.task_num] for values in index)
+            measured = sampler.gather(part, measured=True) if measure else None
+            results.append(maml.finetune(sampler.gather(part), measure, maml.seed + start, measured, nontransductive))
     return cat(devices.gather_lists(results))
 
 
 def _test(args: argparse.Namespace, maml: Meta, data: _Data, run: Path, signals: Signals) -> dict:
-    """Test accuracy of a run's best weights on the test classes."""
-    path = run / "best.pt"
+    """Test accuracy of a run's best or last weights on the test classes, transductive and not."""
+    path = run / f"{args.test_weights}.pt"
     devices.wait()  # for the process that writes it
     try:
-        best = checkpoint.read(path, data.device, "train again")
-        maml.net.load_state_dict(best["weights"])
-        step, val_accuracy = int(best["step"]), float(best["val_accuracy"])
+        kept = checkpoint.read(path, data.device, "train again")
+        maml.net.load_state_dict(kept["weights"])
+        step, val_accuracy = int(kept["step"]), float(kept["val_accuracy"])
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: the run hasn't got to its first validation") from error
+        raise UserError(f"{path} is missing: the run hasn't got there yet; continue it with --resume {run}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path} doesn't hold this network's weights; train again") from error
     say(f"testing on {args.test_tasks} tasks of the test classes")
-    accuracy, _ = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, TEST_SEED, signals)
-    mean, interval = _mean_and_interval(accuracy)
     k = args.update_step_test
-    say(f"test accuracy on {data.dataset.name}, {args.n_way}-way {args.k_spt}-shot, after {k} inner steps: "
-        f"{100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f} (95%, {args.test_tasks} tasks, {args.k_qry} queries per "
-        f"class, best weights of step {step})")
-    say(f"after 0..{k} inner steps: {percent(mean)}")
-    return {"data": data.dataset.name, "test": {"accuracy": numbers(mean), "ci95": numbers(interval),
-            "inner_steps": list(range(k + 1)), "tasks": args.test_tasks, "n_way": args.n_way, "k_spt": args.k_spt,
-            "k_qry": args.k_qry}, "best_step": step, "val_accuracy": numbers(val_accuracy)}
+    found = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, TEST_SEED, signals,
+                      nontransductive=1 if args.transductive else k + 1)
+    queries = args.k_qry if args.k_qry_test is None else args.k_qry_test
+    results = {}
+    for name, transductive in (("test", True), ("test_nontransductive", False)):
+        answers = _answers(found, transductive)
+        values = {key: _mean_and_interval(accuracy) for key, accuracy in answers.items()}
+        (mean, interval), (nearest, nearest_interval) = values["accuracy"], values["nearest_mean"]
+        results[name] = {
+            "accuracy": numbers(mean), "ci95": numbers(interval), "nearest_mean": numbers(nearest),
+            "nearest_mean_ci95": numbers(nearest_interval), "inner_steps": list(range(k + 1))[-len(mean):],
+            "tasks": args.test_tasks, "n_way": args.n_way, "k_spt": args.k_spt, "k_qry": queries}
+        how = "queries together" if transductive else "each query with the support set alone"
+        say(f"test accuracy on {data.dataset.name}, {args.n_way}-way {args.k_spt}-shot, {how}: after {k} inner steps "
+            f"{100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f}, nearest support mean before them "
+            f"{100 * nearest[0]:.2f}% ± {100 * nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, {queries} queries "
+            f"per class, {args.test_weights} weights, of step {step})")
+        say(f"after {results[name]['inner_steps'][0]}..{k} inner steps: {percent(mean)}")
+    return {"data": data.dataset.name, **results, f"{args.test_weights}_step": step,
+            "val_accuracy": numbers(val_accuracy)}
 
 
 def _test_again(args: argparse.Namespace, maml: Meta, data: _Data, signals: Signals) -> None:
     run = Path(args.test)
     result = _test(args, maml, data, run, signals)
-    path = run / f"test-{args.test_tasks}tasks-{args.k_qry}qry-{args.update_step_test}steps.json"
+    path = run / (f"test-{args.test_tasks}tasks-{result['test']['k_qry']}qry-{args.update_step_test}steps"
+                  f"{'' if args.test_weights == 'best' else '-last'}.json")
     record.write_test(path, result)
     say(f"written to {path}")
+
+
+def _answers(found: Adapted, transductive: bool) -> dict:
+    """Accuracy and nearest-mean accuracy per task, [T, steps]."""
+    together = {"accuracy": found.accuracy, "nearest_mean": found.nearest_mean}
+    return together if transductive else found.nontransductive
 
 
 def _banner(args: argparse.Namespace, net: Learner, dataset: Dataset, steps: int, out: Path) -> str:

@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
     @property
     def config(self) -> Config:
-        return self.layers(argparse.Namespace(net="paper", imgc=self.imgc, imgsz=self.imgsz, n_way=self.n_way))
+        return self.layers(argparse.Namespace(net="conv_bn_relu", imgc=self.imgc, imgsz=self.imgsz, n_way=self.n_way))
 
 
 class Implementation:

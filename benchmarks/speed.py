@@ -5,7 +5,7 @@
     python benchmarks/speed.py --only omniglot-paper --repeats 15   # one case
     python benchmarks/speed.py --table                              # print the table of benchmarks/speed.json
 
-Every implementation does the same work: second-order MAML with the network of `--net paper`, from the same theta, on
+Every implementation does the same work: second-order MAML with the network of `--net conv_bn_relu`, from the same theta, on
 the same tasks (random images; the time does not depend on what they show), the gradient of the mean query loss, and
 one step of Adam. All of that is timed. theta is put back before every step, outside the measured time.
 
@@ -124,6 +124,7 @@ def start(args: argparse.Namespace) -> torch.device:
     if hasattr(os, "sched_setaffinity"):  # JAX takes as many threads as it sees cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.threads])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for all
+    os.environ |= {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     torch.backends.cudnn.benchmark = True  # shapes never change
     return devices.select_device(args.device)
 

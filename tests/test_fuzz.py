@@ -127,7 +127,7 @@ def sound(small, tmp_path_factory) -> Path:
         miniimagenet.load(folder / "cached/data", split, size)
     write_folders(folder / "drawings/data", drawings)
     write_zips(folder / "zips/data", drawings)
-    write_run(folder / "log/run", update_step_test=10, first_order=False, net="paper")
+    write_run(folder / "log/run", update_step_test=10, first_order=False, net="conv_bn_relu")
     omniglot_train.main([*TINY, "--out", str(folder / "run/run")])
     return folder
 

@@ -117,7 +117,7 @@ def test_given_weights_are_used_and_theta_is_not():
 
 # ---- the scripts' networks ----
 
-def script_net(script, imgsz=None, net="paper", n_way=5):
+def script_net(script, imgsz=None, net="conv_bn_relu", n_way=5):
     imgc = script.DEFAULTS["imgc"]
     imgsz = imgsz or script.DEFAULTS["imgsz"]
     args = argparse.Namespace(net=net, imgc=imgc, imgsz=imgsz, n_way=n_way)
@@ -125,7 +125,7 @@ def script_net(script, imgsz=None, net="paper", n_way=5):
     return Learner(script.layers(args), imgc, imgsz)
 
 
-NETS = pytest.mark.parametrize("net", ["paper", "original"])
+NETS = pytest.mark.parametrize("net", ["conv_bn_relu", "original"])
 
 
 @NETS

@@ -179,7 +179,7 @@ def test_second_order_gradient_is_the_finite_difference_of_the_adapted_loss(conf
 @pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("k_spt", [1, 5])
-@pytest.mark.parametrize("net", ["paper", "original"])
+@pytest.mark.parametrize("net", ["conv_bn_relu", "original"])
 @pytest.mark.parametrize("script, imgsz, n_way", [(omniglot_train, 28, 3), (miniimagenet_train, 46, 2)])
 def test_gradient_of_the_scripts_networks(script, imgsz, n_way, net, k_spt, steps, first_order):
     imgc, lr = script.DEFAULTS["imgc"], script.DEFAULTS["update_lr"]
@@ -524,7 +524,7 @@ def test_what_a_step_returns_holds_no_graph():
     (omniglot_train, 1, 1, (32, 32)),  # the paper's training sizes
     (omniglot_train, 5, 5, (8, 8)), (omniglot_train, 5, 15, (8, 1)), (miniimagenet_train, 5, 15, (1, 1))])
 def test_a_cpu_takes_as_many_tasks_together_as_stay_in_its_cache(script, k_spt, k_qry, together):
-    args = argparse.Namespace(net="paper", n_way=5, **{k: script.DEFAULTS[k] for k in ("imgc", "imgsz")})
+    args = argparse.Namespace(net="conv_bn_relu", n_way=5, **{k: script.DEFAULTS[k] for k in ("imgc", "imgsz")})
     maml = Meta(Learner(script.layers(args), args.imgc, args.imgsz))
     tasks = Tasks(*(torch.empty(2, 5 * k, 0) for k in (k_spt, k_spt, k_qry, k_qry)))
     for got, about in zip(maml._together(tasks), together, strict=True):

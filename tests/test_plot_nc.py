@@ -140,7 +140,7 @@ def test_torch_and_windows_stay_out(tmp_path):
 
 
 def test_panels_axes_and_captions(tmp_path):
-    figure = figures.traces_figure([[logs.read_run(write_run(tmp_path / "run", first_order=False, net="paper"))]])
+    figure = figures.traces_figure([[logs.read_run(write_run(tmp_path / "run", first_order=False, net="conv_bn_relu"))]])
     words = texts(figure)
     assert len(figure.axes) == 6
     assert all(axes.get_xlabel() == "meta-step" for axes in figure.axes)

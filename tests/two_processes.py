@@ -18,7 +18,7 @@ from tasks import sample_tasks
 
 def main(path: str) -> None:
     torch.manual_seed(0)
-    net = Learner(omniglot_train.layers(Namespace(net="paper", imgc=1, imgsz=28, n_way=5)), 1, 28).double()
+    net = Learner(omniglot_train.layers(Namespace(net="conv_bn_relu", imgc=1, imgsz=28, n_way=5)), 1, 28).double()
     maml = Meta(net, nc_every=2)
     images = synthetic.characters(8, 6, 28, seed=0)
     generator = torch.Generator().manual_seed(1)

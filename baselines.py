@@ -1,0 +1,49 @@
+"""What MAML is compared with: a prototypical network and an ordinary classifier, trained by the same loop.
+
+Both return what `meta.meta_gradient` returns, of the same tasks and the same network, so that `Meta` takes the same
+steps with them. Neither has an inner loop. T tasks.
+"""
+
+import torch
+from torch import Tensor
+
+from learner import Learner
+from measuring import accuracy, class_means, cross_entropy, squared_distances
+from tasks import Tasks
+
+
+def protonet_gradient(net: Learner, tasks: Tasks) -> tuple[list[Tensor], Tensor, Tensor]:
+    """A prototypical network (Snell, Swersky, Zemel 2017): logits are minus the squared distances to support means.
+
+    Features are the input of the net's last linear layer, which gets no gradient.
+
+    Returns:
+        The gradient of the sum of the tasks' losses per parameter of `net`, losses [T], accuracies [T].
+    """
+    _, support = net(tasks.x_spt, features=True)
+    logits, query = net(tasks.x_qry, features=True)
+    logits = -squared_distances(query[-2], class_means(support[-2], tasks.y_spt, logits.shape[-1]))
+    return _gradient(net, logits, tasks.y_qry)
+
+
+def classifier_gradient(net: Learner, tasks: Tasks) -> tuple[list[Tensor], Tensor, Tensor]:
+    """An ordinary classifier of all training classes, `net.classes`, on the images of all tasks as one batch.
+
+    Batch norm is over the whole batch, so the tasks must come in one piece.
+
+    Returns:
+        As `protonet_gradient`; a task's loss and accuracy are the means over its images.
+    """
+    images, labels = torch.cat([tasks.x_spt, tasks.x_qry], 1), torch.cat([tasks.y_spt, tasks.y_qry], 1)
+    _, features = net(images.flatten(0, 1), features=True)
+    logits = net.classes(features[-2]).unflatten(0, labels.shape)
+    return _gradient(net, logits, tasks.classes.gather(1, labels))
+
+
+def _gradient(net: Learner, logits: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    losses = cross_entropy(logits, labels)
+    gradient = torch.autograd.grad(losses.sum(), list(net.parameters()), materialize_grads=True)
+    return list(gradient), losses.detach(), accuracy(logits, labels)
+
+
+BASELINES = {"protonet": protonet_gradient, "classifier": classifier_gradient}

@@ -1,0 +1,174 @@
+"""The paper's network, the learners that MAML is compared with, and answers without transduction, each recomputed."""
+
+import argparse
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import miniimagenet_train
+import omniglot_train
+from baselines import BASELINES
+from measuring import accuracies
+from meta import Meta, adapt, meta_gradient
+from tasks import Dataset, Sampler, sample_tasks
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    net = omniglot_train.network(argparse.Namespace(net="paper", imgc=1, imgsz=28, n_way=5)).double()
+    for name, weight in net.weights.items():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    return net
+
+
+def make_tasks(k_spt=1, k_qry=3, n_tasks=3):
+    images = torch.randint(0, 256, (12, 8, 1, 28, 28), generator=torch.Generator().manual_seed(3)).byte()
+    sampler = Sampler(images, Dataset(lambda: "noise", 1, (0.0,), (1.0,), dict, lambda split: images),
+                      torch.device("cpu"), 5, 5, k_spt, k_qry)
+    tasks = sampler(n_tasks)
+    return tasks._replace(x_spt=tasks.x_spt.double(), x_qry=tasks.x_qry.double())
+
+
+def plain_paper_net(x, weights):
+    """Finn et al.'s network for images [N, 1, 28, 28] by torch's own functions: (features, logits)."""
+    conv, bias, shift = ([w for name, w in weights.items() if part in name] for part in
+                         ("conv2d_weight", "conv2d_bias", "bn_shift_bias"))
+    for layer in range(4):
+        pad = (1, 1, 1, 1) if x.shape[-1] == 7 else (0, 1, 0, 1)
+        x = F.conv2d(F.pad(x, pad), conv[layer], bias[layer], stride=2)
+        x = F.relu(F.batch_norm(x, None, None, None, shift[layer], training=True, eps=1e-3))
+    x = x.mean((2, 3))
+    head, head_bias = (w for name, w in weights.items() if "linear" in name)
+    return x, x @ head.T + head_bias
+
+
+def test_the_papers_network(net):
+    tasks = make_tasks()
+    logits, layers = net(tasks.x_qry, features=True)
+    for task, x in enumerate(tasks.x_qry):
+        features, expected = plain_paper_net(x, net.weights)
+        torch.testing.assert_close(logits[task], expected)
+        torch.testing.assert_close(layers[-2][task], features)
+
+
+def test_the_papers_sizes_and_initial_weights():
+    args = argparse.Namespace(net="paper", imgc=3, imgsz=84, n_way=5)
+    torch.manual_seed(0)
+    weights = {name: w.detach() for name, w in miniimagenet_train.network(args).weights.items()}
+    assert weights["17_linear_weight"].shape == (5, 800)
+    bound = (6 / (9 * 32 + 9 * 32)) ** 0.5  # Xavier, uniform
+    kernel = weights["4_conv2d_weight"]
+    assert 0.95 * bound < kernel.abs().max() <= bound and abs(kernel.mean()) < 0.02 * bound
+    head = omniglot_train.network(argparse.Namespace(net="paper", imgc=1, imgsz=28, n_way=20)).weights["13_linear_weight"]
+    assert head.std().item() == pytest.approx(1, abs=0.06)
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+@pytest.mark.parametrize("learner, changes", [
+    ("maml", lambda name: "bn_shift" not in name), ("anil", lambda name: "linear" in name),
+    ("boil", lambda name: "linear" not in name and "bn_shift" not in name)])
+def test_which_weights_the_inner_loop_adapts(net, learner, changes, second_order):
+    """Against a loop of plain autograd over the tasks: the weights after adaptation, and the meta-gradient."""
+    tasks, lr, steps = make_tasks(), 0.5, 2
+    maml = Meta(net, update_lr=lr, learner=learner)
+    trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, lr, steps, adapted=maml.adapted)
+    gradient, losses, *_ = meta_gradient(net, tasks, lr, steps, not second_order, adapted=maml.adapted)
+    total = 0
+    for task, (x_spt, y_spt, x_qry, y_qry) in enumerate(zip(*tasks[:4])):
+        weights = dict(net.weights)
+        for _ in range(steps):
+            names = [name for name in weights if changes(name)]
+            loss = F.cross_entropy(plain_paper_net(x_spt, weights)[1], y_spt)
+            inner = torch.autograd.grad(loss, [weights[name] for name in names], create_graph=second_order)
+            weights |= {name: weights[name] - lr * g for name, g in zip(names, inner)}
+        for name, weight in weights.items():
+            torch.testing.assert_close(trajectory[-1][name][task], weight.detach())
+            assert changes(name) != torch.equal(weight, net.weights[name])
+        loss = F.cross_entropy(plain_paper_net(x_qry, weights)[1], y_qry)
+        torch.testing.assert_close(losses[task], loss.detach())
+        total = total + loss
+    expected = torch.autograd.grad(total, list(net.weights.values()))
+    for ours, plain in zip(gradient, expected, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_prototypical_network(net):
+    tasks = make_tasks(k_spt=2)
+    total, losses = 0, []
+    for x_spt, y_spt, x_qry, y_qry in zip(*tasks[:4]):
+        support, query = (plain_paper_net(x, net.weights)[0] for x in (x_spt, x_qry))
+        means = torch.stack([support[y_spt == label].mean(0) for label in range(5)])
+        losses.append(F.cross_entropy(-torch.cdist(query, means) ** 2, y_qry))
+        total = total + losses[-1]
+    gradient, ours, _ = BASELINES["protonet"](net, tasks)
+    torch.testing.assert_close(ours, torch.stack(losses).detach())
+    expected = torch.autograd.grad(total, list(net.parameters()), materialize_grads=True)
+    for one, other in zip(gradient, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert gradient[-1].abs().max() == 0 < gradient[0].abs().max()
+
+
+def test_classifier_of_all_classes(net):
+    tasks = make_tasks()
+    net.classes = torch.nn.Linear(64, 12).double()
+    images = torch.cat([tasks.x_spt, tasks.x_qry], 1).flatten(0, 1)
+    labels = torch.cat([tasks.classes.gather(1, y) for y in (tasks.y_spt, tasks.y_qry)], 1).flatten()
+    loss = F.cross_entropy(net.classes(plain_paper_net(images, net.weights)[0]), labels)
+    expected = torch.autograd.grad(loss * len(tasks.y_spt), list(net.parameters()), materialize_grads=True)
+    gradient, losses, _ = BASELINES["classifier"](net, tasks)
+    torch.testing.assert_close(losses.mean(), loss.detach())
+    for one, other in zip(gradient, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_classes_name_the_images():
+    """A task's images are of the classes that `classes` names."""
+    images = torch.arange(12).byte().view(12, 1, 1, 1, 1).expand(12, 8, 1, 2, 2)
+    sampler = Sampler(images, Dataset(lambda: "", 1, (0.0,), (1 / 255,), dict, lambda split: images),
+                      torch.device("cpu"), 0, 4, 1, 2, turns=3)
+    tasks = sampler(5)
+    for x, y in ((tasks.x_spt, tasks.y_spt), (tasks.x_qry, tasks.y_qry)):
+        assert torch.equal(x[..., 0, 0, 0].round().long(), tasks.classes.gather(1, y))
+
+
+@pytest.mark.parametrize("k_spt", [1, 2])
+def test_without_transduction_each_query_meets_the_support_set_alone(net, k_spt):
+    tasks = make_tasks(k_spt)
+    trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, 2.0, 1)
+    found = accuracies(net, tasks, trajectory, transductive=False)
+    for k, weights in enumerate(trajectory):
+        for task, (x_spt, y_spt, x_qry, y_qry) in enumerate(zip(*tasks[:4])):
+            own = {name: w[task] for name, w in weights.items()}
+            right = near = 0
+            for x, y in zip(x_qry, y_qry):
+                features, logits = plain_paper_net(torch.cat([x_spt, x[None]]), own)
+                means = torch.stack([features[:-1][y_spt == label].mean(0) for label in range(5)])
+                right += int(logits[-1].argmax() == y)
+                near += int((features[-1] - means).norm(dim=1).argmin() == y)
+            assert found["accuracy"][task, k] == pytest.approx(right / len(y_qry))
+            assert found["nearest_mean"][task, k] == pytest.approx(near / len(y_qry))
+
+
+def test_measured_queries_extend_the_trained_ones():
+    images = torch.randint(0, 256, (9, 20, 1, 4, 4)).byte()
+    dataset = Dataset(lambda: "noise", 1, (0.0,), (1.0,), dict, lambda split: images)
+    few, more = (Sampler(images, dataset, torch.device("cpu"), 7, 5, 1, 2, nc_qry=nc_qry) for nc_qry in (2, 15))
+    for _ in range(3):
+        index = more.draw(4)
+        assert all(torch.equal(a, b) for a, b in zip(few(4), more.gather(index)))
+        wide = more.gather(index, measured=True)
+        assert wide.x_qry.shape[1] == 75
+        assert torch.equal(wide.x_qry.unflatten(1, (5, 15))[:, :, :2].flatten(1, 2), more.gather(index).x_qry)
+
+
+def test_cosine_schedule(net):
+    maml = Meta(net.float(), update_lr=0.1, update_step=1, meta_lr=0.1, cosine_steps=4)
+    images = torch.randint(0, 256, (12, 8, 1, 28, 28)).byte()
+    rates = []
+    for _ in range(4):
+        maml(sample_tasks(images, 1, 5, 1, 1, None))
+        rates.append(float(maml.optimizer.param_groups[0]["lr"]))
+    assert rates == pytest.approx([0.1, 0.1 * (1 + 0.5**0.5) / 2, 0.05, 0.1 * (1 - 0.5**0.5) / 2])
