@@ -12,7 +12,7 @@ from measuring import accuracy, class_means, cross_entropy, squared_distances
 from tasks import Tasks
 
 
-def protonet_gradient(net: Learner, tasks: Tasks) -> tuple[list[Tensor], Tensor, Tensor]:
+def protonet_gradient(net: Learner, tasks: Tasks, classes: Tensor | None = None) -> tuple[list[Tensor], Tensor, Tensor]:
     """A prototypical network (Snell, Swersky, Zemel 2017): logits are minus the squared distances to support means.
 
     Features are the input of the net's last linear layer, which gets no gradient.
@@ -26,18 +26,20 @@ def protonet_gradient(net: Learner, tasks: Tasks) -> tuple[list[Tensor], Tensor,
     return _gradient(net, logits, tasks.y_qry)
 
 
-def classifier_gradient(net: Learner, tasks: Tasks) -> tuple[list[Tensor], Tensor, Tensor]:
+def classifier_gradient(net: Learner, tasks: Tasks, classes: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
     """An ordinary classifier of all training classes, `net.classes`, on the images of all tasks as one batch.
 
     Batch norm is over the whole batch, so the tasks must come in one piece.
 
+    Args:
+        classes: [T, n_way], which training class each label of a task stands for.
     Returns:
         As `protonet_gradient`; a task's loss and accuracy are the means over its images.
     """
     images, labels = torch.cat([tasks.x_spt, tasks.x_qry], 1), torch.cat([tasks.y_spt, tasks.y_qry], 1)
     _, features = net(images.flatten(0, 1), features=True)
     logits = net.classes(features[-2]).unflatten(0, labels.shape)
-    return _gradient(net, logits, tasks.classes.gather(1, labels))
+    return _gradient(net, logits, classes.gather(1, labels))
 
 
 def _gradient(net: Learner, logits: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:

@@ -160,24 +160,26 @@ class Meta(nn.Module):
         adam = [t for weight in self.net.parameters() for t in self.optimizer.state[weight].values()]
         return [*self.net.parameters(), *adam, self.updates, self.halted]
 
-    def forward(self, tasks: Tasks, every_step: bool = False, measured: Tasks | None = None) -> Step:
+    def forward(self, tasks: Tasks, every_step: bool = False, measured: Tasks | None = None,
+                classes: Tensor | None = None) -> Step:
         """One meta-step: gradients, what is measured of the weights as they are, Adam.
 
         Args:
             tasks: T tasks; the gradient is of the mean of their query losses.
             every_step: accuracy before adaptation and after each inner step, not only after the last.
             measured: the same tasks with other query sets, on which the metrics are measured; `tasks` if None.
+            classes: [T, n_way], which training class each label stands for; the classifier needs them.
         """
         n_tasks = len(tasks.y_spt)
         measured = (measured or tasks) if self.measures_next else None
         null = self._null(measured) if measured else None
         inner, query = self._together(tasks)
         few = min(query, self._together(measured)[1]) if measured else query
-        shared = tree_map(devices.share, (tasks, measured, null))
+        shared = tree_map(devices.share, (tasks, measured, null, classes))
         gradients, steps = [], []
         inner = devices.NO_LIMIT if self.learner == "classifier" else inner  # its batch norm is over all images
-        for tasks, measured, null in chunks(inner, len(shared[0].y_spt), *shared):
-            gradient, losses, right, trajectory = self._gradient(tasks, query, self.first_order)
+        for tasks, measured, null, classes in chunks(inner, len(shared[0].y_spt), *shared):
+            gradient, losses, right, trajectory = self._gradient(tasks, classes, query, self.first_order)
             if trajectory is None and (every_step or measured):
                 trajectory = self._adapt(tasks, self.update_step)
             right = self._chunked(query_accuracy, query, tasks, trajectory) if every_step else right[:, None]
@@ -189,10 +191,10 @@ class Meta(nn.Module):
         self._update([gradient / n_tasks for gradient in total], step.losses)
         return step
 
-    def _gradient(self, tasks: Tasks, query_chunk: int, first_order: bool) -> tuple:
+    def _gradient(self, tasks: Tasks, classes: Tensor | None, query_chunk: int, first_order: bool) -> tuple:
         """What `meta_gradient` returns; without an inner loop there is no trajectory."""
         if self.learner in BASELINES:
-            return *BASELINES[self.learner](self.net, tasks), None
+            return *BASELINES[self.learner](self.net, tasks, classes), None
         return meta_gradient(self.net, tasks, self.update_lr, self.update_step, first_order, query_chunk, self.adapted)
 
     def _adapt(self, tasks: Tasks, steps: int) -> list[Weights]:
@@ -219,11 +221,11 @@ class Meta(nn.Module):
             self.halted |= ~finite
         self.step += 1
 
-    def losses(self, tasks: Tasks) -> Tensor:
+    def losses(self, tasks: Tasks, classes: Tensor | None = None) -> Tensor:
         """What `forward` would see as `Step.losses`, [T]; nothing is updated."""
         inner, query = self._together(tasks)
-        return chunked(lambda chunk: self._gradient(chunk, query, first_order=True)[1],  # both orders: equal losses
-                       devices.NO_LIMIT if self.learner == "classifier" else inner, len(tasks.y_spt), tasks)
+        return chunked(lambda *chunk: self._gradient(*chunk, query, first_order=True)[1],  # both orders: equal losses
+                       devices.NO_LIMIT if self.learner == "classifier" else inner, len(tasks.y_spt), tasks, classes)
 
     def finetune(self, tasks: Tasks, measure: bool = False, null_seed: int | None = None,
                  measured: Tasks | None = None, nontransductive: int = 0) -> Adapted:

@@ -19,7 +19,6 @@ class Tasks(NamedTuple):
     y_spt: Tensor  # [T, n_way * k_spt]
     x_qry: Tensor  # [T, n_way * k_qry, c, h, w]
     y_qry: Tensor  # [T, n_way * k_qry]
-    classes: Tensor | None = None  # [T, n_way] which class of the data (and turn of it) each label stands for
 
 
 @dataclass(frozen=True)
@@ -182,8 +181,7 @@ class Sampler:
         """The tasks of these indices, with `nc_qry` query images per class if `measured`, else with `k_qry`."""
         classes, order = index
         order = order[..., :self.k_spt + (self.nc_qry if measured else self.k_qry)]
-        tasks = as_tasks(pick(self.images, (classes, order)).to(self.device), self.k_spt, self.mean, self.std)
-        return tasks._replace(classes=classes[..., 0].to(self.device))
+        return as_tasks(pick(self.images, (classes, order)).to(self.device), self.k_spt, self.mean, self.std)
 
     @property
     def state(self) -> Tensor:

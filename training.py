@@ -193,7 +193,7 @@ class _Run:
     def _eager_step(self, every_step: bool = False) -> Step:
         index, apart = self.sampler.draw(self.args.task_num), self.sampler.nc_qry != self.sampler.k_qry
         measured = self.sampler.gather(index, measured=True) if apart and self.maml.measures_next else None
-        return self.maml(self.sampler.gather(index), every_step, measured)
+        return self.maml(self.sampler.gather(index), every_step, measured, index[0][..., 0].to(self.device))
 
     def report(self, log: Log, bar, step: int, seen: Step, shown: bool) -> None:
         loss = seen.losses.mean()
@@ -228,8 +228,9 @@ class _Run:
         checked, self.sampler.state = self.last_checked
         for _ in range(step - checked):
             self.sampler.draw(args.task_num)
-        tasks = self.sampler(args.task_num)
-        losses = self.maml.losses(tasks)
+        index = self.sampler.draw(args.task_num)
+        tasks = self.sampler.gather(index)
+        losses = self.maml.losses(tasks, index[0][..., 0].to(self.device))
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         checkpoint.write(path, {"step": step, "weights": self.maml.net.state_dict(),
                                 "adam": self.maml.optimizer.state_dict(), "tasks": tasks._asdict(), "losses": losses})
