@@ -61,7 +61,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str,
             only_given: bool = False) -> argparse.ArgumentParser:
     """The flags; with `only_given`, those that are not on the command line are left unset."""
     recipes = (f"  {way}-way {shot}-shot: {' '.join(_as_flags(values, values))}" for (way, shot), values in paper.items())
-    parser = Parser(description=description, formatter_class=_Help, allow_abbrev=False,
+    parser = Parser(description=description, formatter_class=_Help, allow_abbrev=False, add_help=not only_given,
                     epilog="\n".join(["what --recipe paper sets (flags given with it override it):", *recipes]))
 
     def flag(name: str, default, text: str, **options):
@@ -139,7 +139,9 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str,
          metavar="RUN_FOLDER")
     flag("from_args", None, "repeat a run, in a new folder; flags that are given change it",
          metavar="RUN_FOLDER/args.json")
-    if not only_given:
+    if only_given:
+        parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS)  # the other parser's
+    else:
         parser.set_defaults(script=defaults["script"], print_every=defaults["print_every"])
     return parser
 

@@ -11,6 +11,8 @@ from torch import nn
 def module(name, params, flat=False):
     """The torch.nn layer of one entry of a layer list."""
     match name:
+        case "conv2d" if params[5] == "same":  # of an even side, with 3x3 and stride 2
+            return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(params[1], params[0], 3, 2))
         case "conv2d":
             return nn.Conv2d(params[1], params[0], params[2], params[4], params[5])
         case "convt2d":
@@ -19,6 +21,12 @@ def module(name, params, flat=False):
             return nn.Linear(params[1], params[0])
         case "bn":
             return (nn.BatchNorm1d if flat else nn.BatchNorm2d)(params[0], track_running_stats=False)
+        case "bn_shift":
+            layer = nn.BatchNorm2d(params[0], eps=1e-3, track_running_stats=False)
+            layer.weight = None
+            return layer
+        case "mean":
+            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         case "relu":
             return nn.ReLU(inplace=params[0])
         case "leakyrelu":

@@ -397,7 +397,7 @@ def test_metrics_are_those_of_each_tasks_query_set(monkeypatch, null_labels, cal
     net, tasks, lr, steps = small_net(), make_tasks(k_spt=k_spt), 0.3, 2
     monkeypatch.setattr(Meta, "_together", lambda *_: chunks)
     maml = Meta(copy.deepcopy(net), update_lr=lr, update_step=steps, update_step_test=3, nc_every=1)
-    metrics = maml(tasks).metrics if call == "forward" else maml.finetune(tasks, measure=True)[1]
+    metrics = maml(tasks).metrics if call == "forward" else maml.finetune(tasks, measure=True).metrics
     null_spt, null_qry = null_labels
     expected = expected_metrics(net, tasks, lr, steps, null_spt, null_qry)
     assert metrics.keys() == expected.keys()
@@ -480,13 +480,13 @@ def test_accuracies(monkeypatch, chunks):
 def test_finetune_measures_after_update_step_steps_whatever_the_test_steps(test_steps):
     net, tasks = small_net(), make_tasks()
     maml = Meta(net, update_lr=0.3, update_step=2, update_step_test=test_steps)
-    accuracy, metrics = maml.finetune(tasks, measure=True)
-    plain, nothing = maml.finetune(tasks)
-    assert nothing is None and torch.equal(plain, accuracy) and accuracy.shape == (4, test_steps + 1)
+    found, plain = maml.finetune(tasks, measure=True), maml.finetune(tasks)
+    assert plain.metrics is None and torch.equal(plain.accuracy, found.accuracy)
+    assert found.accuracy.shape == found.nearest_mean.shape == (4, test_steps + 1)
     _, step = meta_step(net, tasks, update_lr=0.3, update_step=2, nc_every=1)
-    for model in metrics:
+    for model, metrics in found.metrics.items():
         for name, values in step.metrics[model].items():
-            torch.testing.assert_close(metrics[model][name], values, equal_nan=True)
+            torch.testing.assert_close(metrics[name], values, equal_nan=True)
 
 
 @pytest.mark.parametrize("measure", [False, True])

@@ -187,14 +187,14 @@ def test_without_posix_and_without_removing_open_files(tmp_path):
     assert (done.returncode, done.stderr) == (2, "error: o is in use by another process; name another folder\n")
     for run in ("o", "p"):
         assert sorted(path.name for path in (tmp_path / run).iterdir()) == [
-            "args.json", "best.pt", "checkpoint.pt", "log.jsonl", "result.json", "timing.json"]
+            "args.json", "best.pt", "checkpoint.pt", "last.pt", "log.jsonl", "result.json", "timing.json"]
 
 
 # ---- what is refused, before any data is read
 
 
 @pytest.mark.parametrize("flags, line", [
-    (["--k_qry", "20"], "--k_spt 1 --k_qry 20: Omniglot has 20 images a class"),
+    (["--k_qry", "20"], "--k_spt 1 --k_qry 20: Omniglot has 20 images per class"),
     (["--n_way", "101"], "--n_way 101: Omniglot has 100 classes in its val split"),
     (["--imgsz", "14"], "--imgsz 14: layer"),
     (["--imgc", "3"], "--imgc 3: Omniglot has 1"),
@@ -229,7 +229,7 @@ def test_omniglot_refuses(flags, line, tmp_path, monkeypatch):
     (["--epoch", "3"], "--epoch 3: fewer tasks than one meta-step"),
     (["--imgsz", "30"], "--imgsz 30: layer"),
     (["--n_way", "17"], "--n_way 17: synthetic photos has 16 classes in its val split"),
-    (["--k_spt", "30"], "synthetic photos has 40 images a class"),
+    (["--k_spt", "30"], "synthetic photos has 40 images per class"),
 ])
 def test_photos_refuses(flags, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -275,7 +275,8 @@ def test_run_folder_is_not_overwritten(omniglot_run):
 def test_help_tells_every_flag_and_default(name):
     said = program(name, "--help").stdout
     for flag in ("epoch n_way k_spt k_qry imgsz imgc task_num meta_lr update_lr update_step update_step_test root out "
-                 "seed device nc_every first_order net eval_every eval_tasks test_tasks synthetic test").split():
+                 "seed device nc_every first_order net eval_every eval_tasks test_tasks synthetic test recipe learner nc_qry "
+                 "transductive lr_schedule keep_every").split():
         assert f"--{flag} " in said, flag
     assert ("--no-rotations" in said) == (name == "omniglot_train.py")
     assert said.count("(default:") >= 22
