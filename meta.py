@@ -212,10 +212,10 @@ class Meta(nn.Module):
             self.optimizer.param_groups[0]["lr"].copy_(self.meta_lr * (1 + cosine) / 2)
         self.optimizer.step()
         squares = [self.optimizer.state[weight]["exp_avg_sq"] for weight in self.net.parameters()]
-        finite = torch.stack([values.isfinite().all() for values in (losses, *gradients, *squares)]).all()
+        finite = torch.cat([values.flatten() for values in (losses, *gradients, *squares)]).isfinite().all()
         made = finite & ~self.halted
         for tensor, old in zip(state, before):
-            tensor.copy_(tensor.where(made, old))
+            torch.where(made, tensor, old, out=tensor)
         self.updates += made
         if not self.skip_nonfinite:
             self.halted |= ~finite
