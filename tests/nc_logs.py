@@ -1,6 +1,6 @@
 """Runs as the training scripts leave them, with curves that the tests choose: no training, no torch.
 
-    python tests/nc_logs.py FOLDER     three seeds of each Omniglot setting of the study, to try the figures on
+    python tests/nc_logs.py FOLDER     three seeds of settings of the study, to try the figures and tables on
 """
 
 import json
@@ -13,6 +13,7 @@ import numpy as np
 
 LAYERS = ["block1", "block2", "block3", "block4", "logits"]
 INNER_STEPS = 5
+PER_TASK = ("within", "between", "relative_within")
 
 # Each metric's value on permuted labels, before training, and where it ends, at the last hidden layer.
 METRICS = {
@@ -21,7 +22,8 @@ METRICS = {
     "within_unbiased": (21.0, 20.0, 32.0), "between_unbiased": (0.0, 1.5, 58.0),
     "nc1": (6.9, 0.63, 0.15), "cdnv": (7.0, 3.2, 0.31), "equinorm": (0.12, 0.123, 0.20),
     "equiangularity": (0.11, 0.146, 0.16), "etf_error": (0.58, 0.38, 0.46), "self_duality": (2.0, 1.33, 0.97),
-    "ncc_accuracy": (0.2, 0.478, 0.90), "ncc_mismatch": (0.75, 0.22, 0.06),
+    "ncc_accuracy": (0.2, 0.478, 0.90), "ncc_mismatch": (0.75, 0.22, 0.06), "cdnv_unbiased": (12.0, 5.0, 0.33),
+    "directional_cdnv": (0.3, 0.09, 0.02),
 }  # fmt: skip
 
 
@@ -61,8 +63,11 @@ def nc_row(step: int, classes: str = "train", value: Callable = usual, tasks: in
     inner = {name: [[a + s * (b - a) for a, b in zip(*pair)] for s in share] for name, pair in ends.items()}
     best = models["finetuned"]["ncc_accuracy"]["mean"][-2]
     accuracy = [best / 4] + [best * (1 - 0.1 / k) for k in range(1, INNER_STEPS + 1)]
+    spread = np.linspace(-1, 1, tasks)
+    per_task = {model: {name: list(values[name]["mean"][-2] * (1 + 0.1 * spread)) for name in PER_TASK}
+                for model, values in models.items()}  # fmt: skip
     return {
-        "kind": "nc", "step": step, "classes": classes, "tasks": tasks, "layers": LAYERS, **models,
+        "kind": "nc", "step": step, "classes": classes, "tasks": tasks, "layers": LAYERS, **models, "per_task": per_task,
         "inner": {name: {"mean": rows, "se": [[0.02 * v for v in row] for row in rows]} for name, rows in inner.items()}
         | {"accuracy": {"mean": accuracy, "se": [0.01] * len(accuracy)}},
     }  # fmt: skip
@@ -84,34 +89,54 @@ def log(steps: int = 600, every: int = 30, eval_every: int = 250, **options) -> 
     return rows
 
 
-def write_run(folder: Path, rows: list[dict], name: str = "Omniglot", accuracy: float = 0.9, **settings) -> Path:
+def write_run(folder: Path, rows: list[dict] | None = None, name: str = "Omniglot", accuracy: float = 0.9, **settings) -> Path:
     """A finished run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"n_way": 5, "k_spt": 1, "k_qry": 15, "task_num": 8, "epoch": 600, "first_order": False, "net": "paper",
                 "update_step_test": 10, "seed": 1, "nc_every": 30, "out": str(folder)} | settings  # fmt: skip
     args = {"settings": settings, "meta_steps": settings["epoch"], "data": {"name": name},
             "device": {"type": "cpu", "name": "a processor", "threads": 1}}  # fmt: skip
-    test = {"accuracy": [0.2] + [accuracy] * 10, "ci95": [0.01] + [0.006] * 10, "inner_steps": list(range(11)),
-            "tasks": 600} | {name: settings[name] for name in ("n_way", "k_spt", "k_qry")}  # fmt: skip
+    test = {"accuracy": [0.2] + [accuracy] * 10, "ci95": [0.01] + [0.006] * 10, "inner_steps": list(range(11)), "tasks": 600,
+            "nearest_mean": [accuracy + 0.02] * 11} | {key: settings[key] for key in ("n_way", "k_spt", "k_qry")}  # fmt: skip
+    apart = test | {"accuracy": [0.2] + [accuracy - 0.05] * 10, "nearest_mean": [accuracy - 0.04] * 11}
     for file, content in {
         "args.json": args, "timing.json": {"training_minutes": 50.5, "meta_steps": settings["epoch"]},
-        "result.json": {"data": name, "test": test, "best_step": settings["epoch"], "val_accuracy": accuracy},
+        "result.json": {"data": name, "test": test, "test_nontransductive": apart, "best_step": settings["epoch"]},
     }.items():  # fmt: skip
         (folder / file).write_text(json.dumps(content))
+    rows = log(120) if rows is None else rows
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-def write_study(folder: Path, steps: int = 6000, seeds: int = 3, spread: float = 0.03, every: int = 30) -> None:
-    """Runs of the study's Omniglot settings, with relative errors of `spread`."""
-    settings = {"omniglot-5w1s": {}, "omniglot-5w5s": {"k_spt": 5},
-                "omniglot-5w1s-first-order-original": {"first_order": True, "net": "original"}}  # fmt: skip
+def write_controls(folder: Path, scale: float = 1.0) -> None:
+    """controls.json of a run: the trained weights, the untrained network and raw pixels, which have one layer."""
+    def control(step: int, layers: int) -> dict:
+        row = nc_row(step, "heldout", tasks=600)
+        found = {model: {name: {part: [scale * x if x else x for x in values[part][:layers]] for part in ("mean", "se")}
+                         for name, values in row[model].items()} for model in ("meta", "finetuned")}  # fmt: skip
+        return {"tasks": 600, **found, "accuracy": [0.2, 0.5], "nearest_mean": [0.4, 0.5], "effective_dimension": 17.5}
+
+    kinds = {"final": (600, 5), "untrained": (0, 5), "pixels": (0, 1)}
+    (folder / "controls.json").write_text(json.dumps({kind: control(*sizes) for kind, sizes in kinds.items()}))
+
+
+STUDY = {"omniglot-5w1s": {}, "omniglot-5w5s": {"k_spt": 5},
+         "omniglot-5w1s-first-order-original": {"first_order": True, "net": "original"}}  # fmt: skip
+LEARNERS = {f"contrast-{learner}": {"learner": learner, "recipe": "paper", "nc_qry": 15, "k_qry": 1}
+            for learner in ("maml", "anil", "boil", "protonet", "classifier")}  # fmt: skip
+LONG = {"paper-omniglot-5w1s": {"recipe": "paper", "nc_qry": 15, "k_qry": 1}}
+
+
+def write_study(folder: Path, settings: dict[str, dict] = STUDY, steps: int = 6000, seeds: int = 3, spread: float = 0.03,
+                every: int = 30) -> None:
+    """Seeds of some settings, with relative errors of `spread`."""
     for index, (name, options) in enumerate(settings.items()):
         for seed in range(1, seeds + 1):
             generator = np.random.default_rng(10 * index + seed)
             rows = log(steps, every, noise=lambda: spread * generator.standard_normal())
-            write_run(folder / f"{name}-seed{seed}", rows, epoch=steps, seed=seed, **options)
+            write_run(folder / f"{name}-seed{seed}", rows, epoch=steps, seed=seed, accuracy=0.9 + index / 100 + seed / 1000, **options)
 
 
 if __name__ == "__main__":
-    write_study(Path(sys.argv[1]))
+    write_study(Path(sys.argv[1]), STUDY | LEARNERS | LONG)

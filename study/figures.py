@@ -1,0 +1,398 @@
+"""Figures of runs: groups of seeds in, a matplotlib figure out; plot_nc.py is the program.
+
+One palette for settings and learners; solid lines after adaptation, dashed before it; thin lines are single seeds, thick
+ones their mean. Training tasks are few at each measurement, so their curves are means over the steps within 10%.
+"""
+
+import io
+import math
+from pathlib import Path
+from typing import Callable, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
+from PIL import Image
+
+from study import effects, tables
+from study.logs import Run, Study, UserError, describe, write_bytes
+from study.run import SETTINGS
+
+Group = list[Run]
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
+GREY = "#777777"
+STYLES = {"finetuned": "-", "meta": (0, (4, 2))}
+STYLE = {"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "axes.axisbelow": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "legend.frameon": False,
+         "legend.fontsize": 8, "axes.titlelocation": "left", "lines.solid_capstyle": "butt"}  # fmt: skip
+WIDTH, DPI = 9.0, 160  # inches, dots per inch: a picture shown about 900 pixels wide stays sharp
+SMOOTHED = 0.1
+
+LABELS = {"relative_within": "relative within trace", "nc1": "tr(S$_W$S$_B^+$)/C", "cdnv_unbiased": "CDNV, unbiased",
+          "etf_error": "NC2: ETF error", "self_duality": "NC3: self-duality", "ncc_mismatch": "NC4: mismatch",
+          "directional_cdnv": "directional CDNV"}  # fmt: skip
+LOGARITHMIC = {"nc1", "cdnv_unbiased", "directional_cdnv"}
+
+
+# ---- parts
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG of few colours, which is small; same input, same bytes."""
+    buffer, target = io.BytesIO(), io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    if buffer.tell():
+        Image.open(buffer).convert("RGB").quantize(40, dither=Image.Dither.NONE).save(target, "PNG", optimize=True)
+    write_bytes(path, target.getvalue())
+
+
+def colours(groups: Sequence[Group]) -> list[tuple[Group, str, str]]:
+    """Each group with its colour and what the legend calls it."""
+    by_name = {setting.name: setting.label for setting in SETTINGS.values()}
+    labels = [by_name.get(group[0].path.name.rpartition("-seed")[0], describe(group[0])) for group in groups]
+    return [(group, PALETTE[i % len(PALETTE)], label) for i, (group, label) in enumerate(zip(groups, labels))]
+
+
+def smoothed(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Each point the mean of the defined ones within 10% of its step: [S], [S] -> [S]."""
+    defined = np.isfinite(values)
+    near = (np.abs(steps[:, None] - steps) <= SMOOTHED * steps[:, None]) & defined
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(defined, near @ np.where(defined, values, 0) / near.sum(1), np.nan)
+
+
+def draw(axes: Axes, group: Group, curve: Callable[[Run], tuple], colour: str, style="-", smooth: bool = False) -> None:
+    """A thin line per seed and, of several, their mean at the steps that all have; of one seed a band, if `curve` has it.
+
+    `curve` gives steps and values, and perhaps half of a 95% interval.
+    """
+    found = []
+    for run in group:
+        steps, values, *half = curve(run)
+        if not len(steps):
+            return
+        values, *half = (smoothed(steps, one) if smooth else one for one in (values, *half))
+        found.append(dict(zip(steps, values)))
+        if len(group) == 1 and half:
+            axes.fill_between(steps, values - half[0], values + half[0], color=colour, alpha=0.15, linewidth=0)
+    steps = sorted(set.intersection(*map(set, found)))
+    marker = "o" if len(steps) < 12 else None  # a line alone would hide how few the points are
+    if len(group) > 1:
+        for one in found:
+            axes.plot(one.keys(), one.values(), color=colour, linestyle=style, linewidth=0.6, alpha=0.5)
+    mean = [np.mean([one[step] for one in found]) for step in steps]
+    axes.plot(steps, mean, color=colour, linestyle=style, linewidth=1.6, marker=marker, markersize=3)
+
+
+def of_metric(split: str, model: str, metric: str, layer: str | None = None, scale: float = 1) -> Callable[[Run], tuple]:
+    def curve(run: Run) -> tuple:
+        steps, mean, se = effects.series(run, split, model, metric, layer or run.hidden)
+        return steps, scale * mean, 1.96 * scale * se
+
+    return curve
+
+
+def of_accuracy(split: str) -> Callable[[Run], tuple]:
+    """In percent, by the classifier after the inner steps of training."""
+    def curve(run: Run) -> tuple:
+        steps, values = run.along_inner_loop(split, "accuracy")
+        return steps, 100 * values[:, -1] if len(steps) else values
+
+    return curve
+
+
+def step_axis(axes: Axes, groups: Sequence[Group], until: float = math.inf) -> None:
+    """Meta-steps, logarithmic from 100 on and linear before, so that step 0 has its place."""
+    last = min(max(run.last_step for group in groups for run in group), until)
+    axes.set_xlabel("meta-step")
+    axes.set_xlim(0, max(last, 1) * 1.04)
+    if last > 300:
+        axes.set_xscale("symlog", linthresh=100, linscale=0.5)
+        ticks = [step for step in (100, 300, 1_000, 3_000, 6_000, 10_000, 20_000, 60_000) if step <= last]
+        ticks = [step for i, step in enumerate(ticks) if not any(0.5 * later < step for later in ticks[i + 1:])]
+        axes.xaxis.set_major_locator(FixedLocator([0, *ticks]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k" if step >= 1000 else f"{step:g}")
+
+
+def fit(axes: Axes, log: bool = False) -> None:
+    """A range around the lines; a panel in which nothing is defined says so."""
+    lines = [np.asarray(line.get_ydata(), float) for line in axes.get_lines()]
+    values = np.concatenate([*lines, np.empty(0)])
+    values = values[np.isfinite(values) & ((values > 0) if log else True)]
+    if not values.size:
+        axes.text(0.5, 0.5, "undefined", transform=axes.transAxes, ha="center", color=GREY)
+        axes.set_yticks([])
+        return
+    if log:
+        axes.set_yscale("log")
+        axes.set_ylim(values.min() / 1.4, values.max() * 1.4)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(min(0, values.min() * 1.05), values.max() * 1.08 or 1)
+
+
+def model_lines() -> list[Line2D]:
+    return [Line2D([], [], color="#333333", linestyle=style, label=tables.MODELS[model]) for model, style in STYLES.items()]
+
+
+def keys(groups: Sequence[Group]) -> list[Line2D]:
+    return [Line2D([], [], color=colour, linewidth=2.2, label=label) for _, colour, label in colours(groups)]
+
+
+def frame(rows: int, columns: int, height: float, legend: Sequence[Line2D], **options) -> tuple[Figure, np.ndarray]:
+    """A figure of rows x columns panels with one legend below them."""
+    per_row = min(len(legend), 4)
+    below = 0.08 + 0.19 * math.ceil(len(legend) / per_row)
+    figure = Figure(figsize=(WIDTH, height + below))
+    figure.set_layout_engine("constrained", rect=(0.003, below / (height + below), 0.994, 1 - below / (height + below)))
+    figure.legend(handles=legend, loc="lower center", ncols=per_row)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def common_split(groups: Sequence[Group]) -> str:
+    """Held-out tasks where all runs have measured them, as they are many; else training tasks."""
+    return "heldout" if all(run.rows["heldout"] for group in groups for run in group) else "train"
+
+
+def chosen_layer(run: Run, layer: str | None) -> str:
+    if layer is not None and layer not in run.layers:
+        raise UserError(f"no layer {layer!r} in {run.path}; --layer takes one of: {', '.join(run.layers)}")
+    return layer or run.hidden
+
+
+# ---- of any runs
+
+
+def traces(groups: Sequence[Group], layer: str | None = None) -> Figure:
+    """The original's panels: traces within and between classes, and the share within, before and after adaptation."""
+    if len(groups) > 1:
+        raise UserError("--figure traces takes the seeds of one setting; name other settings in a call of their own")
+    (group,) = groups
+    layer = chosen_layer(group[0], layer)
+    kinds = {"within": PALETTE[0], "between": PALETTE[1]}
+    legend = [Line2D([], [], color=colour, linewidth=2.2, label=f"{name} classes") for name, colour in kinds.items()]
+    legend += [Line2D([], [], color="#333333", label="training tasks"),
+               Line2D([], [], color="#333333", linestyle=":", label="held-out tasks")]  # fmt: skip
+    figure, panels = frame(2, 2, 4.6, legend)
+    for row, model in zip(panels, ("meta", "finetuned")):
+        for split, style in (("train", "-"), ("heldout", ":")):
+            for kind, colour in kinds.items():
+                draw(row[0], group, of_metric(split, model, kind, layer), colour, style, split == "train")
+            draw(row[1], group, of_metric(split, model, "relative_within", layer), kinds["within"], style, split == "train")
+        noise = effects.noise_share(group[0].settings["n_way"], group[0].queries)
+        row[1].axhline(noise, color=GREY, linestyle="-.", linewidth=0.9)
+        fit(row[0])
+        fit(row[1])
+        row[1].set_ylim(0, 1)
+        row[1].text(0.98, noise - 0.02, "pure noise", transform=row[1].get_yaxis_transform(), ha="right", va="top", color=GREY)
+        row[0].set_title(f"{model} model ({tables.MODELS[model]}): traces of {layer}")
+        row[1].set_title("within / (within + between)")
+        for axes in row:
+            step_axis(axes, groups)
+    figure.suptitle(f"{group[0].data}, {describe(group[0])}", fontsize=10, parse_math=False)
+    return figure
+
+
+def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
+    """NC1 to NC4 against meta-steps, with permuted labels, or for NC2 random directions, as the reference."""
+    split, legend = common_split(groups), [*keys(groups), *model_lines(), Line2D([], [], color=GREY, linestyle=":", label="permuted labels; NC2: random directions")]
+    figure, panels = frame(2, 3, 4.2, legend)
+    for axes, (metric, label) in zip(panels.flat, LABELS.items()):
+        for group, colour, _ in colours(groups):
+            for model, style in STYLES.items():
+                draw(axes, group, of_metric(split, model, metric, layer and chosen_layer(group[0], layer)), colour, style)
+        run = groups[0][0]
+        if metric == "etf_error":
+            for dimension in (16, 64):
+                error = effects.random_etf_errors(run.settings["n_way"])[dimension - 1]
+                axes.axhline(error, color=GREY, linestyle=":", linewidth=1)
+                axes.text(1.01, error, f"d = {dimension}", transform=axes.get_yaxis_transform(), va="center", fontsize=7, color=GREY)
+        elif run.has(split, "finetuned", f"{metric}_null"):
+            draw(axes, [run], lambda run: of_metric(split, "finetuned", f"{metric}_null", layer)(run)[:2], GREY, ":")
+        axes.set_title(label)
+        fit(axes, metric in LOGARITHMIC)
+        step_axis(axes, groups)
+    return figure
+
+
+def layers(groups: Sequence[Group], layer: str | None = None) -> Figure:
+    """The relative within trace by layer at a few meta-steps, a panel per setting."""
+    split = common_split(groups)
+    wanted = [0, 250, 1_000, 6_000, 20_000, 60_000]
+    last = max(group[0].last_step for group in groups)
+    wanted = [step for step in wanted if step <= last] or [0]
+    shades = dict(zip(wanted, matplotlib.colormaps["viridis_r"](np.linspace(0.12, 1, len(wanted)))))
+    legend = [Line2D([], [], color=shade, linewidth=2.2, label=f"meta-step {step:,}") for step, shade in shades.items()]
+    figure, (panels,) = frame(1, len(groups), 2.5, [*legend, *model_lines()], sharey=True)
+    for axes, (group, _, label) in zip(panels, colours(groups)):
+        names = group[0].layers
+        for step, shade in shades.items():
+            for model, style in STYLES.items():
+                found = [[effects.series(run, split, model, "relative_within", name) for name in names] for run in group]
+                means = [[one.mean[np.abs(one.steps - step).argmin()] for one in row] for row in found if len(row[0].steps)]
+                if means and step <= group[0].last_step:
+                    axes.plot(names, np.mean(means, 0), color=shade, linestyle=style, marker="o", markersize=2.5, linewidth=1.3)
+        axes.set(title=label, ylim=(0, 1))
+    panels[0].set_ylabel("relative within trace")
+    return figure
+
+
+def accuracy(groups: Sequence[Group], layer: str | None = None) -> Figure:
+    """Accuracy on held-out tasks: by the adapted classifier, and by the nearest support mean before adaptation."""
+    if groups[0][0].layers and common_split(groups) != "heldout":
+        raise UserError(f"{groups[0][0].path} has no measurement on held-out tasks; let it run to its first validation")
+    styles = {"adapted classifier": "-", "nearest support mean, before adaptation": STYLES["meta"]}
+    legend = [Line2D([], [], color="#333333", linestyle=style, label=label) for label, style in styles.items()]
+    figure, ((axes,),) = frame(1, 1, 2.9, [*keys(groups), *legend])
+    for group, colour, _ in colours(groups):
+        draw(axes, group, of_accuracy("heldout"), colour)
+        draw(axes, group, of_metric("heldout", "meta", "ncc_accuracy", layer and chosen_layer(group[0], layer), 100), colour, STYLES["meta"])
+    axes.set_ylabel("held-out accuracy, %")
+    fit(axes)
+    step_axis(axes, groups)
+    zoom_on_accuracy(axes)
+    return figure
+
+
+def zoom_on_accuracy(axes: Axes) -> None:
+    """88 to 100%, where that is what matters, from meta-step 100 on."""
+    if axes.get_ylim()[1] > 98:
+        axes.set(ylim=(88, 100), xlim=(100, None))
+
+
+ANY = {"traces": traces, "metrics": metrics, "layers": layers, "accuracy": accuracy}
+
+
+# ---- of the study
+
+
+def result(study: Study) -> Figure:
+    """The figure of README.md: the share within classes, the two traces, the share by layer."""
+    groups = [study[name] for name in tables.MAIN if study[name]]
+    figure = Figure(figsize=(WIDTH, 3.1))
+    figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.03)
+    first, second, third = figure.subplots(1, 3)
+    for group, colour, label in colours(groups):
+        for model, style in STYLES.items():
+            draw(first, group, of_metric("train", model, "relative_within"), colour, style, smooth=True)
+            ends = np.mean([[effects.end(run, model, "relative_within", name) for name in run.layers] for run in group], 0)
+            third.plot(range(1, len(ends) + 1), ends, color=colour, linestyle=style, marker="o", markersize=3)
+        for trace, style in (("between", "-"), ("within", ":")):
+            draw(second, group, lambda run: relative_to_start(run, trace), colour, style, smooth=True)
+    for model, style in STYLES.items():
+        starts = [np.mean([effects.untrained(run, model, "relative_within", name) for run in groups[0]]) for name in groups[0][0].layers]
+        third.plot(range(1, len(starts) + 1), starts, color=GREY, linestyle=style, marker="o", markersize=3)
+    run = groups[0][0]
+    for level, name in ((effects.noise_share(run.settings["n_way"], run.queries), "permuted labels"),
+                        (effects.measured(run, "meta", "relative_within", "pixel"), "raw pixels")):
+        if not math.isfinite(level):
+            continue
+        first.axhline(level, color=GREY, linestyle="-.", linewidth=0.9)
+        first.text(0.98, level + 0.01, name, transform=first.get_yaxis_transform(), ha="right", fontsize=8, color=GREY)
+    first.legend(handles=[*keys(groups), *model_lines()], loc="lower left", fontsize=7.5, handlelength=1.8, labelspacing=0.25,
+                 borderaxespad=0.1)  # fmt: skip
+    second.legend(handles=[Line2D([], [], color="#333333", linestyle=style, label=f"{name} classes")
+                           for name, style in (("between", "-"), ("within", ":"))], loc="upper left")  # fmt: skip
+    third.text(3, 0.9, "untrained (1-shot)", ha="center", fontsize=8, color=GREY)
+    first.set(title="A  Last hidden layer, training tasks", ylabel="within / (within + between)", ylim=(0, 1.02))
+    second.set(title="B  Same layer, adapted", ylabel="trace / within trace at step 0")
+    third.set(title="C  By layer, held-out classes, end", ylim=(0, 1.02), xticks=range(1, 6),
+              xticklabels=["block 1", "2", "3", "4", "logits"])  # fmt: skip
+    second.set_ylim(0)
+    for axes in (first, second):
+        step_axis(axes, groups)
+    return figure
+
+
+def relative_to_start(run: Run, trace: str) -> tuple[np.ndarray, np.ndarray]:
+    steps, mean, _ = run.series("train", "finetuned", trace, run.hidden)
+    return steps, mean / run.series("train", "finetuned", "within", run.hidden).mean[0]
+
+
+def correlation(study: Study, layer: str = "block3") -> Figure:
+    """What is left of log CDNV and log held-out error minus their trends: a point per checkpoint, a shape per seed."""
+    groups = [study[name] for name in tables.MAIN if study[name]]
+    figure = Figure(figsize=(WIDTH, 2.9))
+    figure.set_layout_engine("constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(groups), sharex=True, sharey=True))
+    for axes, (group, colour, label) in zip(panels, colours(groups)):
+        for run, marker in zip(group, "o^s"):
+            axes.scatter(*effects.residuals(run, "finetuned", "cdnv", layer), s=14, color=colour, marker=marker, alpha=0.75, linewidths=0)
+        r = effects.correlations_over_seeds([effects.correlation(run, "finetuned", "cdnv", layer) for run in group])
+        axes.set(title=label, xlabel="log CDNV minus its trend")
+        axes.text(0.03, 0.97, f"r = {tables.correlated(r)}", transform=axes.transAxes, va="top")
+    panels[0].set_ylabel("log held-out error minus its trend")
+    return figure
+
+
+def original(study: Study) -> Figure:
+    """The relative within trace of the same logits, by label and as the original took it, before adaptation."""
+    groups = [study[name] for name in (*tables.MAIN, *tables.PHOTOGRAPHS) if study[name]]
+    legend = [Line2D([], [], color="#333333", label="by label (in the setting's colour)"),
+              Line2D([], [], color=GREY, label="class means over consecutive rows, as the original", linestyle=STYLES["meta"])]
+    figure, (panels,) = frame(1, len(groups), 2.3, legend, sharey=True)
+    for axes, (group, colour, label) in zip(panels, colours(groups)):
+        for suffix in ("", "_original"):
+            def share(run: Run) -> tuple[np.ndarray, np.ndarray]:
+                steps, within, _ = run.series("train", "meta", f"within{suffix}", run.layers[-1])
+                return steps, within / (within + run.series("train", "meta", f"between{suffix}", run.layers[-1]).mean)
+
+            draw(axes, group, share, GREY if suffix else colour, STYLES["meta"] if suffix else "-", smooth=True)
+        axes.set(ylim=(0, 1))
+        axes.set_title(label.replace(", ", ",\n", 2), fontsize=8)
+        step_axis(axes, [group])
+    panels[0].set_ylabel("relative within trace, logits")
+    return figure
+
+
+def learners(study: Study) -> Figure:
+    """Each metric against accuracy by the learner's own rule: a point per seed, a colour per learner."""
+    groups = [study[name] for name in tables.LEARNERS if study[name]]
+    figure, (panels,) = frame(1, 4, 2.5, keys(groups), sharey=True)
+    for axes, metric in zip(panels, ("relative_within", "nc1", "cdnv_unbiased", "directional_cdnv")):
+        for group, colour, _ in colours(groups):
+            axes.scatter([effects.measured(run, "meta", metric) for run in group],
+                         [100 * effects.own_accuracy(run) for run in group], color=colour, s=18)  # fmt: skip
+        axes.set_xlabel(LABELS[metric])
+    panels[0].set_ylabel("test accuracy, %\n(transductive)")
+    return figure
+
+
+def length(study: Study) -> Figure:
+    """The paper's recipe to its end: collapse on training and held-out classes, and accuracy."""
+    groups = [study[name] for name in tables.LONG if study[name]]
+    splits = {"train": "-", "heldout": ":"}
+    legend = [Line2D([], [], color="#333333", linestyle=style, label=f"{'training' if split == 'train' else 'held-out'} classes")
+              for split, style in splits.items()]
+    figure, (panels,) = frame(1, 3, 2.6, [*keys(groups), *legend])
+    for group, colour, _ in colours(groups):
+        for split, style in splits.items():
+            for axes, metric in zip(panels, ("relative_within", "nc1")):
+                draw(axes, group, of_metric(split, "finetuned", metric), colour, style, smooth=split == "train")
+            draw(panels[2], group, of_accuracy(split), colour, style, smooth=split == "train")
+    for axes, title in zip(panels, ("relative within trace, adapted", LABELS["nc1"], "accuracy, adapted, %")):
+        axes.set_title(title)
+        fit(axes, log=axes is panels[1])
+        step_axis(axes, groups)
+    zoom_on_accuracy(panels[2])
+    return figure
+
+
+def report(study: Study) -> dict[str, Figure]:
+    """Every figure of README.md and study/README.md whose runs are there, by its file."""
+    main = [study[name] for name in tables.MAIN if study[name]]
+    if not main:
+        raise UserError(f"no run of the study in {study.folder}; run python -m study.run, and then with --collect")
+    figures = {"result.png": result(study), "res/metrics.png": metrics(main), "res/layers.png": layers(main),
+               "res/correlation.png": correlation(study), "res/original.png": original(study), "res/accuracy.png": accuracy(main)}
+    if any(study[name] for name in tables.LEARNERS):
+        figures["res/learners.png"] = learners(study)
+    if any(study[name] for name in tables.LONG):
+        figures["res/length.png"] = length(study)
+    return figures

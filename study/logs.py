@@ -1,0 +1,328 @@
+"""Reads what training runs leave: args.json, log.jsonl or log.jsonl.gz, result.json, timing.json, controls.json.
+
+`study` imports nothing of the tool and no torch: a log can be analysed where the tool is not installed.
+"""
+
+import argparse
+import functools
+import gzip
+import io
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, NoReturn, Sequence
+
+import numpy as np
+
+HOME = Path(__file__).resolve().parent.parent
+BROKEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+
+# Settings that do not change the experiment: runs that differ in these alone are seeds of one setting.
+NOT_COMPARED = {"seed", "out", "root", "cache", "device", "precision", "deterministic", "task_chunk", "cuda_graph",
+                "print_every", "save_every", "keep_every", "nc_every", "nc_every_late", "eval_every", "test_tasks",
+                "resume", "from_args", "test"}  # fmt: skip
+
+
+# ---- errors, and programs that end with one line
+
+
+class UserError(Exception):
+    """An error that the user can fix; its text says what is wrong, where, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
+
+
+def run_program(main: Callable[[], None], status: int = 2) -> None:
+    """Call `main`; a UserError becomes one line on stderr and this exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # "±" on an ASCII terminal
+    try:
+        main()
+    except UserError as error:
+        line = one_line(str(error))
+        print(f"error: {line if len(line) < 2000 else line[:990] + ' ... ' + line[-990:]}", file=sys.stderr)
+        sys.exit(status)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def one_line(text: str) -> str:
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def read_bytes(path: Path, remedy: str) -> bytes:
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")  # a pipe would be waited for
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        raise UserError(f"can't read {path}: {getattr(error, 'strerror', None) or error}; {remedy}") from error
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write the whole file or nothing."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name[:50]}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (OSError, ValueError) as error:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise UserError(f"can't write {path}: {getattr(error, 'strerror', None) or error}; name another file") from error
+
+
+# ---- one run
+
+
+class Series(NamedTuple):
+    """A quantity against meta-steps: step, mean over tasks and its standard error, each [S]; nan where undefined."""
+
+    steps: np.ndarray
+    mean: np.ndarray
+    se: np.ndarray
+
+
+@dataclass(eq=False)
+class Run:
+    """A training run: its folder, args.json, and the rows of its log by kind ("train", "heldout", "val") and step.
+
+    Methods raise UserError where the log lacks what they are asked for.
+    """
+
+    path: Path
+    arguments: dict
+    rows: dict[str, dict[int, dict]]
+
+    @functools.cached_property
+    def settings(self) -> dict:
+        """The settings, with the defaults of those that older runs do not have."""
+        return {"learner": "maml", "recipe": "original", "first_order": False, "nc_qry": None} | self.arguments["settings"]
+
+    @property
+    def data(self) -> str:
+        return self.arguments["data"]["name"]
+
+    @property
+    def queries(self) -> int:
+        """Queries per class in a measurement."""
+        return self.settings["nc_qry"] or self.settings["k_qry"]
+
+    @property
+    def last_step(self) -> int:
+        return max((step for split in ("train", "heldout") for step in self.rows[split]), default=0)
+
+    @functools.cached_property
+    def layers(self) -> list[str]:
+        """Names of the measured layers, first to last."""
+        measured = self.rows["train"] or self.rows["heldout"]
+        if not measured:
+            why = "it ran with --nc_every 0" if self.settings.get("nc_every") == 0 else "it stopped before the first"
+            raise UserError(f"{self.path} holds no neural-collapse measurement: {why}; train it with --nc_every 100")
+        layers = next(iter(measured.values())).get("layers")
+        if not isinstance(layers, list) or not layers or not all(map(_is_label, layers)):
+            raise UserError(f"{self.path}: a measurement names no layers; its log is broken")
+        return layers
+
+    @property
+    def hidden(self) -> str:
+        """The classifier's input: the layer before the logits."""
+        return self.layers[max(len(self.layers) - 2, 0)]
+
+    def has(self, split: str, model: str, metric: str) -> bool:
+        """Whether every measurement has the metric: logs from before it existed do not."""
+        rows = self.rows[split].values()
+        return bool(rows) and all(isinstance(row.get(model), dict) and metric in row[model] for row in rows)
+
+    @functools.cache
+    def series(self, split: str, model: str, metric: str, layer: str) -> Series:
+        """A metric of `model` ("meta", "finetuned", "support") against meta-steps."""
+        points = []
+        for step, row in sorted(self.rows[split].items()):
+            try:
+                index, values = row["layers"].index(layer), row[model][metric]
+                points.append((step, number(values["mean"][index]), number(values["se"][index])))
+            except BROKEN as error:
+                raise UserError(f"{self.path}: the measurement ({split}) at step {step} lacks {model} {metric} of {layer}; "
+                                "its log is incomplete") from error  # fmt: skip
+        return Series(*(np.array(column) for column in zip(*points)) if points else np.empty((3, 0)))
+
+    @functools.cache
+    def along_inner_loop(self, split: str, quantity: str, layer: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Meta-steps [S], and "accuracy" or a trace before and after each inner step [S, K+1]: mean over tasks."""
+        rows = sorted(self.rows[split].items())
+        try:
+            means = [[number(value if layer is None else value[row["layers"].index(layer)])
+                      for value in row["inner"][quantity]["mean"]] for _, row in rows]  # fmt: skip
+            return np.array([step for step, _ in rows]), np.array(means, float)
+        except BROKEN as error:
+            raise UserError(f"{self.path}: a measurement ({split}) lacks {quantity} along the inner loop; its log is "
+                            "incomplete") from error  # fmt: skip
+
+    @functools.cache
+    def file(self, name: str) -> dict:
+        """result.json, timing.json or another JSON file of the run."""
+        try:
+            return dict(json.loads(read_bytes(self.path / name, "let the run finish first")))
+        except BROKEN as error:
+            raise UserError(f"{self.path / name} is damaged; take it from the run's folder again") from error
+
+    def controls(self) -> dict:
+        """What controls.json measured of the saved weights, by name of the control; empty without that file."""
+        return self.file("controls.json") if (self.path / "controls.json").exists() else {}
+
+
+def number(value: Any) -> float:
+    """A logged value; nan for null and for what a figure cannot show."""
+    value = math.nan if value is None else float(value)
+    return value if abs(value) < 1e100 else math.nan
+
+
+def _is_label(name: object) -> bool:
+    """Whether a figure can show it: printable, and nothing that matplotlib takes for mathematics."""
+    return isinstance(name, str) and name.isprintable() and "$" not in name and len(name) < 100
+
+
+def read_run(path: Path) -> Run:
+    """The run at `path`: its folder, or its log next to args.json.
+
+    Raises:
+        UserError: the folder, the log or args.json is missing or broken.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            plain = path / "log.jsonl"
+            path = plain if plain.exists() else path / "log.jsonl.gz"
+        there = path.exists()
+    except (OSError, ValueError):  # too long a name, a NUL character
+        there = False
+    if not there:
+        raise UserError(f"no run at {path}; name the folder that a training script wrote, or its log")
+    place = path.parent / "args.json"
+    try:
+        arguments = json.loads(read_bytes(place, "keep it next to its log: it says what data and settings the run had"))
+        settings, data = arguments["settings"], arguments["data"]["name"]
+        sizes = [settings[name] for name in ("n_way", "k_spt", "k_qry")] + [settings.get("nc_qry") or 1]
+        if not all(type(size) is int and 0 < size < 10**6 for size in sizes):
+            raise ValueError("n_way, k_spt and k_qry must be counts")
+        if not all(isinstance(value, str | int | float | None) for value in settings.values()):
+            raise TypeError("a setting must be a number, text or null")
+        if not all(map(_is_label, (data.replace("$", ""), *(str(settings.get(name)) for name in ("net", "learner"))))):
+            raise ValueError("a name that can't be printed")
+    except BROKEN as error:
+        raise UserError(f"{place} isn't a run's args.json: {type(error).__name__}: {error}; take it from the run's "
+                        "folder again") from error  # fmt: skip
+    return Run(path.parent, arguments, _grouped(path, read_log(path)))
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a log. A half-written last line, of a run that was stopped, is ignored with a note.
+
+    Raises:
+        UserError: it can't be read, or another line isn't a JSON object.
+    """
+    content = read_bytes(path, "name a run's folder or its log")
+    try:
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"can't read {path}: {error}; copy it again") from error
+    rows, lines = [], [(i, line) for i, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+    for i, line in lines:
+        try:
+            row = json.loads(line)
+        except BROKEN:
+            if i == lines[-1][0]:
+                print(f"note: {one_line(str(path))}, line {i}: half-written, ignored", file=sys.stderr)
+                break
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {i}: not a JSON object; correct or remove that line")
+        rows.append(row)
+    return rows
+
+
+def _grouped(path: Path, rows: Sequence[dict]) -> dict[str, dict[int, dict]]:
+    """Measurements and validations by kind and step; of a repeated step the last."""
+    groups: dict[str, dict[int, dict]] = {"train": {}, "heldout": {}, "val": {}}
+    for row in rows:
+        kind = row.get("classes") if row.get("kind") == "nc" else row.get("kind") if row.get("kind") == "val" else None
+        if kind in ("train", "heldout", "val"):
+            step = row.get("step")
+            if type(step) is not int or not 0 <= step < 2**31:
+                raise UserError(f"{path}: a measurement or validation has no step; its log is broken")
+            groups[kind][step] = row
+    return groups
+
+
+# ---- several runs
+
+
+def read_groups(paths: Sequence[Path]) -> list[list[Run]]:
+    """Runs grouped by setting and data set: each group holds the seeds of one setting, in the order named.
+
+    Raises:
+        UserError: a run can't be read, or a seed comes twice in a setting.
+    """
+    groups: list[list[Run]] = []
+    for run in map(read_run, paths):
+        group = next((group for group in groups if not differing(group[0], run)), None)
+        if group is None:
+            groups.append(group := [])
+        if any(run.settings.get("seed") == other.settings.get("seed") for other in group):
+            raise UserError(f"{run.path} has the seed of another run of its setting; name one of them")
+        group.append(run)
+    return groups
+
+
+def differing(run: Run, other: Run) -> list[str]:
+    """The settings in which the experiments differ."""
+    names = sorted({*run.settings, *other.settings} - NOT_COMPARED)
+    return ["data"] * (run.data != other.data) + [name for name in names if run.settings.get(name) != other.settings.get(name)]
+
+
+class Study:
+    """The runs under a folder by setting: res/NAME-seed1, res/NAME-seed2, ... are the seeds of NAME."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.paths: dict[str, list[Path]] = {}
+        for path in sorted({log.parent for log in folder.glob("*/log.jsonl*")}):
+            if match := re.fullmatch(r"(.+)-seed(\d+)", path.name):
+                self.paths.setdefault(match[1], []).append(path)
+
+    @functools.cache
+    def __getitem__(self, name: str) -> list[Run]:
+        """The seeds of a setting; none if it has no run yet.
+
+        Raises:
+            UserError: a run is broken, or they are not of one setting.
+        """
+        groups = read_groups(self.paths.get(name, []))
+        if len(groups) > 1:
+            what = ", ".join(differing(groups[0][0], groups[1][0]))
+            raise UserError(f"{groups[0][0].path} and {groups[1][0].path} differ in {what}; rename one: -seedN is for seeds")
+        return groups[0] if groups else []
+
+
+def describe(run: Run) -> str:
+    """What a setting is called: "5-way 1-shot, second order", with learner and network where they are not the usual."""
+    settings = run.settings
+    words = [f"{settings['n_way']}-way {settings['k_spt']}-shot", str(settings["learner"])]
+    words[1:] = words[1:] * (words[1] != "maml") + ["first order" if settings["first_order"] else "second order"]
+    return ", ".join(words + ["original network"] * (settings.get("net") == "original"))

@@ -1,0 +1,188 @@
+"""Trains every run of the study; what is finished is skipped, what was stopped is resumed.
+
+    python -m study.run --jobs 2                all of it into runs/study, two runs at a time
+    python -m study.run omniglot-5w1s --seeds 1  one setting, one seed
+    python -m study.run --dry_run                the commands alone
+    python -m study.run --collect                copy what finished runs left to res/
+
+After --collect, `python plot_nc.py` redraws the figures and `python -m study.tables` rewrites the tables.
+"""
+
+import gzip
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple, Sequence
+
+from study.logs import HOME, Parser, UserError, run_program, write_bytes
+
+RESULTS = ("result.json", "timing.json")  # what a finished run has
+KEPT = ("best.pt", "final.pt")  # weights, where the run left them
+ROOTS = {"omniglot_train.py": "omniglot/", "miniimagenet_train.py": "miniimagenet/"}  # the scripts' defaults
+POLL_SECONDS = 1.0
+
+
+class Setting(NamedTuple):
+    """A setting of the study: the start of its runs' names (NAME-seed1, ...), what tables and figures call it, how to run it."""
+
+    name: str
+    label: str
+    flags: str
+    seeds: tuple[int, ...] = (1, 2, 3)
+    script: str = "omniglot_train.py"
+
+
+_SEED = "--task_num 8 --epoch 6000 --nc_every 30 --eval_every 250"
+_PHOTOS = ("--data_name 'Tiny ImageNet in the miniImageNet layout' --task_num 2 --nc_every 30 --eval_every 150 "
+           "--eval_tasks 50")  # fmt: skip
+_PAPER = "--recipe paper --nc_qry 15 --nc_every 30 --nc_every_late 100 --eval_every 500"
+_LONG, _CONTRAST = f"{_PAPER} --epoch 60000", f"{_PAPER} --epoch 10000"
+_IN_LAYOUT = "tinyimagenet-in-miniimagenet-layout-5w5s"
+SETTINGS = {setting.name: setting for setting in (
+    Setting("omniglot-5w1s", "1-shot, second order", _SEED),
+    Setting("omniglot-5w5s", "5-shot, second order", f"{_SEED} --k_spt 5"),
+    Setting("omniglot-5w1s-first-order-original", "1-shot, first order, original network",
+            f"{_SEED} --first_order --net original"),
+    Setting("omniglot-5w1s-original", "1-shot, second order, original network", f"{_SEED} --net original"),
+    Setting("omniglot-5w1s-first-order", "1-shot, first order", f"{_SEED} --first_order"),
+    Setting(_IN_LAYOUT, "photographs, 5-shot, second order", f"{_PHOTOS} --epoch 1200", (1,), "miniimagenet_train.py"),
+    Setting(f"{_IN_LAYOUT}-first-order-original", "photographs, 5-shot, first order, original network",
+            f"{_PHOTOS} --epoch 2000 --first_order --net original", (1,), "miniimagenet_train.py"),
+    Setting("contrast-maml", "MAML, second order", _CONTRAST),
+    Setting("contrast-first-order", "MAML, first order", f"{_CONTRAST} --first_order"),
+    Setting("contrast-anil", "ANIL", f"{_CONTRAST} --learner anil"),
+    Setting("contrast-boil", "BOIL", f"{_CONTRAST} --learner boil"),
+    Setting("contrast-protonet", "ProtoNet", f"{_CONTRAST} --learner protonet"),
+    Setting("contrast-classifier", "classifier", f"{_CONTRAST} --learner classifier"),
+    Setting("paper-omniglot-5w1s", "paper's recipe, 5-way 1-shot", _LONG),
+    Setting("paper-omniglot-5w1s-first-order", "paper's recipe, 5-way 1-shot, first order", f"{_LONG} --first_order", (1,)),
+    Setting("paper-omniglot-5w5s", "paper's recipe, 5-way 5-shot", f"{_LONG} --k_spt 5", (1,)),
+    Setting("paper-omniglot-20w1s", "paper's recipe, 20-way 1-shot", f"{_LONG} --n_way 20", (1,)),
+)}  # fmt: skip
+
+
+class Job(NamedTuple):
+    """One training run: its folder, and the command that starts or resumes it."""
+
+    folder: Path
+    script: str
+    flags: tuple[str, ...]
+
+    @property
+    def finished(self) -> bool:
+        return all((self.folder / name).exists() for name in RESULTS)
+
+    def command(self, root: str) -> list[str]:
+        place = ["--root", root]
+        if (self.folder / "args.json").exists():
+            return [self.script, "--resume", str(self.folder), *place]
+        return [self.script, *self.flags, "--out", str(self.folder), *place]
+
+
+def jobs_of(names: Sequence[str], seeds: Sequence[int] | None, out_root: Path) -> list[Job]:
+    """The first seed of every setting, then the second: an interrupted study has something of each.
+
+    Raises:
+        UserError: a name is not one of the study's.
+    """
+    for name in names:
+        if name not in SETTINGS:
+            raise UserError(f"no setting {name!r} in the study; there are: {', '.join(SETTINGS)}")
+    wanted = [(seed, SETTINGS[name]) for name in names or SETTINGS for seed in seeds or SETTINGS[name].seeds]
+    return [Job(out_root / f"{setting.name}-seed{seed}", setting.script,
+                (*shlex.split(setting.flags), "--seed", str(seed)))
+            for seed, setting in sorted(wanted, key=lambda pair: pair[0])]  # fmt: skip
+
+
+def run_all(jobs: Sequence[Job], at_once: int, threads: int, roots: dict[str, str]) -> None:
+    """Run the jobs that aren't finished, so many at once; their output goes to FOLDER.txt.
+
+    If stopped, it stops them, and each leaves a checkpoint.
+
+    Raises:
+        UserError: a run failed; the others are run all the same.
+    """
+    waiting = [job for job in jobs if not job.finished]
+    print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished", flush=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    running: dict[subprocess.Popen, Job] = {}
+    failed = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                command = job.command(roots[job.script])
+                print(f"python {shlex.join(command)}", flush=True)
+                job.folder.parent.mkdir(parents=True, exist_ok=True)
+                with open(f"{job.folder}.txt", "ab") as output:
+                    process = subprocess.Popen([sys.executable, HOME / command[0], *command[1:]], env=environment,
+                                               stdin=subprocess.DEVNULL, stdout=output, stderr=output)  # fmt: skip
+                running[process] = job
+            time.sleep(POLL_SECONDS)
+            for process in [process for process in running if process.poll() is not None]:
+                job = running.pop(process)
+                print(f"{job.folder.name}: {'finished' if job.finished else 'failed'}", flush=True)
+                failed += [] if job.finished else [job]
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+    if failed:
+        raise UserError(f"failed: {', '.join(job.folder.name for job in failed)}; {failed[0].folder}.txt says why")
+
+
+def collect(jobs: Sequence[Job], results: Path) -> None:
+    """Copy the log (compressed), settings, results and weights of every finished run to `results`/NAME-seedS.
+
+    The same run gives the same bytes: the compressed log carries no time, args.json no folder of this machine.
+    """
+    for job in jobs:
+        if not job.finished:
+            print(f"{job.folder.name}: not finished, left out")
+            continue
+        arguments = json.loads((job.folder / "args.json").read_bytes())
+        arguments["settings"] |= {"root": ROOTS[job.script], "cache": None, "out": None}
+        copies = {"log.jsonl.gz": gzip.compress((job.folder / "log.jsonl").read_bytes(), mtime=0),
+                  "args.json": (json.dumps(arguments, indent=1) + "\n").encode()}  # fmt: skip
+        others = [*RESULTS, *KEPT, *(path.name for path in job.folder.glob("test-*.json"))]
+        copies |= {name: (job.folder / name).read_bytes() for name in others if (job.folder / name).exists()}
+        for name, content in copies.items():
+            write_bytes(results / job.folder.name / name, content)
+        print(f"{job.folder.name}: {sum(map(len, copies.values())) / 1000:,.0f} kB")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="python -m study.run", description="Train the study's runs: skip what is finished, resume what was stopped.")
+    parser.add_argument("names", nargs="*", metavar="SETTING", help=f"{', '.join(SETTINGS)}; default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: the study's")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of each run (default: 1)")
+    parser.add_argument("--out_root", type=Path, default=Path("runs/study"), help="folder of the runs' folders")
+    parser.add_argument("--omniglot", default=ROOTS["omniglot_train.py"], metavar="ROOT", help="folder of its data")
+    parser.add_argument("--photographs", default=ROOTS["miniimagenet_train.py"], metavar="ROOT", help="the same")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands of what isn't finished")
+    parser.add_argument("--collect", action="store_true", help="copy what finished runs left to res/, run nothing")
+    options = parser.parse_args(arguments)
+    if min(options.jobs, options.threads) < 1:
+        raise UserError("--jobs and --threads must be at least 1")
+    jobs = jobs_of(options.names, options.seeds, options.out_root)
+    roots = {"omniglot_train.py": options.omniglot, "miniimagenet_train.py": options.photographs}
+    if options.collect:
+        collect(jobs, HOME / "res")
+    elif options.dry_run:
+        for job in jobs:
+            if not job.finished:
+                print(f"python {shlex.join(job.command(roots[job.script]))}")
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are stopped too
+        run_all(jobs, options.jobs, options.threads, roots)
+
+
+if __name__ == "__main__":
+    run_program(main)
