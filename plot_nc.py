@@ -33,7 +33,7 @@ def draw(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
     parser = Parser(description="Draw neural collapse against meta-steps from training logs.",
                     epilog="With no RUN: redraw result.png and the report's figures from the logs under res/.")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folder or log; several: seeds, settings")
-    parser.add_argument("--figure", choices=figures.ANY, default="traces", help="what to draw of the RUNs (default: traces)")
+    parser.add_argument("--figure", choices=figures.ANY, default="traces", help="of the RUNs (default: traces)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="PNG to write (default: in the first RUN)")
     parser.add_argument("--layer", metavar="NAME", help="layer to draw (default: the classifier's input)")
     options = parser.parse_args(arguments)

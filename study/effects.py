@@ -13,7 +13,10 @@ import numpy as np
 from study.logs import Run, Series, UserError, number
 
 END_SHARE = 0.1  # the part of training, at its end, whose measurements are averaged
+HIDDEN = -2      # the classifier's input: layers are named, or counted as in a list
 LATE = 1_000     # meta-steps: correlations and drops are of the checkpoints from here on, past the steep beginning
+
+MISSING = "–"  # what stands for a number that is not defined or not logged
 
 # 97.5% points of Student's t for 1..10 degrees of freedom; beyond them the last one, which is slightly too wide.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -25,6 +28,41 @@ class Estimate(NamedTuple):
     mean: float
     low: float
     high: float
+
+
+# ---- numbers as text
+
+
+def written(estimate: Estimate) -> str:
+    """ "0.352 ± 0.021", or "0.78 [0.48, 0.91]" if not symmetric, to two digits of the half-width, one if above 35."""
+    mean, low, high = estimate
+    half = (high - low) / 2
+    if not half > 1e-9 * abs(mean):  # a single seed, or rounding alone
+        return short(mean)
+    decimals = 1 - math.floor(math.log10(half))
+    decimals = min(max(decimals - (half * 10**decimals > 35), 0), 4)
+    mean_text, low_text, high_text, half_text = (fixed(value, decimals) for value in (mean, low, high, half))
+    symmetric = math.isclose(mean - low, high - mean, rel_tol=1e-6)
+    return f"{mean_text} ± {half_text}" if symmetric else f"{mean_text} [{low_text}, {high_text}]"
+
+
+def short(value: float) -> str:
+    """Two significant digits, or one decimal."""
+    if not math.isfinite(value):
+        return MISSING
+    return fixed(value, max(1 - math.floor(math.log10(abs(value))), 1) if value else 1)
+
+
+def fixed(value: float, decimals: int) -> str:
+    return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def correlated(estimate: Estimate) -> str:
+    """A correlation and its interval, to two decimals."""
+    if not math.isfinite(estimate.mean):
+        return MISSING
+    mean, low, high = (fixed(value, 2) if math.isfinite(value) else MISSING for value in estimate)
+    return mean if low == MISSING else f"{mean} [{low}, {high}]"
 
 
 # ---- intervals
@@ -53,23 +91,17 @@ def bootstrap(values: np.ndarray, draws: int = 2000) -> Estimate:
     return Estimate(float(values.mean()), *map(float, np.percentile(values[drawn].mean(1), (2.5, 97.5))))
 
 
-def over_tasks(run: Run, model: str, metric: str, layer: str, minus: str | None = None) -> float:
-    """Half of the 95% interval over held-out tasks, at the end of one run.
+def over_tasks(run: Run, model: str, metric: str) -> float:
+    """Half of the 95% interval over held-out tasks, at the end of one run, at the classifier's input.
 
     By bootstrap of the logged values of each task, where the log has them; else 1.96 standard errors.
-
-    Args:
-        minus: another model; the interval is that of the paired difference, for which the log must have the values.
     """
     rows = [row for step, row in run.rows["heldout"].items() if step >= end_from(run)]
-    kept = [[row.get("per_task", {}).get(name, {}).get(metric) for row in rows] for name in (model, minus) if name]
-    if layer == run.hidden and all(values is not None for one in kept for values in one):
-        tasks = [np.array(one, float).mean(0) for one in kept]  # the same tasks at every measurement
-        _, low, high = bootstrap(tasks[0] - tasks[1] if minus else tasks[0])
+    kept = [row.get("per_task", {}).get(model, {}).get(metric) for row in rows]
+    if rows and None not in kept:
+        _, low, high = bootstrap(np.array(kept, float).mean(0))  # the same tasks at every measurement
         return (high - low) / 2
-    if minus:
-        return math.nan
-    found = run.series("heldout", model, metric, layer)
+    found = series(run, "heldout", model, metric)
     return 1.96 * float(found.se[found.steps >= end_from(run)].mean())
 
 
@@ -81,8 +113,9 @@ def end_from(run: Run) -> float:
     return (1 - END_SHARE) * run.last_step
 
 
-def series(run: Run, split: str, model: str, metric: str, layer: str) -> Series:
+def series(run: Run, split: str, model: str, metric: str, layer: int | str = HIDDEN) -> Series:
     """As logged; "cdnv_unbiased" of older logs is computed from CDNV (`unbiased_cdnv`)."""
+    layer = layer if isinstance(layer, str) else run.layers[max(layer, -len(run.layers))]
     if metric == "cdnv_unbiased" and not run.has(split, model, metric):
         steps, mean, se = run.series(split, model, "cdnv", layer)
         return Series(steps, unbiased_cdnv(mean, run.queries), se * unbiased_cdnv(mean, run.queries) / mean)
@@ -102,7 +135,7 @@ def unbiased_cdnv(measured: np.ndarray, queries: int) -> np.ndarray:
     return queries * measured / (queries - 1 - 2 * measured)
 
 
-def at(run: Run, split: str, model: str, metric: str, layer: str, step: int) -> float:
+def at(run: Run, split: str, model: str, metric: str, step: int, layer: int | str = HIDDEN) -> float:
     """The metric at a measured step.
 
     Raises:
@@ -114,43 +147,39 @@ def at(run: Run, split: str, model: str, metric: str, layer: str, step: int) -> 
     return float(found.mean[found.steps == step][0])
 
 
-def untrained(run: Run, model: str, metric: str, layer: str, split: str = "heldout") -> float:
-    return at(run, split, model, metric, layer, 0)
+def untrained(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
+    return at(run, split, model, metric, 0, layer)
 
 
-def end(run: Run, model: str, metric: str, layer: str, split: str = "heldout") -> float:
+def end(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
     """The mean over the measurements of the last tenth of training; nan without any."""
     found = series(run, split, model, metric, layer)
     used = found.mean[found.steps >= end_from(run)]
     return float(used.mean()) if len(used) else math.nan
 
 
-def change_from_untrained(run: Run, model: str, metric: str, layer: str, split: str = "heldout") -> float:
-    return end(run, model, metric, layer, split) - untrained(run, model, metric, layer, split)
-
-
-def growth(run: Run, model: str, metric: str, layer: str, split: str = "heldout") -> float:
+def growth(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
     """The end as a multiple of the untrained network."""
     return end(run, model, metric, layer, split) / untrained(run, model, metric, layer, split)
 
 
-def lowest(run: Run, model: str, metric: str, layer: str, split: str = "heldout") -> float:
+def lowest(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
     """The smallest value of the run as a multiple of the untrained network's."""
     found = series(run, split, model, metric, layer)
     return float(found.mean.min()) / untrained(run, model, metric, layer, split)
 
 
-def adapted_minus_meta(run: Run, metric: str, layer: str, split: str = "heldout") -> float:
+def adapted_minus_meta(run: Run, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
     return end(run, "finetuned", metric, layer, split) - end(run, "meta", metric, layer, split)
 
 
-def heldout_minus_train(run: Run, model: str, metric: str, layer: str) -> float:
+def heldout_minus_train(run: Run, model: str, metric: str, layer: int | str = HIDDEN) -> float:
     return end(run, model, metric, layer) - end(run, model, metric, layer, "train")
 
 
 def nearest_mean(run: Run, model: str) -> float:
     """Accuracy of the nearest support mean at the classifier's input, at the end, on held-out tasks."""
-    return end(run, model, "ncc_accuracy", run.hidden)
+    return end(run, model, "ncc_accuracy")
 
 
 def accuracy_at_end(run: Run, inner_step: int, split: str = "heldout") -> float:
@@ -165,10 +194,9 @@ def logit_share(run: Run, model: str, suffix: str, step: int | None) -> float:
 
     With the suffix "_original", of what the original took for the traces; with "", of the traces by label.
     """
-    place = run.layers[-1], "train"
-    within, between = (end(run, model, name + suffix, *place) if step is None
-                       else at(run, "train", model, name + suffix, run.layers[-1], step)
-                       for name in ("within", "between"))  # fmt: skip
+    names = f"within{suffix}", f"between{suffix}"
+    within, between = (end(run, model, name, -1, "train") if step is None else at(run, "train", model, name, step, -1)
+                       for name in names)  # fmt: skip
     return within / (within + between)
 
 
@@ -187,8 +215,8 @@ def detrended(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     return values - values.mean() - x * ((x @ values) / (x @ x))
 
 
-def residuals(run: Run, model: str, metric: str, layer: str, first: int = LATE) -> tuple[np.ndarray, np.ndarray]:
-    """Log metric and log held-out error of the checkpoints from `first` on, each minus its trend; empty if undefined."""
+def residuals(run: Run, model: str, metric: str, layer: int | str, first: int = LATE) -> tuple[np.ndarray, np.ndarray]:
+    """Log metric and log held-out error from meta-step `first` on, each minus its trend; empty if undefined."""
     steps, error = held_out_error(run)
     metric_steps, values, _ = series(run, "heldout", model, metric, layer)
     used = steps >= max(first, 1)
@@ -199,7 +227,7 @@ def residuals(run: Run, model: str, metric: str, layer: str, first: int = LATE) 
     return detrended(steps[used], pair[0]), detrended(steps[used], pair[1])
 
 
-def correlation(run: Run, model: str, metric: str, layer: str, first: int = LATE) -> float:
+def correlation(run: Run, model: str, metric: str, layer: int | str, first: int = LATE) -> float:
     """Of these residuals: whether a checkpoint more collapsed than its neighbours is more accurate too."""
     x, y = residuals(run, model, metric, layer, first)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -246,7 +274,7 @@ def measured(run: Run, model: str, metric: str, kind: str = "final") -> float:
         values = control.get(model, {}).get(metric, {}).get("mean") or [None]
         return number(values[max(len(values) - 2, 0)])
     value_of = {"final": end, "untrained": untrained}.get(kind)
-    return value_of(run, model, metric, run.hidden) if value_of and logged(run, model, metric) else math.nan
+    return value_of(run, model, metric) if value_of and logged(run, model, metric) else math.nan
 
 
 def dimension(run: Run, model: str, kind: str = "final") -> float:
@@ -261,19 +289,26 @@ def matched_dimension(run: Run, model: str, kind: str = "final") -> float:
     return matching_dimension(measured(run, model, "etf_error", kind), run.settings["n_way"])
 
 
-def tested(key: str, place: int, transductive: bool = True, kind: str = "final") -> Callable[[Run], float]:
-    """Accuracy ("accuracy" or "nearest_mean") before (0) or after (-1) adaptation, of result.json or a control."""
+def tested(key: str, place: int, transductive: bool = True, kind: str = "final",
+           control: bool = False) -> Callable[[Run], float]:
+    """Accuracy ("accuracy" or "nearest_mean") before (0) or after (-1) adaptation.
+
+    Of result.json; with another `kind` than "final", or `control`, of controls.json, which is transductive.
+    """
     def value(run: Run) -> float:
-        name = "test" if transductive else "test_nontransductive"
-        test = run.file("result.json").get(name) if kind == "final" else control_of(run, kind) if transductive else None
+        if kind == "final" and not control:
+            test = run.file("result.json").get("test" if transductive else "test_nontransductive")
+        else:
+            test = control_of(run, kind) if transductive else None
         return number(((test or {}).get(key) or [None])[place])
 
     return value
 
 
 def own_accuracy(run: Run) -> float:
-    """By the rule that the learner was trained for: nearest support mean without adaptation, or the adapted classifier."""
-    return tested("nearest_mean", 0)(run) if run.settings["learner"] in ("protonet", "classifier") else tested("accuracy", -1)(run)
+    """By the learner's own rule: the nearest support mean without adaptation, or the adapted classifier."""
+    by_mean = run.settings["learner"] in ("protonet", "classifier")
+    return tested("nearest_mean", 0)(run) if by_mean else tested("accuracy", -1)(run)
 
 
 # ---- references

@@ -1,9 +1,10 @@
 """Figures of runs: groups of seeds in, a matplotlib figure out; plot_nc.py is the program.
 
-One palette for settings and learners; solid lines after adaptation, dashed before it; thin lines are single seeds, thick
-ones their mean. Training tasks are few at each measurement, so their curves are means over the steps within 10%.
+One palette for settings and learners; solid lines after adaptation, dashed before it; thin lines are single seeds,
+thick ones their mean. A measurement has few training tasks, so their curves are means over the steps within 10%.
 """
 
+import functools
 import io
 import math
 from pathlib import Path
@@ -22,8 +23,9 @@ from study.logs import Run, Study, UserError, describe, write_bytes
 from study.run import SETTINGS
 
 Group = list[Run]
+Curve = Callable[[Run], tuple]  # steps, values and perhaps half of a 95% interval over tasks, each [S]
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
-GREY = "#777777"
+GREY, DARK = "#777777", "#333333"
 STYLES = {"finetuned": "-", "meta": (0, (4, 2))}
 STYLE = {"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "axes.axisbelow": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "legend.frameon": False,
@@ -64,11 +66,8 @@ def smoothed(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
         return np.where(defined, near @ np.where(defined, values, 0) / near.sum(1), np.nan)
 
 
-def draw(axes: Axes, group: Group, curve: Callable[[Run], tuple], colour: str, style="-", smooth: bool = False) -> None:
-    """A thin line per seed and, of several, their mean at the steps that all have; of one seed a band, if `curve` has it.
-
-    `curve` gives steps and values, and perhaps half of a 95% interval.
-    """
+def draw(axes: Axes, group: Group, curve: Curve, colour: str, style="-", smooth: bool = False) -> None:
+    """A thin line per seed and a thick one of their mean, at the steps that all have; of a single seed, with a band."""
     found = []
     for run in group:
         steps, values, *half = curve(run)
@@ -87,15 +86,15 @@ def draw(axes: Axes, group: Group, curve: Callable[[Run], tuple], colour: str, s
     axes.plot(steps, mean, color=colour, linestyle=style, linewidth=1.6, marker=marker, markersize=3)
 
 
-def of_metric(split: str, model: str, metric: str, layer: str | None = None, scale: float = 1) -> Callable[[Run], tuple]:
+def of_metric(split: str, model: str, metric: str, layer: str | None = None, scale: float = 1) -> Curve:
     def curve(run: Run) -> tuple:
-        steps, mean, se = effects.series(run, split, model, metric, layer or run.hidden)
+        steps, mean, se = effects.series(run, split, model, metric, layer or effects.HIDDEN)
         return steps, scale * mean, 1.96 * scale * se
 
     return curve
 
 
-def of_accuracy(split: str) -> Callable[[Run], tuple]:
+def of_accuracy(split: str) -> Curve:
     """In percent, by the classifier after the inner steps of training."""
     def curve(run: Run) -> tuple:
         steps, values = run.along_inner_loop(split, "accuracy")
@@ -104,9 +103,9 @@ def of_accuracy(split: str) -> Callable[[Run], tuple]:
     return curve
 
 
-def step_axis(axes: Axes, groups: Sequence[Group], until: float = math.inf) -> None:
+def step_axis(axes: Axes, groups: Sequence[Group]) -> None:
     """Meta-steps, logarithmic from 100 on and linear before, so that step 0 has its place."""
-    last = min(max(run.last_step for group in groups for run in group), until)
+    last = max(run.last_step for group in groups for run in group)
     axes.set_xlabel("meta-step")
     axes.set_xlim(0, max(last, 1) * 1.04)
     if last > 300:
@@ -137,12 +136,14 @@ def fit(axes: Axes, log: bool = False) -> None:
         axes.set_ylim(min(0, values.min() * 1.05), values.max() * 1.08 or 1)
 
 
-def model_lines() -> list[Line2D]:
-    return [Line2D([], [], color="#333333", linestyle=style, label=tables.MODELS[model]) for model, style in STYLES.items()]
+def key(label: str, colour: str = DARK, **style) -> Line2D:
+    return Line2D([], [], color=colour, label=label, **style)
 
 
-def keys(groups: Sequence[Group]) -> list[Line2D]:
-    return [Line2D([], [], color=colour, linewidth=2.2, label=label) for _, colour, label in colours(groups)]
+def keys(groups: Sequence[Group], *others: Line2D, models: bool = False) -> list[Line2D]:
+    """The legend of settings, and of the models' lines."""
+    lines = [key(tables.MODELS[model], linestyle=style) for model, style in STYLES.items() if models]
+    return [*(key(label, colour, linewidth=2.2) for _, colour, label in colours(groups)), *lines, *others]
 
 
 def frame(rows: int, columns: int, height: float, legend: Sequence[Line2D], **options) -> tuple[Figure, np.ndarray]:
@@ -150,9 +151,15 @@ def frame(rows: int, columns: int, height: float, legend: Sequence[Line2D], **op
     per_row = min(len(legend), 4)
     below = 0.08 + 0.19 * math.ceil(len(legend) / per_row)
     figure = Figure(figsize=(WIDTH, height + below))
-    figure.set_layout_engine("constrained", rect=(0.003, below / (height + below), 0.994, 1 - below / (height + below)))
+    share = below / (height + below)
+    figure.set_layout_engine("constrained", rect=(0.003, share, 0.994, 1 - share))
     figure.legend(handles=legend, loc="lower center", ncols=per_row)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def reference(axes: Axes, level: float, label: str) -> None:
+    axes.axhline(level, color=GREY, linestyle="-.", linewidth=0.9)
+    axes.text(0.98, level + 0.01, label, transform=axes.get_yaxis_transform(), ha="right", fontsize=8, color=GREY)
 
 
 def common_split(groups: Sequence[Group]) -> str:
@@ -160,10 +167,18 @@ def common_split(groups: Sequence[Group]) -> str:
     return "heldout" if all(run.rows["heldout"] for group in groups for run in group) else "train"
 
 
-def chosen_layer(run: Run, layer: str | None) -> str:
+def checked(group: Group, layer: str | None) -> str | None:
+    """The layer that the user named, if the run has it; None stands for the classifier's input."""
+    run = group[0]
     if layer is not None and layer not in run.layers:
         raise UserError(f"no layer {layer!r} in {run.path}; --layer takes one of: {', '.join(run.layers)}")
-    return layer or run.hidden
+    return layer
+
+
+def zoom_on_accuracy(axes: Axes) -> None:
+    """88 to 100%, where that is what matters, from meta-step 100 on."""
+    if axes.get_ylim()[1] > 98:
+        axes.set(ylim=(88, 100), xlim=(100, None))
 
 
 # ---- of any runs
@@ -174,45 +189,41 @@ def traces(groups: Sequence[Group], layer: str | None = None) -> Figure:
     if len(groups) > 1:
         raise UserError("--figure traces takes the seeds of one setting; name other settings in a call of their own")
     (group,) = groups
-    layer = chosen_layer(group[0], layer)
+    run, layer = group[0], checked(group, layer)
     kinds = {"within": PALETTE[0], "between": PALETTE[1]}
-    legend = [Line2D([], [], color=colour, linewidth=2.2, label=f"{name} classes") for name, colour in kinds.items()]
-    legend += [Line2D([], [], color="#333333", label="training tasks"),
-               Line2D([], [], color="#333333", linestyle=":", label="held-out tasks")]  # fmt: skip
-    figure, panels = frame(2, 2, 4.6, legend)
-    for row, model in zip(panels, ("meta", "finetuned")):
+    legend = [key(f"{name} classes", colour, linewidth=2.2) for name, colour in kinds.items()]
+    figure, panels = frame(2, 2, 4.6, [*legend, key("training tasks"), key("held-out tasks", linestyle=":")])
+    for (left, right), model in zip(panels, ("meta", "finetuned")):
         for split, style in (("train", "-"), ("heldout", ":")):
+            smooth = split == "train"
             for kind, colour in kinds.items():
-                draw(row[0], group, of_metric(split, model, kind, layer), colour, style, split == "train")
-            draw(row[1], group, of_metric(split, model, "relative_within", layer), kinds["within"], style, split == "train")
-        noise = effects.noise_share(group[0].settings["n_way"], group[0].queries)
-        row[1].axhline(noise, color=GREY, linestyle="-.", linewidth=0.9)
-        fit(row[0])
-        fit(row[1])
-        row[1].set_ylim(0, 1)
-        row[1].text(0.98, noise - 0.02, "pure noise", transform=row[1].get_yaxis_transform(), ha="right", va="top", color=GREY)
-        row[0].set_title(f"{model} model ({tables.MODELS[model]}): traces of {layer}")
-        row[1].set_title("within / (within + between)")
-        for axes in row:
+                draw(left, group, of_metric(split, model, kind, layer), colour, style, smooth)
+            draw(right, group, of_metric(split, model, "relative_within", layer), kinds["within"], style, smooth)
+        reference(right, effects.noise_share(run.settings["n_way"], run.queries), "pure noise")
+        left.set_title(f"{model} model ({tables.MODELS[model]}): traces of {layer or run.hidden}")
+        right.set_title("within / (within + between)")
+        for axes in (left, right):
+            fit(axes)
             step_axis(axes, groups)
-    figure.suptitle(f"{group[0].data}, {describe(group[0])}", fontsize=10, parse_math=False)
+        right.set_ylim(0, 1.02)
+    figure.suptitle(f"{run.data}, {describe(run)}", fontsize=10, parse_math=False)
     return figure
 
 
 def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
     """NC1 to NC4 against meta-steps, with permuted labels, or for NC2 random directions, as the reference."""
-    split, legend = common_split(groups), [*keys(groups), *model_lines(), Line2D([], [], color=GREY, linestyle=":", label="permuted labels; NC2: random directions")]
-    figure, panels = frame(2, 3, 4.2, legend)
+    split, run = common_split(groups), groups[0][0]
+    note = key("permuted labels; NC2: random directions", GREY, linestyle=":")
+    figure, panels = frame(2, 3, 4.2, keys(groups, note, models=True))
     for axes, (metric, label) in zip(panels.flat, LABELS.items()):
         for group, colour, _ in colours(groups):
             for model, style in STYLES.items():
-                draw(axes, group, of_metric(split, model, metric, layer and chosen_layer(group[0], layer)), colour, style)
-        run = groups[0][0]
+                draw(axes, group, of_metric(split, model, metric, checked(group, layer)), colour, style)
         if metric == "etf_error":
             for dimension in (16, 64):
                 error = effects.random_etf_errors(run.settings["n_way"])[dimension - 1]
                 axes.axhline(error, color=GREY, linestyle=":", linewidth=1)
-                axes.text(1.01, error, f"d = {dimension}", transform=axes.get_yaxis_transform(), va="center", fontsize=7, color=GREY)
+                axes.text(1.01, error, f"d = {dimension}", transform=axes.get_yaxis_transform(), va="center", fontsize=7)
         elif run.has(split, "finetuned", f"{metric}_null"):
             draw(axes, [run], lambda run: of_metric(split, "finetuned", f"{metric}_null", layer)(run)[:2], GREY, ":")
         axes.set_title(label)
@@ -222,22 +233,20 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
 
 
 def layers(groups: Sequence[Group], layer: str | None = None) -> Figure:
-    """The relative within trace by layer at a few meta-steps, a panel per setting."""
-    split = common_split(groups)
-    wanted = [0, 250, 1_000, 6_000, 20_000, 60_000]
-    last = max(group[0].last_step for group in groups)
-    wanted = [step for step in wanted if step <= last] or [0]
+    """The relative within trace by layer at a few meta-steps, a panel per setting; there is no `layer` to choose."""
+    split, last = common_split(groups), max(group[0].last_step for group in groups)
+    wanted = [step for step in (0, 250, 1_000, 6_000, 20_000, 60_000) if step <= last]
     shades = dict(zip(wanted, matplotlib.colormaps["viridis_r"](np.linspace(0.12, 1, len(wanted)))))
-    legend = [Line2D([], [], color=shade, linewidth=2.2, label=f"meta-step {step:,}") for step, shade in shades.items()]
-    figure, (panels,) = frame(1, len(groups), 2.5, [*legend, *model_lines()], sharey=True)
+    legend = [key(f"meta-step {step:,}", shade, linewidth=2.2) for step, shade in shades.items()]
+    figure, (panels,) = frame(1, len(groups), 2.5, [*legend, *keys([], models=True)], sharey=True)
     for axes, (group, _, label) in zip(panels, colours(groups)):
-        names = group[0].layers
-        for step, shade in shades.items():
-            for model, style in STYLES.items():
-                found = [[effects.series(run, split, model, "relative_within", name) for name in names] for run in group]
-                means = [[one.mean[np.abs(one.steps - step).argmin()] for one in row] for row in found if len(row[0].steps)]
-                if means and step <= group[0].last_step:
-                    axes.plot(names, np.mean(means, 0), color=shade, linestyle=style, marker="o", markersize=2.5, linewidth=1.3)
+        for model, style in STYLES.items():
+            found = [[effects.series(run, split, model, "relative_within", name) for name in run.layers]
+                     for run in group]  # fmt: skip
+            for step, shade in shades.items():
+                means = [[one.mean[np.abs(one.steps - step).argmin()] for one in row] for row in found]
+                if step <= group[0].last_step:
+                    axes.plot(group[0].layers, np.mean(means, 0), "o", color=shade, linestyle=style, markersize=2.5)
         axes.set(title=label, ylim=(0, 1))
     panels[0].set_ylabel("relative within trace")
     return figure
@@ -247,23 +256,17 @@ def accuracy(groups: Sequence[Group], layer: str | None = None) -> Figure:
     """Accuracy on held-out tasks: by the adapted classifier, and by the nearest support mean before adaptation."""
     if groups[0][0].layers and common_split(groups) != "heldout":
         raise UserError(f"{groups[0][0].path} has no measurement on held-out tasks; let it run to its first validation")
-    styles = {"adapted classifier": "-", "nearest support mean, before adaptation": STYLES["meta"]}
-    legend = [Line2D([], [], color="#333333", linestyle=style, label=label) for label, style in styles.items()]
-    figure, ((axes,),) = frame(1, 1, 2.9, [*keys(groups), *legend])
+    before = key("nearest support mean, before adaptation", linestyle=STYLES["meta"])
+    figure, ((axes,),) = frame(1, 1, 2.9, keys(groups, key("adapted classifier"), before))
     for group, colour, _ in colours(groups):
         draw(axes, group, of_accuracy("heldout"), colour)
-        draw(axes, group, of_metric("heldout", "meta", "ncc_accuracy", layer and chosen_layer(group[0], layer), 100), colour, STYLES["meta"])
+        nearest = of_metric("heldout", "meta", "ncc_accuracy", checked(group, layer), scale=100)
+        draw(axes, group, nearest, colour, STYLES["meta"])
     axes.set_ylabel("held-out accuracy, %")
     fit(axes)
     step_axis(axes, groups)
     zoom_on_accuracy(axes)
     return figure
-
-
-def zoom_on_accuracy(axes: Axes) -> None:
-    """88 to 100%, where that is what matters, from meta-step 100 on."""
-    if axes.get_ylim()[1] > 98:
-        axes.set(ylim=(88, 100), xlim=(100, None))
 
 
 ANY = {"traces": traces, "metrics": metrics, "layers": layers, "accuracy": accuracy}
@@ -275,58 +278,59 @@ ANY = {"traces": traces, "metrics": metrics, "layers": layers, "accuracy": accur
 def result(study: Study) -> Figure:
     """The figure of README.md: the share within classes, the two traces, the share by layer."""
     groups = [study[name] for name in tables.MAIN if study[name]]
+    run = groups[0][0]
     figure = Figure(figsize=(WIDTH, 3.1))
     figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.03)
     first, second, third = figure.subplots(1, 3)
-    for group, colour, label in colours(groups):
+
+    def by_layer(group: Group, value: Callable, model: str, colour: str) -> None:
+        means = np.mean([[value(run, model, "relative_within", name) for name in run.layers] for run in group], 0)
+        third.plot(range(1, len(means) + 1), means, color=colour, linestyle=STYLES[model], marker="o", markersize=3)
+
+    for group, colour, _ in colours(groups):
         for model, style in STYLES.items():
             draw(first, group, of_metric("train", model, "relative_within"), colour, style, smooth=True)
-            ends = np.mean([[effects.end(run, model, "relative_within", name) for name in run.layers] for run in group], 0)
-            third.plot(range(1, len(ends) + 1), ends, color=colour, linestyle=style, marker="o", markersize=3)
+            by_layer(group, effects.end, model, colour)
         for trace, style in (("between", "-"), ("within", ":")):
-            draw(second, group, lambda run: relative_to_start(run, trace), colour, style, smooth=True)
-    for model, style in STYLES.items():
-        starts = [np.mean([effects.untrained(run, model, "relative_within", name) for run in groups[0]]) for name in groups[0][0].layers]
-        third.plot(range(1, len(starts) + 1), starts, color=GREY, linestyle=style, marker="o", markersize=3)
-    run = groups[0][0]
+            draw(second, group, functools.partial(relative_to_start, trace=trace), colour, style, smooth=True)
+    for model in STYLES:
+        by_layer(groups[0], effects.untrained, model, GREY)
     for level, name in ((effects.noise_share(run.settings["n_way"], run.queries), "permuted labels"),
-                        (effects.measured(run, "meta", "relative_within", "pixel"), "raw pixels")):
-        if not math.isfinite(level):
-            continue
-        first.axhline(level, color=GREY, linestyle="-.", linewidth=0.9)
-        first.text(0.98, level + 0.01, name, transform=first.get_yaxis_transform(), ha="right", fontsize=8, color=GREY)
-    first.legend(handles=[*keys(groups), *model_lines()], loc="lower left", fontsize=7.5, handlelength=1.8, labelspacing=0.25,
-                 borderaxespad=0.1)  # fmt: skip
-    second.legend(handles=[Line2D([], [], color="#333333", linestyle=style, label=f"{name} classes")
-                           for name, style in (("between", "-"), ("within", ":"))], loc="upper left")  # fmt: skip
+                        (effects.measured(run, "meta", "relative_within", "pixel"), "raw pixels")):  # fmt: skip
+        if math.isfinite(level):
+            reference(first, level, name)
+    first.legend(handles=keys(groups, models=True), loc="lower left", fontsize=7.5, handlelength=1.8,
+                 labelspacing=0.25, borderaxespad=0.1)  # fmt: skip
+    second.legend(handles=[key("between classes"), key("within classes", linestyle=":")], loc="upper left")
     third.text(3, 0.9, "untrained (1-shot)", ha="center", fontsize=8, color=GREY)
     first.set(title="A  Last hidden layer, training tasks", ylabel="within / (within + between)", ylim=(0, 1.02))
-    second.set(title="B  Same layer, adapted", ylabel="trace / within trace at step 0")
-    third.set(title="C  By layer, held-out classes, end", ylim=(0, 1.02), xticks=range(1, 6),
-              xticklabels=["block 1", "2", "3", "4", "logits"])  # fmt: skip
-    second.set_ylim(0)
+    second.set(title="B  Same layer, adapted", ylabel="trace / within trace at step 0", ylim=(0, None))
+    third.set(title="C  By layer, held-out classes, end", ylim=(0, 1.02), xticks=range(1, len(run.layers) + 1),
+              xticklabels=["block 1", *map(str, range(2, len(run.layers))), "logits"])  # fmt: skip
     for axes in (first, second):
         step_axis(axes, groups)
     return figure
 
 
 def relative_to_start(run: Run, trace: str) -> tuple[np.ndarray, np.ndarray]:
-    steps, mean, _ = run.series("train", "finetuned", trace, run.hidden)
-    return steps, mean / run.series("train", "finetuned", "within", run.hidden).mean[0]
+    """A trace of the adapted model on training tasks as a multiple of the within trace at the first step."""
+    steps, mean, _ = effects.series(run, "train", "finetuned", trace)
+    return steps, mean / effects.series(run, "train", "finetuned", "within").mean[0]
 
 
 def correlation(study: Study, layer: str = "block3") -> Figure:
-    """What is left of log CDNV and log held-out error minus their trends: a point per checkpoint, a shape per seed."""
+    """Log CDNV and log held-out error, each minus its trend: a point per checkpoint, a shape per seed."""
     groups = [study[name] for name in tables.MAIN if study[name]]
     figure = Figure(figsize=(WIDTH, 2.9))
     figure.set_layout_engine("constrained")
     panels = np.atleast_1d(figure.subplots(1, len(groups), sharex=True, sharey=True))
     for axes, (group, colour, label) in zip(panels, colours(groups)):
-        for run, marker in zip(group, "o^s"):
-            axes.scatter(*effects.residuals(run, "finetuned", "cdnv", layer), s=14, color=colour, marker=marker, alpha=0.75, linewidths=0)
-        r = effects.correlations_over_seeds([effects.correlation(run, "finetuned", "cdnv", layer) for run in group])
+        what = "finetuned", "cdnv", layer
+        for run, marker in zip(group, "o^sDv"):
+            axes.scatter(*effects.residuals(run, *what), s=14, color=colour, marker=marker, alpha=0.75, linewidths=0)
+        r = effects.correlations_over_seeds([effects.correlation(run, *what) for run in group])
         axes.set(title=label, xlabel="log CDNV minus its trend")
-        axes.text(0.03, 0.97, f"r = {tables.correlated(r)}", transform=axes.transAxes, va="top")
+        axes.text(0.03, 0.97, f"r = {effects.correlated(r)}", transform=axes.transAxes, va="top")
     panels[0].set_ylabel("log held-out error minus its trend")
     return figure
 
@@ -334,16 +338,17 @@ def correlation(study: Study, layer: str = "block3") -> Figure:
 def original(study: Study) -> Figure:
     """The relative within trace of the same logits, by label and as the original took it, before adaptation."""
     groups = [study[name] for name in (*tables.MAIN, *tables.PHOTOGRAPHS) if study[name]]
-    legend = [Line2D([], [], color="#333333", label="by label (in the setting's colour)"),
-              Line2D([], [], color=GREY, label="class means over consecutive rows, as the original", linestyle=STYLES["meta"])]
+    legend = [key("by label (in the setting's colour)"),
+              key("class means over consecutive rows, as the original", GREY, linestyle=STYLES["meta"])]  # fmt: skip
     figure, (panels,) = frame(1, len(groups), 2.3, legend, sharey=True)
-    for axes, (group, colour, label) in zip(panels, colours(groups)):
-        for suffix in ("", "_original"):
-            def share(run: Run) -> tuple[np.ndarray, np.ndarray]:
-                steps, within, _ = run.series("train", "meta", f"within{suffix}", run.layers[-1])
-                return steps, within / (within + run.series("train", "meta", f"between{suffix}", run.layers[-1]).mean)
 
-            draw(axes, group, share, GREY if suffix else colour, STYLES["meta"] if suffix else "-", smooth=True)
+    def share(run: Run, suffix: str) -> tuple[np.ndarray, np.ndarray]:
+        within, between = (effects.series(run, "train", "meta", name + suffix, -1) for name in ("within", "between"))
+        return within.steps, within.mean / (within.mean + between.mean)
+
+    for axes, (group, colour, label) in zip(panels, colours(groups)):
+        draw(axes, group, functools.partial(share, suffix=""), colour, smooth=True)
+        draw(axes, group, functools.partial(share, suffix="_original"), GREY, STYLES["meta"], smooth=True)
         axes.set(ylim=(0, 1))
         axes.set_title(label.replace(", ", ",\n", 2), fontsize=8)
         step_axis(axes, [group])
@@ -367,18 +372,16 @@ def learners(study: Study) -> Figure:
 def length(study: Study) -> Figure:
     """The paper's recipe to its end: collapse on training and held-out classes, and accuracy."""
     groups = [study[name] for name in tables.LONG if study[name]]
-    splits = {"train": "-", "heldout": ":"}
-    legend = [Line2D([], [], color="#333333", linestyle=style, label=f"{'training' if split == 'train' else 'held-out'} classes")
-              for split, style in splits.items()]
-    figure, (panels,) = frame(1, 3, 2.6, [*keys(groups), *legend])
-    for group, colour, _ in colours(groups):
-        for split, style in splits.items():
-            for axes, metric in zip(panels, ("relative_within", "nc1")):
-                draw(axes, group, of_metric(split, "finetuned", metric), colour, style, smooth=split == "train")
-            draw(panels[2], group, of_accuracy(split), colour, style, smooth=split == "train")
-    for axes, title in zip(panels, ("relative within trace, adapted", LABELS["nc1"], "accuracy, adapted, %")):
+    legend = keys(groups, key("training classes"), key("held-out classes", linestyle=":"))
+    figure, (panels,) = frame(1, 3, 2.6, legend)
+    titles = "relative within trace, adapted", LABELS["nc1"], "accuracy, adapted, %"
+    for axes, metric, title in zip(panels, ("relative_within", "nc1", None), titles):
+        for group, colour, _ in colours(groups):
+            for split, style in (("train", "-"), ("heldout", ":")):
+                curve = of_metric(split, "finetuned", metric) if metric else of_accuracy(split)
+                draw(axes, group, curve, colour, style, smooth=split == "train")
         axes.set_title(title)
-        fit(axes, log=axes is panels[1])
+        fit(axes, metric in LOGARITHMIC)
         step_axis(axes, groups)
     zoom_on_accuracy(panels[2])
     return figure
@@ -389,10 +392,9 @@ def report(study: Study) -> dict[str, Figure]:
     main = [study[name] for name in tables.MAIN if study[name]]
     if not main:
         raise UserError(f"no run of the study in {study.folder}; run python -m study.run, and then with --collect")
-    figures = {"result.png": result(study), "res/metrics.png": metrics(main), "res/layers.png": layers(main),
-               "res/correlation.png": correlation(study), "res/original.png": original(study), "res/accuracy.png": accuracy(main)}
-    if any(study[name] for name in tables.LEARNERS):
-        figures["res/learners.png"] = learners(study)
-    if any(study[name] for name in tables.LONG):
-        figures["res/length.png"] = length(study)
-    return figures
+    of_groups = {name: draw_figure(main) for name, draw_figure in ANY.items() if name != "traces"}
+    figures = of_groups | {"correlation": correlation(study), "original": original(study)}
+    for name, draw_figure, settings in (("learners", learners, tables.LEARNERS), ("length", length, tables.LONG)):
+        if any(study[setting] for setting in settings):
+            figures[name] = draw_figure(study)
+    return {"result.png": result(study)} | {f"res/{name}.png": figure for name, figure in figures.items()}

@@ -84,7 +84,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     except (OSError, ValueError) as error:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
-        raise UserError(f"can't write {path}: {getattr(error, 'strerror', None) or error}; name another file") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"can't write {path}: {reason}; name another file") from error
 
 
 # ---- one run
@@ -112,7 +113,8 @@ class Run:
     @functools.cached_property
     def settings(self) -> dict:
         """The settings, with the defaults of those that older runs do not have."""
-        return {"learner": "maml", "recipe": "original", "first_order": False, "nc_qry": None} | self.arguments["settings"]
+        older = {"learner": "maml", "recipe": "original", "first_order": False, "nc_qry": None}
+        return older | self.arguments["settings"]
 
     @property
     def data(self) -> str:
@@ -158,8 +160,8 @@ class Run:
                 index, values = row["layers"].index(layer), row[model][metric]
                 points.append((step, number(values["mean"][index]), number(values["se"][index])))
             except BROKEN as error:
-                raise UserError(f"{self.path}: the measurement ({split}) at step {step} lacks {model} {metric} of {layer}; "
-                                "its log is incomplete") from error  # fmt: skip
+                raise UserError(f"{self.path}: the measurement ({split}) at step {step} lacks {model} {metric} of "
+                                f"{layer}; its log is incomplete") from error  # fmt: skip
         return Series(*(np.array(column) for column in zip(*points)) if points else np.empty((3, 0)))
 
     @functools.cache
@@ -293,7 +295,8 @@ def read_groups(paths: Sequence[Path]) -> list[list[Run]]:
 def differing(run: Run, other: Run) -> list[str]:
     """The settings in which the experiments differ."""
     names = sorted({*run.settings, *other.settings} - NOT_COMPARED)
-    return ["data"] * (run.data != other.data) + [name for name in names if run.settings.get(name) != other.settings.get(name)]
+    different = [name for name in names if run.settings.get(name) != other.settings.get(name)]
+    return ["data"] * (run.data != other.data) + different
 
 
 class Study:
@@ -315,8 +318,9 @@ class Study:
         """
         groups = read_groups(self.paths.get(name, []))
         if len(groups) > 1:
-            what = ", ".join(differing(groups[0][0], groups[1][0]))
-            raise UserError(f"{groups[0][0].path} and {groups[1][0].path} differ in {what}; rename one: -seedN is for seeds")
+            one, other = groups[0][0], groups[1][0]
+            what = ", ".join(differing(one, other))
+            raise UserError(f"{one.path} and {other.path} differ in {what}; rename one: -seedN is for seeds")
         return groups[0] if groups else []
 
 

@@ -28,7 +28,7 @@ POLL_SECONDS = 1.0
 
 
 class Setting(NamedTuple):
-    """A setting of the study: the start of its runs' names (NAME-seed1, ...), what tables and figures call it, how to run it."""
+    """A setting of the study: its runs are NAME-seed1, ...; tables and figures call it by its label."""
 
     name: str
     label: str
@@ -60,7 +60,8 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("contrast-protonet", "ProtoNet", f"{_CONTRAST} --learner protonet"),
     Setting("contrast-classifier", "classifier", f"{_CONTRAST} --learner classifier"),
     Setting("paper-omniglot-5w1s", "paper's recipe, 5-way 1-shot", _LONG),
-    Setting("paper-omniglot-5w1s-first-order", "paper's recipe, 5-way 1-shot, first order", f"{_LONG} --first_order", (1,)),
+    Setting("paper-omniglot-5w1s-first-order", "paper's recipe, 5-way 1-shot, first order",
+            f"{_LONG} --first_order", (1,)),
     Setting("paper-omniglot-5w5s", "paper's recipe, 5-way 5-shot", f"{_LONG} --k_spt 5", (1,)),
     Setting("paper-omniglot-20w1s", "paper's recipe, 20-way 1-shot", f"{_LONG} --n_way 20", (1,)),
 )}  # fmt: skip
@@ -158,7 +159,7 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="python -m study.run", description="Train the study's runs: skip what is finished, resume what was stopped.")
+    parser = Parser(prog="python -m study.run", description="Train the study's runs: skip finished, resume stopped.")
     parser.add_argument("names", nargs="*", metavar="SETTING", help=f"{', '.join(SETTINGS)}; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the study's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")

@@ -16,7 +16,7 @@ from typing import Callable, Sequence
 import numpy as np
 
 from study import effects
-from study.effects import Estimate
+from study.effects import MISSING, Estimate, correlated, fixed, written
 from study.logs import HOME, Parser, Run, Study, UserError, describe, number, run_program, write_bytes
 from study.run import SETTINGS
 
@@ -30,49 +30,24 @@ MODELS = {"meta": "before adaptation", "finetuned": "adapted"}
 METRICS = {"relative_within": "relative within trace", "nc1": "tr(S_W S_B⁺)/C", "cdnv_unbiased": "CDNV, unbiased",
            "directional_cdnv": "directional CDNV", "etf_error": "ETF error"}  # fmt: skip
 NAMED_LAYERS = tuple(zip(range(-5, 0), ("block 1", "block 2", "block 3", "block 4", "logits")))
-MISSING = "–"
-MINUS = "\N{MINUS SIGN}"
 
-# In percent, MAML / first-order MAML: Finn, Abbeel, Levine 2017; first order on Omniglot: Nichol, Achiam, Schulman 2018.
+# In percent, MAML / first-order MAML: Finn, Abbeel, Levine 2017; first order on Omniglot: Nichol et al. 2018.
 PUBLISHED = {("Omniglot", 5, 1): "98.7 ± 0.4 / 98.3 ± 0.5", ("Omniglot", 5, 5): "99.9 ± 0.1 / 99.2 ± 0.2",
              ("Omniglot", 20, 1): "95.8 ± 0.3 / 89.4 ± 0.5", ("Omniglot", 20, 5): "98.9 ± 0.2 / 97.9 ± 0.1",
              ("miniImageNet", 5, 1): "48.70 ± 1.84 / 48.07 ± 1.75",
              ("miniImageNet", 5, 5): "63.11 ± 0.92 / 63.15 ± 0.91"}  # fmt: skip
+BY = {"nearest support mean": ("nearest_mean", 0), "classifier, adapted": ("accuracy", -1)}  # in results
 LENGTHS = (0, 1_000, 6_000, 20_000, 40_000, 60_000)  # meta-steps, of the table over a long run
 
 Cell = Callable[[list[Run]], str]
 
 
-# ---- numbers as text
+# ---- cells and tables
 
 
-def written(estimate: Estimate) -> str:
-    """ "0.352 ± 0.021", or "0.78 [0.48, 0.91]" if not symmetric, to two digits of the half-width, one if above 35."""
-    mean, low, high = estimate
-    half = (high - low) / 2
-    if not half > 1e-9 * abs(mean):  # a single seed, or rounding alone
-        return short(mean)
-    decimals = 1 - math.floor(math.log10(half))
-    decimals = min(max(decimals - (half * 10**decimals > 35), 0), 4)
-    mean_text, low_text, high_text, half_text = (fixed(value, decimals) for value in (mean, low, high, half))
-    symmetric = math.isclose(mean - low, high - mean, rel_tol=1e-6)
-    return f"{mean_text} ± {half_text}" if symmetric else f"{mean_text} [{low_text}, {high_text}]"
-
-
-def short(value: float) -> str:
-    """Two significant digits, or one decimal."""
-    if not math.isfinite(value):
-        return MISSING
-    return fixed(value, max(1 - math.floor(math.log10(abs(value))), 1) if value else 1)
-
-
-def fixed(value: float, decimals: int) -> str:
-    return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", MINUS)
-
-
-def over(value: Callable[[Run], float], scale: float = 1) -> Cell:
+def over(value: Callable[..., float], scale: float = 1, **options) -> Cell:
     """A cell: a number of each run, over the seeds."""
-    return lambda runs: written(effects.over_seeds([scale * value(run) for run in runs]))
+    return lambda runs: written(effects.over_seeds([scale * value(run, **options) for run in runs]))
 
 
 def from_untrained(model: str, metric: str, layer: int = -2) -> Cell:
@@ -80,19 +55,11 @@ def from_untrained(model: str, metric: str, layer: int = -2) -> Cell:
     def cell(runs: list[Run]) -> str:
         if not all(effects.logged(run, model, metric) for run in runs):
             return MISSING
-        start = over(lambda run: effects.untrained(run, model, metric, run.layers[layer]))(runs)
-        stop = over(lambda run: effects.end(run, model, metric, run.layers[layer]))(runs)
+        what = {"model": model, "metric": metric, "layer": layer}
+        start, stop = (over(value, **what)(runs) for value in (effects.untrained, effects.end))
         return f"{re.split(r' [±[]', start)[0]} → {stop}"
 
     return cell
-
-
-def correlated(estimate: Estimate) -> str:
-    """A correlation and its interval, to two decimals."""
-    if not math.isfinite(estimate.mean):
-        return MISSING
-    mean, low, high = (fixed(value, 2) if math.isfinite(value) else MISSING for value in estimate)
-    return mean if low == MISSING else f"{mean} [{low}, {high}]"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -111,15 +78,16 @@ def compared(study: Study, names: Sequence[str], rows: Sequence[tuple[str, Cell]
 # ---- the seed's recipe: collapse, layers, adaptation, correlation, the original's measure
 
 
-def grown(trace: str) -> Cell:
-    return over(lambda run: effects.growth(run, "finetuned", trace, run.hidden))
+def at_input(value: Callable[..., float], metric: str, scale: float = 1) -> Cell:
+    """A number of the adapted model at the classifier's input, held-out tasks."""
+    return over(value, scale, model="finetuned", metric=metric)
 
 
 def heldout_gap(runs: list[Run]) -> str:
     """Held-out minus training tasks; the interval over seeds, over tasks, and both together."""
     what = "finetuned", "relative_within"
-    mean, low, high = effects.over_seeds([effects.heldout_minus_train(run, *what, run.hidden) for run in runs])
-    tasks = float(np.mean([effects.over_tasks(run, *what, run.hidden) for run in runs]))
+    mean, low, high = effects.over_seeds([effects.heldout_minus_train(run, *what) for run in runs])
+    tasks = float(np.mean([effects.over_tasks(run, *what) for run in runs]))
     halves = {"seeds": (high - low) / 2, "tasks": tasks, "both": math.hypot((high - low) / 2, tasks)}
     halves = [f"{name} ± {fixed(half, 3)}" for name, half in halves.items() if half > 0]
     return f"{fixed(mean, 3)}; {', '.join(halves)}"
@@ -127,13 +95,13 @@ def heldout_gap(runs: list[Run]) -> str:
 
 SUMMARY = [
     ("relative within trace, adapted", from_untrained("finetuned", "relative_within")),
-    ("between trace, end / untrained", grown("between")),
-    ("within trace, end / untrained", grown("within")),
+    ("between trace, end / untrained", at_input(effects.growth, "between")),
+    ("within trace, end / untrained", at_input(effects.growth, "within")),
     ("CDNV, unbiased, adapted", from_untrained("finetuned", "cdnv_unbiased")),
     ("NC2: ETF error, adapted", from_untrained("finetuned", "etf_error")),
-    ("dimension of random directions with that error", over(functools.partial(effects.matched_dimension, model="finetuned"))),
-    ("nearest support mean before adaptation, %", over(functools.partial(effects.nearest_mean, model="meta"), 100)),
-    ("classifier, adapted, %", over(lambda run: effects.accuracy_at_end(run, -1), 100)),
+    ("dimension of random directions with that error", over(effects.matched_dimension, model="finetuned")),
+    ("nearest support mean before adaptation, %", over(effects.nearest_mean, 100, model="meta")),
+    ("classifier, adapted, %", over(effects.accuracy_at_end, 100, inner_step=-1)),
     ("difference, points", over(lambda run: effects.nearest_mean(run, "meta") - effects.accuracy_at_end(run, -1), 100)),
 ]  # fmt: skip
 
@@ -147,12 +115,13 @@ def collapse(study: Study) -> str:
         ("relative within trace, before adaptation", from_untrained("meta", "relative_within")), SUMMARY[0],
         ("of the support set, adapted", from_untrained("support", "relative_within")),
         ("held-out minus training tasks, adapted, end", heldout_gap),
-        *SUMMARY[1:3], ("within trace, lowest / untrained", over(lambda run: effects.lowest(run, "finetuned", "within", run.hidden))),
+        *SUMMARY[1:3], ("within trace, lowest / untrained", at_input(effects.lowest, "within")),
         ("tr(S_W S_B⁺)/C, adapted", from_untrained("finetuned", "nc1")), SUMMARY[3],
-        ("CDNV, unbiased, untrained / end", over(lambda run: 1 / effects.growth(run, "finetuned", "cdnv_unbiased", run.hidden))),
+        ("CDNV, unbiased, untrained / end",
+         at_input(lambda run, **what: 1 / effects.growth(run, **what), "cdnv_unbiased")),
         ("directional CDNV, adapted", from_untrained("finetuned", "directional_cdnv")), *SUMMARY[4:6],
         ("NC2 before adaptation: ETF error", from_untrained("meta", "etf_error")),
-        ("dimension of random directions with that error", over(functools.partial(effects.matched_dimension, model="meta"))),
+        ("dimension of random directions with that error", over(effects.matched_dimension, model="meta")),
         ("NC3: self-duality, adapted", from_untrained("finetuned", "self_duality")),
         ("NC4: mismatch with the nearest support mean, adapted", from_untrained("finetuned", "ncc_mismatch")),
     ])  # fmt: skip
@@ -160,9 +129,10 @@ def collapse(study: Study) -> str:
 
 def accuracy(study: Study) -> str:
     return compared(study, (*MAIN, *PHOTOGRAPHS), [
-        ("nearest support mean, untrained, %", over(lambda run: effects.untrained(run, "meta", "ncc_accuracy", run.hidden), 100)),
-        SUMMARY[6], ("nearest support mean, adapted, %", over(functools.partial(effects.nearest_mean, model="finetuned"), 100)), SUMMARY[7], SUMMARY[8],
-        ("classifier, adapted, training tasks, %", over(lambda run: effects.accuracy_at_end(run, -1, "train"), 100)),
+        ("nearest support mean, untrained, %", over(effects.untrained, 100, model="meta", metric="ncc_accuracy")),
+        SUMMARY[6], ("nearest support mean, adapted, %", over(effects.nearest_mean, 100, model="finetuned")),
+        *SUMMARY[7:],
+        ("classifier, adapted, training tasks, %", over(effects.accuracy_at_end, 100, inner_step=-1, split="train")),
         ("largest drop between checkpoints from step 1,000, points", over(effects.largest_drop, 100)),
         ("deviation of log error from its trend, from step 1,000", over(effects.error_spread)),
     ])  # fmt: skip
@@ -170,32 +140,25 @@ def accuracy(study: Study) -> str:
 
 def layers(study: Study) -> str:
     rows = [(f"{name}, {layer_name}", from_untrained(model, "relative_within", layer))
-            for model, name in MODELS.items()
-            for layer, layer_name in NAMED_LAYERS]  # fmt: skip
-    rows += [(f"adapted minus before, {name}", over(functools.partial(adaptation, layer=layer))) for layer, name in NAMED_LAYERS]
-    return compared(study, MAIN, rows)
-
-
-def adaptation(run: Run, layer: int) -> float:
-    return effects.adapted_minus_meta(run, "relative_within", run.layers[layer])
+            for model, name in MODELS.items() for layer, layer_name in NAMED_LAYERS]  # fmt: skip
+    return compared(study, MAIN, rows + [
+        (f"adapted minus before, {name}", over(effects.adapted_minus_meta, metric="relative_within", layer=layer))
+        for layer, name in NAMED_LAYERS])  # fmt: skip
 
 
 def inner_steps(study: Study) -> str:
     """Accuracy and relative within trace (of the mean traces) along the inner loop, held-out tasks, the end."""
-    def share(run: Run, layer: str, step: int) -> float:
-        (steps, within), (_, between) = (run.along_inner_loop("heldout", name, layer) for name in ("within", "between"))
-        late = steps >= effects.end_from(run)
-        return float((within / (within + between))[late, step].mean())
+    def share(run: Run, layer: int, inner_step: int) -> float:
+        (steps, within), (_, between) = (run.along_inner_loop("heldout", trace, run.layers[layer])
+                                         for trace in ("within", "between"))  # fmt: skip
+        return float((within / (within + between))[steps >= effects.end_from(run), inner_step].mean())
 
-    rows = []
-    for quantity, value, scale in (
-        ("accuracy, %", lambda run, step: effects.accuracy_at_end(run, step), 100),
-        ("relative within trace, classifier's input", lambda run, step: share(run, run.hidden, step), 1),
-        ("relative within trace, logits", lambda run, step: share(run, run.layers[-1], step), 1),
-    ):
-        for step, when in ((0, "before adaptation"), (1, "after 1 inner step"), (-1, "after the last")):
-            rows.append((f"{quantity}: {when}", over(functools.partial(value, step=step), scale)))
-    return compared(study, MAIN, rows)
+    quantities = {"accuracy, %": functools.partial(over, effects.accuracy_at_end, 100, split="heldout"),
+                  "relative within trace, classifier's input": functools.partial(over, share, layer=-2),
+                  "relative within trace, logits": functools.partial(over, share, layer=-1)}  # fmt: skip
+    moments = {"before adaptation": 0, "after 1 inner step": 1, "after the last": -1}
+    return compared(study, MAIN, [(f"{quantity}: {when}", cell(inner_step=step))
+                                  for quantity, cell in quantities.items() for when, step in moments.items()])  # fmt: skip
 
 
 def correlation(study: Study) -> str:
@@ -216,41 +179,40 @@ def correlation(study: Study) -> str:
 
 def original(study: Study) -> str:
     """Change of the relative within trace of the logits, training tasks: by label and as the original took it."""
-    def change(model: str, suffix: str, start: int) -> Cell:
-        def of_run(run: Run) -> float:
-            first = min(run.rows["train"], key=lambda step: abs(step - start))
-            return effects.logit_share(run, model, suffix, None) - effects.logit_share(run, model, suffix, first)
-
-        return over(of_run)
+    def change(run: Run, model: str, suffix: str, start: int) -> float:
+        first = min(run.rows["train"], key=lambda step: abs(step - start))
+        return effects.logit_share(run, model, suffix, None) - effects.logit_share(run, model, suffix, first)
 
     return compared(study, (*MAIN, *PHOTOGRAPHS), [
-        (f"{name}, from {since}, {how}", change(model, suffix, start)) for model, name in MODELS.items()
-        for start, since in ((0, "untrained"), (100, "about step 100"))
+        (f"{name}, from {since}, {how}", over(change, model=model, suffix=suffix, start=start))
+        for model, name in MODELS.items() for start, since in ((0, "untrained"), (100, "about step 100"))
         for suffix, how in (("", "by label"), ("_original", "as the original"))])  # fmt: skip
 
 
 def cells(study: Study) -> str:
     """Order and network apart."""
-    return compared(study, CELLS, [
-        ("test accuracy, %", over(effects.own_accuracy, 100)), *SUMMARY[:4], ("tr(S_W S_B⁺)/C, adapted", from_untrained("finetuned", "nc1")),
-        SUMMARY[6]])  # fmt: skip
+    return compared(study, CELLS, [("test accuracy, %", over(effects.own_accuracy, 100)), *SUMMARY[:4],
+                                   ("tr(S_W S_B⁺)/C, adapted", from_untrained("finetuned", "nc1")), SUMMARY[6]])
 
 
 # ---- learners, long runs, controls
+
+
+def of_control(runs: list[Run], kind: str) -> list[str]:
+    """What every table of learners and controls begins with: the metrics before adaptation and the dimension."""
+    metrics = [over(effects.measured, model="meta", metric=metric, kind=kind)(runs) for metric in METRICS]
+    return [str(len(runs)), *metrics, over(effects.dimension, model="meta", kind=kind)(runs)]
 
 
 def learner_cells(runs: list[Run], kind: str) -> list[str]:
     def ratio(run: Run, trace: str) -> float:
         return effects.measured(run, "meta", trace, kind) / effects.measured(run, "meta", trace, "untrained")
 
-    values = [(functools.partial(effects.measured, model="meta", metric=metric, kind=kind), 1) for metric in METRICS]
-    values += [(functools.partial(effects.measured, model="finetuned", metric="relative_within", kind=kind), 1)]
-    values += [(functools.partial(ratio, trace=trace), 1) for trace in ("between", "within") if kind == "final"]
-    values += [(functools.partial(effects.dimension, model="meta", kind=kind), 1)]
-    values += [(effects.tested(key, place, transductive, kind), 100) for transductive in (True, False)
-               for key, place in (("nearest_mean", 0), ("accuracy", -1))]  # fmt: skip
-    cells = [str(len(runs)), *(over(value, scale)(runs) for value, scale in values)]
-    return cells if kind == "final" else cells[:7] + [MISSING] * 2 + cells[7:]
+    ratios = [over(ratio, trace=trace)(runs) if kind == "final" else MISSING for trace in ("between", "within")]
+    adapted = over(effects.measured, model="finetuned", metric="relative_within", kind=kind)(runs)
+    accuracies = [over(effects.tested(*by, transductive, kind), 100)(runs)
+                  for transductive in (True, False) for by in BY.values()]  # fmt: skip
+    return [*of_control(runs, kind), adapted, *ratios, *accuracies]
 
 
 def learners(study: Study) -> str:
@@ -259,16 +221,17 @@ def learners(study: Study) -> str:
     if not groups:
         return ""
     any_runs = next(iter(groups.values()))
-    rows = [[label, *learner_cells(any_runs, kind)] for kind, label in (("pixel", "raw pixels"), ("untrained", "untrained"))]
+    floors = {"raw pixels": "pixel", "untrained": "untrained"}
+    rows = [[label, *learner_cells(any_runs, kind)] for label, kind in floors.items()]
     rows += [[label, *learner_cells(runs, "final")] for label, runs in groups.items()]
-    accuracies = [f"{name}, %{how}" for how in ("", ", not transductive") for name in ("nearest support mean", "classifier, adapted")]
+    accuracies = [f"{name}, %{how}" for how in ("", ", not transductive") for name in BY]
     picture = "![Metrics against accuracy: a colour per learner, a point per seed](../res/learners.png)\n\n"
-    return picture + table(["", "seeds", *METRICS.values(), "relative within trace, adapted", "between trace / untrained",
-                  "within trace / untrained", "dimension", *accuracies], rows)  # fmt: skip
+    return picture + table(["", "seeds", *METRICS.values(), "dimension", "relative within trace, adapted",
+                            "between trace / untrained", "within trace / untrained", *accuracies], rows)  # fmt: skip
 
 
 def ranking(study: Study) -> str:
-    """Spearman correlation of each metric with accuracy over learners and seeds; of the mean over seeds, over learners."""
+    """Spearman correlation of each metric with accuracy, over runs, and over learners by their means."""
     groups = [study[name] for name in LEARNERS if study[name]]
     if len(groups) < 3:
         return ""
@@ -280,10 +243,11 @@ def ranking(study: Study) -> str:
             for points in ([pair for group in pairs for pair in group], [np.mean(group, 0) for group in pairs]):
                 row.append(correlated(Estimate(effects.spearman(*zip(*points)), math.nan, math.nan)))
         rows.append(row)
-    runs = sum(map(len, groups))
-    header = [f"{accuracy}, over {over_what}" for accuracy in ("nearest support mean before adaptation", "the learner's own rule")
-              for over_what in (f"{runs} runs", f"{len(groups)} learners")]  # fmt: skip
-    return table(["Spearman correlation of a smaller metric with higher accuracy by", *header], rows)
+    counts = f"{sum(map(len, groups))} runs", f"{len(groups)} learners"
+    rules = "nearest support mean before adaptation", "the learner's own rule"
+    header = ["Spearman correlation of a smaller metric with higher accuracy by",
+              *(f"{rule}, over {count}" for rule in rules for count in counts)]  # fmt: skip
+    return table(header, rows)
 
 
 def length(study: Study) -> str:
@@ -296,12 +260,13 @@ def length(study: Study) -> str:
             steps, values, _ = effects.series(run, split, "finetuned", metric, run.hidden)
         return float(values[np.abs(steps - step).argmin()])
 
-    names = {name: METRICS[name] for name in ("relative_within", "nc1", "cdnv_unbiased", "etf_error")} | {"accuracy": "accuracy, %"}
+    names = METRICS | {"accuracy": "accuracy, %"}
+    del names["directional_cdnv"]
     rows = []
     for name in LONG:
         last = min((run.last_step for run in study[name]), default=-1)
         for step in [step for step in LENGTHS if step <= last]:
-            cells = [over(functools.partial(near, split=split, metric=metric, step=step))(study[name])
+            cells = [over(near, split=split, metric=metric, step=step)(study[name])
                      for metric in names for split in ("train", "heldout")]  # fmt: skip
             rows.append([SETTINGS[name].label, f"{step:,}", *cells])
     header = ["", "meta-step", *(f"{label}, {split}" for label in names.values() for split in ("training", "held-out"))]
@@ -316,19 +281,15 @@ def controls(study: Study) -> str:
         having = [run for run in study[name] if run.controls()]
         for kind in dict.fromkeys(kind for run in having for kind in run.controls()):
             runs = [run for run in having if kind in run.controls()]
-            values = [functools.partial(effects.measured, model="meta", metric=metric, kind=kind) for metric in METRICS]
-            values += [functools.partial(effects.dimension, model="meta", kind=kind)]
-            accuracies = [lambda run, key=key, place=place: number((run.controls()[kind].get(key) or [None])[place])
-                          for key, place in (("nearest_mean", 0), ("accuracy", -1))]  # fmt: skip
-            rows.append([SETTINGS[name].label, kind, str(len(runs)), *(over(value)(runs) for value in values),
-                         *(over(value, 100)(runs) for value in accuracies)])  # fmt: skip
-    return table(["", "control", "seeds", *METRICS.values(), "dimension", "nearest support mean, %",
-                  "classifier, adapted, %"], rows) if rows else ""  # fmt: skip
+            accuracies = [over(effects.tested(*by, kind=kind, control=True), 100)(runs) for by in BY.values()]
+            rows.append([SETTINGS[name].label, kind, *of_control(runs, kind), *accuracies])
+    header = ["", "control", "seeds", *METRICS.values(), "dimension", *(f"{name}, %" for name in BY)]
+    return table(header, rows) if rows else ""
 
 
 def tests(study: Study) -> str:
     """Every test of the paper's recipe, by queries and batch norm, after a few inner steps."""
-    rows = []
+    rows, inner = [], (1, 3, 5, 10)
     for name in LONG:
         found: dict[tuple, list[dict]] = {}
         for run in study[name]:
@@ -337,35 +298,37 @@ def tests(study: Study) -> str:
                     if test := run.file(file).get(key):
                         found.setdefault((test["k_qry"], key == "test"), []).append(test)
         for (queries, transductive), group in sorted(found.items()):
-            after = [over(lambda test: number((test["accuracy"][k : k + 1] or [None])[0]), 100)(group) for k in (1, 3, 5, 10)]
+            after = [over(lambda test: number((test["accuracy"][k:] or [None])[0]), 100)(group) for k in inner]
             spread = fixed(max(100 * test["ci95"][-1] for test in group), 2)
             published = PUBLISHED.get((study[name][0].data, group[0]["n_way"], group[0]["k_spt"]), "")
-            rows.append([SETTINGS[name].label, str(len(group)), str(queries), "yes" if transductive else "no", *after, spread, published])
-    return table(["", "tests", "queries per class", "transductive", *(f"after {k} inner step{'s' * (k > 1)}, %" for k in (1, 3, 5, 10)), "± over tasks",
-                  "published"], rows) if rows else ""  # fmt: skip
+            kind = [str(len(group)), str(queries), "yes" if transductive else "no"]
+            rows.append([SETTINGS[name].label, *kind, *after, spread, published])
+    header = ["", "tests", "queries per class", "transductive", *(f"inner steps: {k}, %" for k in inner)]
+    return table([*header, "± over tasks", "published"], rows) if rows else ""
 
 
 def runs(study: Study) -> str:
     """Every run: what was trained, how long it took, what it reached."""
     rows = []
     for name in (*SETTINGS, *sorted(study.paths.keys() - SETTINGS.keys())):
-        if not study[name]:
+        if not (group := study[name]):
             continue
-        group, run, test = study[name], study[name][0], study[name][0].file("result.json")["test"]
-        each = "<br>".join(f"{run.settings['seed']}: {fixed(100 * effects.tested('accuracy', -1)(run), 2)} ± "
-                           f"{fixed(100 * run.file('result.json')['test']['ci95'][-1], 2)}" for run in group)  # fmt: skip
-        minutes = sorted(round(run.file("timing.json")["training_minutes"]) for run in group)
+        run, tests = group[0], [run.file("result.json")["test"] for run in group]
+        test, minutes = tests[0], sorted(round(run.file("timing.json")["training_minutes"]) for run in group)
         device = run.arguments["device"]
         threads = f", {device['threads']} thread{'s' * (device['threads'] > 1)}" * (device["type"] == "cpu")
         rows.append([
-            SETTINGS[name].label if name in SETTINGS else f"{run.data}, {describe(run)}",
-            run.settings["recipe"], f"{run.arguments['meta_steps']:,} x {run.settings['task_num']}",
-            over(effects.own_accuracy, 100)(group), each, over(effects.tested("accuracy", -1, False), 100)(group),
-            f"{test['k_qry']}; {test['inner_steps'][-1]}", " to ".join(map(str, dict.fromkeys((minutes[0], minutes[-1])))),
-            device["name"] + threads, PUBLISHED.get((run.data, test["n_way"], test["k_spt"]), ""),
+            SETTINGS[name].label if name in SETTINGS else f"{run.data}, {describe(run)}", run.settings["recipe"],
+            f"{run.arguments['meta_steps']:,} x {run.settings['task_num']}", over(effects.own_accuracy, 100)(group),
+            "<br>".join(f"{run.settings['seed']}: {fixed(100 * test['accuracy'][-1], 2)} ± "
+                        f"{fixed(100 * test['ci95'][-1], 2)}" for run, test in zip(group, tests)),
+            over(effects.tested("accuracy", -1, False), 100)(group), f"{test['k_qry']}; {test['inner_steps'][-1]}",
+            " to ".join(map(str, dict.fromkeys((minutes[0], minutes[-1])))), device["name"] + threads,
+            PUBLISHED.get((run.data, test["n_way"], test["k_spt"]), ""),
         ])  # fmt: skip
-    return table(["", "recipe", "meta-steps x tasks", "test accuracy, %", "each seed, classifier, ± over tasks", "not transductive",
-                  "queries per class; inner steps", "minutes", "machine", "published"], rows) if rows else ""  # fmt: skip
+    header = ["", "recipe", "meta-steps x tasks", "test accuracy, %", "each seed, classifier, ± over tasks",
+              "not transductive", "queries per class; inner steps", "minutes", "machine", "published"]  # fmt: skip
+    return table(header, rows) if rows else ""
 
 
 TABLES: dict[str, Callable[[Study], str]] = {function.__name__: function for function in (
@@ -386,7 +349,8 @@ def body_of(study: Study, name: str, place: str) -> str:
 
 def difference(found: str, expected: str) -> str:
     """The first cell in which two tables differ, by its row and column."""
-    split = [[[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n")] for text in (found, expected)]
+    split = [[[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n")]
+             for text in (found, expected)]  # fmt: skip
     for row_found, row in zip(*split):
         for i, (cell_found, cell) in enumerate(zip(row_found, row)):
             if cell_found != cell:
@@ -396,7 +360,7 @@ def difference(found: str, expected: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
-    parser = Parser(prog="python -m study.tables", description="Compute the study's tables from the logs in res/; write them where they stand.")
+    parser = Parser(prog="python -m study.tables", description="Write the study's tables, from the logs in res/.")
     parser.add_argument("names", nargs="*", metavar="TABLE", help=f"print these tables instead: {', '.join(TABLES)}")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 at the first number that differs")
     options = parser.parse_args(arguments)
@@ -407,9 +371,10 @@ def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
         text = path.read_text(encoding="utf-8")
         for _, name, body, _ in _MARKED.findall(text) if options.check else ():
             if body != (expected := body_of(study, name, str(path))):
-                raise UserError(f"{path.relative_to(home)}, table {name}, {difference(body, expected)}; run python -m study.tables")
+                where = f"{path.relative_to(home)}, table {name}"
+                raise UserError(f"{where}, {difference(body, expected)}; run python -m study.tables")
         if not options.check:
-            changed = _MARKED.sub(lambda match: match[1] + body_of(study, match[2], str(path)) + "\n<!-- /table -->", text)
+            changed = _MARKED.sub(lambda m: f"{m[1]}{body_of(study, m[2], str(path))}\n<!-- /table -->", text)
             if changed != text:
                 write_bytes(path, changed.encode())
         print(f"{path.relative_to(home)}: {len(_MARKED.findall(text))} tables")

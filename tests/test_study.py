@@ -68,8 +68,6 @@ def plain(name: str, folder: Path) -> float:
     first = rows_of(folder, "heldout")[0]
     if name == "share":
         return end(folder, "finetuned", "relative_within", -2)
-    if name == "change":
-        return end(folder, "meta", "relative_within", -2) - value(first, "meta", "relative_within", -2)
     if name == "growth":
         return end(folder, "finetuned", "between", -2) / value(first, "finetuned", "between", -2)
     if name == "adaptation":
@@ -94,16 +92,15 @@ def plain(name: str, folder: Path) -> float:
 
 
 NUMBERS = {
-    "share": lambda one: effects.end(one, "finetuned", "relative_within", one.hidden),
-    "change": lambda one: effects.change_from_untrained(one, "meta", "relative_within", one.hidden),
-    "growth": lambda one: effects.growth(one, "finetuned", "between", one.hidden),
-    "adaptation": lambda one: effects.adapted_minus_meta(one, "nc1", one.layers[1]),
-    "gap": lambda one: effects.heldout_minus_train(one, "meta", "relative_within", one.hidden),
+    "share": lambda one: effects.end(one, "finetuned", "relative_within"),
+    "growth": lambda one: effects.growth(one, "finetuned", "between"),
+    "adaptation": lambda one: effects.adapted_minus_meta(one, "nc1", 1),
+    "gap": lambda one: effects.heldout_minus_train(one, "meta", "relative_within"),
     "accuracy": lambda one: effects.accuracy_at_end(one, 1, "train"),
     "original": lambda one: effects.logit_share(one, "meta", "_original", None),
     "drop": effects.largest_drop,
     "spread": effects.error_spread,
-    "correlation": lambda one: effects.correlation(one, "finetuned", "cdnv", one.layers[2]),
+    "correlation": lambda one: effects.correlation(one, "finetuned", "cdnv", 2),
 }
 
 
@@ -138,13 +135,13 @@ def test_the_interval_over_tasks_uses_their_values_or_else_the_standard_error(tm
     log = nc_logs.log(120)
     one = read_run(nc_logs.write_run(tmp_path / "with", log))
     spread = np.linspace(-0.1, 0.1, 100) * end(one.path, "meta", "relative_within", -2)
-    found = effects.over_tasks(one, "meta", "relative_within", one.hidden)
+    found = effects.over_tasks(one, "meta", "relative_within")
     assert found == pytest.approx(1.96 * spread.std() / 10, rel=0.06)
     for row in log:
         row.pop("per_task", None)
     one = read_run(nc_logs.write_run(tmp_path / "without", log))
     expected = 1.96 * 0.02 * end(one.path, "meta", "relative_within", -2)
-    assert effects.over_tasks(one, "meta", "relative_within", one.hidden) == pytest.approx(expected)
+    assert effects.over_tasks(one, "meta", "relative_within") == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("true", [0.2, 1.0, 3.0])
@@ -195,7 +192,7 @@ def test_what_has_no_logarithm_has_no_correlation(cdnv, tmp_path):
     ((7.0, 7.0, 7.0), "7.0"), ((48.2, math.nan, math.nan), "48.2"), ((math.nan,) * 3, "–"), ((0.8, 0.5, 0.9), "0.80 [0.50, 0.90]"),
 ])  # fmt: skip
 def test_a_number_has_the_digits_that_its_interval_carries(estimate, text):
-    assert tables.written(effects.Estimate(*estimate)) == text
+    assert effects.written(effects.Estimate(*estimate)) == text
 
 
 # ---- tables
