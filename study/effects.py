@@ -96,10 +96,12 @@ def over_tasks(run: Run, model: str, metric: str) -> float:
 
     By bootstrap of the logged values of each task, where the log has them; else 1.96 standard errors.
     """
-    rows = [row for step, row in run.rows["heldout"].items() if step >= end_from(run)]
-    kept = [row.get("per_task", {}).get(model, {}).get(metric) for row in rows]
-    if rows and None not in kept:
-        _, low, high = bootstrap(np.array(kept, float).mean(0))  # the same tasks at every measurement
+    names = ("within", "between") if metric == "relative_within" else (metric,)
+    rows = [row.get("per_task", {}).get(model, {}) for step, row in run.rows["heldout"].items() if step >= end_from(run)]
+    if rows and all(name in row for row in rows for name in names):
+        values = np.array([[row[name] for row in rows] for name in names], float)  # [1 or 2, steps, tasks]
+        values = values[0] / values.sum(0) if metric == "relative_within" else values[0]
+        _, low, high = bootstrap(values.mean(0))  # the same tasks at every measurement
         return (high - low) / 2
     found = series(run, "heldout", model, metric)
     return 1.96 * float(found.se[found.steps >= end_from(run)].mean())
@@ -305,10 +307,10 @@ def tested(key: str, place: int, transductive: bool = True, kind: str = "final",
     return value
 
 
-def own_accuracy(run: Run) -> float:
+def own_accuracy(run: Run, transductive: bool = True) -> float:
     """By the learner's own rule: the nearest support mean without adaptation, or the adapted classifier."""
     by_mean = run.settings["learner"] in ("protonet", "classifier")
-    return tested("nearest_mean", 0)(run) if by_mean else tested("accuracy", -1)(run)
+    return tested(*(("nearest_mean", 0) if by_mean else ("accuracy", -1)), transductive)(run)
 
 
 # ---- references
@@ -322,9 +324,9 @@ def noise_share(n_way: int, queries: int) -> float:
 @functools.cache
 def random_etf_errors(n_way: int, largest: int = 64) -> np.ndarray:
     """Mean ETF error of n_way random Gaussian directions in d dimensions, for d = 1 .. largest."""
-    samples = np.random.default_rng(0).standard_normal((2000, n_way, largest))
+    samples = np.random.default_rng(0).standard_normal((max(50_000 // n_way**2, 100), n_way, largest))
     centred = samples - samples.mean(1, keepdims=True)
-    grams = np.cumsum(centred[:, :, None, :] * centred[:, None, :, :], -1)  # [2000, C, C, d]
+    grams = np.cumsum(centred[:, :, None, :] * centred[:, None, :, :], -1)  # [draws, C, C, d]
     grams = grams / np.sqrt((grams**2).sum((1, 2), keepdims=True))
     simplex = (np.eye(n_way) - 1 / n_way) / math.sqrt(n_way - 1)
     return np.sqrt(((grams - simplex[..., None]) ** 2).sum((1, 2))).mean(0)

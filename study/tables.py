@@ -36,7 +36,8 @@ PUBLISHED = {("Omniglot", 5, 1): "98.7 ± 0.4 / 98.3 ± 0.5", ("Omniglot", 5, 5)
              ("Omniglot", 20, 1): "95.8 ± 0.3 / 89.4 ± 0.5", ("Omniglot", 20, 5): "98.9 ± 0.2 / 97.9 ± 0.1",
              ("miniImageNet", 5, 1): "48.70 ± 1.84 / 48.07 ± 1.75",
              ("miniImageNet", 5, 5): "63.11 ± 0.92 / 63.15 ± 0.91"}  # fmt: skip
-BY = {"nearest support mean": ("nearest_mean", 0), "classifier, adapted": ("accuracy", -1)}  # in results
+BY = {"nearest support mean": ("nearest_mean", 0), "nearest support mean, adapted": ("nearest_mean", -1),
+      "classifier, adapted": ("accuracy", -1)}  # key and inner step in results  # fmt: skip
 LENGTHS = (0, 1_000, 6_000, 20_000, 40_000, 60_000)  # meta-steps, of the table over a long run
 
 Cell = Callable[[list[Run]], str]
@@ -307,32 +308,42 @@ def tests(study: Study) -> str:
     return table([*header, "± over tasks", "published"], rows) if rows else ""
 
 
-def runs(study: Study) -> str:
-    """Every run: what was trained, how long it took, what it reached."""
+def runs(study: Study, columns: Sequence[str] = ()) -> str:
+    """Every run: what was trained, how long it took, what it reached; some columns or all."""
     rows = []
     for name in (*SETTINGS, *sorted(study.paths.keys() - SETTINGS.keys())):
         if not (group := study[name]):
             continue
         run, tests = group[0], [run.file("result.json")["test"] for run in group]
-        test, minutes = tests[0], sorted(round(run.file("timing.json")["training_minutes"]) for run in group)
-        device = run.arguments["device"]
+        test, device = tests[0], run.arguments["device"]
+        minutes = sorted(round(run.file("timing.json")["training_minutes"]) for run in group)
         threads = f", {device['threads']} thread{'s' * (device['threads'] > 1)}" * (device["type"] == "cpu")
-        rows.append([
-            SETTINGS[name].label if name in SETTINGS else f"{run.data}, {describe(run)}", run.settings["recipe"],
-            f"{run.arguments['meta_steps']:,} x {run.settings['task_num']}", over(effects.own_accuracy, 100)(group),
-            "<br>".join(f"{run.settings['seed']}: {fixed(100 * test['accuracy'][-1], 2)} ± "
-                        f"{fixed(100 * test['ci95'][-1], 2)}" for run, test in zip(group, tests)),
-            over(effects.tested("accuracy", -1, False), 100)(group), f"{test['k_qry']}; {test['inner_steps'][-1]}",
-            " to ".join(map(str, dict.fromkeys((minutes[0], minutes[-1])))), device["name"] + threads,
-            PUBLISHED.get((run.data, test["n_way"], test["k_spt"]), ""),
-        ])  # fmt: skip
-    header = ["", "recipe", "meta-steps x tasks", "test accuracy, %", "each seed, classifier, ± over tasks",
-              "not transductive", "queries per class; inner steps", "minutes", "machine", "published"]  # fmt: skip
-    return table(header, rows) if rows else ""
+        rows.append({
+            "": SETTINGS[name].label if name in SETTINGS else f"{run.data}, {describe(run)}",
+            "recipe": run.settings["recipe"],
+            "meta-steps x tasks": f"{run.arguments['meta_steps']:,} x {run.settings['task_num']}",
+            "queries per class; inner steps": f"{test['k_qry']}; {test['inner_steps'][-1]}",
+            "test accuracy, %": over(effects.own_accuracy, 100)(group),
+            "not transductive, %": over(effects.own_accuracy, 100, transductive=False)(group),
+            "each seed, classifier, ± over tasks": "<br>".join(
+                f"{run.settings['seed']}: {fixed(100 * test['accuracy'][-1], 2)} ± {fixed(100 * test['ci95'][-1], 2)}"
+                for run, test in zip(group, tests)),
+            "published": PUBLISHED.get((run.data, test["n_way"], test["k_spt"]), ""),
+            "minutes": " to ".join(map(str, dict.fromkeys((minutes[0], minutes[-1])))),
+            "machine": device["name"] + threads,
+        })  # fmt: skip
+    columns = columns or list(rows[0]) if rows else ()
+    return table(columns, [[row[column] for column in columns] for row in rows]) if rows else ""
+
+
+def accuracies(study: Study) -> str:
+    """The same, narrower, for README.md."""
+    return runs(study, ("", "recipe", "meta-steps x tasks", "queries per class; inner steps", "test accuracy, %",
+                        "not transductive, %", "published"))  # fmt: skip
 
 
 TABLES: dict[str, Callable[[Study], str]] = {function.__name__: function for function in (
-    summary, collapse, accuracy, layers, inner_steps, correlation, original, cells, learners, ranking, length, tests,
+    summary, accuracies, collapse, accuracy, layers, inner_steps, correlation, original, cells, learners, ranking, length, tests,
     controls, runs)}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 LAYERS = ["block1", "block2", "block3", "block4", "logits"]
 INNER_STEPS = 5
-PER_TASK = ("within", "between", "relative_within")
+PER_TASK = {"within": 0.1, "between": -0.1, "nc1": 0.1}  # relative deviations of the values of single tasks
 
 # Each metric's value on permuted labels, before training, and where it ends, at the last hidden layer.
 METRICS = {
@@ -64,7 +64,7 @@ def nc_row(step: int, classes: str = "train", value: Callable = usual, tasks: in
     best = models["finetuned"]["ncc_accuracy"]["mean"][-2]
     accuracy = [best / 4] + [best * (1 - 0.1 / k) for k in range(1, INNER_STEPS + 1)]
     spread = np.linspace(-1, 1, tasks)
-    per_task = {model: {name: list(values[name]["mean"][-2] * (1 + 0.1 * spread)) for name in PER_TASK}
+    per_task = {model: {name: list(values[name]["mean"][-2] * (1 + part * spread)) for name, part in PER_TASK.items()}
                 for model, values in models.items()}  # fmt: skip
     return {
         "kind": "nc", "step": step, "classes": classes, "tasks": tasks, "layers": LAYERS, **models, "per_task": per_task,
