@@ -91,7 +91,7 @@ def heldout_gap(runs: list[Run]) -> str:
     tasks = float(np.mean([effects.over_tasks(run, *what) for run in runs]))
     halves = {"seeds": (high - low) / 2, "tasks": tasks, "both": math.hypot((high - low) / 2, tasks)}
     halves = [f"{name} ± {fixed(half, 3)}" for name, half in halves.items() if half > 0]
-    return f"{fixed(mean, 3)}; {', '.join(halves)}"
+    return f"{fixed(mean, 3)}; {', '.join(halves)}" if math.isfinite(mean) else MISSING
 
 
 SUMMARY = [
@@ -191,7 +191,7 @@ def original(study: Study) -> str:
 
 
 def cells(study: Study) -> str:
-    """Order and network apart."""
+    """Order by network, the seed's recipe."""
     return compared(study, CELLS, [("test accuracy, %", over(effects.own_accuracy, 100)), *SUMMARY[:4],
                                    ("tr(S_W S_B⁺)/C, adapted", from_untrained("finetuned", "nc1")), SUMMARY[6]])
 
