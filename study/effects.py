@@ -184,6 +184,11 @@ def nearest_mean(run: Run, model: str) -> float:
     return end(run, model, "ncc_accuracy")
 
 
+def matched_dimension(run: Run, model: str) -> float:
+    """`matching_dimension` of the ETF error at the end, on held-out tasks."""
+    return matching_dimension(end(run, model, "etf_error"), run.settings["n_way"])
+
+
 def accuracy_at_end(run: Run, inner_step: int, split: str = "heldout") -> float:
     """Query accuracy of the classifier after so many inner steps; -1: after the last one."""
     steps, values = run.along_inner_loop(split, "accuracy")
@@ -284,10 +289,6 @@ def dimension(run: Run, model: str, kind: str = "final") -> float:
     found = (control_of(run, kind) or {}).get("effective_dimension")
     if found is not None:
         return number(found.get(model) if isinstance(found, dict) else found)
-    return matched_dimension(run, model, kind)
-
-
-def matched_dimension(run: Run, model: str, kind: str = "final") -> float:
     return matching_dimension(measured(run, model, "etf_error", kind), run.settings["n_way"])
 
 

@@ -249,6 +249,9 @@ def test_learners_are_compared_with_controls_where_there_are_any(home):
     lines = tables.learners(Study(home / "res")).split("\n")
     assert " 17.5 " in lines[4] and "–" not in lines[6]
     assert tables.controls(Study(home / "res")).count("pixels") == 5
+    before = tables.collapse(study)
+    nc_logs.write_controls(home / "res" / "omniglot-5w1s-seed1", 2)
+    assert tables.collapse(Study(home / "res")) == before, "a table of the log takes nothing from the controls"
     ranks = tables.ranking(Study(home / "res")).split("\n")[2].split(" | ")[1:]
     metric = [1.01 * (100 + len(name)) for name in nc_logs.LEARNERS]
     expected = effects.spearman([-x for x in metric], range(5))
