@@ -22,7 +22,7 @@ from typing import NamedTuple, Sequence
 from study.logs import HOME, Parser, UserError, run_program, write_bytes
 
 RESULTS = ("result.json", "timing.json")  # what a finished run has
-KEPT = ("best.pt", "final.pt")  # weights, where the run left them
+KEPT = ("best.pt", "last.pt")  # weights, where the run left them
 ROOTS = {"omniglot_train.py": "omniglot/", "miniimagenet_train.py": "miniimagenet/"}  # the scripts' defaults
 POLL_SECONDS = 1.0
 
@@ -40,8 +40,8 @@ class Setting(NamedTuple):
 _SEED = "--task_num 8 --epoch 6000 --nc_every 30 --eval_every 250"
 _PHOTOS = ("--data_name 'Tiny ImageNet in the miniImageNet layout' --task_num 2 --nc_every 30 --eval_every 150 "
            "--eval_tasks 50")  # fmt: skip
-_PAPER = "--recipe paper --nc_qry 15 --nc_every 30 --nc_every_late 100 --eval_every 500"
-_LONG, _CONTRAST = f"{_PAPER} --epoch 60000", f"{_PAPER} --epoch 10000"
+_LONG = "--recipe paper --eval_every 1000 --keep_every 10000 --save_every 5000"
+_CONTRAST = "--recipe paper --epoch 10000 --nc_every 100 --eval_every 1000 --save_every 5000"
 _IN_LAYOUT = "tinyimagenet-in-miniimagenet-layout-5w5s"
 SETTINGS = {setting.name: setting for setting in (
     Setting("omniglot-5w1s", "1-shot, second order", _SEED),

@@ -357,13 +357,8 @@ def test_collected_files_name_no_place_and_no_time(place, capsys):
 def test_every_command_is_one_that_its_script_takes(name, tmp_path):
     (job, *_) = run.jobs_of([name], None, tmp_path)
     script, *flags = job.command("data")
-    defaults = {"omniglot_train.py": omniglot_train, "miniimagenet_train.py": miniimagenet_train}[script].DEFAULTS
-    try:
-        args = settings.parse_args("", defaults, flags, "")
-    except Exception as error:
-        if "--recipe" in flags and "recipe" in str(error):
-            pytest.skip("these scripts have no --recipe yet")
-        raise
+    module = {"omniglot_train.py": omniglot_train, "miniimagenet_train.py": miniimagenet_train}[script]
+    args = settings.parse_args("", module.DEFAULTS, module.PAPER, flags, "")
     assert args.out == str(job.folder) and args.root == "data" and args.seed == 1
 
 
