@@ -29,12 +29,18 @@ class Dataset:
     channels: int
     mean: Sequence[float]  # per channel, of images scaled to 0..1
     std: Sequence[float]
-    sizes: Callable[[], dict[str, tuple[int, int]]]  # split -> (classes, images per class); reads no image
+    sizes: Callable[[], dict[str, tuple[int, int]]]  # split -> (classes, images of the smallest); reads no image
     load: Callable[[str], Tensor]  # split -> uint8 [class, image, c, h, w]
+    layout: Callable[[], str] = str  # where and how the images were found, in words
+    counts: Callable[[str], Sequence[int] | None] = lambda split: None  # images per class, where they are unequal
 
     @property
     def name(self) -> str:
         return self.called()
+
+    @property
+    def found(self) -> str:
+        return self.layout()
 
 
 # ---- trees: tensors in dicts, lists and tuples
@@ -91,7 +97,7 @@ def with_rotations(images: Tensor) -> Tensor:
 
 
 def draw(classes: int, per_class: int, n_tasks: int, n_way: int, k: int, generator: torch.Generator | None,
-         turns: int = 1, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+         turns: int = 1, device: torch.device | str = "cpu", counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Indices of tasks: (class [T, n_way, 1], image [T, n_way, k]), on the generator's device; `device` without one.
 
     The first images of a larger k are those of a smaller one.
@@ -99,6 +105,8 @@ def draw(classes: int, per_class: int, n_tasks: int, n_way: int, k: int, generat
     Args:
         classes: distinct classes; with `turns` there are turns * classes rows of images, a class's one after the other.
         turns: a task takes each of its classes in one random orientation, so a character never meets its rotation.
+        counts: images of each class [classes], where some have fewer than per_class; on the generator's device. Each
+            must have k.
     Raises:
         ValueError: too few classes, or too few images per class.
     """
@@ -108,7 +116,10 @@ def draw(classes: int, per_class: int, n_tasks: int, n_way: int, k: int, generat
         raise ValueError(f"support and query images need {k} per class, here are {per_class}")
     random = {"device": generator.device if generator else device, "generator": generator}
     chosen = torch.rand(n_tasks, classes, **random).topk(n_way).indices  # [T, n_way]
-    order = torch.rand(n_tasks, n_way, per_class, **random).topk(k).indices  # [T, n_way, k]
+    order = torch.rand(n_tasks, n_way, per_class, **random)
+    if counts is not None:  # what a class lacks comes last
+        order = order.masked_fill(torch.arange(per_class, device=order.device) >= counts[chosen][..., None], -1)
+    order = order.topk(k).indices  # [T, n_way, k]
     if turns > 1:
         chosen = chosen * turns + torch.randint(turns, chosen.shape, **random)
     return chosen[..., None], order
@@ -131,7 +142,8 @@ def as_tasks(picked: Tensor, k_spt: int, mean: Tensor | Sequence[float], std: Te
 
 
 def sample_tasks(images: Tensor, n_tasks: int, n_way: int, k_spt: int, k_qry: int, generator: torch.Generator | None,
-                 mean: Tensor | Sequence[float] = (0.0,), std: Tensor | Sequence[float] = (1.0,)) -> Tasks:
+                 mean: Tensor | Sequence[float] = (0.0,), std: Tensor | Sequence[float] = (1.0,),
+                 counts: Sequence[int] | None = None) -> Tasks:
     """Draw tasks.
 
     Args:
@@ -140,11 +152,20 @@ def sample_tasks(images: Tensor, n_tasks: int, n_way: int, k_spt: int, k_qry: in
         k_spt, k_qry: support and query images per class.
         generator: on the CPU or on the device of `images`; the same state gives the same tasks. None: torch's own.
         mean, std: of images scaled to 0..1; one number, or one per channel (a tensor on the device is not copied).
+        counts: images per class, where they are unequal.
     Raises:
         ValueError: too few classes, or too few images per class.
     """
-    index = draw(*images.shape[:2], n_tasks, n_way, k_spt + k_qry, generator, device=images.device)
+    device = generator.device if generator else images.device
+    index = draw(*images.shape[:2], n_tasks, n_way, k_spt + k_qry, generator, device=device,
+                 counts=_counts(counts, k_spt + k_qry, device))
     return as_tasks(pick(images, index), k_spt, mean, std)
+
+
+def _counts(counts: Sequence[int] | None, k: int, device: torch.device | str) -> Tensor | None:
+    if counts is not None and k > min(counts):
+        raise ValueError(f"support and query images need {k} per class, and one class has {min(counts)}")
+    return None if counts is None else torch.tensor(counts, device=device)
 
 
 class Sampler:
@@ -159,14 +180,18 @@ class Sampler:
         turns: see `draw`.
         k_qry, nc_qry: query images per class, of a task and of the same task when neural collapse is measured on it.
             The smaller of the two sets is a part of the larger one.
+        counts: images per class, where they are unequal.
     """
 
     def __init__(self, images: Tensor, dataset: Dataset, device: torch.device, seed: int, n_way: int, k_spt: int,
-                 k_qry: int, turns: int = 1, on_device: bool = False, nc_qry: int | None = None):
+                 k_qry: int, turns: int = 1, on_device: bool = False, nc_qry: int | None = None,
+                 counts: Sequence[int] | None = None):
         self.images, self.device, self.n_way, self.k_spt, self.turns = images, device, n_way, k_spt, turns
         self.k_qry, self.nc_qry = k_qry, k_qry if nc_qry is None else nc_qry
+        self.k = k_spt + max(self.k_qry, self.nc_qry)
         self.mean, self.std = (torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
         self.generator = torch.Generator(images.device if on_device else "cpu").manual_seed(seed)
+        self.counts = _counts(counts, self.k, self.generator.device)
 
     def __call__(self, n_tasks: int) -> Tasks:
         return self.gather(self.draw(n_tasks))
@@ -174,8 +199,8 @@ class Sampler:
     def draw(self, n_tasks: int) -> tuple[Tensor, Tensor]:
         """Indices of the next tasks, for `gather`."""
         classes, per_class = self.images.shape[:2]
-        k = self.k_spt + max(self.k_qry, self.nc_qry)
-        return draw(classes // self.turns, per_class, n_tasks, self.n_way, k, self.generator, self.turns)
+        return draw(classes // self.turns, per_class, n_tasks, self.n_way, self.k, self.generator, self.turns,
+                    counts=self.counts)
 
     def gather(self, index: tuple[Tensor, Tensor], measured: bool = False) -> Tasks:
         """The tasks of these indices, with `nc_qry` query images per class if `measured`, else with `k_qry`."""
