@@ -14,7 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import Callable, Iterator, NoReturn, Sequence
+from typing import Callable, Iterable, Iterator, NoReturn, Sequence
+
+from tqdm import tqdm
 
 LONGEST = 2000  # characters of a message, whatever a file or an argument holds
 
@@ -66,6 +68,23 @@ def atomic(path: Path, mode: str = "wb", remedy: str = "free some space or name 
                 os.unlink(temporary)
 
 
+@contextlib.contextmanager
+def reading(path: Path | str, remedy: str, wrong: str = "can't be read", passed: tuple = ()) -> Iterator[None]:
+    """What goes wrong in the block becomes a UserError of one line: `path`, what is wrong with it, `remedy`.
+
+    Libraries that parse a damaged file raise nearly anything, so all errors are taken but UserErrors, memory that
+    runs out and those `passed`.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, *passed):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"can't read {path}: {error.strerror}; {remedy}") from error
+        raise UserError(f"{path} {wrong} ({str(error) or type(error).__name__}); {remedy}") from error
+
+
 def contents(path: Path, remedy: str) -> bytes:
     """What the file `path` holds.
 
@@ -75,14 +94,39 @@ def contents(path: Path, remedy: str) -> bytes:
             ends in `remedy`.
     """
     path = _without_nul(path)
-    try:
+    with reading(path, remedy, passed=(FileNotFoundError,)):
         if stat.S_ISREG(os.stat(path).st_mode):
             return path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}; {remedy}") from error
     raise UserError(f"{path} is not a file; {remedy}")
+
+
+def listed(faults: Sequence[str], what: str, remedy: str) -> None:
+    """Refuse all `faults` in one line: the first ten and how many more there are. Nothing if there are none.
+
+    Raises:
+        UserError: `what`, the faults, `remedy`.
+    """
+    if faults:
+        more = f"; and {len(faults) - 10:,} more" if len(faults) > 10 else ""
+        raise UserError(f"{what}: {'; '.join(faults[:10])}{more}; {remedy}")
+
+
+def short(text: str) -> str:
+    """`text` as a message quotes it."""
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")
+
+
+def progress(items: Iterable, what: str, total: int, unit: str) -> Iterator:
+    """`items`, with a bar on a terminal, else with a line every ten seconds; under two seconds without."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, what, total, delay=2, unit=f" {unit}")
+        return
+    next_line = time.monotonic() + 2
+    for done, item in enumerate(items, start=1):
+        yield item
+        if time.monotonic() > next_line:
+            next_line = time.monotonic() + 10
+            print(f"{what}: {done:,} of {total:,} {unit}", file=sys.stderr, flush=True)
 
 
 def _without_nul(path: Path) -> Path:
