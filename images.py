@@ -1,98 +1,170 @@
-"""What both data sets share: image files in, one uint8 tensor a split out, decoded once and cached.
+"""Image files in, one uint8 tensor per split out, decoded once and cached.
 
-`load` takes the image files of a split, class by class, decodes them in
-parallel threads into one array [class, image, c, s, s] and keeps it in a cache
-file: the .npy format, so `numpy.load` reads it too, followed by a line that
-ties it to the very files it was made from.
+omniglot.py, miniimagenet.py and folders.py find the files and make an `ImageSet` of them. It checks the splits against
+each other. `ImageSet.load` decodes a split in parallel threads and keeps the array in a cache file that `numpy.load`
+reads too.
 """
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 import threading
+import unicodedata
 import warnings
-import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from files import UserError, atomic, locked, remove_stale
+from files import UserError, atomic, listed, locked, progress, reading, remove_stale, short
+from tasks import Dataset
 
 SPLITS = ("train", "val", "test")
 FORMATS = ("JPEG", "PNG", "GIF", "BMP")  # what data sets hold: few parsers, none that starts a program
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
 MAX_PIXELS = 64 * 2**20  # ImageNet's largest photograph has 61 million
 MAX_BYTES = 256 * 2**20  # of one encoded file
 LARGE = 16 * 2**20  # pixels or bytes of an image that is decoded alone: a thread for each would fill the memory
-CACHE_VERSION = 1  # goes up whenever the same files would give other pixels
+CACHE_VERSION = 2  # goes up whenever the same files would give other pixels
+SHARED = 1e-3  # share of a split's images that may be in another too: ImageNet itself holds some photographs twice
 
 _alone = threading.RLock()
 
 
 class ImageFile(NamedTuple):
-    """One encoded image, not read yet."""
+    """One image, not read yet."""
 
-    name: str  # relative to the data folder, with '/'
+    name: str  # relative to the data folder, with "/"
     size: int  # bytes, encoded
     stamp: int  # changes with the content: the time of change in ns, or the CRC-32 that a zip holds
     path: str  # what a message calls it
-    read: Callable[[], bytes]
+    read: Callable[[], bytes | np.ndarray]  # the encoded bytes, or uint8 pixels [h, w] or [h, w, 3]
 
 
-def load(
-    classes: Sequence[Sequence[ImageFile]],
-    *,
-    dataset: str,
-    split: str,
-    channels: int,
-    imgsz: int,
-    resample: Image.Resampling,
-    cache: Path,
-) -> torch.Tensor:
-    """The images of one split, from the cache folder or decoded into it.
-
-    Args:
-        classes: the same number of files for each class.
-        dataset: goes into the cache file's name.
-        channels: 3 for RGB, 1 for greyscale.
-        imgsz: images are resized to this square.
-        resample: the filter of the resize.
-        cache: the folder; made when absent.
-
-    Returns:
-        uint8 [class, image, channels, imgsz, imgsz]
+@dataclass(frozen=True)
+class ImageSet:
+    """The images that were found: for each split, the files of each class.
 
     Raises:
-        UserError: an image can't be read or decoded, the cache folder can't be
-            written, or the array doesn't fit into memory.
+        UserError: a split has no class, a class has one image only, or a class is in two splits.
     """
-    shape = (len(classes), len(classes[0]), channels, imgsz, imgsz)
-    _check_memory(shape, split)
-    key = _key(classes, split, channels, imgsz, resample)
-    path = Path(cache) / f"{dataset}-{split}-{imgsz}px-{key[:16]}.npy"
-    remedy = "free some space, or name another folder with --cache FOLDER"
-    try:
-        array, _ = _read_cache(path, key, shape)
-        if array is None:
-            with locked(path.parent / ".cache.lock", remedy=remedy) as alone:
-                array, fault = _read_cache(path, key, shape)  # again: another process may have built it
-                if array is None:
-                    if fault:
-                        _say(f"the cache {path} {fault}: building it again")
-                    if alone:
-                        remove_stale(path.parent, f"{dataset}-*px-*.npy")
-                    array = decode_all(classes, f"{dataset} {split}", channels, imgsz, resample)
-                    _write_cache(path, key, array, remedy)
-    except MemoryError as error:
-        raise UserError(f"no memory for the {split} images at {imgsz} x {imgsz}; lower --imgsz") from error
-    return torch.from_numpy(array)
+
+    name: str  # of the cache files
+    layout: str  # where and how the images were found, in words
+    splits: dict[str, dict[str, list[ImageFile]]]  # split -> class -> images, in the order of the tensor
+    resample: Image.Resampling  # filter of the resize
+    cache: Path  # folder of the decoded images; made if absent
+    remedy: str = "put the images there again"  # ends every message about an image
+    _contents: dict[str, np.ndarray] = field(default_factory=dict)  # split -> what `load` knows of each image's pixels
+
+    def __post_init__(self) -> None:
+        for split, classes in self.splits.items():
+            if not classes:
+                raise UserError(f"the {split} split has no images ({self.layout}); {self.remedy}")
+            listed([f"{short(label)} in {split}" for label, files in classes.items() if len(files) < 2],
+                   "a task needs at least 2 images of a class, and these have one", "add images, or take the class out")
+        for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+            listed([short(label) for label in self.splits[one] if label in self.splits[other]],
+                   f"classes are in both {one} and {other} ({self.layout}), so results on one would be of the other",
+                   "each class belongs in one split: take it out of the others")
+
+    @property
+    def summary(self) -> str:
+        """The layout and the size of each split, in one line."""
+        sizes = []
+        for split, classes in self.splits.items():
+            least, most = (choose(classes, key=lambda label: len(classes[label])) for choose in (min, max))
+            low, high = len(classes[least]), len(classes[most])
+            count = f"{high:,}" if low == high else f"{low:,} ({short(least)}) to {high:,}"
+            sizes.append(f"{split} {len(classes):,} classes of {count} images")
+        return f"{self.layout}: {', '.join(sizes)}"
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Split -> (classes, images of the smallest class)."""
+        return {split: (len(classes), min(map(len, classes.values()))) for split, classes in self.splits.items()}
+
+    def counts(self, split: str) -> list[int] | None:
+        """Images per class; None if all classes have equally many."""
+        counts = [len(files) for files in self.splits[split].values()]
+        return None if min(counts) == max(counts) else counts
+
+    def load(self, split: str, imgsz: int, channels: int) -> torch.Tensor:
+        """The images of one split, from the cache folder or decoded into it.
+
+        Returns:
+            uint8 [class, image, channels, imgsz, imgsz]. Where classes are of unequal size, image is as long as the
+            largest, and what a smaller class lacks is 0; `counts` says where that begins.
+        Raises:
+            UserError: an image can't be read or decoded, or is in another split too; the cache folder can't be
+                written; the array doesn't fit into memory.
+        """
+        check_request(split, imgsz)
+        classes = list(self.splits[split].values())
+        shape = (len(classes), max(map(len, classes)), channels, imgsz, imgsz)
+        _check_memory(shape, split)
+        path = self.cache / f"{self.name}-{split}-{imgsz}px-{_key(classes, split, shape, self.resample)[:16]}.npy"
+        remedy = "free some space, or name another folder with --cache FOLDER"
+        try:
+            found = _read_cache(path, shape)
+            if found is None:
+                with locked(path.parent / ".cache.lock", remedy=remedy) as alone:
+                    found = _read_cache(path, shape)  # again: another process may have built it
+                    if found is None:
+                        if os.path.lexists(path):
+                            _say(f"the cache {path} is damaged: building it again")
+                        if alone:
+                            remove_stale(path.parent, f"{self.name}-*px-*.npy")
+                        found = decode_all(classes, f"{self.name} {split}", shape, self.resample, self.remedy)
+                        with atomic(path, remedy=remedy) as file:
+                            np.save(file, found[0])
+                            np.save(file, found[1])
+        except MemoryError as error:
+            raise UserError(f"no memory for the {split} images at {imgsz} x {imgsz}; lower --imgsz") from error
+        self._check_contents(split, found[1])
+        return torch.from_numpy(found[0])
+
+    def _check_contents(self, split: str, digests: np.ndarray) -> None:
+        """Compare the pixels of a split with those of the splits that were loaded before."""
+        self._contents[split] = digests
+        for other in self._contents:
+            shared = np.intersect1d(digests, self._contents[other])
+            shared = shared[shared != 0]  # no image
+            if other == split or not len(shared):
+                continue
+            pairs = [f"{self._file(other, digest)} = {self._file(split, digest)}" for digest in shared[:11]]
+            fewer = min(np.count_nonzero(digests), np.count_nonzero(self._contents[other]))
+            if len(shared) <= SHARED * fewer:
+                _say(f"note: {len(shared)} images of {split} are in {other} too: {'; '.join(pairs[:10])}")
+                continue
+            listed(pairs + [""] * (len(shared) - len(pairs)), f"{len(shared):,} images of {split} are in {other} too, "
+                   "so results on one would be of the other", "remove each from one of the splits")
+
+    def _file(self, split: str, digest: int) -> str:
+        row, column = np.argwhere(self._contents[split] == digest)[0]
+        return list(self.splits[split].values())[row][column].name
+
+
+def dataset(find: Callable[[], ImageSet], name: Callable[[], str], channels: int, mean: Sequence[float],
+            std: Sequence[float], imgsz: int) -> Dataset:
+    """A Dataset for `training.train` of the images that `find` finds, once, when they are first needed.
+
+    Mean and deviation are those of the script's own images; for another number of channels, their average.
+    """
+    find = functools.cache(find)
+    if channels != len(mean):
+        mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
+    return Dataset(name, channels, mean, std, lambda: find().sizes(),
+                   lambda split: find().load(split, imgsz, channels),
+                   lambda: find().summary, lambda split: find().counts(split))
 
 
 def check_request(split: str, imgsz: int) -> None:
@@ -103,70 +175,100 @@ def check_request(split: str, imgsz: int) -> None:
         raise UserError(f"the image size must be a whole number of at least 1, not {imgsz!r}; change --imgsz")
 
 
-def folder_files(folder: Path) -> dict[str, os.DirEntry]:
-    """What lies in `folder`, by name; hidden files aside.
+# ---- names and files
+
+
+def normal(text: str) -> str:
+    """A label or name as it is compared: composed Unicode, without blanks and byte order marks around it."""
+    return unicodedata.normalize("NFC", text).strip().strip("\ufeff").strip()
+
+
+def stem_and_extension(name: str) -> tuple[str, str]:
+    """A file's name as it is compared, cut at the extension: `a\\B .JPG` -> ("a/B", ".jpg")."""
+    stem, extension = os.path.splitext(normal(name).replace("\\", "/"))
+    return stem.strip(), extension.lower()
+
+
+def entries(folder: Path | str) -> list[os.DirEntry]:
+    """What lies in `folder`, sorted by name; hidden files aside.
 
     Raises:
-        UserError: the folder can't be read, or a symbolic link in it leads out of it.
+        UserError: the folder can't be read.
     """
-    try:
-        with os.scandir(folder) as entries:
-            found = {entry.name: entry for entry in entries if not entry.name.startswith(".")}
-    except OSError as error:
-        raise UserError(f"can't read the folder {folder}: {error.strerror}; check path and rights") from error
-    for entry in found.values():
-        # realpath, for Path.resolve raises at a link to itself
-        if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(os.path.realpath(folder)):
-            raise UserError(f"{entry.path} is a link that leads out of its folder; put the file itself there")
-    return found
+    with reading(folder, "check the path and its rights"), os.scandir(folder) as found:
+        return sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def subfolders(folder: Path | str) -> list[os.DirEntry]:
+    def is_folder(entry: os.DirEntry) -> bool:
+        with contextlib.suppress(OSError):  # a link to itself
+            return entry.is_dir()
+        return False
+
+    return [entry for entry in entries(folder) if is_folder(entry)]
 
 
 def image_file(entry: os.DirEntry, name: str) -> ImageFile:
-    """The file `entry` as an image named `name`.
+    """The file `entry`, be it a link, as an image named `name`.
 
     Raises:
-        UserError: it isn't a regular file (a folder, a dangling link, a pipe).
+        UserError: it isn't a regular file (a folder, a link that leads nowhere, a pipe).
     """
-    try:
+    with reading(entry.path, "put the image there"):
         if entry.is_file():
             status = entry.stat()
-            read = Path(entry.path).read_bytes
-            return ImageFile(name, status.st_size, status.st_mtime_ns, entry.path, read)
-    except OSError as error:
-        raise UserError(f"can't read {entry.path}: {error.strerror}; check its rights") from error
+            return ImageFile(name, status.st_size, status.st_mtime_ns, entry.path, Path(entry.path).read_bytes)
     raise UserError(f"{entry.path} is not a file; put the image there")
 
 
-def decode(data: bytes, name: str, channels: int, imgsz: int, resample: Image.Resampling) -> np.ndarray:
-    """One encoded image -> uint8 [channels, imgsz, imgsz].
+# ---- decoding
 
-    Palette, CMYK and greyscale images are converted; transparent ones are laid
-    on white, so that ink drawn on nothing doesn't become black on black.
+
+def decode(data: bytes | np.ndarray, name: str, channels: int, imgsz: int,
+           resample: Image.Resampling) -> tuple[np.ndarray, int]:
+    """One image -> uint8 [channels, imgsz, imgsz], and a hash of its pixels before the resize.
+
+    It is turned as its EXIF orientation says. Palette, CMYK and greyscale images are converted. Transparent ones are
+    laid on white, so that ink drawn on nothing doesn't become black on black.
 
     Raises:
         UserError: it can't be decoded, is cut, or has more than MAX_PIXELS pixels; names `name`.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:  # known from the header, before any pixel is decoded
-                raise Image.DecompressionBombError
-            with _alone if image.width * image.height > LARGE else contextlib.nullcontext():
-                image = _opaque(image).convert("RGB" if channels == 3 else "L").resize((imgsz, imgsz), resample)
-    except MemoryError:
-        raise
-    except Image.DecompressionBombError as error:
-        limit = MAX_PIXELS // 10**6
-        raise UserError(f"{name} has more than {limit} million pixels; put a smaller image there") from error
-    except UnidentifiedImageError as error:
-        raise UserError(f"{name} is none of {', '.join(FORMATS)}; put the image there again") from error
-    except Exception as error:  # damaged files make PIL's decoders raise nearly anything
-        raise UserError(f"{name} can't be decoded ({error}); put the image there again") from error
-    return np.asarray(image).reshape(imgsz, imgsz, channels).transpose(2, 0, 1)
+    if not len(data):
+        raise UserError(f"{name} is empty")
+    with reading(name, "", "can't be decoded"):
+        try:
+            with _open(data) as image:
+                if image.width * image.height > MAX_PIXELS:  # known from the header, before any pixel is decoded
+                    raise Image.DecompressionBombError
+                with _alone if image.width * image.height > LARGE else contextlib.nullcontext():
+                    image = _opaque(_upright(image)).convert("RGB" if channels == 3 else "L")
+                    digest = hashlib.blake2b(image.tobytes(), digest_size=8, key=b"%dx%d" % image.size).digest()
+                    image = image.resize((imgsz, imgsz), resample)
+        except Image.DecompressionBombError as error:
+            raise UserError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels") from error
+        except UnidentifiedImageError as error:
+            raise UserError(f"{name} is none of {', '.join(FORMATS)}") from error
+    array = np.asarray(image).reshape(imgsz, imgsz, channels).transpose(2, 0, 1)
+    return array, int.from_bytes(digest, "little") or 1
+
+
+def _open(data: bytes | np.ndarray) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=FORMATS) if isinstance(data, bytes) else Image.fromarray(data)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    with contextlib.suppress(Exception):  # EXIF data that PIL can't parse says nothing
+        if image.getexif().get(0x0112, 1) != 1:
+            return ImageOps.exif_transpose(image)
+    return image
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to white
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip; many hold 8 or 12 bits of data
+        pixels = np.asarray(image).astype(np.int64)
+        bits = next((bits for bits in (8, 12) if pixels.max() < 2**bits), 16)
+        return Image.fromarray((pixels >> bits - 8).clip(0, 255).astype(np.uint8))
     if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
         return image
     white = Image.new("RGBA", image.size, "white")
@@ -174,130 +276,98 @@ def _opaque(image: Image.Image) -> Image.Image:
     return white
 
 
-def decode_all(
-    classes: Sequence[Sequence[ImageFile]], what: str, channels: int, imgsz: int, resample: Image.Resampling
-) -> np.ndarray:
-    """Decode in parallel threads, with a bar -> uint8 [class, image, c, s, s].
+def decode_all(classes: Sequence[Sequence[ImageFile]], what: str, shape: tuple[int, ...], resample: Image.Resampling,
+               remedy: str) -> tuple[np.ndarray, np.ndarray]:
+    """Decode in parallel threads -> uint8 of `shape` [class, image, c, s, s], uint64 hashes [class, image].
 
-    Neither the array nor the error, where there is one, depends on the number
-    of threads: each image has its place, and the first bad one is reported.
+    Neither the arrays nor the error, where there is one, depends on the number of threads.
+
+    Raises:
+        UserError: names all images that can't be read or decoded.
     """
-    array = np.empty((len(classes), len(classes[0]), channels, imgsz, imgsz), np.uint8)
-    places = [(row, column) for row in range(array.shape[0]) for column in range(array.shape[1])]
+    array, digests = np.zeros(shape, np.uint8), np.zeros(shape[:2], np.uint64)
+    places = [(row, column) for row, files in enumerate(classes) for column in range(len(files))]
+    faults: dict[tuple[int, int], str] = {}
 
     def put(place: tuple[int, int]) -> None:
         file = classes[place[0]][place[1]]
-        with _alone if file.size > LARGE else contextlib.nullcontext():
-            array[place] = decode(_read(file), file.path, channels, imgsz, resample)
+        try:
+            with _alone if file.size > LARGE else contextlib.nullcontext():
+                array[place], digests[place] = decode(_read(file), file.path, shape[2], shape[3], resample)
+        except UserError as error:
+            faults[place] = str(error).removesuffix("; ")
 
-    terminal = sys.stderr.isatty()
-    if not terminal:
-        _say(f"decoding {len(places):,} images, {what}")
     with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(_threads()) as pool:
         warnings.simplefilter("ignore")  # PIL's, about a file that it then decodes or that gets its own line
         try:
-            decoded = pool.map(put, places)
-            for _ in tqdm(decoded, f"decoding {what}", len(places), disable=not terminal, unit=" images"):
+            for _ in progress(pool.map(put, places), f"decoding {what}", len(places), "images"):
                 pass
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return array
+    listed([faults[place] for place in sorted(faults)],
+           f"{len(faults):,} of the {len(places):,} images of {what} can't be used", remedy)
+    return array, digests
 
 
 def _threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _read(file: ImageFile) -> bytes:
+def _read(file: ImageFile) -> bytes | np.ndarray:
     if file.size > MAX_BYTES:
-        raise UserError(f"{file.path} has {file.size:,} bytes, too many for an image; put it there again")
-    try:
+        raise UserError(f"{file.path} has {file.size:,} bytes, too many for an image")
+    with reading(file.path, ""):  # a damaged zip entry raises zlib.error, BadZipFile, RuntimeError, ...
         return file.read()
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # a damaged zip entry raises zlib.error, BadZipFile, RuntimeError, ...
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"can't read {file.path}: {reason}; put the file there again") from error
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# The cache
+# ---- the cache: two arrays in one .npy file, the images and their hashes; the name has a hash of what it is made from
 
 
 def _check_memory(shape: tuple[int, ...], split: str) -> None:
     """Systems that overcommit would grant the array, then kill the process that fills it."""
-    size = 1
-    for length in shape:
-        size *= length
+    size = math.prod(shape)
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise UserError(f"the {split} images at {shape[-1]} x {shape[-1]} take {size // 10**9:,} GB, "
                         "more than this machine's memory; lower --imgsz")
 
 
-def _key(
-    classes: Sequence[Sequence[ImageFile]], split: str, channels: int, imgsz: int, resample: Image.Resampling
-) -> str:
+def _key(classes: Sequence[Sequence[ImageFile]], split: str, shape: tuple[int, ...], resample: Image.Resampling) -> str:
     """A hash of all that the array depends on: other files, classes, size or filter give another key."""
-    made_from = [[(file.name, file.size, file.stamp) for file in row] for row in classes]
-    parts = [CACHE_VERSION, split, channels, imgsz, int(resample), made_from]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    made_from = [[(file.name, file.size, file.stamp) for file in files] for files in classes]
+    return hashlib.sha256(json.dumps([CACHE_VERSION, split, shape, int(resample), made_from]).encode()).hexdigest()
 
 
-def _header(shape: tuple[int, ...]) -> bytes:
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    return header.getvalue()
+def _read_cache(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The images and their hashes; None if the file is absent or not what `load` wrote.
 
-
-def _trailer(key: str, checksum: int) -> bytes:
-    return f"\n{key} {checksum:08x}\n".encode()
-
-
-def _write_cache(path: Path, key: str, array: np.ndarray, remedy: str) -> None:
-    with atomic(path, remedy=remedy) as file:
-        file.write(_header(array.shape))
-        file.write(array.data)
-        file.write(_trailer(key, zlib.crc32(array.data)))
-
-
-def _read_cache(path: Path, key: str, shape: tuple[int, ...]) -> tuple[np.ndarray | None, str]:
-    """(the array, "") where the cache is there and sound, else (None, what is wrong with it or "").
-
-    All that the file may say about itself is known beforehand, so nothing in it
-    is parsed or trusted: it is compared.
+    The images are mapped and not read: processes share one copy, and a page that is written to becomes private.
     """
-    if not os.path.isfile(path):
-        return None, ""
-    header, trailer_size = _header(shape), len(_trailer(key, 0))
-    try:
-        with open(path, "rb", buffering=0) as file:
-            size = len(header) + int(np.prod(shape, dtype=np.int64)) + trailer_size
-            if os.fstat(file.fileno()).st_size != size or file.read(len(header)) != header:
-                return None, "is cut or not of this program"
-            # mapped, not read: several processes share one copy; a page that is written to becomes private
-            array = np.memmap(file, np.uint8, "c", offset=len(header), shape=shape)
-            file.seek(-trailer_size, os.SEEK_END)
-            if file.read(trailer_size) != _trailer(key, zlib.crc32(array)):
-                return None, "is damaged (wrong checksum)"
-    except OSError as error:
-        return None, f"can't be read ({error.strerror})"
-    return array, ""
+    with contextlib.suppress(OSError, ValueError, EOFError, AttributeError, SyntaxError, TypeError):
+        if os.path.isfile(path):
+            array = np.load(path, mmap_mode="c")
+            with open(path, "rb") as file:
+                file.seek(array.offset + array.nbytes)
+                digests = np.load(file)
+            if (array.dtype, array.shape, digests.dtype, digests.shape) == (np.uint8, shape, np.uint64, shape[:2]):
+                return array, digests
+    return None
 
 
-# The picture
+# ---- what a script asks for, and what it gets
 
 
-def check_tasks(images: torch.Tensor, n_way: int, k_spt: int, k_qry: int) -> None:
-    """Refuse tasks that can't be drawn from `images` [class, image, c, h, w].
+def check_tasks(images: torch.Tensor, n_way: int, k_spt: int, k_qry: int, count: int) -> None:
+    """Refuse tasks that can't be drawn from `images` [class, image, c, h, w], at least `count` of a class.
 
     Raises:
         UserError: fewer than 1 asked for, more classes than there are, or more images of a class.
     """
-    classes, count = images.shape[:2]
+    classes = len(images)
     if min(n_way, k_spt, k_qry) < 1:
         raise UserError(f"--n_way {n_way}, --k_spt {k_spt} and --k_qry {k_qry} must be at least 1")
     if n_way > classes:
@@ -305,3 +375,29 @@ def check_tasks(images: torch.Tensor, n_way: int, k_spt: int, k_qry: int) -> Non
     if k_spt + k_qry > count:
         raise UserError(f"--k_spt {k_spt} and --k_qry {k_qry} need {k_spt + k_qry} images of a class, "
                         f"and there are {count}; lower one")
+
+
+def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int) -> torch.Tensor:
+    """`images` as `dataset.load` gave them; refused if they are not what a Dataset promises.
+
+    Raises:
+        UserError: another type, shape or range than uint8 [class, image, c, imgsz, imgsz] in 0..255, or sizes and
+            counts that don't agree.
+    """
+    classes, least = dataset.sizes()[split]
+    counts = dataset.counts(split)
+    most = max(counts) if counts else least
+    wanted = (classes, most, dataset.channels, imgsz, imgsz)
+    where = f"the {split} split of {dataset.name}"
+    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
+        raise UserError(f"{where}: load gives {getattr(images, 'dtype', type(images).__name__)} and must give uint8 in "
+                        "0..255, which is scaled and normalised later: (255 * images).round().to(torch.uint8) of 0..1")
+    if tuple(images.shape) != wanted:
+        raise UserError(f"{where}: load gives the shape {list(images.shape)}, and sizes, counts, channels and --imgsz "
+                        f"say {list(wanted)}; make them agree")
+    if counts and (len(counts) != classes or min(counts) != least):
+        raise UserError(f"{where}: counts has {len(counts)} classes of at least {min(counts)} images, and sizes says "
+                        f"{classes} of {least}; make them agree")
+    if images.max() <= 1:
+        raise UserError(f"{where}: load gives pixels of 0 and 1 alone and must give 0..255; multiply them by 255")
+    return images

@@ -8,12 +8,13 @@
 """
 
 import argparse
-import functools
 import math
 from typing import Sequence
 
 from torch import nn
 
+import folders
+import images
 import miniimagenet
 import settings
 import synthetic
@@ -25,7 +26,7 @@ from tasks import Dataset, normalisation
 DEFAULTS = {
     "script": "miniimagenet_train", "epoch": 60000, "n_way": 5, "k_spt": 5, "k_qry": 15, "imgsz": 84, "imgc": 3,
     "task_num": 4, "meta_lr": 1e-3, "update_lr": 0.01, "update_step": 5, "update_step_test": 10,
-    "root": "miniimagenet/", "data_name": None, "pixels": "normalised", "print_every": 100,
+    "root": "miniimagenet/", "pixels": "normalised", "print_every": 100,
 }
 PAPER = {  # Finn, Abbeel, Levine 2017, appendix A.1, and the paper's code; epoch counts tasks
     (5, k_spt): {
@@ -65,13 +66,16 @@ def dataset(args: argparse.Namespace) -> Dataset:
         sizes = {split: (classes, synthetic.PHOTO_IMAGES) for split, (_, classes) in synthetic.PHOTO_SPLITS.items()}
         return Dataset(lambda: synthetic.PHOTOS, *common, lambda: sizes,
                        lambda split: synthetic.load_photos(split, args.imgsz))
-    sizes = functools.cache(lambda: miniimagenet.sizes(args.root))
+    if args.data is not None:
+        return folders.dataset(args.data, args.data_name, args.imgc, *common[1:], args.imgsz, miniimagenet.RESAMPLE,
+                               args.cache)
 
     def name() -> str:
-        real = sizes() == {"train": (64, 600), "val": (16, 600), "test": (20, 600)}
+        real = found.sizes() == {"train": (64, 600), "val": (16, 600), "test": (20, 600)}
         return args.data_name or ("miniImageNet" if real else "photos in the miniImageNet layout")
 
-    return Dataset(name, *common, sizes, lambda split: miniimagenet.load(args.root, split, args.imgsz, args.cache))
+    found = images.dataset(lambda: miniimagenet.find(args.root, args.cache), name, *common, args.imgsz)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,8 +1,7 @@
 """Omniglot: 1,623 handwritten characters of 50 alphabets, 20 drawings each (Lake et al., Science 2015).
 
-`load` reads the data folder as it is: `images_background` and
-`images_evaluation`, each a folder or a zip file, which is read without
-unpacking it; what is absent is downloaded.
+`find` looks for images_background and images_evaluation, folders or zip files, in the data folder and up to two
+folders below it. A zip file is read without unpacking it. What is absent is downloaded.
 """
 
 import contextlib
@@ -10,10 +9,12 @@ import functools
 import io
 import os
 import random
+import shutil
 import socket
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Iterable
 
@@ -21,8 +22,8 @@ import torch
 from PIL import Image
 
 import images
-from files import UserError, locked, one_line
-from images import ImageFile
+from files import UserError, locked, one_line, reading
+from images import ImageFile, ImageSet
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 PARTS = {  # and the md5 sum of the official zip
@@ -30,127 +31,149 @@ PARTS = {  # and the md5 sum of the official zip
     "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
 }
 SPLITS = {"train": 1100, "val": 100, "test": 423}  # characters
+VINYALS = {"train": 1028, "val": 172, "test": 423}  # the same, with --split vinyals
+VINYALS_VAL = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")  # its validation alphabets
 DRAWINGS = 20  # of each character
 SPLIT_SEED = 2015  # of the shuffle before the cut; its own: --seed never moves a class to another split
 TIMEOUT = 30.0  # seconds without a byte, after which a download is given up
 
 CHANNELS = 1
 MEAN, STD = (0.0,), (1.0,)  # scaled to 0..1 and no more, as the original does
+RESAMPLE = Image.Resampling.BICUBIC
 
 
 def load(root: str | Path, split: str, imgsz: int, cache: str | Path | None = None) -> torch.Tensor:
-    """The characters of one split, downloaded when absent, decoded once.
+    """The characters of one split: uint8 [class, 20, 1, imgsz, imgsz], paper 255, ink 0. Errors as `find`."""
+    images.check_request(split, imgsz)
+    return find(root, cache).load(split, imgsz, CHANNELS)
+
+
+def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffled") -> ImageSet:
+    """All drawings, found in `root` or downloaded into it.
 
     Which character is in which split depends on the characters' names alone.
 
     Args:
-        root: the folder with images_background and images_evaluation, as folders or as zip files.
-        split: train, val or test.
-        imgsz: drawings are resized to this square, bicubic.
-        cache: folder of the decoded images; `<root>/cache` when None.
-
-    Returns:
-        uint8 [class, 20, 1, imgsz, imgsz], paper 255, ink 0.
-
+        root: the folder with images_background and images_evaluation.
+        cache: folder of the decoded images; `<root>/cache` if None.
+        split: shuffled or vinyals, see `split_names`.
     Raises:
-        UserError: no data and no download, a character or a drawing too many or
-            too few, a file that can't be read or decoded, or a cache folder that can't be written.
+        UserError: no data and no download; a character or a drawing too many or too few; a file that can't be read.
     """
     root = Path(root)
-    images.check_request(split, imgsz)
-    _download_absent(root)
-    with contextlib.ExitStack() as stack:
-        characters: dict[str, list[ImageFile]] = {}
-        for part in PARTS:
-            unpacked = os.path.isdir(root / part)
-            found = _folder(root, part) if unpacked else _zip(root / f"{part}.zip", part, stack)
-            for file in found:
-                characters.setdefault(file.name.rpartition("/")[0], []).append(file)
-        _check_counts(characters, root)
-        classes = [sorted(characters[name], key=_name) for name in split_names(characters)[split]]
-        return images.load(
-            classes, dataset="omniglot", split=split, channels=CHANNELS, imgsz=imgsz,
-            resample=Image.Resampling.BICUBIC, cache=Path(cache) if cache else root / "cache",
-        )
+    found = _candidates(root)
+    absent = [part for part in PARTS if part not in found]
+    if absent:
+        _download(root, absent, found)
+        found = _candidates(root)
+    chosen, characters = [], {}
+    for part in PARTS:  # a half-unpacked folder loses to the whole zip file beside it
+        drawings = {path: _unpacked(path) if path.name == part else _zipped(path) for path in found[part]}
+        chosen.append(max(drawings, key=lambda path: len(drawings[path])))
+        for name, file in drawings[chosen[-1]]:
+            characters.setdefault(name, []).append(file)
+    _check_counts(characters, chosen, root)
+    names = split_names(characters, split)
+    return ImageSet(
+        "omniglot", f"Omniglot, {split} split, from {' and '.join(os.path.relpath(path, root) for path in chosen)}",
+        {part: {name: sorted(characters[name], key=lambda file: file.name) for name in names[part]} for part in names},
+        RESAMPLE, Path(cache) if cache else root / "cache", _where(root))
 
 
-def split_names(names: Iterable[str]) -> dict[str, list[str]]:
-    """Character names, in any order -> the names in each split, always the same."""
-    shuffled = sorted(names)
-    random.Random(SPLIT_SEED).shuffle(shuffled)
+def split_names(names: Iterable[str], split: str = "shuffled") -> dict[str, list[str]]:
+    """Character names, `part/alphabet/character` in any order -> the names in each split, always the same.
+
+    shuffled: a fixed shuffle of all names, cut into 1,100, 100 and 423. vinyals: the alphabets of Vinyals et al.
+    (2016), as in the lists of prototypical networks and Torchmeta: validation has five alphabets of images_background,
+    test the last 423 characters by name, from the 42nd of Gurmukhi on.
+    """
+    names = sorted(names)
+    if split == "vinyals":
+        val = [name for name in names if name.split("/")[1] in VINYALS_VAL]
+        train = [name for name in names[:-VINYALS["test"]] if name not in val]
+        return {"train": train, "val": val, "test": names[-VINYALS["test"]:]}
+    random.Random(SPLIT_SEED).shuffle(names)
     splits, start = {}, 0
     for split, count in SPLITS.items():
-        splits[split] = shuffled[start:start + count]
+        splits[split] = names[start:start + count]
         start += count
     return splits
 
 
-def _folder(root: Path, part: str) -> list[ImageFile]:
-    """The drawings in `<root>/<part>/<alphabet>/<character>/*.png`."""
-    files = []
-    for alphabet in _subfolders(root / part):
-        for character in _subfolders(alphabet):
-            name = f"{part}/{alphabet.name}/{character.name}"
-            for file, entry in images.folder_files(character).items():
-                if _is_png(file):
-                    files.append(images.image_file(entry, f"{name}/{file}"))
-    return files
+def _candidates(root: Path) -> dict[str, list[Path]]:
+    """Where each part lies, a folder or a zip file: in `root` or up to two folders below it, nearest first."""
+    found: dict[str, list[Path]] = {}
+    level = [root] if os.path.isdir(root) else []
+    for _ in range(3):
+        below = []
+        for folder in level:
+            for entry in images.entries(folder):
+                part, extension = os.path.splitext(entry.name)
+                if entry.name in PARTS and os.path.isdir(entry.path) or part in PARTS and extension.lower() == ".zip":
+                    found.setdefault(part, []).append(Path(entry.path))
+                elif os.path.isdir(entry.path) and not os.path.islink(entry.path):
+                    below.append(Path(entry.path))
+        level = below
+    return found
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return [Path(entry.path) for entry in images.folder_files(folder).values() if os.path.isdir(entry.path)]
+def _unpacked(folder: Path) -> list[tuple[str, ImageFile]]:
+    """(character, drawing) of `<part>/<alphabet>/<character>/*.png`; the part's folder may hold itself once more."""
+    drawings = []
+    if os.path.isdir(folder / folder.name):
+        folder = folder / folder.name
+    for alphabet in images.subfolders(folder):
+        for character in images.subfolders(alphabet.path):
+            name = f"{folder.name}/{alphabet.name}/{character.name}"
+            drawings += [(name, images.image_file(entry, f"{name}/{entry.name}"))
+                         for entry in images.entries(character.path) if entry.name.lower().endswith(".png")]
+    return drawings
 
 
-def _zip(path: Path, part: str, stack: contextlib.ExitStack) -> list[ImageFile]:
-    """The drawings `<part>/<alphabet>/<character>/*.png` in a zip file, open until `stack` closes."""
+def _zipped(path: Path) -> list[tuple[str, ImageFile]]:
+    """(character, drawing) of `.../<part>/<alphabet>/<character>/*.png` in a zip file, which stays open."""
+    drawings = []
     if not os.path.isfile(path):  # a pipe would be waited on for ever, a device be read without end
         raise UserError(f"{path} is not a file; {_where(path.parent)}")
-    try:
-        archive = stack.enter_context(zipfile.ZipFile(path))
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror or error}; {_where(path.parent)}") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged directory makes zipfile raise nearly anything
-        raise UserError(f"{path} is no whole zip file ({error}); {_where(path.parent)}") from error
-    files = []
-    for entry in archive.infolist():
-        steps = entry.filename.replace("\\", "/").split("/")
-        if ".." in steps or steps[0] == "" or ":" in steps[0]:
-            raise UserError(f"{path} holds {entry.filename!r}, which leads outside; {_where(path.parent)}")
-        if len(steps) == 4 and steps[0] == part and _is_png(steps[3]):
-            shown, read = f"{path}/{entry.filename}", functools.partial(_read_entry, archive, entry)
-            files.append(ImageFile("/".join(steps), entry.file_size, entry.CRC, shown, read))
-    return files
+    with reading(path, _where(path.parent), "is no whole zip file"):
+        archive = zipfile.ZipFile(path)
+        for entry in archive.infolist():
+            steps = entry.filename.replace("\\", "/").split("/")
+            if steps[-4:-3] == [path.stem] and steps[-1].lower().endswith(".png") and not steps[-1].startswith("."):
+                read = functools.partial(_read_entry, archive, entry)
+                file = ImageFile("/".join(steps[-4:]), entry.file_size, entry.CRC, f"{path}/{entry.filename}", read)
+                drawings.append(("/".join(steps[-4:-1]), file))
+    return drawings
 
 
 def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    """Never more than the size that the entry states: `archive.read` unpacks first and cuts afterwards."""
+    """Never more than the size that the entry states; zipfile unpacks other methods whole and cuts afterwards."""
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"compressed by method {entry.compress_type}, only 0 and 8 are read")
     with archive.open(entry) as file:
         return file.read(entry.file_size)
 
 
-def _name(file: ImageFile) -> str:
-    return file.name
-
-
-def _is_png(name: str) -> bool:
-    return name.lower().endswith(".png") and not name.startswith(".")
-
-
-def _check_counts(characters: dict[str, list[ImageFile]], root: Path) -> None:
+def _check_counts(characters: dict[str, list[ImageFile]], chosen: list[Path], root: Path) -> None:
     wanted = sum(SPLITS.values())
     if len(characters) != wanted:
-        parts = (f"{sum(name.startswith(part) for name in characters):,} in {part}" for part in PARTS)
-        raise UserError(f"{root} holds {len(characters):,} characters ({', '.join(parts)}) "
-                        f"where Omniglot has {wanted:,}; {_where(root)}")
+        there = ", ".join(_described(path, characters) for path in chosen)
+        raise UserError(f"{root} holds {len(characters):,} characters ({there}) where Omniglot has {wanted:,}; "
+                        f"{_where(root)}")
     for name, files in sorted(characters.items()):
-        count = len(set(map(_name, files)))  # a zip may hold a name twice
+        count = len({file.name for file in files})  # a zip may hold a name twice
         if count != DRAWINGS or count != len(files):
             raise UserError(f"{root} holds {len(files)} drawings of {name} where Omniglot has {DRAWINGS}; "
                             f"{_where(root)}")
+
+
+def _described(path: Path, characters: dict[str, list[ImageFile]]) -> str:
+    """How much of a part there is, and where nothing is, which files there are instead."""
+    count = sum(name.startswith(path.stem) for name in characters)
+    if count or path.is_file():
+        return f"{count:,} in {path.name}"
+    others = Counter(os.path.splitext(name)[1] for _, _, names in os.walk(path) for name in names)
+    return f"none in {path.name}, whose files are {', '.join(f'{n:,} {end}' for end, n in others.items()) or 'absent'}"
 
 
 def _where(root: Path) -> str:
@@ -158,62 +181,41 @@ def _where(root: Path) -> str:
     return f"put {zips} from {URL} into {root}, or use --synthetic, which needs no data"
 
 
-# The download
-
-
-def _absent(root: Path) -> list[str]:
-    return [part for part in PARTS if not any(map(os.path.exists, (root / part, root / f"{part}.zip")))]
-
-
-def _download_absent(root: Path) -> None:
+def _download(root: Path, absent: list[str], found: dict[str, list[Path]]) -> None:
     """Fetch the zips that are not there: into a folder of their own, checked, then renamed.
 
     An interrupted download therefore never passes for a whole one, and its rest is removed by the next.
     """
-    if not _absent(root):
-        return
-    made = not os.path.exists(root)
-    try:
-        with locked(root / ".download.lock", remedy="name another folder with --root FOLDER") as alone:
-            if alone:
-                for rest in root.glob(".download-*.tmp"):
-                    _remove(rest)
-            _download(root, _absent(root))  # asked again: another process may have fetched them
-    except BaseException:
-        if made:
-            with contextlib.suppress(OSError):
-                root.rmdir()
-        raise
-
-
-def _download(root: Path, parts: list[str]) -> None:
     from torchvision.datasets.utils import download_url  # as slow to import as torch, and needed once
 
-    terminal = sys.stderr.isatty()
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none and would wait for ever
+    made, timeout = not os.path.exists(root), socket.getdefaulttimeout()
     try:
-        with tempfile.TemporaryDirectory(prefix=".download-", suffix=".tmp", dir=root) as folder:
-            for part in parts:
-                print(f"downloading {URL}/{part}.zip", file=sys.stderr, flush=True)
-                with contextlib.ExitStack() as quiet:  # torchvision's lines and, off a terminal, its bar
-                    quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
-                    if not terminal:
-                        quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
-                    download_url(f"{URL}/{part}.zip", folder, md5=PARTS[part])
-            for part in parts:
-                os.replace(Path(folder) / f"{part}.zip", root / f"{part}.zip")
+        with locked(root / ".download.lock", remedy="name another folder with --root FOLDER") as alone:
+            for rest in root.glob(".download-*.tmp") if alone else ():
+                shutil.rmtree(rest, ignore_errors=True)
+            socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none and would wait for ever
+            with tempfile.TemporaryDirectory(prefix=".download-", suffix=".tmp", dir=root) as folder:
+                for part in absent:
+                    if os.path.exists(root / f"{part}.zip"):  # another process has fetched it meanwhile
+                        continue
+                    print(f"downloading {URL}/{part}.zip", file=sys.stderr, flush=True)
+                    with contextlib.ExitStack() as quiet:  # torchvision's lines and, off a terminal, its bar
+                        quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                        if not sys.stderr.isatty():
+                            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+                        download_url(f"{URL}/{part}.zip", folder, md5=PARTS[part])
+                    os.replace(Path(folder) / f"{part}.zip", root / f"{part}.zip")
     except Exception as error:  # URLError, a timeout, HTTPException, RuntimeError: wrong md5, a full disk
+        if isinstance(error, UserError):
+            raise
         reason = one_line(str(error)).strip("<>") or type(error).__name__
         if type(error) is RuntimeError:
             reason = "what came is cut or not the official file: its md5 is wrong"
-        raise UserError(f"can't download Omniglot, absent from {root} ({reason}); {_where(root)}") from error
+        there = "; ".join(f"{part} is there" for part in found)
+        raise UserError(f"{' and '.join(absent)} of Omniglot: absent from {root}{there and f' ({there})'}, and can't "
+                        f"be downloaded ({reason}); {_where(root)}") from error
     finally:
         socket.setdefaulttimeout(timeout)
-
-
-def _remove(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+        if made:
+            with contextlib.suppress(OSError):
+                root.rmdir()

@@ -9,10 +9,13 @@
 
 import argparse
 import math
+from dataclasses import replace
 from typing import Sequence
 
 from torch import nn
 
+import folders
+import images
 import omniglot
 import settings
 import synthetic
@@ -24,7 +27,7 @@ from tasks import Dataset, normalisation
 DEFAULTS = {
     "script": "omniglot_train", "epoch": 40000, "n_way": 5, "k_spt": 1, "k_qry": 15, "imgsz": 28, "imgc": 1,
     "task_num": 32, "meta_lr": 1e-3, "update_lr": 0.4, "update_step": 5, "update_step_test": 10, "root": "omniglot/",
-    "rotations": True, "pixels": "unit", "print_every": 50,
+    "split": "shuffled", "rotations": True, "pixels": "unit", "print_every": 50,
 }
 PAPER = {  # Finn, Abbeel, Levine 2017, appendix A.1, and the paper's code
     (n_way, k_spt): {
@@ -64,9 +67,14 @@ def dataset(args: argparse.Namespace) -> Dataset:
                  for split, (_, classes) in synthetic.CHARACTER_SPLITS.items()}
         return Dataset(lambda: synthetic.CHARACTERS, *common, lambda: sizes,
                        lambda split: synthetic.load_characters(split, args.imgsz))
-    sizes = {split: (classes, omniglot.DRAWINGS) for split, classes in omniglot.SPLITS.items()}
-    return Dataset(lambda: "Omniglot", *common, lambda: sizes,
-                   lambda split: omniglot.load(args.root, split, args.imgsz, args.cache))
+    if args.data is not None:
+        return folders.dataset(args.data, args.data_name, args.imgc, *common[1:], args.imgsz, omniglot.RESAMPLE,
+                               args.cache)
+    sizes = {split: (classes, omniglot.DRAWINGS)
+             for split, classes in (omniglot.VINYALS if args.split == "vinyals" else omniglot.SPLITS).items()}
+    found = images.dataset(lambda: omniglot.find(args.root, args.cache, args.split),
+                           lambda: args.data_name or "Omniglot", *common, args.imgsz)
+    return replace(found, sizes=lambda: sizes)  # known before anything is downloaded
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from learner import Learner
 from tasks import Dataset
 
 MODES = ("resume", "test", "from_args")  # name the run that the other settings come from; they are no settings
-PLACE = ("root", "cache", "device")  # where a run happens; no part of the experiment
+PLACE = ("root", "data", "cache", "device")  # where a run happens; no part of the experiment
 MAY_CHANGE = {  # what may be given anew
     "resume": ("epoch", *PLACE, "save_every", "task_chunk", "cuda_graph"),
     "test": ("k_qry", "k_qry_test", "update_step_test", "test_tasks", "test_weights", "transductive", "task_chunk", *PLACE),
@@ -111,9 +111,12 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str,
     choice("skip_nonfinite", False, "go on without an update whose loss or gradient is not finite, and count it, "
            "instead of stopping there")
     flag("root", None, "folder of the data")
-    if "data_name" in defaults:
-        flag("data_name", None, "what logs and figures call the data in ROOT; miniImageNet only where "
-             "the splits have its 64, 16 and 20 classes of 600 images")
+    flag("data", None, "images of your own instead: a folder of class folders, or of train/, val/ and test/ with class "
+         "folders; IMGC 1 or 3 makes them greyscale or colour", metavar="FOLDER")
+    flag("data_name", None, "what logs and figures call the data, if not by its own name")
+    if "split" in defaults:
+        flag("split", None, "which characters are for training, validation and testing: shuffled = a fixed shuffle of "
+             "all, vinyals = the alphabets of Vinyals et al. (2016)", choices=["shuffled", "vinyals"])
     flag("cache", None, "folder of the decoded images; ROOT/cache if not given")
     choice("synthetic", False, "train on generated images, with no data at all")
     flag("out", None, "folder of the run; runs/SCRIPT-<n>w<k>s-seed<seed>-<time> if not given")

@@ -30,6 +30,7 @@ import record
 from device import GraphedStep, keep_memory, memory_runs_out, peak_memory, processes, select_device, set_arithmetic
 from files import UserError
 from baselines import BASELINES
+from images import check_images
 from interrupt import Interrupted, Signals
 from learner import Learner
 from meta import Adapted, Meta, Step
@@ -95,7 +96,7 @@ class _Data:
 
     def load(self, split: str) -> Tensor:
         """uint8 [class, image, c, h, w] on the device, or on the host where it would take over half of what is free."""
-        images = self.dataset.load(split)
+        images = check_images(self.dataset.load(split), self.dataset, split, self.args.imgsz)
         if self.turns(split) > 1:
             images = with_rotations(images)
         if self.device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(self.device)[0] / 2:
@@ -107,7 +108,7 @@ class _Data:
         args, trains = self.args, split == "train"
         k_qry = args.k_qry if trains or args.k_qry_test is None else args.k_qry_test
         return Sampler(images, self.dataset, self.device, seed, args.n_way, args.k_spt, k_qry, self.turns(split),
-                       on_device=trains, nc_qry=args.nc_qry)
+                       on_device=trains, nc_qry=args.nc_qry, counts=self.dataset.counts(split))
 
     def turns(self, split: str) -> int:
         """Orientations of each class, 4 or 1; not all scripts have rotations."""
@@ -126,7 +127,7 @@ class _Run:
         resumes = args.resume is not None
         found = checkpoint.load(out / "checkpoint.pt", self.device, self._restart()) if resumes else None
         images, self.held_out = data.load("train"), data.load("val")
-        data.dataset.load("test")  # what is wrong with it is said now, not after the training
+        check_images(data.dataset.load("test"), data.dataset, "test", args.imgsz)  # what is wrong with it is said now, not after the training
         self.sampler = data.sampler("train", images, args.seed)
         replays = args.cuda_graph and self.device.type == "cuda" and images.is_cuda
         self.meta_step = GraphedStep(maml, self._eager_step, self.sampler.generator) if replays else self._eager_step
@@ -135,7 +136,8 @@ class _Run:
         self.experiment = experiment(args) | {
             "data": described, "device": self.device.type, "images on": images.device.type}
         if args.resume is None:
-            record.write_args(out, recorded_settings(args), self.steps, described, self.device)
+            record.write_args(out, recorded_settings(args), self.steps, described | {"found": data.dataset.found},
+                              self.device)
         else:
             self._restore(found)
         self.last_checked = maml.step, self.sampler.state
@@ -357,7 +359,8 @@ def _banner(args: argparse.Namespace, net: Learner, dataset: Dataset, steps: int
     parameters = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
     settings = ", ".join(f"{name}={value}" for name, value in recorded_settings(args).items())
     return (f"{settings}\n{net}\nTotal trainable parameters: {parameters}\n"
-            f"Data: {dataset.name}. {steps} meta-steps of {args.task_num} tasks on {args.device}, to {out}")
+            f"Data: {dataset.name}{dataset.found and f' ({dataset.found})'}. "
+            f"{steps} meta-steps of {args.task_num} tasks on {args.device}, to {out}")
 
 
 def _mean_and_interval(accuracy: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ import omniglot_train
 import plot_nc
 import synthetic
 from meta import Meta
-from test_data import encode, omniglot_entries, png_header, write_folders, write_photos, write_zips
+from data_files import encode, omniglot_entries, png_header, write_folders, write_photos, write_zips
 from test_plot_nc import write_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")

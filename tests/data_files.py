@@ -1,0 +1,119 @@
+"""Small data sets, written to files: Omniglot's drawings, photographs in miniImageNet's layouts, damaged images."""
+
+import contextlib
+import io
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import omniglot
+from files import UserError
+
+ALPHABETS = {"images_background": ("Greek", "Latin"), "images_evaluation": ("Angelic",)}
+
+
+def encode(array: np.ndarray, kind: str = "PNG", **options) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(array).save(data, kind, **options)
+    return data.getvalue()
+
+
+def drawing(number: int) -> bytes:
+    """A 1-bit PNG of 105 x 105, like Omniglot's, with a bar whose place tells `number`."""
+    pixels = np.full((105, 105), True)
+    pixels[10:95, 4 * number:4 * number + 4] = False
+    return encode(pixels)
+
+
+def omniglot_entries() -> dict[str, bytes]:
+    """6 characters of 4 drawings: name -> PNG."""
+    entries = {}
+    for part, alphabets in ALPHABETS.items():
+        for alphabet in alphabets:
+            for character in range(2):
+                for number in range(4):
+                    name = f"{part}/{alphabet}/character{character + 1:02}/{number:04}_{number + 1:02}.png"
+                    entries[name] = drawing(len(entries))
+    return entries
+
+
+@pytest.fixture
+def small_omniglot(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    monkeypatch.setattr(omniglot, "SPLITS", {"train": 3, "val": 1, "test": 2})
+    monkeypatch.setattr(omniglot, "DRAWINGS", 4)
+    monkeypatch.setattr(omniglot, "URL", "http://127.0.0.1:1")  # no test asks the network
+    return omniglot_entries()
+
+
+def write_folders(root: Path, entries: dict[str, bytes]) -> None:
+    for name, data in entries.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+
+
+def write_zips(root: Path, entries: dict[str, bytes], top: str = "") -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    for part in ALPHABETS:
+        with zipfile.ZipFile(root / f"{part}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in entries.items():
+                if name.startswith(part):
+                    archive.writestr(top + name, data)
+
+
+def colour(split: str, label: int, number: int) -> tuple[int, int, int]:
+    """What `write_photos` paints: the red tells class and image, the green tells the split."""
+    return 20 + 40 * label + 5 * number, {"train": 20, "val": 120, "test": 220}[split], 0
+
+
+def write_photos(root: Path, classes: int = 3, count: int = 4, size: int = 20) -> list[str]:
+    """Splits of `classes` classes of `count` PNG files in images/, and the CSV files -> the lines of train.csv.
+
+    The files' names mix the classes up, so that only the label column tells them apart: p<number><label>.png in train.
+    """
+    (root / "images").mkdir(parents=True)
+    for split, letter in (("test", "t"), ("val", "v"), ("train", "p")):
+        lines = ["filename,label"]
+        for label in range(classes):
+            for number in range(count):
+                name = f"{letter}{number}{label}.png"
+                pixels = np.full((size, size, 3), colour(split, label, number), np.uint8)
+                (root / "images" / name).write_bytes(encode(pixels))
+                lines.append(f"{name},{split if split != 'train' else ''}class{classes - label}")
+        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    return lines
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    write_photos(tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that states a size and holds hardly any data."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@contextlib.contextmanager
+def refused(*words: str):
+    """The block raises a UserError of one line that holds all `words`."""
+    with pytest.raises(UserError) as caught:
+        yield caught
+    text = str(caught.value)
+    assert all(word in text for word in words), text
+    assert "\n" not in text and "object at 0x" not in text

@@ -1,0 +1,419 @@
+"""miniImageNet in each layout that people have, good and bad, as written by the tests and as real photographs.
+
+    MINIIMAGENET_ROOT=... python -m pytest tests/test_miniimagenet.py
+"""
+
+import os
+import pickle
+import re
+import shutil
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import images
+import miniimagenet
+import pickles
+from data_files import colour, encode, photos, png_header, refused, write_photos  # noqa: F401
+
+BILINEAR = Image.Resampling.BILINEAR
+
+
+def reds(root: Path, split: str = "train") -> list[list[int]]:
+    """The red of each image [class][image]: see `colour`."""
+    return miniimagenet.load(root, split, 12)[:, :, 0, 0, 0].tolist()
+
+
+# `write_photos` gives label L the class name 3 - L, so the sorted classes are 2, 1, 0; images in the CSV's order.
+RED = [[colour("train", label, number)[0] for number in range(4)] for label in (2, 1, 0)]
+
+
+def test_photos_follow_the_label_column(photos):
+    data = miniimagenet.load(photos, "train", 12)
+    assert data.shape == (3, 4, 3, 12, 12) and data.dtype == torch.uint8 and reds(photos) == RED
+    assert miniimagenet.sizes(photos) == dict.fromkeys(images.SPLITS, (3, 4))
+
+
+def test_photos_are_resized_like_pil(photos):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    (photos / "images" / "p00.png").write_bytes(encode(noise))
+    expected = np.asarray(Image.fromarray(noise).resize((12, 12), BILINEAR)).transpose(2, 0, 1)
+    assert np.array_equal(miniimagenet.load(photos, "train", 12)[2, 0], expected)
+
+
+# Layouts. Each function changes what `write_photos` wrote; the images stay the same.
+
+
+def into_classes(root: Path, inside: str = "images") -> None:
+    for split in images.SPLITS:
+        for line in (root / f"{split}.csv").read_text().split()[1:]:
+            name, label = line.split(",")
+            (root / inside / label).mkdir(exist_ok=True, parents=True)
+            (root / "images" / name).rename(root / inside / label / name)
+
+
+def image_folder(root: Path) -> None:
+    for split in images.SPLITS:
+        for line in (root / f"{split}.csv").read_text().split()[1:]:
+            name, label = line.split(",")
+            (root / split / label).mkdir(exist_ok=True, parents=True)
+            (root / "images" / name).rename(root / split / label / name)
+        (root / f"{split}.csv").unlink()
+    (root / "images").rmdir()
+
+
+def cached(root: Path, form: str = "image_data", protocol: int = 4, **change) -> None:
+    """mini-imagenet-cache-*.pkl in place of CSV files and images."""
+    for split in images.SPLITS:
+        rows = [line.split(",") for line in (root / f"{split}.csv").read_text().split()[1:]]
+        pixels = np.stack([np.asarray(Image.open(root / "images" / name)) for name, _ in rows])
+        labels = [label for _, label in rows]
+        members = {label: [i for i, other in enumerate(labels) if other == label] for label in labels}
+        content = {"image_data": pixels, "class_dict": members} if form == "image_data" else {
+            "data": pixels, "labels": [sorted(members).index(label) for label in labels]}
+        if form == "catname2label":
+            content["catname2label"] = {label: sorted(members).index(label) for label in members}
+        if form == "list of arrays":
+            content |= {"data": list(pixels), "labels": labels}
+        content |= change if split == "train" else {}
+        (root / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(content, protocol))
+        (root / f"{split}.csv").unlink()
+    shutil.rmtree(root / "images")
+
+
+def python2(root: Path) -> None:
+    """As Python 2 writes them: text without an encoding, in an array's data too."""
+    cached(root, protocol=2)
+    for path in root.glob("*.pkl"):
+        content = pickle.loads(path.read_bytes())
+        data, shape = content["image_data"].tobytes(), content["image_data"].shape
+        members = content["class_dict"]
+        array = (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR(I1\n("
+                 + b"".join(b"I%d\n" % n for n in shape) + b"tcnumpy\ndtype\n(U\x02u1I0\nI1\ntR(I3\nU\x01|NNNI-1\nI-1\nI0\n"
+                 b"tbI00\nT" + len(data).to_bytes(4, "little") + data + b"tb")
+        classes = b"(d" + b"".join(b"U%c%s(l" % (len(name), name.encode()) + b"".join(b"I%d\na" % i for i in rows) + b"s"
+                                   for name, rows in members.items())
+        path.write_bytes(b"(dU\x0aimage_data" + array + b"sU\x0aclass_dict" + classes + b"s.")
+
+
+def rename_images(root: Path, name) -> None:
+    """Give image i of each class (from 0, in the CSV's order) the name that `name` (class, i) gives, in a folder."""
+    for split in images.SPLITS:
+        lines, seen = ["filename,label"], {}
+        for line in (root / f"{split}.csv").read_text().split()[1:]:
+            old, label = line.split(",")
+            wnid = f"n0{sum(map(ord, label)):07}"
+            new, listed = name(wnid, seen.setdefault(label, 0))
+            seen[label] += 1
+            (root / "images" / old).rename(root / "images" / new)
+            lines.append(f"{listed},{label}")
+        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
+
+
+def edit(root: Path, pattern: str, new: str) -> None:
+    for split in images.SPLITS:
+        (root / f"{split}.csv").write_text(re.sub(pattern, new, (root / f"{split}.csv").read_text()))
+
+
+LAYOUTS = {  # and words of the line that says what was found
+    "images/": (lambda root: None, "train.csv, val.csv and test.csv with images/: train 3 classes of 4 images, val 3"),
+    "images/CLASS/": (into_classes, "with images/CLASS/"),
+    "CLASS/": (lambda root: into_classes(root, ".") or (root / "images").rmdir(), "with ./CLASS/"),
+    "another extension": (lambda root: edit(root, r"\.png", ".jpg"), "36 images with another extension"),
+    "upper case": (lambda root: edit(root, r"\.png", ".PNG"), "images/: train"),
+    "class/name in the CSV files": (lambda root: into_classes(root) or edit(root, r"([pvt]..[.]png),(\S+)", r"\2/\1,\2"), "CLASS"),
+    "images/name in the CSV files": (lambda root: edit(root, "([pvt]..[.])", r"images/\1"), "images/:"),
+    "absolute": (lambda root: edit(root, "([pvt]..[.])", rf"{root}/images/\1"), "images/:"),
+    "backslashes": (lambda root: edit(root, "([pvt]..[.])", r"images\\\1"), "images/:"),
+    "blanks": (lambda root: edit(root, r"(class\d)\n(.*)\n", r"\1 \n \2\n"), "train 3 classes of 4 images"),
+    "header": (lambda root: edit(root, "filename,label", '\ufeff Filename , "label "'), "train 3 classes"),
+    "links": (lambda root: (root / "images").rename(root.parent / "all") and (root / "images").mkdir() or
+              [(root / "images" / path.name).symlink_to(path) for path in (root.parent / "all").iterdir()], "images/:"),
+    "one folder down": (lambda root: [shutil.move(path, root / "top" / path.name) for path in
+                                      [*root.iterdir(), (root / "top").mkdir()] if path], "images/:"),
+    "ImageNet's names, by rank": (lambda root: rename_images(root, lambda wnid, i: (
+        f"{wnid}_{10 * i + 7}.JPEG", f"{wnid}{i + 1:08}.jpg")), "ImageNet's names by rank"),
+    "ImageNet's names, by number": (lambda root: rename_images(root, lambda wnid, i: (
+        f"{wnid}_{10 * i + 7}.JPEG", f"{wnid}{10 * i + 7:08}.jpg")), "ImageNet's names by number"),
+    "ImageFolder": (image_folder, "folders train/, val/ and test/: train 3 classes of 4 images"),
+    "cache, image_data": (cached, "pickled caches (*.pkl): train 3 classes"),
+    "cache, protocol 2": (lambda root: cached(root, protocol=2), "pickled caches"),
+    "cache, protocol 5": (lambda root: cached(root, protocol=5), "pickled caches"),
+    "cache, python 2": (python2, "pickled caches"),
+    "cache, data and labels": (lambda root: cached(root, "labels"), "pickled caches"),
+    "cache, catname2label": (lambda root: cached(root, "catname2label"), "pickled caches"),
+    "cache, list of arrays": (lambda root: cached(root, "list of arrays"), "pickled caches"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(photos, layout):
+    """One layout gives the same images as every other, and one line says which it was."""
+    change, words = LAYOUTS[layout]
+    change(photos)
+    found = miniimagenet.find(photos)
+    assert words in found.summary and "\n" not in found.summary
+    assert reds(photos) == RED
+    assert not list(photos.rglob("*.tmp"))
+
+
+def test_layouts_that_can_be_read_in_two_ways(photos):
+    shutil.copytree(photos, photos.parent / "folders")
+    image_folder(photos.parent / "folders")
+    for split in images.SPLITS:
+        shutil.copytree(photos.parent / "folders" / split, photos / split)
+    with refused("two ways", "train.csv", "folders train/", "move one away"):
+        miniimagenet.find(photos)
+    (photos / "train").rename(photos.parent / "elsewhere")  # what the line says, and it is read
+    assert reds(photos) == RED
+
+
+def test_files_that_two_names_fit(photos):
+    (photos / "images" / "p00.png").rename(photos / "images" / "p00.gif")
+    (photos / "images" / "p00.bmp").write_bytes(b"")
+    with refused("train.csv, 1 of 12 images: line 2: 'p00.png' may be p00.bmp or p00.gif"):
+        miniimagenet.find(photos)
+    (photos / "images" / "p00.bmp").unlink()
+    (photos / "images" / "p00.gif").rename(photos / "images" / "p00.png")
+    rename_images(photos, lambda wnid, i: (f"{wnid}_{2 * i + 1}.JPEG", f"{wnid}{(1, 3)[i % 2]:08}.jpg"))
+    with refused("by its number", "by its rank", "rename"):
+        miniimagenet.find(photos)
+
+
+# Faults
+
+
+FAULTS = {  # what is wrong: how to make it so, the words that the line must hold
+    "no root": (shutil.rmtree, ["no folder", "--synthetic"]),
+    "empty root": (lambda root: shutil.rmtree(root) or root.mkdir(), ["no CSV files", "*-train.pkl", "--synthetic"]),
+    "classes alone": (lambda root: image_folder(root) or [shutil.move(path, root) for path in (root / "val").iterdir()]
+                      and [shutil.rmtree(root / split) for split in images.SPLITS], ["3 folders with images", "--data"]),
+    "no csv": (lambda root: (root / "train.csv").unlink(), ["val.csv", "those of train are missing"]),
+    "no images folder": (lambda root: shutil.rmtree(root / "images"), ["images", "missing"]),
+    "two caches": (lambda root: cached(root) or shutil.copy(root / "mini-imagenet-cache-val.pkl", root / "val.pickle"),
+                   ["both of the val split", "move one away"]),
+}
+ROWS = {  # lines after the header of train.csv, from the good ones
+    "twice": (lambda rows: [*rows, rows[0]], ["train.csv, 1 of 13 images", "line 14: 'p00.png' is there twice"]),
+    "twice but for blanks": (lambda rows: [*rows, f" {rows[0]}"], ["is there twice"]),
+    "empty": (lambda rows: [], ["train.csv lists no images"]),
+    "one image": (lambda rows: [rows[0], *rows[4:]], ["at least 2", "'class3' in train"]),
+    "no label": (lambda rows: [*rows, "p99.png", ",class1"], ["lacks filename or label: line 14; line 15"]),
+    **{name: (lambda rows, name=name: [*rows, f"{name},class1"], ["line 14", "is not in"]) for name in
+       ("../secret.png", "..", "/etc/passwd", "..\\secret.png", "sub/p00.png", "p99.png", "x" * 5000)},
+    "many": (lambda rows: [*rows, *(f"q{i}.png,class1" for i in range(25))], ["25 of 37", "'q9.png'", "and 15 more"]),
+    "classes of val": (lambda rows: [row.replace(",", ",val") for row in rows], ["'valclass1'", "in both train and val"]),
+}
+TABLES = {
+    "no column": (b"filename,class\np00.png,a\n", ["no column label"]), "no header": (b"p00.png,a\n", ["no column filename"]),
+    "nothing": (b"", ["no column"]), "not UTF-8": (b"filename,label\n\xff\xfe.png,a\n", ["UTF-8"]),
+    "NUL": (b"filename,label\np\0.png,a\n", ["train.csv"]), "long field": (b"filename,label\n" + b"x" * 200_000, ["train.csv"]),
+}
+FAULTS |= {name: (lambda root, rows=rows: (root / "train.csv").write_text("\n".join(
+    ["filename,label", *rows((root / "train.csv").read_text().split("\n")[1:-1])])), words)
+    for name, (rows, words) in ROWS.items()}
+FAULTS |= {name: (lambda root, data=data: (root / "train.csv").write_bytes(data), words)
+           for name, (data, words) in TABLES.items()}
+FAULTS["csv without end"] = (lambda root: os.truncate(root / "train.csv", 10**12), ["train.csv", "64 MB"])
+
+
+def image(make):
+    return lambda root: ((root / "images" / "p00.png").unlink(), make(root / "images" / "p00.png"))
+
+
+NOISE = encode(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8))
+FAULTS |= {
+    "text": (image(lambda path: path.write_text("hello")), ["1 of the 12 images", "p00.png is none of JPEG"]),
+    "cut": (image(lambda path: path.write_bytes(NOISE[:1500])), ["p00.png can't be decoded"]),
+    "empty image": (image(lambda path: path.write_bytes(b"")), ["p00.png is empty"]),
+    "bomb": (image(lambda path: path.write_bytes(png_header(40_000, 40_000))), ["p00.png", "million pixels"]),
+    "folder for an image": (image(Path.mkdir), ["p00.png", "not a file"]),
+    "pipe": (image(os.mkfifo), ["p00.png", "not a file"]),
+    "link to nothing": (image(lambda path: path.symlink_to("absent.png")), ["p00.png", "not a file"]),
+    "link to itself": (image(lambda path: path.symlink_to("p00.png")), ["can't read", "p00.png"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_named_in_one_line(photos, fault):
+    make, words = FAULTS[fault]
+    make(photos)
+    with refused(*words):
+        miniimagenet.load(photos, "train", 12)
+    assert not [path for path in photos.rglob("*") if path.suffix in (".npy", ".tmp", ".lock")]
+
+
+@pytest.mark.parametrize("fault", [*ROWS, "text", "empty image", "folder for an image", "link to nothing", "link to itself"])
+def test_lines_taken_out_as_advised_lead_out(photos, fault):
+    """Remove the lines that are named, or the class: the rest is read, whatever the classes' sizes."""
+    good = (photos / "train.csv").read_text()
+    make, _ = FAULTS[fault]
+    make(photos)
+    with refused() as caught:
+        miniimagenet.load(photos, "train", 12)
+    assert any(advice in str(caught.value) for advice in ("remove the lines", "take", "(filename,label)")), str(caught.value)
+    gone = {"one image": "class3"}.get(fault, "p00.png" if fault not in ROWS else "none")
+    (photos / "train.csv").write_text("".join(line for line in good.splitlines(True) if gone not in line))
+    assert miniimagenet.load(photos, "train", 12).shape[1] == 4
+
+
+def test_all_bad_images_are_named_at_once(photos):
+    for number in range(4):
+        for label in range(3):
+            (photos / "images" / f"p{number}{label}.png").write_bytes(b"" if number else b"text")
+    with refused("12 of the 12 images of miniimagenet train can't be used", "p02.png is none of", "p12.png is empty",
+                 "and 2 more; put the images there again"):
+        miniimagenet.load(photos, "train", 12)
+
+
+# Splits that share images, classes of unequal size
+
+
+def test_an_image_in_two_splits_is_found_by_its_pixels(photos, monkeypatch, capfd):
+    found = miniimagenet.find(photos)
+    assert [len(found.load(split, 12, 3)) for split in images.SPLITS] == [3, 3, 3]
+    shutil.copy(photos / "images" / "p00.png", photos / "images" / "t21.png")
+    pixels = np.asarray(Image.open(photos / "images" / "p01.png"))
+    (photos / "images" / "t31.png").write_bytes(encode(pixels, "BMP"))  # another file, the same pixels
+    found = miniimagenet.find(photos)
+    found.load("train", 12, 3), found.load("val", 12, 3)
+    with refused("2 images of test are in train too", "p00.png = t21.png", "p01.png = t31.png", "remove each from one"):
+        found.load("test", 12, 3)
+    lines = (photos / "test.csv").read_text().splitlines()
+    (photos / "test.csv").write_text("\n".join(line for line in lines if line[:3] not in ("t21", "t31")))  # as advised
+    found = miniimagenet.find(photos)
+    assert [found.load(split, 12, 3).shape[1] for split in images.SPLITS] == [4, 4, 4]
+    assert found.counts("test") == [4, 2, 4] and found.counts("train") is None
+
+    (photos / "test.csv").write_text("\n".join(lines))
+    monkeypatch.setattr(images, "SHARED", 0.2)  # ImageNet holds some photographs twice: a few are said and read
+    found = miniimagenet.find(photos)
+    found.load("test", 12, 3), found.load("train", 12, 3)
+    assert "note: 2 images of train are in test too: " in capfd.readouterr().err
+
+
+def test_classes_of_unequal_size(photos):
+    lines = (photos / "train.csv").read_text().splitlines()
+    (photos / "train.csv").write_text("\n".join(line for line in lines if line not in ("p12.png,class1", "p01.png,class2")))
+    found = miniimagenet.find(photos)
+    assert "train 3 classes of 3 ('class1') to 4 images, val 3 classes of 4" in found.summary
+    assert found.sizes()["train"] == (3, 3) and found.counts("train") == [3, 3, 4]
+    data = found.load("train", 12, 3)
+    assert data.shape == (3, 4, 3, 12, 12) and (data[:2, 3] == 0).all()
+    tasks = miniimagenet.MiniImagenet(photos, "train", 200, 2, 1, 2, 12)
+    values = torch.cat([torch.cat(item[::2]) for item in tasks])[:, 0, 0, 0]
+    drawn = set((values * miniimagenet.STD[0] + miniimagenet.MEAN[0]).mul(255).round().int().tolist())
+    assert drawn == set(map(int, data[:, :, 0, 0, 0].unique())) - {0}  # each image, and never what isn't there
+    with refused("need 4 images of a class, and there are 3"):
+        miniimagenet.MiniImagenet(photos, "train", 1, 2, 1, 3, 12)
+
+
+# Pickles
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("run-by-a-pickle",)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"extra": Code()}, "mkdir"), ({"extra": {"deep": [Code()]}}, "mkdir"), ({"image_data": Path("x")}, "pathlib"),
+    ({"extra": np.array([Code()], object)}, "mkdir"), ({"extra": re.compile("x")}, "re."),
+    ({"image_data": np.zeros((12, 8, 8, 3))}, "image 0 is float64 [8, 8, 3]"),
+    ({"image_data": np.zeros((12, 3, 8, 8), np.uint8)}, "not uint8 [height, width, 3]"),
+    ({"class_dict": {"a": [0, 99]}}, "one of 12 that isn't there"), ({"class_dict": {"a": [0, 1], "b": [1, 2]}}, "twice"),
+    ({"class_dict": None}, "can't be opened"), ({"image_data": 5}, "can't be opened"),
+    ({"image_data": np.zeros(3, "V5")}, "an array of type")])
+def test_pickles_that_are_no_caches_are_refused_and_nothing_is_run(photos, change, words, monkeypatch):
+    cached(photos, **change)
+    monkeypatch.chdir(photos)
+    with refused("mini-imagenet-cache-train.pkl", words, "put the cache file there again"):
+        miniimagenet.find(photos)
+    assert not (photos / "run-by-a-pickle").exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"\x80\x04N.", pickle.dumps({}), pickle.dumps({"data": [], "labels": [1]})])
+def test_damaged_pickles(photos, data):
+    cached(photos)
+    whole = (photos / "mini-imagenet-cache-train.pkl").read_bytes()
+    for damaged in (data, whole[:len(whole) // 2]):
+        (photos / "mini-imagenet-cache-train.pkl").write_bytes(damaged)
+        with refused("mini-imagenet-cache-train.pkl", pickles.REMEDY):
+            miniimagenet.find(photos)
+
+
+# MiniImagenet, the data set of single tasks
+
+
+def test_tasks_of_the_dataset_class(photos):
+    data = miniimagenet.MiniImagenet(photos, "train", 5, n_way=2, k_shot=1, k_query=3, resize=12)
+    assert len(data) == 5 and len(list(data)) == 5
+    x_spt, y_spt, x_qry, y_qry = data[3]
+    assert x_spt.shape == (2, 3, 12, 12) and x_qry.shape == (6, 3, 12, 12)
+    assert x_spt.dtype == torch.float32 and y_spt.dtype == y_qry.dtype == torch.int64
+    assert y_spt.tolist() == [0, 1] and sorted(y_qry.tolist()) == [0, 0, 0, 1, 1, 1]
+
+    def values(x):  # undo the normalisation
+        return (x[:, 0, 0, 0] * miniimagenet.STD[0] + miniimagenet.MEAN[0]).mul(255).round().int()
+
+    support, query = values(x_spt), values(x_qry)
+    assert not set(support.tolist()) & set(query.tolist())
+    for label in (0, 1):  # a class's values lie within 20 + 40 c .. 35 + 40 c
+        assert ((query[y_qry == label] - 20) // 40 == (support[label] - 20) // 40).all()
+
+
+def test_dataset_items_repeat_and_startidx_goes_on(photos):
+    def make(batchsz, startidx=0):
+        return miniimagenet.MiniImagenet(photos, "train", batchsz, 2, 1, 2, 12, startidx)
+
+    first, again, shifted = make(6), make(6), make(3, startidx=3)
+    torch.manual_seed(1)
+    for index in (4, 0, 4):
+        assert all(torch.equal(a, b) for a, b in zip(first[index], again[index]))
+    assert all(torch.equal(a, b) for a, b in zip(first[4], shifted[1]))
+    assert len({x_spt.sum().item() for x_spt, *_ in first}) > 1
+    with pytest.raises(IndexError):
+        first[6]
+    batch = next(iter(torch.utils.data.DataLoader(first, batch_size=4)))
+    assert batch[0].shape == (4, 2, 3, 12, 12)
+
+
+@pytest.mark.parametrize("sizes, words", [
+    ((4, 1, 2), ["--n_way 4", "3 classes"]), ((2, 2, 3), ["5 images", "4"]), ((2, 0, 3), ["--k_spt 0"])])
+def test_dataset_that_is_too_small(photos, sizes, words):
+    with refused(*words):
+        miniimagenet.MiniImagenet(photos, "train", 1, *sizes, 12)
+
+
+# Real photographs
+
+
+def test_real_photographs(tmp_path, capfd):
+    if not os.environ.get("MINIIMAGENET_ROOT"):
+        pytest.skip("MINIIMAGENET_ROOT is unset: it names the folder of the real data")
+    root = Path(os.environ["MINIIMAGENET_ROOT"])
+    start = time.perf_counter()
+    found = miniimagenet.find(root, tmp_path)
+    splits = {split: found.load(split, 84, 3) for split in images.SPLITS}
+    assert time.perf_counter() - start < 120
+    assert [len(data) for data in splits.values()] == [64, 16, 20]
+    for split, data in splits.items():
+        lines = (root / f"{split}.csv").read_text().split()[1:]
+        name, label = lines[-1].split(",")
+        with Image.open(root / "images" / name) as image:
+            expected = np.asarray(image.convert("RGB").resize((84, 84), BILINEAR)).transpose(2, 0, 1)
+        row = sorted({line.rpartition(",")[2] for line in lines}).index(label)
+        assert data.shape[1] * len(data) == len(lines) and np.array_equal(data[row, -1], expected)
+    start = time.perf_counter()
+    capfd.readouterr()
+    assert torch.equal(miniimagenet.load(root, "train", 84, tmp_path), splits["train"])
+    assert time.perf_counter() - start < 20 and capfd.readouterr().err == ""
+    x_spt, y_spt, x_qry, y_qry = miniimagenet.MiniImagenet(root, "val", 100, 5, 5, 15, 84, cache=tmp_path)[0]
+    assert x_spt.shape == (25, 3, 84, 84) and x_qry.shape == (75, 3, 84, 84)
+    assert torch.bincount(y_spt).tolist() == [5] * 5 and torch.bincount(y_qry).tolist() == [15] * 5
+    assert x_spt.mean().abs() < 0.6 and 0.6 < x_spt.std() < 1.6  # normalised

@@ -1,0 +1,317 @@
+"""Omniglot from folders and zips wherever people have them, and its download.
+
+    OMNIGLOT_ROOT=... python -m pytest tests/test_omniglot.py
+"""
+
+import contextlib
+import hashlib
+import http.server
+import io
+import os
+import random
+import shutil
+import socket
+import struct
+import threading
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import omniglot
+from data_files import drawing, listing, refused, small_omniglot, write_folders, write_zips  # noqa: F401
+
+PLACES = {  # where people have it: how it is written, words of the line that says what was found
+    "folders": (lambda root, entries: write_folders(root, entries), "from images_background and images_evaluation"),
+    "zips": (lambda root, entries: write_zips(root, entries), "from images_background.zip and images_evaluation.zip"),
+    "zip and folder": (lambda root, entries: (write_zips(root, entries), (root / "images_evaluation.zip").unlink(), write_folders(
+        root, {name: data for name, data in entries.items() if "evaluation" in name})), "images_background.zip and images_ev"),
+    "zips with a top folder": (lambda root, entries: write_zips(root, entries, "omniglot-master/python/"), ".zip"),
+    "omniglot-py/": (lambda root, entries: write_folders(root / "omniglot-py", entries), "omniglot-py/images_background"),
+    "omniglot/python/": (lambda root, entries: write_zips(root / "omniglot/python", entries), "omniglot/python/images_"),
+    "raw/ and processed/": (lambda root, entries: (write_zips(root / "omniglot/raw", entries),
+                            write_folders(root / "omniglot/processed", entries)), "processed/images_background and"),
+    "folders in themselves": (lambda root, entries: write_folders(root, {
+        f"{name.split('/')[0]}/{name}": data for name, data in entries.items()}), "from images_background and"),
+    "half unpacked, beside the zips": (lambda root, entries: (write_zips(root, entries), write_folders(
+        root, dict(list(entries.items())[:7]))), "images_background.zip and images_evaluation.zip"),
+    "macOS's files": (lambda root, entries: write_zips(root, entries | {
+        name.replace("00", "._00", 1): b"" for name in entries} | {"__MACOSX/._x.png": b""}), ".zip"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_omniglot_is_read_wherever_it_lies(tmp_path, small_omniglot, place):
+    write, words = PLACES[place]
+    write(tmp_path, small_omniglot)
+    found = omniglot.find(tmp_path)
+    assert words in found.summary and "train 3 classes of 4 images, val 1 classes of 4" in found.summary
+    names = omniglot.split_names({name.rpartition("/")[0] for name in small_omniglot})
+    for split, count in omniglot.SPLITS.items():
+        data = omniglot.load(tmp_path, split, 28, cache=tmp_path / "cache")
+        assert data.shape == (count, 4, 1, 28, 28) and data.dtype == torch.uint8
+        for row, character in enumerate(names[split]):
+            drawings = sorted(name for name in small_omniglot if name.startswith(f"{character}/"))
+            for column, name in enumerate(drawings):
+                image = Image.open(io.BytesIO(small_omniglot[name])).convert("L").resize((28, 28))
+                assert np.array_equal(data[row, column, 0], np.asarray(image))
+    assert data.max() == 255 and data.min() < 60  # white paper, dark ink: as stored, not inverted
+    if place == "zips":
+        assert [name for name in listing(tmp_path) if "cache" not in name] == [
+            "images_background.zip", "images_evaluation.zip"]  # not unpacked
+
+
+def test_split_depends_on_names_alone(tmp_path, small_omniglot):
+    loaded = []
+    for seed in range(3):
+        shuffled = random.Random(seed).sample(list(small_omniglot), len(small_omniglot))
+        random.seed(seed), torch.manual_seed(seed), np.random.seed(seed)
+        write_zips(tmp_path / str(seed), {name: small_omniglot[name] for name in shuffled})
+        loaded.append(omniglot.load(tmp_path / str(seed), "train", 14))
+    assert all(torch.equal(loaded[0], other) for other in loaded[1:])
+
+
+def test_splits_are_pinned_and_disjoint():
+    names = [f"images_background/alphabet{n % 50:02}/character{n // 50:02}" for n in range(1623)]
+    splits = omniglot.split_names(names)
+    assert [len(splits[split]) for split in ("train", "val", "test")] == [1100, 100, 423]
+    assert set().union(*splits.values()) == set(names)
+    assert splits == omniglot.split_names(reversed(names))
+    digest = hashlib.sha256("\n".join(splits["test"]).encode()).hexdigest()
+    assert digest.startswith("d8a3b8a32078ff2d")  # another split would make measured numbers incomparable
+
+
+MISSING = {  # what is wrong: how to make it so, the words that the line must hold
+    "a drawing": (lambda root: (root / "images_background/Greek/character01/0000_01.png").unlink(),
+                  ["3 drawings of images_background/Greek/character01", "Omniglot has 4"]),
+    "a character": (lambda root: shutil.rmtree(root / "images_background/Greek/character01"),
+                    ["5 characters (3 in images_background, 2 in images_evaluation)", "Omniglot has 6"]),
+    "a part": (lambda root: shutil.rmtree(root / "images_evaluation"),
+               ["images_evaluation of Omniglot: absent", "images_background is there", "can't be downloaded"]),
+    "PNG files": (lambda root: [path.rename(path.with_suffix(".jpg")) for path in root.rglob("images_eval*/**/*.png")],
+                  ["none in images_evaluation, whose files are 8 .jpg"]),
+    "an alphabet, a link to itself": (lambda root: (shutil.rmtree(root / "images_background/Greek"), (
+        root / "images_background/Greek").symlink_to("Greek")), ["4 characters"]),
+}
+
+
+@pytest.mark.parametrize("fault", MISSING)
+def test_what_is_there_and_what_is_missing_are_named_and_the_zips_lead_out(tmp_path, small_omniglot, fault):
+    write_folders(tmp_path, small_omniglot)
+    make, words = MISSING[fault]
+    make(tmp_path)
+    with refused(*words, "put images_background.zip and images_evaluation.zip", "--synthetic"):
+        omniglot.load(tmp_path, "train", 28)
+    write_zips(tmp_path, small_omniglot)  # as advised
+    assert omniglot.load(tmp_path, "train", 28).shape[0] == 3
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_zip_with_a_name_twice(tmp_path, small_omniglot):
+    name, other = list(small_omniglot)[:2]
+    write_zips(tmp_path, {entry: data for entry, data in small_omniglot.items() if entry != other})
+    with zipfile.ZipFile(tmp_path / "images_background.zip", "a") as archive:
+        archive.writestr(name, drawing(0))
+    with refused("drawings", name.rpartition("/")[0]):
+        omniglot.load(tmp_path, "train", 28)
+
+
+@pytest.mark.parametrize("name", ["../evil.png", "/etc/evil.png", "..\\evil.png", "C:/evil.png", "a/b/c/d/evil.png"])
+def test_zip_entries_elsewhere_are_no_drawings(tmp_path, small_omniglot, name):
+    write_zips(tmp_path / "data", small_omniglot)
+    with zipfile.ZipFile(tmp_path / "data" / "images_background.zip", "a") as archive:
+        archive.writestr(name, drawing(0))
+    assert omniglot.load(tmp_path / "data", "train", 28, tmp_path / "cache").shape[0] == 3
+    assert listing(tmp_path / "data") == ["images_background.zip", "images_evaluation.zip"]
+
+
+def test_damaged_zips(tmp_path, small_omniglot):
+    write_zips(tmp_path, small_omniglot)
+    path = tmp_path / "images_background.zip"
+    whole = path.read_bytes()
+    for damaged in (b"", b"not a zip", whole[:len(whole) // 2]):
+        path.write_bytes(damaged)
+        with refused("images_background.zip", "--synthetic"):
+            omniglot.load(tmp_path, "train", 28)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in small_omniglot.items():
+            if name.startswith("images_background"):
+                archive.writestr(name, data)
+    stored = path.read_bytes()
+    for name, data in small_omniglot.items():  # one byte of each: the zip's own checksum finds it
+        stored = stored.replace(data, data[:-1] + bytes([data[-1] ^ 1]))
+    path.write_bytes(stored)
+    with refused("images_background.zip/", ".png", "CRC"):
+        omniglot.load(tmp_path, "train", 28)
+    assert not list(tmp_path.rglob("*.npy*")) and not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_zip_that_is_no_file(tmp_path, small_omniglot, kind):
+    """A pipe would be waited on for ever, a device be read until the memory is full."""
+    write_zips(tmp_path, small_omniglot)
+    path = tmp_path / "images_background.zip"
+    path.unlink()
+    {"pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir}[kind]()
+    with refused("images_background.zip is not a file", "--synthetic"):
+        omniglot.load(tmp_path, "train", 28)
+
+
+def test_zip_entry_that_understates_its_size(tmp_path, small_omniglot, monkeypatch):
+    """A few kilobytes that unpack to 200 MB, said to be 100 bytes: no more than those are unpacked."""
+    name = "images_background/Greek/character01/0000_01.png"
+    write_zips(tmp_path, {**small_omniglot, name: bytes(200 * 2**20)})
+    path = tmp_path / "images_background.zip"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(struct.pack("<I", 200 * 2**20), struct.pack("<I", 100)))
+    largest, inflate = [], zlib.decompressobj
+
+    class Watched:
+        def __init__(self, *args):
+            self.inner = inflate(*args)
+
+        def decompress(self, *args):
+            out = self.inner.decompress(*args)
+            largest.append(len(out))
+            return out
+
+        def __getattr__(self, attribute):
+            return getattr(self.inner, attribute)
+
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(name)
+        assert entry.file_size == 100
+        monkeypatch.setattr(zlib, "decompressobj", Watched)
+        with pytest.raises(zipfile.BadZipFile):
+            omniglot._read_entry(archive, entry)
+    assert largest and max(largest) < 2**20
+
+
+# The download
+
+
+@contextlib.contextmanager
+def server(bodies: dict[str, bytes], cut: int = 0):
+    """A loopback HTTP server of `bodies`; with `cut` it states the whole length and sends so much less."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = bodies.get(self.path.strip("/"))
+            self.send_response(200 if body else 404)
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.end_headers()
+            if body:
+                self.wfile.write(body[:len(body) - cut])
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{httpd.server_address[1]}"
+    finally:
+        httpd.shutdown()
+        httpd.server_close()
+
+
+@pytest.fixture
+def official(tmp_path, small_omniglot, monkeypatch) -> dict[str, bytes]:
+    """The two zips as bodies, their md5 sums those that the module asks for."""
+    write_zips(tmp_path / "official", small_omniglot)
+    bodies = {f"{part}.zip": (tmp_path / "official" / f"{part}.zip").read_bytes() for part in omniglot.PARTS}
+    md5s = {part: hashlib.md5(bodies[f"{part}.zip"]).hexdigest() for part in omniglot.PARTS}
+    monkeypatch.setattr(omniglot, "PARTS", md5s)
+    return bodies
+
+
+def test_download_whole(tmp_path, official, monkeypatch, capfd):
+    root = tmp_path / "deep" / "omniglot"
+    stale = root / ".download-killed.tmp"
+    stale.mkdir(parents=True)
+    (stale / "images_background.zip").write_bytes(b"half")
+    with server(official) as url:
+        monkeypatch.setattr(omniglot, "URL", url)
+        data = omniglot.load(root, "train", 28, cache=tmp_path / "cache")
+    assert data.shape == (3, 4, 1, 28, 28)
+    assert listing(root) == ["images_background.zip", "images_evaluation.zip"]
+    assert socket.getdefaulttimeout() is None
+    out, err = capfd.readouterr()
+    assert out == "" and len(err.splitlines()) == 2  # two downloads
+    assert torch.equal(omniglot.load(root, "train", 28, cache=tmp_path / "cache"), data)  # needs no server
+
+
+def test_download_fetches_only_what_is_absent(tmp_path, official, monkeypatch):
+    root = tmp_path / "omniglot"
+    root.mkdir()
+    (root / "images_background.zip").write_bytes(official["images_background.zip"])
+    with server({"images_evaluation.zip": official["images_evaluation.zip"]}) as url:
+        monkeypatch.setattr(omniglot, "URL", url)
+        assert omniglot.load(root, "val", 28).shape[0] == 1
+
+
+@pytest.mark.parametrize("fault", ["wrong md5", "cut body", "not found", "refused", "hangs"])
+def test_download_that_fails_leaves_nothing_half_and_leads_out(tmp_path, official, monkeypatch, fault):
+    root = tmp_path / "omniglot"
+    words = ["images_background.zip", "images_evaluation.zip", str(root), "--synthetic"]
+    with contextlib.ExitStack() as stack:
+        if fault == "wrong md5":
+            bodies = {**official, "images_background.zip": official["images_background.zip"][::-1]}
+            url, words = stack.enter_context(server(bodies)), words + ["md5"]
+        elif fault == "cut body":
+            url = stack.enter_context(server(official, cut=100))
+        elif fault == "not found":
+            url, words = stack.enter_context(server({})), words + ["404"]
+        else:
+            listener = stack.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            if fault == "hangs":  # takes the connection and never answers
+                listener.listen()
+                monkeypatch.setattr(omniglot, "TIMEOUT", 0.2)
+        monkeypatch.setattr(omniglot, "URL", url)
+        with refused(*words):
+            omniglot.load(root, "train", 28)
+    assert not root.exists()
+    assert socket.getdefaulttimeout() is None
+    shutil.copytree(tmp_path / "official", root)  # as advised
+    assert omniglot.load(root, "train", 28).shape[0] == 3
+
+
+# The real data
+
+
+def test_real_omniglot(tmp_path, capfd):
+    if not os.environ.get("OMNIGLOT_ROOT"):
+        pytest.skip("OMNIGLOT_ROOT is unset: it names the folder of the real data")
+    root = Path(os.environ["OMNIGLOT_ROOT"])
+    start = time.perf_counter()
+    found = omniglot.find(root, tmp_path)
+    splits = {split: found.load(split, 28, 1) for split in omniglot.SPLITS}
+    assert time.perf_counter() - start < 60
+    assert [tuple(data.shape) for data in splits.values()] == [
+        (1100, 20, 1, 28, 28), (100, 20, 1, 28, 28), (423, 20, 1, 28, 28)]
+    drawings = torch.cat([data.flatten(0, 1) for data in splits.values()]).flatten(1)
+    assert (drawings.amax(1) == 255).all() and (drawings.amin(1) < 160).all()  # each has paper and ink
+    assert 0.05 < 1 - drawings.float().mean().item() / 255 < 0.15
+    assert len(set(map(bytes, drawings.numpy()))) > 0.99 * len(drawings)  # all but a few drawings are unique
+    capfd.readouterr()
+    start = time.perf_counter()
+    assert torch.equal(omniglot.load(root, "test", 28, tmp_path), splits["test"])
+    assert time.perf_counter() - start < 10 and capfd.readouterr().err == ""
+
+    vinyals = omniglot.find(root, tmp_path, "vinyals").splits
+    assert {split: len(names) for split, names in vinyals.items()} == omniglot.VINYALS
+    gurmukhi = [name[-11:] for name in vinyals["test"] if "Gurmukhi" in name]
+    assert gurmukhi == [f"character{number}" for number in (42, 43, 44, 45)]
+    alphabets = {split: {name.split("/")[1] for name in names} - {"Gurmukhi"} for split, names in vinyals.items()}
+    assert alphabets["val"] == set(omniglot.VINYALS_VAL)
+    assert alphabets["test"] == {
+        "Kannada", "Keble", "Malayalam", "Manipuri", "Mongolian", "Old_Church_Slavonic_(Cyrillic)", "Oriya", "Sylheti",
+        "Syriac_(Serto)", "Tengwar", "Tibetan", "ULOG"}
+    assert len(alphabets["train"]) == 50 - 5 - 12 - 1
