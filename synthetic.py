@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from files import progress
+
 CHARACTERS = "synthetic characters"
 PHOTOS = "synthetic photos"
 
@@ -94,7 +96,7 @@ def _generate(
             f"got {n_classes}, {n_images}, {imgsz}, {seed}, {first_class}"
         )
     images = np.empty((n_classes, n_images, channels, imgsz, imgsz), np.uint8)
-    for index in range(n_classes):
+    for index in progress(range(n_classes), f"drawing images of {imgsz} x {imgsz}", n_classes, "classes"):
         rng = np.random.default_rng([stream, seed, first_class + index])
         images[index] = draw(rng, n_images, imgsz)
     return torch.from_numpy(images)
