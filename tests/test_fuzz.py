@@ -120,11 +120,8 @@ def sound(small, tmp_path_factory) -> Path:
     """Sound inputs of each kind, in a folder of its own."""
     folder = tmp_path_factory.mktemp("sound")
     drawings = {name: data for name, data in omniglot_entries().items() if name.endswith(("_01.png", "_02.png"))}
-    for name in ("photos", "cached"):
-        write_photos(folder / name / "data", 2, 3, 8)
-        (folder / name / "secret.png").write_bytes(encode(np.zeros((8, 8, 3), np.uint8)))
-    for split, size in (("train", 8), ("val", 8), ("train", 9)):
-        miniimagenet.load(folder / "cached/data", split, size)
+    write_photos(folder / "photos/data", 2, 3, 8)
+    (folder / "photos/secret.png").write_bytes(encode(np.zeros((8, 8, 3), np.uint8)))
     write_folders(folder / "drawings/data", drawings)
     write_zips(folder / "zips/data", drawings)
     write_run(folder / "log/run", update_step_test=10, first_order=False, net="conv_bn_relu")
@@ -138,13 +135,6 @@ def load_photos(around: Path) -> str:
         assert miniimagenet.load(around / "data", "train", 8).shape[2:] == (3, 8, 8)
 
     return outcome(load, around, around / "data/cache")
-
-
-def load_cached(around: Path) -> str:
-    """A damaged cache is never taken for what it isn't."""
-    truth = miniimagenet.load(around / "data", "train", 8, around.parent / "cache").clone()
-    return outcome(lambda: torch.testing.assert_close(miniimagenet.load(around / "data", "train", 8), truth),
-                   around, around / "data/cache")
 
 
 def load_drawings(around: Path) -> str:
@@ -182,7 +172,7 @@ retest_args = before_training()(program(omniglot_train.main, "run", "--test", "A
 FILES = {  # a file that may be bad: its kind, its name, the program that reads it
     "csv": ("photos", "data/train.csv", load_photos), "photo": ("photos", "data/images/p00.png", load_photos),
     "drawing": ("drawings", f"data/{FIRST}", load_drawings),
-    "zip": ("zips", "data/images_evaluation.zip", load_drawings), "cache": ("cached", "data/cache/*-train-8px-*", load_cached),
+    "zip": ("zips", "data/images_evaluation.zip", load_drawings),
     "log": ("log", "run/log.jsonl", plot), "plotted args": ("log", "run/args.json", plot),
     "resumed log": ("run", "run/log.jsonl", resume), "resumed args": ("run", "run/args.json", resume),
     "tested args": ("run", "run/args.json", retest_args), "repeated args": ("run", "run/args.json", repeat),
@@ -292,7 +282,8 @@ def test_zip_files_with_one_entry_more(name, data, method, sound):
         with zipfile.ZipFile(path, "w", method, compresslevel=1) as archive:
             for entry in [*entries, (name, data)]:
                 archive.writestr(*entry)
-        assert program(around) == ("accepted" if "/." in name and "evil" not in name and method != 14 else "refused")  # LZMA
+        drawn = name.startswith("images_evaluation/") and "/.0001" not in name  # what lies elsewhere is no drawing
+        assert program(around) == ("refused" if drawn or method == zipfile.ZIP_LZMA else "accepted")
 
 
 TOKENS = ["9" * 5000, "1e999", "-Infinity", "NaN", '"\\ud800"', '"\\u0000"', '"a\\nb"', '"\\u001b[31m"', '"$\\\\frac{$"',
@@ -359,7 +350,7 @@ def test_damaged_files(name, sound):
             outcomes[program(around)] += 1
 
     test()
-    assert outcomes["accepted" if name == "cache" else "refused"], outcomes
+    assert outcomes["refused"], outcomes
 
 
 @fuzzed(60, edits=EDITS, inside=st.booleans())
