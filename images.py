@@ -347,14 +347,17 @@ def _read_cache(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndar
 
     The images are mapped and not read: processes share one copy, and a page that is written to becomes private.
     """
-    with contextlib.suppress(OSError, ValueError, EOFError, AttributeError, SyntaxError, TypeError):
-        if os.path.isfile(path):
-            array = np.load(path, mmap_mode="c")
-            with open(path, "rb") as file:
-                file.seek(array.offset + array.nbytes)
-                digests = np.load(file)
-            if (array.dtype, array.shape, digests.dtype, digests.shape) == (np.uint8, shape, np.uint64, shape[:2]):
-                return array, digests
+    try:
+        with reading(path, ""):
+            if os.path.isfile(path):
+                array = np.load(path, mmap_mode="c")
+                with open(path, "rb") as file:
+                    file.seek(array.offset + array.nbytes)
+                    digests = np.load(file)
+                if (array.dtype, array.shape, digests.dtype, digests.shape) == (np.uint8, shape, np.uint64, shape[:2]):
+                    return array, digests
+    except UserError:
+        pass
     return None
 
 

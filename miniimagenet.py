@@ -217,7 +217,8 @@ class _Files:
             stem, extension = stem_and_extension(way)
             for key in (stem, f"{label}/{stem}", f"*/{stem}"):
                 if found := self.stems.get(key):
-                    return [path for path in found if stem_and_extension(path)[1] == extension] or found
+                    same = [path for path in found if stem_and_extension(path)[1] == extension]
+                    return same or found if extension in ("", *images.EXTENSIONS) else same
         return []
 
     def imagenet(self, stems: set[str]) -> tuple[dict[str, list[str]], str]:
