@@ -53,11 +53,11 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
     if split and split.keys() <= NAMES.keys() and any(map(class_folders, split.values())):
         absent = ", ".join(f"{name}/" for name in NAMES if name not in split)
         raise UserError(f"{top} has {', '.join(path.name for path in split.values())} and no {absent}; add it, or put "
-                        "all class folders into one folder, to have them split here")
+                        "all class folders into one, to have them split here")
     if len(classes) < 3:
         loose = sum(entry.name.lower().endswith(EXTENSIONS) for entry in images.entries(top))
-        raise UserError(f"{top} holds {len(classes)} class folders ({loose:,} images outside of any); put the images of "
-                        f"each class ({', '.join(EXTENSIONS)}) into a folder of its own in it, at least 3 classes")
+        raise UserError(f"{top} holds {len(classes)} class folders ({loose:,} images outside of any); put the images "
+                        f"of each class ({', '.join(EXTENSIONS)}) into a folder of its own in it, at least 3 classes")
     names = sorted(classes)
     random.Random(SPLIT_SEED).shuffle(names)
     ends = [max(1, round(len(names) * SHARES["test"])), max(1, round(len(names) * SHARES["val"]))]

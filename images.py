@@ -347,17 +347,14 @@ def _read_cache(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndar
 
     The images are mapped and not read: processes share one copy, and a page that is written to becomes private.
     """
-    try:
-        with reading(path, ""):
-            if os.path.isfile(path):
-                array = np.load(path, mmap_mode="c")
-                with open(path, "rb") as file:
-                    file.seek(array.offset + array.nbytes)
-                    digests = np.load(file)
-                if (array.dtype, array.shape, digests.dtype, digests.shape) == (np.uint8, shape, np.uint64, shape[:2]):
-                    return array, digests
-    except UserError:
-        pass
+    with contextlib.suppress(UserError), reading(path, ""):
+        if os.path.isfile(path):
+            array = np.load(path, mmap_mode="c")
+            with open(path, "rb") as file:
+                file.seek(array.offset + array.nbytes)
+                digests = np.load(file)
+            if (array.dtype, array.shape, digests.dtype, digests.shape) == (np.uint8, shape, np.uint64, shape[:2]):
+                return array, digests
     return None
 
 

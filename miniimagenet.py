@@ -116,7 +116,7 @@ def _missing(root: Path, layouts: dict[str, dict[str, Path]]) -> str:
 
 
 def _where(root: Path) -> str:
-    return (f"put images/ with train.csv, val.csv and test.csv (filename,label), or train/, val/ and test/ of class "
+    return ("put images/ with train.csv, val.csv and test.csv (filename,label), or train/, val/ and test/ of class "
             f"folders, or the caches *-train.pkl, *-val.pkl and *-test.pkl into {root}, or use --synthetic, which needs "
             "no data")
 
@@ -224,9 +224,9 @@ class _Files:
     def imagenet(self, stems: set[str]) -> tuple[dict[str, list[str]], str]:
         """Files with ImageNet's names, nXXXXXXXX_NUMBER.JPEG, for names of the CSV files, nXXXXXXXXNNNNNNNN.
 
-        The CSV files of Ravi and Larochelle count a class's images in the order of their numbers in ImageNet, from 1:
-        NNNNNNNN is a rank, as in the tools that make miniImageNet from ImageNet. Some folders hold files whose number
-        is NNNNNNNN itself. Which of the two holds is told by which finds all images.
+        In the CSV files of Ravi and Larochelle NNNNNNNN is a rank, from 1, among the numbers of the class's images, as
+        the tools that make miniImageNet from ImageNet take it. Others name the file whose number is NNNNNNNN. That
+        reading is taken which finds all images.
 
         Returns:
             stem -> [path], and the reading in words.

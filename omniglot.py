@@ -176,8 +176,8 @@ def _described(path: Path, characters: dict[str, list[ImageFile]]) -> str:
     return f"none in {path.name}, whose files are {', '.join(f'{n:,} {end}' for end, n in others.items()) or 'absent'}"
 
 
-def _where(root: Path) -> str:
-    zips = " and ".join(f"{part}.zip" for part in PARTS)
+def _where(root: Path, parts: Iterable[str] = PARTS) -> str:
+    zips = " and ".join(f"{part}.zip" for part in parts)
     return f"put {zips} from {URL} into {root}, or use --synthetic, which needs no data"
 
 
@@ -213,7 +213,7 @@ def _download(root: Path, absent: list[str], found: dict[str, list[Path]]) -> No
             reason = "what came is cut or not the official file: its md5 is wrong"
         there = "; ".join(f"{part} is there" for part in found)
         raise UserError(f"{' and '.join(absent)} of Omniglot: absent from {root}{there and f' ({there})'}, and can't "
-                        f"be downloaded ({reason}); {_where(root)}") from error
+                        f"be downloaded ({reason}); {_where(root, absent)}") from error
     finally:
         socket.setdefaulttimeout(timeout)
         if made:

@@ -66,8 +66,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] in ("numpy", "_codecs") and name in BUILT:
             return BUILT[name]
-        raise pickle.UnpicklingError(f"it would call {module}.{name}, and only arrays, dicts, lists, text and numbers are "
-                                     "read")
+        raise pickle.UnpicklingError(f"it would call {module}.{name}, and only arrays, dicts, lists, text and numbers "
+                                     "are read")
 
 
 def classes(path: Path, split: str) -> dict[str, list[ImageFile]]:

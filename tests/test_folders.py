@@ -1,6 +1,7 @@
 """One's own images, in folders of class folders, with either script."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,8 @@ FAULTS = {
     "two classes": (lambda root: write_classes(root, 2), ["holds 2 class folders", "at least 3 classes"]),
     "images outside": (lambda root: write_classes(root, 1) or [path.rename(root / path.name) for path in root.glob("*/*")],
                        ["0 class folders (4 images outside of any)"]),
-    "no val": (lambda root: [write_classes(root / split, 3) for split in ("train", "test")], ["has train, test and no val/"]),
+    "no val": (lambda root: [write_classes(root / split, 3) for split in ("train", "test")],
+               ["has train, test and no val/"]),
     "two val": (lambda root: [write_classes(root / split, 3) for split in ("train", "val", "valid", "test")],
                 ["two folders of one split", "valid", "move one away"]),
     "one image": (lambda root: write_classes(root, 5, count=1), ["'class 0' in", "at least 2 images"]),
@@ -78,12 +80,28 @@ FAULTS = {
 }
 
 
+REMEDIES = {  # what the lines advise
+    "no folder": lambda root: write_classes(root, 3), "two classes": lambda root: write_classes(root / "..", 5),
+    "no val": lambda root: (shutil.rmtree(root / "test"), [path.rename(root / path.name) for path in (
+        root / "train").iterdir()], (root / "train").rmdir()),
+    "two val": lambda root: ((root / "valid").rename(root.parent / "away"), [path.rename(path.with_name(
+        f"{path.parent.name} {path.name}")) for path in root.glob("*/*")]),
+    "one image": lambda root: shutil.rmtree(root / "class 0"),
+    "classes in two": lambda root: [path.rename(path.with_name(f"{path.parent.name} {path.name}")) for path in
+                                    root.glob("*/*")],
+    "blanks": lambda root: (root / "class 1 ").rename(root / "class one"),
+}
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_named_in_one_line(tmp_path, fault):
+def test_faults_are_named_in_one_line_that_leads_out(tmp_path, fault):
     make, words = FAULTS[fault]
     make(tmp_path / "mine")
     with refused(*words):
         find(tmp_path / "mine")
+    if fault in REMEDIES:
+        REMEDIES[fault](tmp_path / "mine")
+        assert find(tmp_path if fault == "two classes" else tmp_path / "mine").load("train", 8, 3).dtype == torch.uint8
 
 
 @pytest.mark.parametrize("script, flags", [(omniglot_train, ["--imgsz", "28"]), (omniglot_train, ["--imgc", "3"]),

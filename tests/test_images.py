@@ -429,10 +429,11 @@ def test_what_takes_over_two_seconds_says_how_far_it_is(items, seconds, said, mo
 
 
 PROMISED = torch.randint(256, (3, 4, 1, 8, 8), dtype=torch.uint8)
+BROKEN = PROMISED / 255
 
 
 @pytest.mark.parametrize("images_, counts, words", [
-    (PROMISED / 255, None, ["torch.float32", "must give uint8", "(255 * images)"]), (PROMISED.int(), None, ["torch.int32"]),
+    (BROKEN, None, ["torch.float32", "must give uint8", "(255 * images)"]), (PROMISED.int(), None, ["torch.int32"]),
     (PROMISED.numpy(), None, ["uint8"]), (PROMISED // 255, None, ["0 and 1 alone", "multiply them by 255"]),
     (PROMISED[:2], None, ["[2, 4, 1, 8, 8]", "[3, 4, 1, 8, 8]"]), (PROMISED[:, :3], None, ["make them agree"]),
     (PROMISED[..., :7], None, ["make them agree"]), (PROMISED.expand(3, 4, 3, 8, 8), None, ["channels"]),
@@ -445,3 +446,6 @@ def test_a_dataset_that_breaks_its_promise(images_, counts, words):
     with refused("the train split of mine", *words):
         images.check_images(images_, made(images_, counts), "train", 8)
     assert images.check_images(PROMISED, made(PROMISED, None), "train", 8) is PROMISED
+    if images_ is BROKEN:
+        mended = (255 * images_).round().to(torch.uint8)  # as advised
+        assert torch.equal(images.check_images(mended, made(mended, None), "train", 8), PROMISED)

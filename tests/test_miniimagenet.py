@@ -39,13 +39,6 @@ def test_photos_follow_the_label_column(photos):
     assert miniimagenet.sizes(photos) == dict.fromkeys(images.SPLITS, (3, 4))
 
 
-def test_photos_are_resized_like_pil(photos):
-    noise = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
-    (photos / "images" / "p00.png").write_bytes(encode(noise))
-    expected = np.asarray(Image.fromarray(noise).resize((12, 12), BILINEAR)).transpose(2, 0, 1)
-    assert np.array_equal(miniimagenet.load(photos, "train", 12)[2, 0], expected)
-
-
 # Layouts. Each function changes what `write_photos` wrote; the images stay the same.
 
 
@@ -94,10 +87,10 @@ def python2(root: Path) -> None:
         data, shape = content["image_data"].tobytes(), content["image_data"].shape
         members = content["class_dict"]
         array = (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR(I1\n("
-                 + b"".join(b"I%d\n" % n for n in shape) + b"tcnumpy\ndtype\n(U\x02u1I0\nI1\ntR(I3\nU\x01|NNNI-1\nI-1\nI0\n"
-                 b"tbI00\nT" + len(data).to_bytes(4, "little") + data + b"tb")
-        classes = b"(d" + b"".join(b"U%c%s(l" % (len(name), name.encode()) + b"".join(b"I%d\na" % i for i in rows) + b"s"
-                                   for name, rows in members.items())
+                 + b"".join(b"I%d\n" % n for n in shape) + b"tcnumpy\ndtype\n(U\x02u1I0\nI1\ntR(I3\nU\x01|NNNI-1\nI-1\n"
+                 b"I0\ntbI00\nT" + len(data).to_bytes(4, "little") + data + b"tb")
+        classes = b"(d" + b"".join(b"U%c%s(l" % (len(name), name.encode()) + b"".join(b"I%d\na" % i for i in rows)
+                                   + b"s" for name, rows in members.items())
         path.write_bytes(b"(dU\x0aimage_data" + array + b"sU\x0aclass_dict" + classes + b"s.")
 
 
@@ -126,7 +119,8 @@ LAYOUTS = {  # and words of the line that says what was found
     "CLASS/": (lambda root: into_classes(root, ".") or (root / "images").rmdir(), "with ./CLASS/"),
     "another extension": (lambda root: edit(root, r"\.png", ".jpg"), "36 images with another extension"),
     "upper case": (lambda root: edit(root, r"\.png", ".PNG"), "images/: train"),
-    "class/name in the CSV files": (lambda root: into_classes(root) or edit(root, r"([pvt]..[.]png),(\S+)", r"\2/\1,\2"), "CLASS"),
+    "class/name in the CSV files": (
+        lambda root: into_classes(root) or edit(root, r"([pvt]..[.]png),(\S+)", r"\2/\1,\2"), "CLASS"),
     "images/name in the CSV files": (lambda root: edit(root, "([pvt]..[.])", r"images/\1"), "images/:"),
     "absolute": (lambda root: edit(root, "([pvt]..[.])", rf"{root}/images/\1"), "images/:"),
     "backslashes": (lambda root: edit(root, "([pvt]..[.])", r"images\\\1"), "images/:"),
@@ -148,6 +142,11 @@ LAYOUTS = {  # and words of the line that says what was found
     "cache, data and labels": (lambda root: cached(root, "labels"), "pickled caches"),
     "cache, catname2label": (lambda root: cached(root, "catname2label"), "pickled caches"),
     "cache, list of arrays": (lambda root: cached(root, "list of arrays"), "pickled caches"),
+    "cache, other names": (lambda root: cached(root) or [
+        shutil.copy(root / f"mini-imagenet-cache-{old}.pkl", root / f"miniImageNet_category_split_{new}.pickle")
+        for old, new in (("train", "train_phase_train"), ("test", "train_phase_val"), ("val", "train_phase_test"),
+                         ("val", "val"), ("test", "test"))] and [path.unlink() for path in root.glob("*.pkl")],
+        "pickled caches"),
 }
 
 
@@ -180,6 +179,7 @@ def test_files_that_two_names_fit(photos):
         miniimagenet.find(photos)
     (photos / "images" / "p00.bmp").unlink()
     (photos / "images" / "p00.gif").rename(photos / "images" / "p00.png")
+    assert reds(photos) == RED
     rename_images(photos, lambda wnid, i: (f"{wnid}_{2 * i + 1}.JPEG", f"{wnid}{(1, 3)[i % 2]:08}.jpg"))
     with refused("by its number", "by its rank", "rename"):
         miniimagenet.find(photos)

@@ -29,11 +29,12 @@ from data_files import drawing, listing, refused, small_omniglot, write_folders,
 PLACES = {  # where people have it: how it is written, words of the line that says what was found
     "folders": (lambda root, entries: write_folders(root, entries), "from images_background and images_evaluation"),
     "zips": (lambda root, entries: write_zips(root, entries), "from images_background.zip and images_evaluation.zip"),
-    "zip and folder": (lambda root, entries: (write_zips(root, entries), (root / "images_evaluation.zip").unlink(), write_folders(
-        root, {name: data for name, data in entries.items() if "evaluation" in name})), "images_background.zip and images_ev"),
+    "zip and folder": (lambda root, entries: (
+        write_zips(root, entries), (root / "images_evaluation.zip").unlink(), write_folders(
+            root, {name: data for name, data in entries.items() if "evaluation" in name})), "images_background.zip and im"),
     "zips with a top folder": (lambda root, entries: write_zips(root, entries, "omniglot-master/python/"), ".zip"),
-    "omniglot-py/": (lambda root, entries: write_folders(root / "omniglot-py", entries), "omniglot-py/images_background"),
-    "omniglot/python/": (lambda root, entries: write_zips(root / "omniglot/python", entries), "omniglot/python/images_"),
+    "omniglot-py/": (lambda root, entries: write_folders(root / "omniglot-py", entries), "omniglot-py/images_backgr"),
+    "omniglot/python/": (lambda root, entries: write_zips(root / "omniglot/python", entries), "omniglot/python/images"),
     "raw/ and processed/": (lambda root, entries: (write_zips(root / "omniglot/raw", entries),
                             write_folders(root / "omniglot/processed", entries)), "processed/images_background and"),
     "folders in themselves": (lambda root, entries: write_folders(root, {
@@ -105,7 +106,7 @@ def test_what_is_there_and_what_is_missing_are_named_and_the_zips_lead_out(tmp_p
     write_folders(tmp_path, small_omniglot)
     make, words = MISSING[fault]
     make(tmp_path)
-    with refused(*words, "put images_background.zip and images_evaluation.zip", "--synthetic"):
+    with refused(*words, "put images_", "images_evaluation.zip from", "--synthetic"):
         omniglot.load(tmp_path, "train", 28)
     write_zips(tmp_path, small_omniglot)  # as advised
     assert omniglot.load(tmp_path, "train", 28).shape[0] == 3
