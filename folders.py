@@ -7,7 +7,7 @@
 import os
 import random
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Sequence
 
 from PIL import Image
 

@@ -378,16 +378,13 @@ def check_tasks(images: torch.Tensor, n_way: int, k_spt: int, k_qry: int, count:
 
 
 def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int) -> torch.Tensor:
-    """`images` as `dataset.load` gave them; refused if they are not what a Dataset promises.
+    """`images`, which `dataset.load` gave; refused if they are not what a Dataset promises.
 
     Raises:
-        UserError: another type, shape or range than uint8 [class, image, c, imgsz, imgsz] in 0..255, or sizes and
-            counts that don't agree.
+        UserError: they are not uint8 [class, image, c, imgsz, imgsz] in 0..255; sizes, counts and they don't agree.
     """
-    classes, least = dataset.sizes()[split]
-    counts = dataset.counts(split)
-    most = max(counts) if counts else least
-    wanted = (classes, most, dataset.channels, imgsz, imgsz)
+    (classes, least), counts = dataset.sizes()[split], dataset.counts(split)
+    wanted = (classes, max(counts) if counts else least, dataset.channels, imgsz, imgsz)
     where = f"the {split} split of {dataset.name}"
     if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
         raise UserError(f"{where}: load gives {getattr(images, 'dtype', type(images).__name__)} and must give uint8 in "

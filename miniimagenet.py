@@ -117,8 +117,8 @@ def _missing(root: Path, layouts: dict[str, dict[str, Path]]) -> str:
 
 def _where(root: Path) -> str:
     return ("put images/ with train.csv, val.csv and test.csv (filename,label), or train/, val/ and test/ of class "
-            f"folders, or the caches *-train.pkl, *-val.pkl and *-test.pkl into {root}, or use --synthetic, which needs "
-            "no data")
+            f"folders, or the caches *-train.pkl, *-val.pkl and *-test.pkl into {root}, or use --synthetic, which "
+            "needs no data")
 
 
 # ---- the CSV files
@@ -209,7 +209,7 @@ class _Files:
                 self.stems.setdefault(f"*/{stem.rpartition('/')[2]}", []).append(path)
 
     def find(self, name: str, label: str) -> list[str]:
-        """The paths that a CSV file may mean by `name`: relative to images/ or to its folder, absolute, or a bare name."""
+        """The paths that a CSV file may mean by `name`: relative to images/ or its folder, absolute, or a bare name."""
         if name in self.files:
             return [name]
         place = os.path.join(self.root, normal(name).replace("\\", "/"))

@@ -127,7 +127,7 @@ class _Run:
         resumes = args.resume is not None
         found = checkpoint.load(out / "checkpoint.pt", self.device, self._restart()) if resumes else None
         images, self.held_out = data.load("train"), data.load("val")
-        check_images(data.dataset.load("test"), data.dataset, "test", args.imgsz)  # what is wrong with it is said now, not after the training
+        check_images(data.dataset.load("test"), data.dataset, "test", args.imgsz)  # its faults are said before training
         self.sampler = data.sampler("train", images, args.seed)
         replays = args.cuda_graph and self.device.type == "cuda" and images.is_cuda
         self.meta_step = GraphedStep(maml, self._eager_step, self.sampler.generator) if replays else self._eager_step

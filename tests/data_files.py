@@ -2,6 +2,9 @@
 
 import contextlib
 import io
+import pickle
+import re
+import shutil
 import struct
 import zipfile
 import zlib
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import images
 import omniglot
 from files import UserError
 
@@ -86,6 +90,80 @@ def write_photos(root: Path, classes: int = 3, count: int = 4, size: int = 20) -
                 lines.append(f"{name},{split if split != 'train' else ''}class{classes - label}")
         (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
     return lines
+
+
+# What `write_photos` wrote, in the other layouts; the images stay the same
+
+
+def into_classes(root: Path, inside: str = "images") -> None:
+    for split in images.SPLITS:
+        for line in (root / f"{split}.csv").read_text().split()[1:]:
+            name, label = line.split(",")
+            (root / inside / label).mkdir(exist_ok=True, parents=True)
+            (root / "images" / name).rename(root / inside / label / name)
+
+
+def image_folder(root: Path) -> None:
+    for split in images.SPLITS:
+        for line in (root / f"{split}.csv").read_text().split()[1:]:
+            name, label = line.split(",")
+            (root / split / label).mkdir(exist_ok=True, parents=True)
+            (root / "images" / name).rename(root / split / label / name)
+        (root / f"{split}.csv").unlink()
+    (root / "images").rmdir()
+
+
+def cached(root: Path, form: str = "image_data", protocol: int = 4, **change) -> None:
+    """mini-imagenet-cache-*.pkl in place of CSV files and images."""
+    for split in images.SPLITS:
+        rows = [line.split(",") for line in (root / f"{split}.csv").read_text().split()[1:]]
+        pixels = np.stack([np.asarray(Image.open(root / "images" / name)) for name, _ in rows])
+        labels = [label for _, label in rows]
+        members = {label: [i for i, other in enumerate(labels) if other == label] for label in labels}
+        content = {"image_data": pixels, "class_dict": members} if form == "image_data" else {
+            "data": pixels, "labels": [sorted(members).index(label) for label in labels]}
+        if form == "catname2label":
+            content["catname2label"] = {label: sorted(members).index(label) for label in members}
+        if form == "list of arrays":
+            content |= {"data": list(pixels), "labels": labels}
+        content |= change if split == "train" else {}
+        (root / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(content, protocol))
+        (root / f"{split}.csv").unlink()
+    shutil.rmtree(root / "images")
+
+
+def python2(root: Path) -> None:
+    """As Python 2 writes them: text without an encoding, in an array's data too."""
+    cached(root, protocol=2)
+    for path in root.glob("*.pkl"):
+        content = pickle.loads(path.read_bytes())
+        data, shape = content["image_data"].tobytes(), content["image_data"].shape
+        members = content["class_dict"]
+        array = (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR(I1\n("
+                 + b"".join(b"I%d\n" % n for n in shape) + b"tcnumpy\ndtype\n(U\x02u1I0\nI1\ntR(I3\nU\x01|NNNI-1\nI-1\n"
+                 b"I0\ntbI00\nT" + len(data).to_bytes(4, "little") + data + b"tb")
+        classes = b"(d" + b"".join(b"U%c%s(l" % (len(name), name.encode()) + b"".join(b"I%d\na" % i for i in rows)
+                                   + b"s" for name, rows in members.items())
+        path.write_bytes(b"(dU\x0aimage_data" + array + b"sU\x0aclass_dict" + classes + b"s.")
+
+
+def rename_images(root: Path, name) -> None:
+    """Give image i of each class (from 0, in the CSV's order) the name that `name` (class, i) gives, in a folder."""
+    for split in images.SPLITS:
+        lines, seen = ["filename,label"], {}
+        for line in (root / f"{split}.csv").read_text().split()[1:]:
+            old, label = line.split(",")
+            wnid = f"n0{sum(map(ord, label)):07}"
+            new, listed = name(wnid, seen.setdefault(label, 0))
+            seen[label] += 1
+            (root / "images" / old).rename(root / "images" / new)
+            lines.append(f"{listed},{label}")
+        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
+
+
+def edit(root: Path, pattern: str, new: str) -> None:
+    for split in images.SPLITS:
+        (root / f"{split}.csv").write_text(re.sub(pattern, new, (root / f"{split}.csv").read_text()))
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import pickle
 import re
 import shutil
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,8 @@ from PIL import Image
 import images
 import miniimagenet
 import pickles
-from data_files import colour, encode, photos, png_header, refused, write_photos  # noqa: F401
+from data_files import (  # noqa: F401
+    cached, colour, edit, encode, image_folder, into_classes, photos, png_header, python2, refused, rename_images)
 
 BILINEAR = Image.Resampling.BILINEAR
 
@@ -37,80 +37,6 @@ def test_photos_follow_the_label_column(photos):
     data = miniimagenet.load(photos, "train", 12)
     assert data.shape == (3, 4, 3, 12, 12) and data.dtype == torch.uint8 and reds(photos) == RED
     assert miniimagenet.sizes(photos) == dict.fromkeys(images.SPLITS, (3, 4))
-
-
-# Layouts. Each function changes what `write_photos` wrote; the images stay the same.
-
-
-def into_classes(root: Path, inside: str = "images") -> None:
-    for split in images.SPLITS:
-        for line in (root / f"{split}.csv").read_text().split()[1:]:
-            name, label = line.split(",")
-            (root / inside / label).mkdir(exist_ok=True, parents=True)
-            (root / "images" / name).rename(root / inside / label / name)
-
-
-def image_folder(root: Path) -> None:
-    for split in images.SPLITS:
-        for line in (root / f"{split}.csv").read_text().split()[1:]:
-            name, label = line.split(",")
-            (root / split / label).mkdir(exist_ok=True, parents=True)
-            (root / "images" / name).rename(root / split / label / name)
-        (root / f"{split}.csv").unlink()
-    (root / "images").rmdir()
-
-
-def cached(root: Path, form: str = "image_data", protocol: int = 4, **change) -> None:
-    """mini-imagenet-cache-*.pkl in place of CSV files and images."""
-    for split in images.SPLITS:
-        rows = [line.split(",") for line in (root / f"{split}.csv").read_text().split()[1:]]
-        pixels = np.stack([np.asarray(Image.open(root / "images" / name)) for name, _ in rows])
-        labels = [label for _, label in rows]
-        members = {label: [i for i, other in enumerate(labels) if other == label] for label in labels}
-        content = {"image_data": pixels, "class_dict": members} if form == "image_data" else {
-            "data": pixels, "labels": [sorted(members).index(label) for label in labels]}
-        if form == "catname2label":
-            content["catname2label"] = {label: sorted(members).index(label) for label in members}
-        if form == "list of arrays":
-            content |= {"data": list(pixels), "labels": labels}
-        content |= change if split == "train" else {}
-        (root / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(content, protocol))
-        (root / f"{split}.csv").unlink()
-    shutil.rmtree(root / "images")
-
-
-def python2(root: Path) -> None:
-    """As Python 2 writes them: text without an encoding, in an array's data too."""
-    cached(root, protocol=2)
-    for path in root.glob("*.pkl"):
-        content = pickle.loads(path.read_bytes())
-        data, shape = content["image_data"].tobytes(), content["image_data"].shape
-        members = content["class_dict"]
-        array = (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR(I1\n("
-                 + b"".join(b"I%d\n" % n for n in shape) + b"tcnumpy\ndtype\n(U\x02u1I0\nI1\ntR(I3\nU\x01|NNNI-1\nI-1\n"
-                 b"I0\ntbI00\nT" + len(data).to_bytes(4, "little") + data + b"tb")
-        classes = b"(d" + b"".join(b"U%c%s(l" % (len(name), name.encode()) + b"".join(b"I%d\na" % i for i in rows)
-                                   + b"s" for name, rows in members.items())
-        path.write_bytes(b"(dU\x0aimage_data" + array + b"sU\x0aclass_dict" + classes + b"s.")
-
-
-def rename_images(root: Path, name) -> None:
-    """Give image i of each class (from 0, in the CSV's order) the name that `name` (class, i) gives, in a folder."""
-    for split in images.SPLITS:
-        lines, seen = ["filename,label"], {}
-        for line in (root / f"{split}.csv").read_text().split()[1:]:
-            old, label = line.split(",")
-            wnid = f"n0{sum(map(ord, label)):07}"
-            new, listed = name(wnid, seen.setdefault(label, 0))
-            seen[label] += 1
-            (root / "images" / old).rename(root / "images" / new)
-            lines.append(f"{listed},{label}")
-        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
-
-
-def edit(root: Path, pattern: str, new: str) -> None:
-    for split in images.SPLITS:
-        (root / f"{split}.csv").write_text(re.sub(pattern, new, (root / f"{split}.csv").read_text()))
 
 
 LAYOUTS = {  # and words of the line that says what was found
@@ -192,7 +118,8 @@ FAULTS = {  # what is wrong: how to make it so, the words that the line must hol
     "no root": (shutil.rmtree, ["no folder", "--synthetic"]),
     "empty root": (lambda root: shutil.rmtree(root) or root.mkdir(), ["no CSV files", "*-train.pkl", "--synthetic"]),
     "classes alone": (lambda root: image_folder(root) or [shutil.move(path, root) for path in (root / "val").iterdir()]
-                      and [shutil.rmtree(root / split) for split in images.SPLITS], ["3 folders with images", "--data"]),
+                      and [shutil.rmtree(root / split) for split in images.SPLITS],
+                      ["3 folders with images", "--data"]),
     "no csv": (lambda root: (root / "train.csv").unlink(), ["val.csv", "those of train are missing"]),
     "no images folder": (lambda root: shutil.rmtree(root / "images"), ["images", "missing"]),
     "two caches": (lambda root: cached(root) or shutil.copy(root / "mini-imagenet-cache-val.pkl", root / "val.pickle"),
@@ -207,12 +134,15 @@ ROWS = {  # lines after the header of train.csv, from the good ones
     **{name: (lambda rows, name=name: [*rows, f"{name},class1"], ["line 14", "is not in"]) for name in
        ("../secret.png", "..", "/etc/passwd", "..\\secret.png", "sub/p00.png", "p99.png", "x" * 5000)},
     "many": (lambda rows: [*rows, *(f"q{i}.png,class1" for i in range(25))], ["25 of 37", "'q9.png'", "and 15 more"]),
-    "classes of val": (lambda rows: [row.replace(",", ",val") for row in rows], ["'valclass1'", "in both train and val"]),
+    "classes of val": (lambda rows: [row.replace(",", ",val") for row in rows],
+                       ["'valclass1'", "in both train and val"]),
 }
 TABLES = {
-    "no column": (b"filename,class\np00.png,a\n", ["no column label"]), "no header": (b"p00.png,a\n", ["no column filename"]),
+    "no column": (b"filename,class\np00.png,a\n", ["no column label"]),
+    "no header": (b"p00.png,a\n", ["no column filename"]),
     "nothing": (b"", ["no column"]), "not UTF-8": (b"filename,label\n\xff\xfe.png,a\n", ["UTF-8"]),
-    "NUL": (b"filename,label\np\0.png,a\n", ["train.csv"]), "long field": (b"filename,label\n" + b"x" * 200_000, ["train.csv"]),
+    "NUL": (b"filename,label\np\0.png,a\n", ["train.csv"]),
+    "long field": (b"filename,label\n" + b"x" * 200_000, ["train.csv"]),
 }
 FAULTS |= {name: (lambda root, rows=rows: (root / "train.csv").write_text("\n".join(
     ["filename,label", *rows((root / "train.csv").read_text().split("\n")[1:-1])])), words)
@@ -248,7 +178,8 @@ def test_faults_are_named_in_one_line(photos, fault):
     assert not [path for path in photos.rglob("*") if path.suffix in (".npy", ".tmp", ".lock")]
 
 
-@pytest.mark.parametrize("fault", [*ROWS, "text", "empty image", "folder for an image", "link to nothing", "link to itself"])
+@pytest.mark.parametrize("fault", [*ROWS, "text", "empty image", "folder for an image", "link to nothing",
+                                   "link to itself"])
 def test_lines_taken_out_as_advised_lead_out(photos, fault):
     """Remove the lines that are named, or the class: the rest is read, whatever the classes' sizes."""
     good = (photos / "train.csv").read_text()
@@ -256,7 +187,7 @@ def test_lines_taken_out_as_advised_lead_out(photos, fault):
     make(photos)
     with refused() as caught:
         miniimagenet.load(photos, "train", 12)
-    assert any(advice in str(caught.value) for advice in ("remove the lines", "take", "(filename,label)")), str(caught.value)
+    assert any(advice in str(caught.value) for advice in ("remove the lines", "take", "(filename,label)"))
     gone = {"one image": "class3"}.get(fault, "p00.png" if fault not in ROWS else "none")
     (photos / "train.csv").write_text("".join(line for line in good.splitlines(True) if gone not in line))
     assert miniimagenet.load(photos, "train", 12).shape[1] == 4
@@ -299,7 +230,8 @@ def test_an_image_in_two_splits_is_found_by_its_pixels(photos, monkeypatch, capf
 
 def test_classes_of_unequal_size(photos):
     lines = (photos / "train.csv").read_text().splitlines()
-    (photos / "train.csv").write_text("\n".join(line for line in lines if line not in ("p12.png,class1", "p01.png,class2")))
+    gone = "p12.png,class1", "p01.png,class2"
+    (photos / "train.csv").write_text("\n".join(line for line in lines if line not in gone))
     found = miniimagenet.find(photos)
     assert "train 3 classes of 3 ('class1') to 4 images, val 3 classes of 4" in found.summary
     assert found.sizes()["train"] == (3, 3) and found.counts("train") == [3, 3, 4]
@@ -326,7 +258,8 @@ class Code:
     ({"extra": np.array([Code()], object)}, "mkdir"), ({"extra": re.compile("x")}, "re."),
     ({"image_data": np.zeros((12, 8, 8, 3))}, "image 0 is float64 [8, 8, 3]"),
     ({"image_data": np.zeros((12, 3, 8, 8), np.uint8)}, "not uint8 [height, width, 3]"),
-    ({"class_dict": {"a": [0, 99]}}, "one of 12 that isn't there"), ({"class_dict": {"a": [0, 1], "b": [1, 2]}}, "twice"),
+    ({"class_dict": {"a": [0, 99]}}, "one of 12 that isn't there"),
+    ({"class_dict": {"a": [0, 1], "b": [1, 2]}}, "twice"),
     ({"class_dict": None}, "can't be opened"), ({"image_data": 5}, "can't be opened"),
     ({"image_data": np.zeros(3, "V5")}, "an array of type")])
 def test_pickles_that_are_no_caches_are_refused_and_nothing_is_run(photos, change, words, monkeypatch):
@@ -337,7 +270,8 @@ def test_pickles_that_are_no_caches_are_refused_and_nothing_is_run(photos, chang
     assert not (photos / "run-by-a-pickle").exists()
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", b"\x80\x04N.", pickle.dumps({}), pickle.dumps({"data": [], "labels": [1]})])
+@pytest.mark.parametrize("data", [b"", b"hello", b"\x80\x04N.", pickle.dumps({}),
+                                  pickle.dumps({"data": [], "labels": [1]})])
 def test_damaged_pickles(photos, data):
     cached(photos)
     whole = (photos / "mini-imagenet-cache-train.pkl").read_bytes()
