@@ -10,6 +10,7 @@
 `MiniImagenet` gives single tasks, for use with a DataLoader.
 """
 
+import contextlib
 import csv
 import os
 import re
@@ -212,8 +213,10 @@ class _Files:
         """The paths that a CSV file may mean by `name`: relative to images/ or its folder, absolute, or a bare name."""
         if name in self.files:
             return [name]
-        place = os.path.join(self.root, normal(name).replace("\\", "/"))
-        for way in (name, os.path.relpath(place, self.folder)):
+        ways = [name]
+        with contextlib.suppress(ValueError):  # another drive
+            ways.append(os.path.relpath(os.path.join(self.root, normal(name).replace("\\", "/")), self.folder))
+        for way in ways:
             stem, extension = stem_and_extension(way)
             for key in (stem, f"{label}/{stem}", f"*/{stem}"):
                 if found := self.stems.get(key):

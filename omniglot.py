@@ -75,7 +75,7 @@ def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffl
     _check_counts(characters, chosen, root)
     names = split_names(characters, split)
     return ImageSet(
-        "omniglot", f"Omniglot, {split} split, from {' and '.join(os.path.relpath(path, root) for path in chosen)}",
+        "omniglot", f"{split} split, from {' and '.join(os.path.relpath(path, root) for path in chosen)}",
         {part: {name: sorted(characters[name], key=lambda file: file.name) for name in names[part]} for part in names},
         RESAMPLE, Path(cache) if cache else root / "cache", _where(root))
 
