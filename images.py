@@ -134,21 +134,17 @@ class ImageSet:
 
     def _check_contents(self, split: str, digests: np.ndarray) -> None:
         """Compare the pixels of a split with those of the splits that were loaded before."""
-        known = split in self._contents
+        others = [] if split in self._contents else list(self._contents)
         self._contents[split] = digests
-        for other in () if known else self._contents:
-            shared = np.intersect1d(digests, self._contents[other])
-            shared = shared[shared != 0]  # no image
-            if other == split or not len(shared):
-                continue
-            pairs = [f"{self._file(other, digest)} = {self._file(split, digest)}" for digest in shared[:11]]
-            fewer = min(np.count_nonzero(digests), np.count_nonzero(self._contents[other]))
+        for other in others:
+            shared = [digest for digest in np.intersect1d(digests, self._contents[other]) if digest]  # 0: no image
+            pairs = [f"{self._file(other, digest)} = {self._file(split, digest)}" for digest in shared]
             what = f"{len(shared):,} in both {other} and {split}"
-            if len(shared) <= SHARED * fewer:
+            if len(shared) > SHARED * min(np.count_nonzero(digests), np.count_nonzero(self._contents[other])):
+                listed(pairs, f"images, {what}, so results on one would be of the other",
+                       "remove each from one of the splits")
+            elif shared:
                 _say(f"note: {what}: {'; '.join(pairs[:10])}")
-            else:
-                listed(pairs + [""] * (len(shared) - len(pairs)), f"images, {what}, so results on one would be of the "
-                       "other", "remove each from one of the splits")
 
     def _file(self, split: str, digest: int) -> str:
         row, column = np.argwhere(self._contents[split] == digest)[0]
