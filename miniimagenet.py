@@ -84,7 +84,8 @@ CSV, FOLDERS, PICKLES = "train.csv, val.csv and test.csv", "folders train/, val/
 
 def _layouts(root: Path) -> dict[str, dict[str, Path]]:
     """For each layout, what there is of its splits."""
-    found = {CSV: {}, FOLDERS: folders.split_folders(root), PICKLES: {}}
+    parts = folders.split_folders(root)
+    found = {CSV: {}, FOLDERS: {split: parts[split] for split in parts if images.subfolders(parts[split])}, PICKLES: {}}
     for entry in images.entries(root):
         if entry.name in [f"{split}.csv" for split in SPLITS]:
             found[CSV][entry.name[:-4]] = Path(entry.path)

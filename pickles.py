@@ -9,6 +9,7 @@ import operator
 import os
 import pickle
 import re
+import sys
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -79,7 +80,9 @@ def classes(path: Path, split: str) -> dict[str, list[ImageFile]]:
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a file; {REMEDY}")
     with reading(path, REMEDY, "can't be opened"):
-        stamp = os.stat(path).st_mtime_ns
+        stamp, size = os.stat(path).st_mtime_ns, os.path.getsize(path)
+        if size > 10**8:
+            print(f"reading {path}, {size / 10**6:,.0f} MB", file=sys.stderr, flush=True)
         with open(path, "rb") as file:
             content = _Unpickler(file, encoding="bytes").load()
         content = {_text(key): _plain(value) for key, value in content.items()}

@@ -96,6 +96,8 @@ def test_layouts_that_can_be_read_in_two_ways(photos):
         miniimagenet.find(photos)
     (photos / "train").rename(photos.parent / "elsewhere")  # what the line says, and it is read
     assert reds(photos) == RED
+    (photos / "train").mkdir()  # an empty folder is no reading
+    assert reds(photos) == RED
 
 
 def test_files_that_two_names_fit(photos):
