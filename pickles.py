@@ -31,8 +31,8 @@ class _Type:
         self.code = code
 
     def __setstate__(self, state: tuple) -> None:
-        order = _text(state[1])
-        self.code = self.code if order == "|" else order + self.code.lstrip("<>|=")
+        if _text(state[1]) in ("<", ">", "="):
+            self.code = _text(state[1]) + self.code.lstrip("<>|=")
 
 
 class _Array:

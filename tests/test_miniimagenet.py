@@ -273,6 +273,14 @@ def test_pickles_that_are_no_caches_are_refused_and_nothing_is_run(photos, chang
     assert not (photos / "run-by-a-pickle").exists()
 
 
+def test_a_pickled_type_can_not_become_another():
+    kind = pickles._Type(b"i4")
+    kind.__setstate__((3, "O,", None, None, None, -1, -1, 63))
+    assert np.dtype(kind.code) == np.int32
+    kind.__setstate__((3, b">", None, None, None, -1, -1, 0))
+    assert np.dtype(kind.code) == np.dtype(">i4")
+
+
 @pytest.mark.parametrize("data", [b"", b"hello", b"\x80\x04N.", pickle.dumps({}),
                                   pickle.dumps({"data": [], "labels": [1]})])
 def test_damaged_pickles(photos, data):
