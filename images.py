@@ -381,9 +381,11 @@ def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int)
     Raises:
         UserError: they are not uint8 [class, image, c, imgsz, imgsz] in 0..255; sizes, counts and they don't agree.
     """
+    where = f"the {split} split of {dataset.name}"
+    if split not in dataset.sizes():
+        raise UserError(f"{where}: sizes has no {split!r}; it must have {', '.join(SPLITS)}")
     (classes, least), counts = dataset.sizes()[split], dataset.counts(split)
     wanted = (classes, max(counts) if counts else least, dataset.channels, imgsz, imgsz)
-    where = f"the {split} split of {dataset.name}"
     if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
         raise UserError(f"{where}: load gives {getattr(images, 'dtype', type(images).__name__)} and must give uint8 in "
                         "0..255, which is scaled and normalised later: (255 * images).round().to(torch.uint8) of 0..1")

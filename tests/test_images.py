@@ -197,6 +197,8 @@ def test_a_dataset_that_breaks_its_promise(images_, counts, words):
     with refused("the train split of mine", *words):
         images.check_images(images_, made(images_, counts), "train", 8)
     assert images.check_images(PROMISED, made(PROMISED, None), "train", 8) is PROMISED
+    with refused("the val split of mine: sizes has no 'val'"):
+        images.check_images(PROMISED, made(PROMISED, None), "val", 8)
     if images_ is BROKEN:
         mended = (255 * images_).round().to(torch.uint8)  # as advised
         assert torch.equal(images.check_images(mended, made(mended, None), "train", 8), PROMISED)
