@@ -40,7 +40,7 @@ class Adapted(NamedTuple):
     accuracy: Tensor  # [T, K+1]
     nearest_mean: Tensor  # [T, K+1] accuracy of the nearest support mean at the classifier's input
     metrics: dict | None  # as `measuring.collapse_metrics`
-    nontransductive: dict | None  # "accuracy", "nearest_mean" [T, n]: with the last n sets of weights, query by query
+    nontransductive: dict | None  # "accuracy", "nearest_mean" [T, n]: the same query by query, after n chosen steps
 
 
 def leaves(weights: Weights) -> dict[str, Tensor]:
@@ -228,14 +228,14 @@ class Meta(nn.Module):
                        devices.NO_LIMIT if self.learner == "classifier" else inner, len(tasks.y_spt), tasks, classes)
 
     def finetune(self, tasks: Tasks, measure: bool = False, null_seed: int | None = None,
-                 measured: Tasks | None = None, nontransductive: int = 0) -> Adapted:
+                 measured: Tasks | None = None, nontransductive: Sequence[int] = ()) -> Adapted:
         """Test-time adaptation from theta, which stays as it is.
 
         Args:
             measure: also the metrics, after `update_step` inner steps as in training.
             null_seed: of the permuted labels; seed + step if None.
             measured: the same tasks with other query sets, on which the metrics are measured; `tasks` if None.
-            nontransductive: with so many of the last sets of weights, also answer query by query.
+            nontransductive: after so many inner steps, also answer query by query.
         """
         steps = max(self.update_step_test, self.update_step if measure else 0)
         measured = (measured or tasks) if measure else None
@@ -250,7 +250,7 @@ class Meta(nn.Module):
             metrics = self._chunked(collapse_metrics, few, measured, trajectory[:self.update_step + 1],
                                     null) if measured else None
             one_by_one = self._chunked(partial(accuracies, transductive=False), query, tasks,
-                                       tested[-nontransductive:]) if nontransductive else None
+                                       [tested[k] for k in nontransductive]) if nontransductive else None
             return Adapted(answers["accuracy"], answers["nearest_mean"], metrics, one_by_one)
 
         return chunked(one_chunk, inner, len(tasks.y_spt), tasks, measured, null)

@@ -207,20 +207,20 @@ class Log:
     def metrics(self, step: int, classes: str, layers: list[str], found: dict) -> None:
         """One "nc" line: mean and standard error over tasks of every metric, one value per layer.
 
-        "per_task" keeps the values of each task at the classifier's input, for intervals over tasks.
+        On held-out classes "per_task" keeps each task's values at the classifier's input, for intervals over tasks.
         """
         def summary(values: Tensor) -> dict:  # [T, ...]
             mean, se = nc_metrics.mean_and_se(values)
-            return {"mean": numbers(mean), "se": numbers(se)}
+            return {"mean": numbers(mean), "se": numbers(se, 3)}
 
         models = {model: {name: summary(values) for name, values in entries.items()}
                   for model, entries in found.items()}
-        per_task = {model: {name: numbers(found[model][name][:, -2], 4) for name in PER_TASK}
-                    for model in ("meta", "finetuned")}
-        self.add("nc", step, classes=classes, tasks=len(found["meta"]["within"]), layers=layers, **models,
-                 per_task=per_task)
+        if classes == "heldout":
+            models["per_task"] = {model: {name: numbers(found[model][name][:, -2], 4) for name in PER_TASK}
+                                  for model in ("meta", "finetuned")}
+        self.add("nc", step, classes=classes, tasks=len(found["meta"]["within"]), layers=layers, **models)
         if classes == "train":
-            traces = [models[model][name]["mean"][-2] for model in per_task for name in ("within", "between")]
+            traces = [models[model][name]["mean"][-2] for model in ("meta", "finetuned") for name in ("within", "between")]
             said = "step: {} \ttraces of {}: meta within {:.4g} between {:.4g}, finetuned within {:.4g} between {:.4g}"
             say(said.format(step, layers[-2], *(math.nan if t is None else t for t in traces)))
 

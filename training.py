@@ -18,7 +18,7 @@ top of a step, before that step's validation: a run that goes on from it does an
 import argparse
 import time
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -250,7 +250,7 @@ class _Run:
         with self.signals.raised():
             found = _evaluate(maml, self.data, "val", self.held_out, args.eval_tasks, VAL_SEED, self.signals,
                               measure=args.nc_every > 0,
-                              nontransductive=0 if args.transductive else args.update_step_test + 1)
+                              nontransductive=() if args.transductive else range(args.update_step_test + 1))
         shown = _answers(found, args.transductive)
         mean, interval = _mean_and_interval(shown["accuracy"])
         nearest, _ = _mean_and_interval(shown["nearest_mean"])
@@ -289,7 +289,7 @@ class _Run:
 
 
 def _evaluate(maml: Meta, data: _Data, split: str, images: Tensor, n_tasks: int, seed: int, signals: Signals,
-              measure: bool = False, nontransductive: int = 0) -> Adapted:
+              measure: bool = False, nontransductive: Sequence[int] = ()) -> Adapted:
     """`maml.finetune` of `n_tasks` tasks, the same for a seed on every device; as many at a time as in training."""
     sampler = data.sampler(split, images, seed)
     index = cat([sampler.draw(min(DRAWN, n_tasks - start)) for start in range(0, n_tasks, DRAWN)])
@@ -318,8 +318,10 @@ def _test(args: argparse.Namespace, maml: Meta, data: _Data, run: Path, signals:
         raise UserError(f"{path} doesn't hold this network's weights; train again") from error
     say(f"testing on {args.test_tasks} tasks of the test classes")
     k = args.update_step_test
+    steps = range(k + 1)
+    alone = (0, k) if args.transductive else steps
     found = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, TEST_SEED, signals,
-                      nontransductive=1 if args.transductive else k + 1)
+                      nontransductive=alone)
     queries = args.k_qry if args.k_qry_test is None else args.k_qry_test
     results = {}
     for name, transductive in (("test", True), ("test_nontransductive", False)):
@@ -328,14 +330,14 @@ def _test(args: argparse.Namespace, maml: Meta, data: _Data, run: Path, signals:
         (mean, interval), (nearest, nearest_interval) = values["accuracy"], values["nearest_mean"]
         results[name] = {
             "accuracy": numbers(mean), "ci95": numbers(interval), "nearest_mean": numbers(nearest),
-            "nearest_mean_ci95": numbers(nearest_interval), "inner_steps": list(range(k + 1))[-len(mean):],
+            "nearest_mean_ci95": numbers(nearest_interval), "inner_steps": list(steps if transductive else alone),
             "tasks": args.test_tasks, "n_way": args.n_way, "k_spt": args.k_spt, "k_qry": queries}
         how = "queries together" if transductive else "each query with the support set alone"
         say(f"test accuracy on {data.dataset.name}, {args.n_way}-way {args.k_spt}-shot, {how}: after {k} inner steps "
             f"{100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f}, nearest support mean before them "
             f"{100 * nearest[0]:.2f}% ± {100 * nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, {queries} queries "
             f"per class, {args.test_weights} weights, of step {step})")
-        say(f"after {results[name]['inner_steps'][0]}..{k} inner steps: {percent(mean)}")
+        say(f"after {', '.join(map(str, results[name]['inner_steps']))} inner steps: {percent(mean)}")
     return {"data": data.dataset.name, **results, f"{args.test_weights}_step": step,
             "val_accuracy": numbers(val_accuracy)}
 
