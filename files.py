@@ -12,9 +12,10 @@ import stat
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Callable, Iterable, Iterator, NoReturn, Sequence
+from typing import NoReturn
 
 from tqdm import tqdm
 

@@ -15,7 +15,7 @@ convolution is a matrix product and batch norm's channels lie side by side.
 """
 
 import math
-from typing import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F

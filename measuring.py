@@ -3,7 +3,7 @@
 T tasks, K inner steps, L layers: the blocks and the logits. Tasks lead every tensor.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F

@@ -9,7 +9,7 @@
 
 import argparse
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 from torch import nn
 

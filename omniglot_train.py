@@ -9,8 +9,8 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Sequence
 
 from torch import nn
 

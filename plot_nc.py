@@ -10,8 +10,8 @@ A RUN is a run's folder, or its log next to args.json. The meta model has the we
 one those after the inner steps. study/figures.py draws; nothing here needs torch.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import matplotlib
 

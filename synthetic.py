@@ -14,7 +14,7 @@ whatever ran before and with however many threads.
 """
 
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 import torch

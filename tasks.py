@@ -5,8 +5,9 @@ A task picks `n_way` classes and, of each, `k_spt` support and `k_qry` query ima
 0..n_way-1: which class gets which label is drawn for every task.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor

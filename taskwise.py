@@ -17,7 +17,7 @@ A third derivative raises an error.
 """
 
 import functools
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F

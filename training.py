@@ -17,8 +17,8 @@ top of a step, before that step's validation: a run that goes on from it does an
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,9 @@ import checkpoint
 import device as devices
 import nc_metrics
 import record
+from baselines import BASELINES
 from device import GraphedStep, keep_memory, memory_runs_out, peak_memory, processes, select_device, set_arithmetic
 from files import UserError
-from baselines import BASELINES
 from images import check_images
 from interrupt import Interrupted, Signals
 from learner import Learner

@@ -6,7 +6,8 @@ measurement and for every seed, so an interval over seeds does not cover their c
 
 import functools
 import math
-from typing import Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 

@@ -7,8 +7,8 @@ thick ones their mean. A measurement has few training tasks, so their curves are
 import functools
 import io
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Sequence
 
 import matplotlib
 import numpy as np

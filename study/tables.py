@@ -10,8 +10,8 @@ A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. A table of 
 import functools
 import math
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Sequence
 
 import numpy as np
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_files import drawing, encode, listing, photos, refused, small_omniglot, write_zips  # noqa: F401
 
 import files
 import images
 import miniimagenet
 import omniglot
-from data_files import drawing, encode, listing, photos, refused, small_omniglot, write_zips  # noqa: F401
 from files import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent

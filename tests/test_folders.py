@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_files import encode, refused
 from PIL import Image
 
 import folders
 import images
 import miniimagenet_train
 import omniglot_train
-from data_files import encode, refused
 from files import UserError
 
 BILINEAR = Image.Resampling.BILINEAR

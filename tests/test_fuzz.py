@@ -26,10 +26,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_files import encode, omniglot_entries, png_header, write_folders, write_photos, write_zips
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
+from test_plot_nc import write_run
 
 import files
 import miniimagenet
@@ -39,8 +41,6 @@ import omniglot_train
 import plot_nc
 import synthetic
 from meta import Meta
-from data_files import encode, omniglot_entries, png_header, write_folders, write_photos, write_zips
-from test_plot_nc import write_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))  # of each test; 0: its own number

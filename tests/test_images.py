@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from data_files import encode, photos, png_header, refused  # noqa: F401
 from PIL import Image
 
 import files
@@ -17,7 +18,6 @@ import images
 import miniimagenet
 import omniglot
 import tasks
-from data_files import encode, photos, png_header, refused  # noqa: F401
 from files import UserError
 
 BILINEAR = Image.Resampling.BILINEAR

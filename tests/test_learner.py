@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from oracle import network
 
 import miniimagenet_train
 import omniglot_train
 from learner import LAYERS, Learner
-from oracle import network
 
 # name of a case: (channels, image size, layers). Each ends flat, so that the order of values counts.
 FLAT = ("flatten", [])

@@ -4,6 +4,7 @@ import argparse
 import copy
 import itertools
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,6 @@ import meta
 import miniimagenet_train
 import nc_metrics
 import omniglot_train
-import oracle
 from learner import Learner
 from meta import Meta, adapt
 from tasks import Tasks

@@ -13,13 +13,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_files import (  # noqa: F401
+    cached,
+    colour,
+    edit,
+    encode,
+    image_folder,
+    into_classes,
+    photos,
+    png_header,
+    python2,
+    refused,
+    rename_images,
+)
 from PIL import Image
 
 import images
 import miniimagenet
 import pickles
-from data_files import (  # noqa: F401
-    cached, colour, edit, encode, image_folder, into_classes, photos, png_header, python2, refused, rename_images)
 
 BILINEAR = Image.Resampling.BILINEAR
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_files import drawing, listing, refused, small_omniglot, write_folders, write_zips  # noqa: F401
 from PIL import Image
 
 import omniglot
-from data_files import drawing, listing, refused, small_omniglot, write_folders, write_zips  # noqa: F401
 
 PLACES = {  # where people have it: how it is written, words of the line that says what was found
     "folders": (lambda root, entries: write_folders(root, entries), "from images_background and images_evaluation"),

@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nc_logs
 import numpy as np
 import pytest
+from nc_logs import write_run
 from PIL import Image
 
-import nc_logs
 import plot_nc
-from nc_logs import write_run
 from study import figures, logs, tables
 from study.logs import UserError
 

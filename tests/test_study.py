@@ -15,11 +15,11 @@ import sys
 import time
 from pathlib import Path
 
+import nc_logs
 import numpy as np
 import pytest
 
 import miniimagenet_train
-import nc_logs
 import omniglot_train
 import settings
 from study import effects, run, tables
