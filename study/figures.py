@@ -357,15 +357,40 @@ def original(study: Study) -> Figure:
 
 
 def learners(study: Study) -> Figure:
-    """Each metric against accuracy by the learner's own rule: a point per seed, a colour per learner."""
+    """What adaptation does to each learner: the share within classes and accuracy, before it and after; and nc1."""
     groups = [study[name] for name in tables.LEARNERS if study[name]]
-    figure, (panels,) = frame(1, 4, 2.5, keys(groups), sharey=True)
-    for axes, metric in zip(panels, ("relative_within", "nc1", "cdnv_unbiased", "directional_cdnv")):
-        for group, colour, _ in colours(groups):
-            axes.scatter([effects.measured(run, "meta", metric) for run in group],
-                         [100 * effects.own_accuracy(run) for run in group], color=colour, s=18)  # fmt: skip
-        axes.set_xlabel(LABELS[metric])
-    panels[0].set_ylabel("test accuracy, %\n(transductive)")
+    figure = Figure(figsize=(WIDTH, 3.0))
+    figure.set_layout_engine("constrained", w_pad=0.04)
+    share, right, ranked = figure.subplots(1, 3)
+
+    def change(axes: Axes, before: Callable, after: Callable, scale: float = 1) -> None:
+        """A row per learner: open points before adaptation, filled ones after, a line between their means."""
+        for row, (group, colour, _) in enumerate(colours(groups)):
+            values = np.array([[scale * before(run), scale * after(run)] for run in group])
+            axes.plot(values.mean(0), [row, row], color=colour, linewidth=1.2)
+            for column, fill in enumerate(("white", colour)):
+                axes.scatter(values[:, column], [row] * len(group), s=26, edgecolors=colour, color=fill, zorder=3)
+        axes.set(yticks=range(len(groups)), ylim=(len(groups) - 0.5, -0.5))
+
+    def share_of(model: str) -> Callable:
+        return functools.partial(effects.measured, model=model, metric="relative_within")
+
+    change(share, share_of("meta"), share_of("finetuned"))
+    change(right, effects.tested("nearest_mean", 0), effects.tested("accuracy", -1), 100)
+    share.set_yticklabels([label for _, _, label in colours(groups)])
+    right.set_yticklabels([])
+    for group, colour, _ in colours(groups):
+        ranked.scatter([effects.measured(run, "meta", "nc1") for run in group],
+                       [100 * effects.tested("nearest_mean", 0)(run) for run in group], color=colour, s=26)
+    share.set(title="A  Within / (within + between)", xlim=(0, 0.8))
+    right.set(title="B  Test accuracy, %")
+    ranked.set(title="C  Before adaptation", xscale="log", ylabel="nearest support mean, %")
+    ranked.set_xlabel(LABELS["nc1"])
+    ranked.xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.4]))
+    ranked.xaxis.set_minor_locator(NullLocator())
+    ranked.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    share.legend(handles=[key("before adaptation", GREY, marker="o", markerfacecolor="white", linestyle=""),
+                          key("adapted", GREY, marker="o", linestyle="")], loc="lower left", fontsize=7.5)
     return figure
 
 

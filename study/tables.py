@@ -226,9 +226,21 @@ def learners(study: Study) -> str:
     rows = [[label, *learner_cells(any_runs, kind)] for label, kind in floors.items()]
     rows += [[label, *learner_cells(runs, "final")] for label, runs in groups.items()]
     accuracies = [f"{name}, %{how}" for how in ("", ", not transductive") for name in BY]
-    picture = "![Metrics against accuracy: a colour per learner, a point per seed](../res/learners.png)\n\n"
-    return picture + table(["", "seeds", *METRICS.values(), "dimension", "relative within trace, adapted",
-                            "between trace / untrained", "within trace / untrained", *accuracies], rows)  # fmt: skip
+    return table(["", "seeds", *METRICS.values(), "dimension", "relative within trace, adapted",
+                  "between trace / untrained", "within trace / untrained", *accuracies], rows)  # fmt: skip
+
+
+def contrast(study: Study) -> str:
+    """The learners, narrower, for README.md."""
+    share = functools.partial(over, effects.measured, metric="relative_within")
+    columns = {"relative within trace": share(model="meta"), "adapted": share(model="finetuned"),
+               METRICS["nc1"]: over(effects.measured, model="meta", metric="nc1"),
+               "nearest support mean, %": over(effects.tested("nearest_mean", 0), 100),
+               "adapted classifier, %": over(effects.tested("accuracy", -1), 100),
+               "the same, not transductive, %": over(effects.tested("accuracy", -1, False), 100)}  # fmt: skip
+    rows = [[SETTINGS[name].label, str(len(study[name])), *(cell(study[name]) for cell in columns.values())]
+            for name in LEARNERS if study[name]]  # fmt: skip
+    return table(["trained as", "seeds", *columns], rows) if rows else ""
 
 
 def ranking(study: Study) -> str:
@@ -343,7 +355,7 @@ def accuracies(study: Study) -> str:
 
 
 TABLES: dict[str, Callable[[Study], str]] = {function.__name__: function for function in (
-    summary, accuracies, collapse, accuracy, layers, inner_steps, correlation, original, cells, learners, ranking, length, tests,
+    summary, contrast, accuracies, collapse, accuracy, layers, inner_steps, correlation, original, cells, learners, ranking, length, tests,
     controls, runs)}
 
 
