@@ -105,7 +105,9 @@ def restore(path: Path, state: dict, experiment: dict, maml: Meta, sampler: Samp
             maml.net.load_state_dict(state["best"]["weights"])
             state["best"] |= {"step": int(state["best"]["step"]), "val_accuracy": float(state["best"]["val_accuracy"])}
         maml.net.load_state_dict(state["weights"])
-        if repr(state["adam"]["param_groups"]) != repr(maml.optimizer.state_dict()["param_groups"]):
+        saved, own = ([group | ({"lr": None} if maml.cosine_steps else {}) for group in groups]
+                      for groups in (state["adam"]["param_groups"], maml.optimizer.state_dict()["param_groups"]))
+        if repr(saved) != repr(own):  # a schedule's rate is where it was at the checkpoint
             raise ValueError("other settings of Adam")
         maml.optimizer.load_state_dict(state["adam"])
         for weight in maml.net.parameters():  # load_state_dict takes any

@@ -186,6 +186,10 @@ def _of_a_run(mode: str, given: dict, parser: argparse.ArgumentParser) -> argpar
                             f"there are {_flags(MAY_CHANGE[mode])}")
     if mode == "resume" and given.get("epoch", settings["epoch"]) < settings["epoch"]:
         raise UserError(f"--epoch {given['epoch']}: the run has {settings['epoch']}; that may only grow")
+    if mode == "resume" and given.get("epoch", settings["epoch"]) != settings["epoch"] and \
+            settings["lr_schedule"] == "cosine":
+        raise UserError(f"--epoch {given['epoch']}: the run's cosine ends at {settings['epoch']}; "
+                        f"start a longer one with --from_args {path}")
     return argparse.Namespace(**settings | given | ({"out": given["resume"]} if mode == "resume" else {}))
 
 
