@@ -64,7 +64,7 @@ def accuracies(net: Learner, tasks: Tasks, trajectory: Sequence[Weights], transd
 
 
 def _together(net: Learner, tasks: Tasks, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [T, N_qry, C], and features at the classifier's input: of the support set, and of the queries [T, N, D]."""
+    """Logits [T, N_qry, C], and features at the classifier's input: of support and query images [T, N, D]."""
     logits, query = net(tasks.x_qry, weights, features=True)
     return logits, net(tasks.x_spt, weights, features=True)[1][-2], query[-2]
 

@@ -220,7 +220,8 @@ class Log:
                                   for model in ("meta", "finetuned")}
         self.add("nc", step, classes=classes, tasks=len(found["meta"]["within"]), layers=layers, **models)
         if classes == "train":
-            traces = [models[model][name]["mean"][-2] for model in ("meta", "finetuned") for name in ("within", "between")]
+            traces = [models[model][name]["mean"][-2]
+                      for model in ("meta", "finetuned") for name in ("within", "between")]
             said = "step: {} \ttraces of {}: meta within {:.4g} between {:.4g}, finetuned within {:.4g} between {:.4g}"
             say(said.format(step, layers[-2], *(math.nan if t is None else t for t in traces)))
 

@@ -21,7 +21,8 @@ MODES = ("resume", "test", "from_args")  # name the run that the other settings 
 PLACE = ("root", "data", "cache", "device")  # where a run happens; no part of the experiment
 MAY_CHANGE = {  # what may be given anew
     "resume": ("epoch", *PLACE, "save_every", "task_chunk", "cuda_graph"),
-    "test": ("k_qry", "k_qry_test", "update_step_test", "test_tasks", "test_weights", "transductive", "task_chunk", *PLACE),
+    "test": ("k_qry", "k_qry_test", "update_step_test", "test_tasks", "test_weights", "transductive", "task_chunk",
+             *PLACE),
 }
 
 
@@ -60,7 +61,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 def _parser(description: str, defaults: dict, paper: dict, epoch_help: str,
             only_given: bool = False) -> argparse.ArgumentParser:
     """The flags; with `only_given`, those that are not on the command line are left unset."""
-    recipes = (f"  {way}-way {shot}-shot: {' '.join(_as_flags(values, values))}" for (way, shot), values in paper.items())
+    recipes = (f"  {way}-way {shot}-shot: {' '.join(_as_flags(values, values))}"
+               for (way, shot), values in paper.items())
     parser = Parser(description=description, formatter_class=_Help, allow_abbrev=False, add_help=not only_given,
                     epilog="\n".join(["what --recipe paper sets (flags given with it override it):", *recipes]))
 
@@ -106,8 +108,8 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str,
         choice("rotate_heldout", False, "the same in validation and testing")
     choice("transductive", True, "validate, and choose the best weights, with batch norm by the whole query set; "
            "otherwise each query is normalised together with the support set alone. A test has both")
-    flag("clip", 0.0, "the outer gradient is clipped to -CLIP..CLIP, value by value; the paper's code clips the sum over "
-         "the 5 * 15 queries, per shot, at 10: 0.133 here in 1-shot, 0.667 in 5-shot; 0: not at all")
+    flag("clip", 0.0, "the outer gradient is clipped to -CLIP..CLIP, value by value; the paper's code clips the sum "
+         "over the 5 * 15 queries, per shot, at 10: 0.133 here in 1-shot, 0.667 in 5-shot; 0: not at all")
     choice("skip_nonfinite", False, "go on without an update whose loss or gradient is not finite, and count it, "
            "instead of stopping there")
     flag("root", None, "folder of the data")
@@ -243,9 +245,10 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     Raises:
         UserError: one line that names the flag and what it can be.
     """
-    for name, least in {"epoch": 1, "n_way": 2, "k_spt": 1, "k_qry": 1, "k_qry_test": 1, "nc_qry": 1, "keep_every": 0, "imgsz": 1, "task_num": 1, "update_step": 1,
-                        "update_step_test": 1, "eval_every": 1, "eval_tasks": 2, "test_tasks": 2, "nc_every": 0,
-                        "nc_every_late": 0, "task_chunk": 0, "save_every": 0, "seed": 0}.items():
+    for name, least in {"epoch": 1, "n_way": 2, "k_spt": 1, "k_qry": 1, "k_qry_test": 1, "nc_qry": 1, "keep_every": 0,
+                        "imgsz": 1, "task_num": 1, "update_step": 1, "update_step_test": 1, "eval_every": 1,
+                        "eval_tasks": 2, "test_tasks": 2, "nc_every": 0, "nc_every_late": 0, "task_chunk": 0,
+                        "save_every": 0, "seed": 0}.items():
         if getattr(args, name) is not None and not least <= getattr(args, name) < 2**31:
             raise UserError(f"--{name} {getattr(args, name)}: must be a whole number from {least}")
     largest = torch.finfo(torch.float32).max
@@ -275,8 +278,8 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
             raise UserError(f"--n_way {args.n_way}: {dataset.name} has {classes} classes in its {split} split")
         for name in ("k_qry", "k_qry_test", "nc_qry"):
             if args.k_spt + (getattr(args, name) or 0) > images:
-                raise UserError(f"--k_spt {args.k_spt} --{name} {getattr(args, name)}: {dataset.name} has {images} images "
-                                f"per class in its {split} split; their sum can be at most that")
+                raise UserError(f"--k_spt {args.k_spt} --{name} {getattr(args, name)}: {dataset.name} has {images} "
+                                f"images per class in its {split} split; their sum can be at most that")
     if args.nc_qry is None:
         args.nc_qry = min(15, min(images for _, images in sizes.values()) - args.k_spt)
     return sizes

@@ -62,7 +62,7 @@ def tree_map(function: Callable, tree: Any, *others: Any) -> Any:
 def chunks(size: int, total: int, *trees: Any) -> Iterator[tuple]:
     """The trees, `size` of their `total` tasks (axis 0 of every tensor) at a time."""
     for start in range(0, total, size):
-        yield tree_map(lambda values: values[start:start + size], trees)
+        yield tree_map(lambda values, start=start: values[start:start + size], trees)
 
 
 def cat(trees: Sequence[Any]) -> Any:

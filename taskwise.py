@@ -174,7 +174,7 @@ def _adjoints(x, weight, g, columns, stride, padding, wanted):
     if for_weight:
         if k * k * c < o:  # a product is slow where its last side is short
             gw = torch.bmm(columns.transpose(1, 2), rows).transpose(1, 2).contiguous()
-        elif g.is_cuda and rows.shape[1] > LONG:  # a sum per image, then over images: else one block of threads sums all
+        elif g.is_cuda and rows.shape[1] > LONG:  # a sum per image, then over images: else one block sums all
             samples = g.shape[1]
             per_image = torch.bmm(rows.reshape(tasks * samples, -1, o).transpose(1, 2),
                                   columns.reshape(tasks * samples, -1, k * k * c))

@@ -335,8 +335,8 @@ def _test(args: argparse.Namespace, maml: Meta, data: _Data, run: Path, signals:
         how = "queries together" if transductive else "each query with the support set alone"
         say(f"test accuracy on {data.dataset.name}, {args.n_way}-way {args.k_spt}-shot, {how}: after {k} inner steps "
             f"{100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f}, nearest support mean before them "
-            f"{100 * nearest[0]:.2f}% ± {100 * nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, {queries} queries "
-            f"per class, {args.test_weights} weights, of step {step})")
+            f"{100 * nearest[0]:.2f}% ± {100 * nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, {queries} "
+            f"queries per class, {args.test_weights} weights, of step {step})")
         say(f"after {', '.join(map(str, results[name]['inner_steps']))} inner steps: {percent(mean)}")
     return {"data": data.dataset.name, **results, f"{args.test_weights}_step": step,
             "val_accuracy": numbers(val_accuracy)}

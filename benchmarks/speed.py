@@ -5,9 +5,9 @@
     python benchmarks/speed.py --only omniglot-paper --repeats 15   # one case
     python benchmarks/speed.py --table                              # print the table of benchmarks/speed.json
 
-Every implementation does the same work: second-order MAML with the network of `--net conv_bn_relu`, from the same theta, on
-the same tasks (random images; the time does not depend on what they show), the gradient of the mean query loss, and
-one step of Adam. All of that is timed. theta is put back before every step, outside the measured time.
+Every implementation does the same work: second-order MAML with the network of `--net conv_bn_relu`, from the same
+theta, on the same tasks (random images; the time does not depend on what they show), the gradient of the mean query
+loss, and one step of Adam. All of that is timed. theta is put back before every step, outside the measured time.
 
 First all gradients are compared in float64, on a small part of the case. If one is wrong, it is named and nothing is
 timed. Then the implementations take turns in float32, `--repeats` rounds after a warm-up, in a process of their own.

@@ -98,7 +98,8 @@ def over_tasks(run: Run, model: str, metric: str) -> float:
     By bootstrap of the logged values of each task, where the log has them; else 1.96 standard errors.
     """
     names = ("within", "between") if metric == "relative_within" else (metric,)
-    rows = [row.get("per_task", {}).get(model, {}) for step, row in run.rows["heldout"].items() if step >= end_from(run)]
+    rows = [row.get("per_task", {}).get(model, {})
+            for step, row in run.rows["heldout"].items() if step >= end_from(run)]
     if rows and all(name in row for row in rows for name in names):
         values = np.array([[row[name] for row in rows] for name in names], float)  # [1 or 2, steps, tasks]
         values = values[0] / values.sum(0) if metric == "relative_within" else values[0]

@@ -223,9 +223,11 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
             for dimension in (16, 64):
                 error = effects.random_etf_errors(run.settings["n_way"])[dimension - 1]
                 axes.axhline(error, color=GREY, linestyle=":", linewidth=1)
-                axes.text(1.01, error, f"d = {dimension}", transform=axes.get_yaxis_transform(), va="center", fontsize=7)
+                axes.text(1.01, error, f"d = {dimension}", transform=axes.get_yaxis_transform(), va="center",
+                          fontsize=7)
         elif run.has(split, "finetuned", f"{metric}_null"):
-            draw(axes, [run], lambda run: of_metric(split, "finetuned", f"{metric}_null", layer)(run)[:2], GREY, ":")
+            draw(axes, [run], lambda run, null=f"{metric}_null": of_metric(split, "finetuned", null, layer)(run)[:2],
+                 GREY, ":")
         axes.set_title(label)
         fit(axes, metric in LOGARITHMIC)
         step_axis(axes, groups)

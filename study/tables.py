@@ -158,8 +158,9 @@ def inner_steps(study: Study) -> str:
                   "relative within trace, classifier's input": functools.partial(over, share, layer=-2),
                   "relative within trace, logits": functools.partial(over, share, layer=-1)}  # fmt: skip
     moments = {"before adaptation": 0, "after 1 inner step": 1, "after the last": -1}
-    return compared(study, MAIN, [(f"{quantity}: {when}", cell(inner_step=step))
-                                  for quantity, cell in quantities.items() for when, step in moments.items()])  # fmt: skip
+    return compared(study, MAIN, [
+        (f"{quantity}: {when}", cell(inner_step=step))
+        for quantity, cell in quantities.items() for when, step in moments.items()])  # fmt: skip
 
 
 def correlation(study: Study) -> str:
@@ -311,7 +312,7 @@ def tests(study: Study) -> str:
                     if test := run.file(file).get(key):
                         found.setdefault((test["k_qry"], key == "test"), []).append(test)
         for (queries, transductive), group in sorted(found.items()):
-            after = [over(lambda test: number((test["accuracy"][k:] or [None])[0]), 100)(group) for k in inner]
+            after = [over(lambda test, k=k: number((test["accuracy"][k:] or [None])[0]), 100)(group) for k in inner]
             spread = fixed(max(100 * test["ci95"][-1] for test in group), 2)
             published = PUBLISHED.get((study[name][0].data, group[0]["n_way"], group[0]["k_spt"]), "")
             kind = [str(len(group)), str(queries), "yes" if transductive else "no"]
@@ -355,8 +356,8 @@ def accuracies(study: Study) -> str:
 
 
 TABLES: dict[str, Callable[[Study], str]] = {function.__name__: function for function in (
-    summary, contrast, accuracies, collapse, accuracy, layers, inner_steps, correlation, original, cells, learners, ranking, length, tests,
-    controls, runs)}
+    summary, contrast, accuracies, collapse, accuracy, layers, inner_steps, correlation, original, cells, learners,
+    ranking, length, tests, controls, runs)}
 
 
 # ---- the program
@@ -397,7 +398,8 @@ def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
                 where = f"{path.relative_to(home)}, table {name}"
                 raise UserError(f"{where}, {difference(body, expected)}; run python -m study.tables")
         if not options.check:
-            changed = _MARKED.sub(lambda m: f"{m[1]}{body_of(study, m[2], str(path))}\n<!-- /table -->", text)
+            changed = _MARKED.sub(lambda m, place=str(path): f"{m[1]}{body_of(study, m[2], place)}\n<!-- /table -->",
+                                  text)
             if changed != text:
                 write_bytes(path, changed.encode())
         print(f"{path.relative_to(home)}: {len(_MARKED.findall(text))} tables")

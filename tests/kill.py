@@ -7,7 +7,7 @@
 The run is `miniimagenet_train.py` on a few small photographs made here: a process builds their cache, trains, saves,
 measures, validates and tests in a second or two. SIGKILL ends it; another continues with --resume, often with an empty
 cache folder so that a cache is built again, until the run is complete; then another run begins. Every second process
-kills itself at one of its calls that change a file, where harm could be done; the others are killed after a random time.
+kills itself at one of its calls that change a file, where it could do harm; the others are killed after a random time.
 At the end of each run its log, result, weights, Adam and best weights must be those of the undisturbed run.
 
 Each process is forked from this one, which has imported torch already, so a start costs nothing.
@@ -34,7 +34,7 @@ import miniimagenet_train  # noqa: E402
 
 FLAGS = ("--device cpu --n_way 2 --k_spt 1 --k_qry 2 --imgsz 48 --task_num 2 --update_step 1 --update_step_test 1 "
          "--epoch 30 --eval_every 5 --eval_tasks 2 --test_tasks 12 --nc_every 1 --save_every 1").split()
-CHANGES = {"open", "write", "fsync", "replace", "unlink", "truncate", "mkdir", "close"}  # names of Python's own functions
+CHANGES = {"open", "write", "fsync", "replace", "unlink", "truncate", "mkdir", "close"}  # Python's own functions
 
 
 def make_photographs(root: Path) -> None:

@@ -65,7 +65,8 @@ def nc_row(step: int, classes: str = "train", value: Callable = usual, tasks: in
     per_task = {model: {name: list(values[name]["mean"][-2] * (1 + part * spread)) for name, part in PER_TASK.items()}
                 for model, values in models.items()}  # fmt: skip
     return {
-        "kind": "nc", "step": step, "classes": classes, "tasks": tasks, "layers": LAYERS, **models, "per_task": per_task,
+        "kind": "nc", "step": step, "classes": classes, "tasks": tasks, "layers": LAYERS, **models,
+        "per_task": per_task,
         "inner": {name: {"mean": rows, "se": [[0.02 * v for v in row] for row in rows]} for name, rows in inner.items()}
         | {"accuracy": {"mean": accuracy, "se": [0.01] * len(accuracy)}},
     }  # fmt: skip
@@ -87,15 +88,17 @@ def log(steps: int = 600, every: int = 30, eval_every: int = 250, **options) -> 
     return rows
 
 
-def write_run(folder: Path, rows: list[dict] | None = None, name: str = "Omniglot", accuracy: float = 0.9, **settings) -> Path:
+def write_run(folder: Path, rows: list[dict] | None = None, name: str = "Omniglot", accuracy: float = 0.9,
+              **settings) -> Path:
     """A finished run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"n_way": 5, "k_spt": 1, "k_qry": 15, "task_num": 8, "epoch": 600, "first_order": False, "net": "paper",
                 "update_step_test": 10, "seed": 1, "nc_every": 30, "out": str(folder)} | settings  # fmt: skip
     args = {"settings": settings, "meta_steps": settings["epoch"], "data": {"name": name},
             "device": {"type": "cpu", "name": "a processor", "threads": 1}}  # fmt: skip
-    test = {"accuracy": [0.2] + [accuracy] * 10, "ci95": [0.01] + [0.006] * 10, "inner_steps": list(range(11)), "tasks": 600,
-            "nearest_mean": [accuracy + 0.02] * 11} | {key: settings[key] for key in ("n_way", "k_spt", "k_qry")}  # fmt: skip
+    test = {"accuracy": [0.2] + [accuracy] * 10, "ci95": [0.01] + [0.006] * 10, "inner_steps": list(range(11)),
+            "nearest_mean": [accuracy + 0.02] * 11, "tasks": 600, "n_way": settings["n_way"],
+            "k_spt": settings["k_spt"], "k_qry": settings["k_qry"]}  # fmt: skip
     apart = test | {"accuracy": [0.2] + [accuracy - 0.05] * 10, "nearest_mean": [accuracy - 0.04] * 11}
     for file, content in {
         "args.json": args, "timing.json": {"training_minutes": 50.5, "meta_steps": settings["epoch"]},
@@ -126,14 +129,15 @@ LEARNERS = {f"contrast-{learner}": {"learner": learner, "recipe": "paper", "nc_q
 LONG = {"paper-omniglot-5w1s": {"recipe": "paper", "nc_qry": 15, "k_qry": 1}}
 
 
-def write_study(folder: Path, settings: dict[str, dict] = STUDY, steps: int = 6000, seeds: int = 3, spread: float = 0.03,
-                every: int = 30) -> None:
+def write_study(folder: Path, settings: dict[str, dict] = STUDY, steps: int = 6000, seeds: int = 3,
+                spread: float = 0.03, every: int = 30) -> None:
     """Seeds of some settings, with relative errors of `spread`."""
     for index, (name, options) in enumerate(settings.items()):
         for seed in range(1, seeds + 1):
             generator = np.random.default_rng(10 * index + seed)
             rows = log(steps, every, noise=lambda: spread * generator.standard_normal())
-            write_run(folder / f"{name}-seed{seed}", rows, epoch=steps, seed=seed, accuracy=0.9 + index / 100 + seed / 1000, **options)
+            write_run(folder / f"{name}-seed{seed}", rows, epoch=steps, seed=seed,
+                      accuracy=0.9 + index / 100 + seed / 1000, **options)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ HERE = Path(__file__).parent
 
 def start(*command: str) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.Popen([*launcher, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=environment)
 
 
 def torchrun(*command: str) -> subprocess.CompletedProcess:
@@ -49,8 +50,8 @@ def test_weights_and_what_was_seen(tmp_path):
 
 
 def test_only_the_first_process_writes_and_speaks(tmp_path):
-    done = torchrun(str(HERE.parent / "omniglot_train.py"), *"--synthetic --device cpu --epoch 3 --task_num 2 --k_qry 3 "
-                    "--update_step 1 --update_step_test 1 --eval_tasks 55 --test_tasks 55 --nc_every 2".split(),
+    done = torchrun(str(HERE.parent / "omniglot_train.py"), *"--synthetic --device cpu --epoch 3 --task_num 2 --k_qry "
+                    "3 --update_step 1 --update_step_test 1 --eval_tasks 55 --test_tasks 55 --nc_every 2".split(),
                     "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Total trainable parameters") == 1
@@ -64,8 +65,8 @@ def test_only_the_first_process_writes_and_speaks(tmp_path):
 def test_stopped_together_and_resumed_together(tmp_path):
     """The launcher passes SIGTERM on; both processes stop at one step, and the run goes on bit for bit."""
     program, run = str(HERE.parent / "omniglot_train.py"), tmp_path / "run"
-    flags = ("--synthetic --device cpu --task_num 2 --k_qry 2 --n_way 2 --update_step 1 --update_step_test 1 --eval_tasks 2 "
-             "--test_tasks 2 --nc_every 0").split()
+    flags = ("--synthetic --device cpu --task_num 2 --k_qry 2 --n_way 2 --update_step 1 --update_step_test 1 "
+             "--eval_tasks 2 --test_tasks 2 --nc_every 0").split()
     process = start(program, *flags, "--out", str(run))  # 40,000 steps: it can't end by itself
     while not (run / "log.jsonl").exists() or '"train", "step": 50,' not in (run / "log.jsonl").read_text():
         assert process.poll() is None, process.communicate()
@@ -84,6 +85,7 @@ def test_stopped_together_and_resumed_together(tmp_path):
 
 
 def test_tasks_must_divide(tmp_path):
-    done = torchrun(str(HERE.parent / "omniglot_train.py"), "--synthetic", "--task_num", "3", "--out", str(tmp_path / "run"))
+    flags = "--synthetic", "--task_num", "3", "--out", str(tmp_path / "run")
+    done = torchrun(str(HERE.parent / "omniglot_train.py"), *flags)
     assert done.returncode != 0
     assert "--task_num 3: 2 processes need a multiple of 2" in done.stderr

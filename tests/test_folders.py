@@ -59,9 +59,9 @@ def test_split_folders_are_used_as_they_are(tmp_path, names):
         for folder in (tmp_path / "top" / name).iterdir():
             folder.rename(folder.parent / f"{name} {folder.name}")
     found = find(tmp_path)  # one folder down
-    assert found.summary == (f"folders {', '.join(names)} of class folders: train 2 classes of 4 ('{names[0]} class 0')"
-                             f" to 5 images, val 3 classes of 4 ('{names[1]} class 0') to 6 images, test 4 classes of 4 "
-                             f"('{names[2]} class 0') to 7 images")
+    assert found.summary == f"folders {', '.join(names)} of class folders: " + ", ".join(
+        f"{split} {2 + i} classes of 4 ('{names[i]} class 0') to {5 + i} images"
+        for i, split in enumerate(("train", "val", "test")))
 
 
 FAULTS = {

@@ -1,4 +1,4 @@
-"""Bad input of every kind ends in success or in one line and exit status 2, soon, and writes nothing outside its folder.
+"""Bad input of every kind ends in success or in one line and exit status 2, and writes nothing outside its folder.
 
 First the faults once found; then hypothesis damages files, JSON, checkpoints and command lines, the same in every run
 (`FUZZ_EXAMPLES=1000 python -m pytest tests/test_fuzz.py`: that many of each, and other ones each time).
@@ -196,7 +196,8 @@ def bad(sound: Path, name: str):
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_no_regular_file(name, kind, sound):
     with bad(sound, name) as (around, path, program):
-        links = {"link out": "../../secret.png", "link to itself": path.name, "dangling link": "absent", "device": "/dev/zero"}
+        links = {"link out": "../../secret.png", "link to itself": path.name, "dangling link": "absent",
+                 "device": "/dev/zero"}
         path.unlink()
         if kind == "socket":
             with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as listener:
@@ -238,7 +239,8 @@ def pictures() -> dict[str, bytes]:
     noise = np.random.default_rng(0).integers(0, 256, (24, 20, 4), np.uint8)
     rgb, grey = Image.fromarray(noise[..., :3]), Image.fromarray(noise[..., 0])
     made = {"JPEG": rgb, "JPEG CMYK": rgb.convert("CMYK"), "PNG": rgb, "PNG alpha": Image.fromarray(noise),
-            "PNG palette": rgb.quantize(16), "PNG 1 bit": grey.convert("1"), "PNG LA": Image.fromarray(noise).convert("LA"),
+            "PNG palette": rgb.quantize(16), "PNG 1 bit": grey.convert("1"),
+            "PNG LA": Image.fromarray(noise).convert("LA"),
             "PNG 16 bit": Image.fromarray(noise[..., 0].astype(np.uint16) << 8), "GIF": rgb.quantize(8), "BMP": rgb,
             "bad TIFF": rgb, "bad PPM": rgb, "bad EPS": rgb, "bad ICO": rgb, "bad PDF": rgb}
     found = {"bad text": b"hello\n", "bad XBM": b"#define i_width 8\n",
@@ -271,8 +273,8 @@ def test_images_of_every_kind(name, place, sound):
 
 
 @pytest.mark.parametrize("name, data", [
-    *((name, b"") for name in ("../evil.png", "images_evaluation/../../evil.png", "/tmp/evil.png", "..\\evil.png", FIRST,
-      "C:/evil.png", f"images_evaluation/a/{'b' * 60_000}/c.png", "images_evaluation/a/b/\x1b[2J.png")),
+    *((name, b"") for name in ("../evil.png", "images_evaluation/../../evil.png", "/tmp/evil.png", "..\\evil.png",
+      FIRST, "C:/evil.png", f"images_evaluation/a/{'b' * 60_000}/c.png", "images_evaluation/a/b/\x1b[2J.png")),
     (FIRST, bytes(10**8)), ("__MACOSX/._x", b""), ("images_evaluation/Angelic/character01/.0001.png", b"")])
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
 def test_zip_files_with_one_entry_more(name, data, method, sound):
@@ -286,8 +288,9 @@ def test_zip_files_with_one_entry_more(name, data, method, sound):
         assert program(around) == ("refused" if drawn or method == zipfile.ZIP_LZMA else "accepted")
 
 
-TOKENS = ["9" * 5000, "1e999", "-Infinity", "NaN", '"\\ud800"', '"\\u0000"', '"a\\nb"', '"\\u001b[31m"', '"$\\\\frac{$"',
-          '"../x"', json.dumps("x" * 100_000), "[" * 100_000 + "]" * 100_000, '{"a":' * 50_000 + "1" + "}" * 50_000, "[1e999]"]
+TOKENS = ["9" * 5000, "1e999", "-Infinity", "NaN", '"\\ud800"', '"\\u0000"', '"a\\nb"', '"\\u001b[31m"',
+          '"$\\\\frac{$"', '"../x"', json.dumps("x" * 100_000), "[" * 100_000 + "]" * 100_000,
+          '{"a":' * 50_000 + "1" + "}" * 50_000, "[1e999]"]
 
 
 @pytest.mark.parametrize("token", TOKENS, ids=range(len(TOKENS)))
@@ -333,8 +336,9 @@ def damaged(data: bytes, edits: list) -> bytes:
     for what, place, new in edits:
         place %= len(data) + 1
         end = min(len(data), place + new[0] % 64)
+        flipped = bytes(byte ^ 1 << new[0] % 8 for byte in data[place:place + 1])
         data = {"cut": data[:place], "insert": data[:place] + new + data[place:], "remove": data[:place] + data[end:],
-                "flip": data[:place] + bytes(byte ^ 1 << new[0] % 8 for byte in data[place:place + 1]) + data[place + 1:],
+                "flip": data[:place] + flipped + data[place + 1:],
                 "replace": data[:place] + new + data[place + len(new):], "repeat": data[:end] + data[place:]}[what]
     return data
 
@@ -356,14 +360,15 @@ def test_damaged_files(name, sound):
 @fuzzed(60, edits=EDITS, inside=st.booleans())
 def test_damage_inside_a_png(edits, inside, sound):
     good = PICTURES["PNG"]
-    header, pixels = (good[16:29], damaged(good[41:-16], edits)) if inside else (damaged(good[16:29], edits), good[41:-16])
+    header, pixels = good[16:29], good[41:-16]
+    header, pixels = (header, damaged(pixels, edits)) if inside else (damaged(header, edits), pixels)
     with bad(sound, "photo") as (around, path, program):
         path.write_bytes(good[:8] + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + good[-12:])
         program(around)
 
 
-ODD_JSON = st.sampled_from([0, -1, 1, 2, 0.5, 1e308, 10**400, "nan", "", None, True]) | st.text(max_size=9) | st.floats()
-JSON = st.recursive(ODD_JSON | st.integers(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+ODD_JSON = st.sampled_from([0, -1, 1, 2, 0.5, 1e308, 10**400, "nan", "", None, True]) | st.text(max_size=9)
+JSON = st.recursive(ODD_JSON | st.floats() | st.integers(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
     st.text(max_size=5), inner, max_size=3), max_leaves=4)
 TENSORS = st.sampled_from([
     (1,), torch.zeros(0), torch.zeros(3), torch.tensor(float("nan")), torch.full((64, 1, 3, 3), float("inf")),
@@ -384,8 +389,9 @@ def changed(value, way: list[int], new):
     return value
 
 
-@pytest.mark.parametrize("name, examples", [("log", 120), ("plotted args", 40), ("resumed args", 40), ("tested args", 40),
-                                            ("repeated args", 40), ("checkpoint", 60), ("best", 60)])
+@pytest.mark.parametrize("name, examples", [
+    ("log", 120), ("plotted args", 40), ("resumed args", 40), ("tested args", 40), ("repeated args", 40),
+    ("checkpoint", 60), ("best", 60)])
 def test_changed_contents(name, examples, sound):
     outcomes, pickled = Counter(), name in ("checkpoint", "best")
 
@@ -405,17 +411,20 @@ def test_changed_contents(name, examples, sound):
 
 
 VALUES = st.sampled_from([
-    "", " ", "0", "-1", "1", "2", "5", "28", "2147483648", "9" * 5000, "1.5", "nan", "-inf", "1e400", "1e-320", "0x10", "１２",
-    "½", "\udcff", "a\0b", "a\nb", "\u202e", "--", "-", "@file", "%s", "{}", "None", "x" * 300, "cpu", "cpu:7", "cuda:-1",
-    "meta", "mps", "paper", "bf16", "RUN", "RUN/args.json", "../data", "/dev/null", "/proc/self"]) | st.text(max_size=5)
+    "", " ", "0", "-1", "1", "2", "5", "28", "2147483648", "9" * 5000, "1.5", "nan", "-inf", "1e400", "1e-320", "0x10",
+    "１２", "½", "\udcff", "a\0b", "a\nb", "\u202e", "--", "-", "@file", "%s", "{}", "None", "x" * 300, "cpu", "cpu:7",
+    "cuda:-1", "meta", "mps", "paper", "bf16", "RUN", "RUN/args.json", "../data", "/dev/null",
+    "/proc/self"]) | st.text(max_size=5)
 
 
-@pytest.mark.parametrize("main", [omniglot_train.main, miniimagenet_train.main, plot_nc.main], ids=["omniglot", "photos", "plot"])
+@pytest.mark.parametrize("main", [omniglot_train.main, miniimagenet_train.main, plot_nc.main],
+                         ids=["omniglot", "photos", "plot"])
 def test_command_lines(main, sound):
     with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit):
         main(["--help"])
     flag = st.sampled_from(sorted(set(re.findall(r"(?<!\S)\[?(--?[\w-]+)", said.getvalue()))))
-    words = st.tuples(flag, VALUES) | st.tuples(flag, VALUES).map(lambda pair: ("=".join(pair),)) | st.tuples(flag | VALUES)
+    pair = st.tuples(flag, VALUES)
+    words = pair | pair.map(lambda words: ("=".join(words),)) | st.tuples(flag | VALUES)
 
     @fuzzed(100, chosen=st.lists(words, max_size=4), synthetic=st.booleans())
     def test(chosen, synthetic):
@@ -430,9 +439,10 @@ def test_command_lines(main, sound):
 
 
 ODD = {"--seed": ["0", "2147483647"], "--meta_lr": ["1e308", "5e-324"], "--update_lr": ["1e308", "1e-320", "1e30"],
-       "--clip": ["1e-300", "1e308"], "--nc_every": ["1", "2147483647"], "--task_chunk": ["2147483647"], "--n_way": ["3"],
-       "--save_every": ["2147483647"], "--eval_every": ["1"], "--cache": ["\udcff", "/dev/null"], "--root": [""],
-       "--imgsz": ["29", "64"], "--out": ["AROUND/out/é \udcff \n/deeper", "AROUND/out" + "x" * 300, "AROUND/run/best.pt/below"]}
+       "--clip": ["1e-300", "1e308"], "--nc_every": ["1", "2147483647"], "--task_chunk": ["2147483647"],
+       "--n_way": ["3"], "--save_every": ["2147483647"], "--eval_every": ["1"], "--cache": ["\udcff", "/dev/null"],
+       "--root": [""], "--imgsz": ["29", "64"],
+       "--out": ["AROUND/out/é \udcff \n/deeper", "AROUND/out" + "x" * 300, "AROUND/run/best.pt/below"]}
 
 
 @fuzzed(25, chosen=st.lists(st.sampled_from([(flag, value) for flag in ODD for value in ODD[flag]]), max_size=3))

@@ -63,7 +63,8 @@ def test_the_papers_sizes_and_initial_weights():
     bound = (6 / (9 * 32 + 9 * 32)) ** 0.5  # Xavier, uniform
     kernel = weights["4_conv2d_weight"]
     assert 0.95 * bound < kernel.abs().max() <= bound and abs(kernel.mean()) < 0.02 * bound
-    head = omniglot_train.network(argparse.Namespace(net="paper", imgc=1, imgsz=28, n_way=20)).weights["13_linear_weight"]
+    args = argparse.Namespace(net="paper", imgc=1, imgsz=28, n_way=20)
+    head = omniglot_train.network(args).weights["13_linear_weight"]
     assert head.std().item() == pytest.approx(1, abs=0.06)
 
 

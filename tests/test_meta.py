@@ -32,7 +32,7 @@ def small_net(config=SMALL, seed=0, dtype=torch.float64):
     torch.manual_seed(seed)
     net = Learner(config, 1, 10)
     with torch.no_grad():
-        for name, weight in net.weights.items():  # away from where all biases are 0
+        for weight in net.weights.values():  # away from where all biases are 0
             weight += 0.1 * torch.randn_like(weight)
     return net.to(dtype)
 
@@ -538,7 +538,7 @@ def test_a_gpu_takes_all_tasks_at_once():
 
 
 def test_a_gradient_too_large_for_adams_square_changes_nothing():
-    """A finite gradient whose square isn't: Adam's second moment would stay infinite, and no weight would move again."""
+    """A finite gradient whose square isn't: Adam's second moment would stay infinite, and no weight would move."""
     maml = Meta(small_net(dtype=torch.float32))
     before = state(maml)
     huge = [torch.full_like(weight, 1e21) for weight in maml.net.parameters()]

@@ -1,4 +1,4 @@
-"""The figures, from logs that the tests write: they hold the numbers of the logs, and what can't be drawn gets one line."""
+"""The figures, from logs that the tests write: they hold the numbers of the logs; what can't be drawn gets one line."""
 
 import gzip
 import json
@@ -76,7 +76,8 @@ def test_no_argument_redraws_the_figures_of_the_runs_that_are_there(tmp_path, ca
 
 
 def test_other_settings_are_drawn_in_other_colours_and_not_averaged(tmp_path):
-    runs = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2), write_run(tmp_path / "c", first_order=True)]
+    runs = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2),
+            write_run(tmp_path / "c", first_order=True)]
     groups = logs.read_groups(runs)
     assert [len(found) for found in groups] == [2, 1]
     assert len({colour for _, colour, _ in figures.colours(groups)}) == 2
@@ -102,7 +103,8 @@ def test_the_thick_line_is_the_mean_at_the_steps_that_all_seeds_have(tmp_path):
     paths = [write_run(tmp_path / "a", nc_logs.log(300), seed=1), write_run(tmp_path / "b", nc_logs.log(120), seed=2)]
     (found,) = logs.read_groups(paths)
     axes = figures.Figure().subplots()
-    figures.draw(axes, found, lambda run: (np.array(sorted(run.rows["train"])), np.full(len(run.rows["train"]), run.settings["seed"])), "k")
+    figures.draw(axes, found, lambda run: (
+        np.array(sorted(run.rows["train"])), np.full(len(run.rows["train"]), run.settings["seed"])), "k")
     *seeds, (steps, mean) = drawn(axes)
     assert [len(x) for x, _ in seeds] == [10, 4]
     assert steps == [0, 30, 60, 90] and mean == [1.5] * 4
@@ -114,7 +116,8 @@ def test_smoothing_averages_the_measurements_within_a_tenth_of_each_step():
     values[20] = np.nan
     found = figures.smoothed(steps, values)
     for i, step in enumerate(steps):
-        near = [value for other, value in zip(steps, values) if 0.9 * step <= other <= 1.1 * step and not math.isnan(value)]
+        near = [value for other, value in zip(steps, values)
+                if 0.9 * step <= other <= 1.1 * step and not math.isnan(value)]
         assert found[i] == pytest.approx(math.nan if i == 20 else sum(near) / len(near), nan_ok=True)
 
 
@@ -145,7 +148,8 @@ def undefined(model: str, metric: str, layer: int, step: int, classes: str) -> f
 def test_metrics_that_are_undefined_everywhere(name, tmp_path):
     log = json.loads(json.dumps(nc_logs.log(120, value=undefined)).replace("NaN", "null"))
     plot_nc.draw([str(write_run(tmp_path / "run", log, k_qry=1)), "--figure", name])
-    texts = [text.get_text() for axes in figures.ANY[name](logs.read_groups([tmp_path / "run"])).axes for text in axes.texts]
+    figure = figures.ANY[name](logs.read_groups([tmp_path / "run"]))
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert ("undefined" in texts) == (name in ("traces", "metrics"))
 
 
@@ -155,7 +159,7 @@ def test_a_run_without_a_measurement(name, nc_every, words, tmp_path):
     run = write_run(tmp_path / "run", [nc_logs.val_row(0, 0.5)], nc_every=nc_every)
     assert words in refused(run, "--figure", name)
     done = subprocess.run([sys.executable, PROJECT / "plot_nc.py", run], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and done.stderr.startswith("error: ")
 
 
 def test_a_run_without_held_out_tasks(tmp_path):
@@ -199,7 +203,8 @@ def test_other_refusals(tmp_path):
     run = write_run(tmp_path / "run")
     assert "no run at" in refused(tmp_path / "nowhere")
     assert "no layer 'block9'" in refused(run, "--layer", "block9")
-    assert "ends in .png" in refused(run, "-o", tmp_path / "x.pdf") and "name a RUN" in refused("-o", tmp_path / "x.png")
+    assert "ends in .png" in refused(run, "-o", tmp_path / "x.pdf")
+    assert "name a RUN" in refused("-o", tmp_path / "x.png")
     assert "--help" in refused(run, "--figure", "none")
     for text in ("{", "[]", '{"settings": {"n_way": 5}, "data": {"name": "Omniglot"}}'):
         (run / "args.json").write_text(text)

@@ -54,9 +54,9 @@ def photos_run(tmp_path_factory) -> Path:
 
 def test_a_run_says_what_the_original_says(omniglot_run):
     said = (omniglot_run / "stdout").read_text()
-    for part in ("n_way=5", "conv2d[64, 1, 3, 3, 2, 0] -> [64, 13, 13]", "Total trainable parameters: 91781", "5 meta-steps",
-                 "training acc: [", "meta within", "validation acc: [", "synthetic characters", "5/5 steps, loss",
-                 "(last ? "):  # a "±", on a stream of ASCII
+    for part in ("n_way=5", "conv2d[64, 1, 3, 3, 2, 0] -> [64, 13, 13]", "Total trainable parameters: 91781",
+                 "5 meta-steps", "training acc: [", "meta within", "validation acc: [", "synthetic characters",
+                 "5/5 steps, loss", "(last ? "):  # a "±", on a stream of ASCII
         assert part in said, part
 
 
@@ -172,7 +172,8 @@ for name in ("unlink", "remove", "replace", "rename"):
     setattr(os, name, refusing(getattr(os, name)))
 
 import files, miniimagenet_train, omniglot_train
-for script, run, flags in ((omniglot_train, "o", ["--epoch", "1"]), (miniimagenet_train, "p", ["--epoch", "2", "--imgsz", "48"])):
+for script, run, flags in ((omniglot_train, "o", ["--epoch", "1"]),
+                           (miniimagenet_train, "p", ["--epoch", "2", "--imgsz", "48"])):
     script.main([*sys.argv[1:], *flags, "--out", run])
 with files.locked(files.Path("o/.run.lock")):
     files.run(lambda: omniglot_train.main(["--resume", "o"]))
@@ -275,8 +276,8 @@ def test_run_folder_is_not_overwritten(omniglot_run):
 def test_help_tells_every_flag_and_default(name):
     said = program(name, "--help").stdout
     for flag in ("epoch n_way k_spt k_qry imgsz imgc task_num meta_lr update_lr update_step update_step_test root out "
-                 "seed device nc_every first_order net eval_every eval_tasks test_tasks synthetic test recipe learner nc_qry "
-                 "transductive lr_schedule keep_every").split():
+                 "seed device nc_every first_order net eval_every eval_tasks test_tasks synthetic test recipe learner "
+                 "nc_qry transductive lr_schedule keep_every").split():
         assert f"--{flag} " in said, flag
     assert ("--no-rotations" in said) == (name == "omniglot_train.py")
     assert said.count("(default:") >= 22

@@ -131,7 +131,8 @@ def test_the_bootstrap_has_the_width_of_a_normal_interval():
 def test_the_interval_over_tasks_uses_their_values_or_else_the_standard_error(tmp_path):
     log = nc_logs.log(120)
     one = read_run(nc_logs.write_run(tmp_path / "with", log))
-    within, between = (np.array(late(one.path, "heldout")[0]["per_task"]["meta"][name]) for name in ("within", "between"))
+    within, between = (np.array(late(one.path, "heldout")[0]["per_task"]["meta"][name])
+                       for name in ("within", "between"))
     for metric, values in (("within", within), ("relative_within", within / (within + between))):
         assert effects.over_tasks(one, "meta", metric) == pytest.approx(1.96 * values.std() / 10, rel=0.06)
     for row in log:
@@ -161,7 +162,7 @@ def test_the_etf_error_of_random_directions_and_the_dimension_that_matches_it():
         gram = means @ means.T
         errors.append(np.linalg.norm(gram / np.linalg.norm(gram) - simplex))
     assert effects.matching_dimension(float(np.mean(errors)), 5) == pytest.approx(16, rel=0.03)
-    assert math.isnan(effects.matching_dimension(0.01, 5)), "nearer to a simplex than random directions in 64 dimensions"
+    assert math.isnan(effects.matching_dimension(0.01, 5)), "nearer to a simplex than random directions in 64"
 
 
 @pytest.mark.parametrize("x, y, expected", [
@@ -184,9 +185,11 @@ def test_what_has_no_logarithm_has_no_correlation(cdnv, tmp_path):
 
 
 @pytest.mark.parametrize("estimate, text", [
-    ((0.3812, 0.3612, 0.4012), "0.381 ± 0.020"), ((0.3812, 0.3212, 0.4412), "0.38 ± 0.06"), ((-12.3, -15.7, -8.9), "−12.3 ± 3.4"),
-    ((93.1, 89.0, 97.2), "93 ± 4"), ((-0.001, -0.2, 0.198), "0.00 ± 0.20"), ((0.34, math.nan, math.nan), "0.34"),
-    ((7.0, 7.0, 7.0), "7.0"), ((48.2, math.nan, math.nan), "48.2"), ((math.nan,) * 3, "–"), ((0.8, 0.5, 0.9), "0.80 [0.50, 0.90]"),
+    ((0.3812, 0.3612, 0.4012), "0.381 ± 0.020"), ((0.3812, 0.3212, 0.4412), "0.38 ± 0.06"),
+    ((-12.3, -15.7, -8.9), "−12.3 ± 3.4"), ((93.1, 89.0, 97.2), "93 ± 4"),
+    ((-0.001, -0.2, 0.198), "0.00 ± 0.20"), ((0.34, math.nan, math.nan), "0.34"),
+    ((7.0, 7.0, 7.0), "7.0"), ((48.2, math.nan, math.nan), "48.2"), ((math.nan,) * 3, "–"),
+    ((0.8, 0.5, 0.9), "0.80 [0.50, 0.90]"),
 ])  # fmt: skip
 def test_a_number_has_the_digits_that_its_interval_carries(estimate, text):
     assert effects.written(effects.Estimate(*estimate)) == text
@@ -207,7 +210,8 @@ def home(tmp_path):
     nc_logs.write_study(tmp_path / "res", nc_logs.LEARNERS | nc_logs.LONG, steps=120, every=60)
     (tmp_path / "study").mkdir()
     for page, names in (("README.md", ["summary"]), ("study/README.md", tables.TABLES)):
-        (tmp_path / page).write_text("Before.\n" + "".join(f"<!-- table: {name} -->\n<!-- /table -->\nAfter.\n" for name in names))
+        (tmp_path / page).write_text("Before.\n" + "".join(
+            f"<!-- table: {name} -->\n<!-- /table -->\nAfter.\n" for name in names))
     tables.main([], tmp_path)
     return tmp_path
 
@@ -240,7 +244,8 @@ def test_learners_are_compared_with_controls_where_there_are_any(home):
     study = Study(home / "res")
     lines = tables.learners(study).split("\n")
     assert lines[0].startswith("![") and [line.split(" | ")[0] for line in lines[4:]] == [
-        f"| {name}" for name in ("raw pixels", "untrained", "MAML, second order", "ANIL", "BOIL", "ProtoNet", "classifier")]  # fmt: skip
+        f"| {name}" for name in (
+            "raw pixels", "untrained", "MAML, second order", "ANIL", "BOIL", "ProtoNet", "classifier")]  # fmt: skip
     assert lines[4].count("–") == 15, "raw pixels are measured by controls alone"
     (protonet,) = read_groups([home / "res" / "contrast-protonet-seed1"])
     assert effects.own_accuracy(protonet[0]) == protonet[0].file("result.json")["test"]["nearest_mean"][0]
@@ -259,7 +264,8 @@ def test_learners_are_compared_with_controls_where_there_are_any(home):
 
 
 def test_a_long_run_and_its_tests(home):
-    later = {"test": {"accuracy": [0.2, 0.9, 0.95, 0.985], "ci95": [0.002] * 4, "k_qry": 5, "n_way": 5, "k_spt": 1, "tasks": 600}}
+    later = {"test": {"accuracy": [0.2, 0.9, 0.95, 0.985], "ci95": [0.002] * 4, "k_qry": 5, "n_way": 5, "k_spt": 1,
+                      "tasks": 600}}
     (home / "res" / "paper-omniglot-5w1s-seed1" / "test-600tasks-5qry-3steps.json").write_text(json.dumps(later))
     study = Study(home / "res")
     assert [row.split(" | ")[1] for row in tables.length(study).split("\n")[4:]] == ["0"]
@@ -328,7 +334,8 @@ def test_finished_runs_are_skipped_and_failures_named(place, capsys):
 
 
 def test_stopped_it_stops_its_runs_and_then_resumes_them(place, capsys):
-    code = f"import pathlib; from study import run; run.HOME = pathlib.Path({str(place)!r}); run.main(['{SETTING}', '--seeds', '2'])"
+    code = (f"import pathlib; from study import run; run.HOME = pathlib.Path({str(place)!r}); "
+            f"run.main(['{SETTING}', '--seeds', '2'])")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=place, env={"PYTHONPATH": str(HOME)})
     folder = place / "runs" / "study" / f"{SETTING}-seed2"
     deadline = time.monotonic() + 30
@@ -349,7 +356,8 @@ def test_collected_files_name_no_place_and_no_time(place, capsys):
         collected = {path.name: path.read_bytes() for path in (place / "res" / f"{SETTING}-seed1").iterdir()}
         assert collected.keys() == {"log.jsonl.gz", "args.json", "result.json", "timing.json", "final.pt"}
         assert gzip.decompress(collected["log.jsonl.gz"]) == b"begun\n" and collected["log.jsonl.gz"][4:8] == bytes(4)
-        assert json.loads(collected["args.json"])["settings"] == {"seed": 1, "root": "omniglot/", "cache": None, "out": None}
+        assert json.loads(collected["args.json"])["settings"] == {
+            "seed": 1, "root": "omniglot/", "cache": None, "out": None}
     assert f"{SETTING}-seed2: not finished, left out" in capsys.readouterr().out
 
 
