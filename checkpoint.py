@@ -12,6 +12,7 @@
 """
 
 import io
+import math
 import zipfile
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import Tensor
 import device as devices
 import record
 from files import UserError, atomic, contents
+from learner import Learner
 from meta import Meta
 from tasks import Sampler
 
@@ -59,6 +61,27 @@ def read(path: Path, device: torch.device, remedy: str) -> dict:
     except Exception as error:  # damage makes zipfile, pickle and torch raise nearly anything
         raise UserError(f"{path} is cut, damaged or no file of this program; {remedy}") from error
     return value
+
+
+def load_weights(path: Path, net: Learner, device: torch.device, remedy: str) -> dict:
+    """Puts the weights of best.pt, last.pt or weights-STEP.pt into `net`.
+
+    A classifier's layer of all training classes is left out where `net` has none.
+
+    Returns:
+        "step", the meta-steps that they had seen, and "val_accuracy", nan if they were not validated.
+    Raises:
+        UserError: the file is missing (the line ends in `remedy`), damaged, or of another network.
+    """
+    try:
+        kept = read(path, device, "train again")
+        net.load_state_dict({name: weight for name, weight in kept["weights"].items()
+                             if net.classes is not None or not name.startswith("classes.")})
+        return {"step": int(kept["step"]), "val_accuracy": float(kept.get("val_accuracy", math.nan))}
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: {remedy}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{path} doesn't hold this network's weights; train again") from error
 
 
 def save(path: Path, maml: Meta, rest: dict) -> None:

@@ -223,7 +223,7 @@ def image_file(entry: os.DirEntry, name: str) -> ImageFile:
 # ---- decoding
 
 
-def decode(data: bytes | np.ndarray, name: str, channels: int, imgsz: int,
+def decode(data: bytes | np.ndarray | Image.Image, name: str, channels: int, imgsz: int,
            resample: Image.Resampling) -> tuple[np.ndarray, int]:
     """One image -> uint8 [channels, imgsz, imgsz], and a hash of its pixels before the resize.
 
@@ -233,7 +233,7 @@ def decode(data: bytes | np.ndarray, name: str, channels: int, imgsz: int,
     Raises:
         UserError: it can't be decoded, is cut, or has more than MAX_PIXELS pixels; names `name`.
     """
-    if not len(data):
+    if not isinstance(data, Image.Image) and not len(data):
         raise UserError(f"{name} is empty")
     with reading(name, "", "can't be decoded"):
         try:
@@ -252,7 +252,9 @@ def decode(data: bytes | np.ndarray, name: str, channels: int, imgsz: int,
     return array, int.from_bytes(digest, "little") or 1
 
 
-def _open(data: bytes | np.ndarray) -> Image.Image:
+def _open(data: bytes | np.ndarray | Image.Image) -> Image.Image:
+    if isinstance(data, Image.Image):
+        return data.copy()  # the caller's stays open
     return Image.open(io.BytesIO(data), formats=FORMATS) if isinstance(data, bytes) else Image.fromarray(data)
 
 

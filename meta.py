@@ -102,6 +102,11 @@ def meta_gradient(net: Learner, tasks: Tasks, lr: float, steps: int, first_order
     return gradient, losses, right, tree_map(Tensor.detach, trajectory)
 
 
+def adapted_by(learner: str, net: Learner) -> list[str] | None:
+    """Names of the weights that the learner's inner loop adapts; None: all that may be."""
+    return {"anil": net.head, "boil": [name for name in net.adaptable if name not in net.head]}.get(learner)
+
+
 class Meta(nn.Module):
     """MAML around a Learner: its weights are theta, Adam is the outer optimiser.
 
@@ -138,7 +143,7 @@ class Meta(nn.Module):
         self.task_chunk, self.seed = task_chunk, seed
         self.clip, self.skip_nonfinite = clip, skip_nonfinite
         self.learner, self.meta_lr, self.cosine_steps = learner, meta_lr, cosine_steps
-        self.adapted = {"anil": net.head, "boil": [name for name in net.adaptable if name not in net.head]}.get(learner)
+        self.adapted = adapted_by(learner, net)
         self.step = 0
         weights = list(net.parameters())
         on_device = {"device": weights[0].device}

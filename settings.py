@@ -165,7 +165,7 @@ def _of_a_run(mode: str, given: dict, parser: argparse.ArgumentParser) -> argpar
     path = named if mode == "from_args" else named / "args.json"
     takes = f"--{mode} takes {'the args.json of a run' if mode == 'from_args' else 'the folder of a run'}"
     defaults = vars(parser.parse_args([]))
-    recorded = _recorded(path, takes)
+    recorded = read_settings(path, takes)
     unknown, absent = recorded.keys() - defaults.keys(), defaults.keys() - recorded.keys() - set(MODES)
     if unknown or recorded.get("script") != defaults["script"] or mode == "resume" and absent:
         which = ", ".join(sorted(unknown or absent)) or f"script {recorded.get('script')}"
@@ -195,7 +195,7 @@ def _of_a_run(mode: str, given: dict, parser: argparse.ArgumentParser) -> argpar
     return argparse.Namespace(**settings | given | ({"out": given["resume"]} if mode == "resume" else {}))
 
 
-def _recorded(path: Path, takes: str) -> dict:
+def read_settings(path: Path, takes: str) -> dict:
     """What `path` holds under "settings"."""
     try:
         recorded = json.loads(contents(path, takes))["settings"]

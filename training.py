@@ -17,7 +17,7 @@ top of a step, before that step's validation: a run that goes on from it does an
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -65,7 +65,7 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Cal
     keep_memory()
     set_arithmetic(args.precision, args.deterministic)
     torch.manual_seed(args.seed)
-    net, data = network(args), _Data(args, dataset, device)
+    net, data = network(args), Data(args, dataset, device)
     if args.learner == "classifier":
         net.classes = nn.Linear(net.weights[net.classifier].shape[1], sizes["train"][0] * data.turns("train"))
     net.to(device)
@@ -88,7 +88,7 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Cal
             raise
 
 
-class _Data:
+class Data:
     """The images of each split, and samplers of tasks from them."""
 
     def __init__(self, args: argparse.Namespace, dataset: Dataset, device: torch.device):
@@ -118,7 +118,7 @@ class _Data:
 class _Run:
     """A training run: what it has besides its Meta, and what it does."""
 
-    def __init__(self, args: argparse.Namespace, maml: Meta, data: _Data, sizes: dict, out: Path, signals: Signals):
+    def __init__(self, args: argparse.Namespace, maml: Meta, data: Data, sizes: dict, out: Path, signals: Signals):
         self.args, self.maml, self.data, self.out, self.signals = args, maml, data, out, signals
         self.steps, self.device = meta_steps(args), data.device
         self.best: dict | None = None  # what best.pt holds
@@ -288,34 +288,34 @@ class _Run:
         return self.minutes + (time.perf_counter() - self.started) / 60
 
 
-def _evaluate(maml: Meta, data: _Data, split: str, images: Tensor, n_tasks: int, seed: int, signals: Signals,
+def held_out_tasks(sampler: Sampler, n_tasks: int, size: int) -> Iterator[tuple[int, tuple]]:
+    """The sampler's first `n_tasks` tasks, `size` at a time: the first one's number, and indices to gather."""
+    index = cat([sampler.draw(min(DRAWN, n_tasks - start)) for start in range(0, n_tasks, DRAWN)])
+    for start in range(0, n_tasks, size):
+        yield start, tuple(values[start:start + size] for values in index)
+
+
+def _evaluate(maml: Meta, data: Data, split: str, images: Tensor, n_tasks: int, seed: int, signals: Signals,
               measure: bool = False, nontransductive: Sequence[int] = ()) -> Adapted:
     """`maml.finetune` of `n_tasks` tasks, the same for a seed on every device; as many at a time as in training."""
     sampler = data.sampler(split, images, seed)
-    index = cat([sampler.draw(min(DRAWN, n_tasks - start)) for start in range(0, n_tasks, DRAWN)])
     results = []
-    for i, start in enumerate(range(0, n_tasks, data.args.task_num)):
+    for i, (start, part) in enumerate(held_out_tasks(sampler, n_tasks, data.args.task_num)):
         if i % devices.size() == 0:
             signals.check(data.device)
         if i % devices.size() == devices.rank():
-            part = tuple(values[start:start + data.args.task_num] for values in index)
             measured = sampler.gather(part, measured=True) if measure else None
             results.append(maml.finetune(sampler.gather(part), measure, maml.seed + start, measured, nontransductive))
     return cat(devices.gather_lists(results))
 
 
-def _test(args: argparse.Namespace, maml: Meta, data: _Data, run: Path, signals: Signals) -> dict:
+def _test(args: argparse.Namespace, maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
     """Test accuracy of a run's best or last weights on the test classes, transductive and not."""
     path = run / f"{args.test_weights}.pt"
     devices.wait()  # for the process that writes it
-    try:
-        kept = checkpoint.read(path, data.device, "train again")
-        maml.net.load_state_dict(kept["weights"])
-        step, val_accuracy = int(kept["step"]), float(kept["val_accuracy"])
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: the run hasn't got there yet; continue it with --resume {run}") from error
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"{path} doesn't hold this network's weights; train again") from error
+    kept = checkpoint.load_weights(path, maml.net, data.device,
+                                   f"the run hasn't got there yet; continue it with --resume {run}")
+    step, val_accuracy = kept["step"], kept["val_accuracy"]
     say(f"testing on {args.test_tasks} tasks of the test classes")
     k = args.update_step_test
     steps = range(k + 1)
@@ -342,7 +342,7 @@ def _test(args: argparse.Namespace, maml: Meta, data: _Data, run: Path, signals:
             "val_accuracy": numbers(val_accuracy)}
 
 
-def _test_again(args: argparse.Namespace, maml: Meta, data: _Data, signals: Signals) -> None:
+def _test_again(args: argparse.Namespace, maml: Meta, data: Data, signals: Signals) -> None:
     run = Path(args.test)
     result = _test(args, maml, data, run, signals)
     path = run / (f"test-{args.test_tasks}tasks-{result['test']['k_qry']}qry-{args.update_step_test}steps"
