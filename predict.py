@@ -1,0 +1,152 @@
+"""A trained model on images of one's own, in three lines.
+
+    import predict
+    model = predict.load("runs/RUN")
+    labels = model.predict(support_images, support_labels, query_images)
+
+Images are file names, PIL images or uint8 arrays of any size. They become a network's input as in the run's training.
+"""
+
+import argparse
+import os
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Hashable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import checkpoint
+import miniimagenet
+import miniimagenet_train
+import omniglot
+import omniglot_train
+import settings
+from baselines import BASELINES
+from device import select_device
+from files import UserError, contents
+from images import decode
+from learner import Learner
+from measuring import scores
+from meta import adapt, adapted_by
+from tasks import Dataset, Tasks, as_tasks, chunks
+
+Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
+SCRIPTS = {"omniglot_train": (omniglot_train, omniglot.RESAMPLE),
+           "miniimagenet_train": (miniimagenet_train, miniimagenet.RESAMPLE)}
+TOGETHER = 64  # queries that are answered at once at most, unless they are normalised together
+
+
+def load(run: str | os.PathLike, weights: str | None = None, device: str = "cpu") -> "Model":
+    """The model that a run trained.
+
+    Args:
+        run: its folder, with args.json and the weights.
+        weights: "best", "last" or "weights-STEP"; None: those that the run tests (its --test_weights).
+        device: where to compute, as --device.
+    Raises:
+        UserError: one line, if the folder, the weights or the device can't be used.
+    """
+    script, args = settings_of(run, f"--device={device}")
+    where, net = select_device(args.device), script.network(args)
+    path = Path(run) / f"{(weights or args.test_weights).removesuffix('.pt')}.pt"
+    there = sorted(file.stem for file in Path(run).glob("*.pt") if file.stem.startswith(("best", "last", "weights")))
+    checkpoint.load_weights(path, net, where, f"weights can be {', '.join(there) or 'had once the run has some'}")
+    return Model(net.to(where), args, script.dataset(args))
+
+
+def settings_of(run: str | os.PathLike, *flags: str) -> tuple[ModuleType, argparse.Namespace]:
+    """The script that made a run, and the run's settings as for --test, with these flags changed.
+
+    Raises:
+        UserError: its args.json is missing, broken, or of another script.
+    """
+    path = Path(run) / "args.json"
+    name = str(settings.read_settings(path, "name the folder of a run").get("script"))
+    if name not in SCRIPTS:
+        raise UserError(f"{path} is of {name!r}, and there are {', '.join(SCRIPTS)}; use the code that made the run")
+    script, _ = SCRIPTS[name]
+    return script, settings.parse_args("", script.DEFAULTS, script.PAPER, [f"--test={run}", *flags], epoch_help="")
+
+
+class Model:
+    """A trained network, and how its run adapts it and reads images.
+
+    Args:
+        net: with the trained weights.
+        args: the run's settings.
+        dataset: whose mean and deviation normalise images; none of its own is read.
+    """
+
+    def __init__(self, net: Learner, args: argparse.Namespace, dataset: Dataset):
+        self.net, self.args, self.dataset = net, args, dataset
+
+    @torch.no_grad()
+    def predict(self, support_images: Sequence[Picture], support_labels: Sequence[Hashable],
+                query_images: Sequence[Picture], transductive: bool = False) -> list[Hashable]:
+        """The label of each query image, after adaptation to the support set.
+
+        MAML, ANIL and BOIL take the run's --update_step_test inner steps from the trained weights. ProtoNet and the
+        classifier take the label of the nearest support mean. Each query is normalised together with the support set
+        alone, so its answer does not depend on the other queries.
+
+        Args:
+            support_images: one or more of each class.
+            support_labels: n_way different ones, of any kind; the one that comes first takes the first output.
+            query_images: any number.
+            transductive: normalise all queries together, as MAML's tests do. Answers then depend on the other queries.
+                They should be balanced over the classes; fewer than n_way queries are warned of.
+        Raises:
+            UserError: one line, if an image can't be read, or labels and images don't fit.
+        """
+        labels = [label.item() if isinstance(label, (Tensor, np.generic)) else label for label in support_labels]
+        classes = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        if len(classes) != self.args.n_way:
+            raise UserError(f"the support set has {len(classes)} different labels; this run's network tells "
+                            f"{self.args.n_way} apart")
+        if len(support_images) != len(labels):
+            raise UserError(f"there are {len(support_images)} support images and {len(labels)} labels; give one per image")
+        x_spt, x_qry = self.pixels(support_images), self.pixels(query_images)
+        y_spt = torch.tensor([[classes[label] for label in labels]], device=x_spt.device)
+        if transductive and 0 < len(query_images) < len(classes):
+            warnings.warn(f"{len(query_images)} queries of {len(classes)} classes are normalised together: their "
+                          "statistics mean little; leave transductive out", stacklevel=2)
+        by_mean = self.args.learner in BASELINES
+        *_, weights = adapt(self.net, self.net.weights, x_spt, y_spt, self.args.update_lr,
+                            0 if by_mean else self.args.update_step_test,
+                            adapted=adapted_by(self.args.learner, self.net))
+        names, answers, total = list(classes), [], x_qry.shape[1]
+        for x_qry, in chunks(total if transductive else TOGETHER, total, x_qry[0]) if total else ():
+            logits, similarity = scores(self.net, Tasks(x_spt, y_spt, x_qry[None], y_spt), weights, transductive)
+            answers += [names[i] for i in (similarity if by_mean else logits)[0].argmax(-1).tolist()]
+        return answers
+
+    def pixels(self, pictures: Sequence[Picture]) -> Tensor:
+        """The network's input, one task [1, N, c, h, w], as in training: resized, in 0..1, normalised (--pixels)."""
+        if isinstance(pictures, (str, os.PathLike, Image.Image)):
+            raise UserError("a single image was given; give a list of images")
+        size, (_, resample) = self.args.imgsz, SCRIPTS[self.args.script]
+        images = np.zeros((len(pictures), self.args.imgc, size, size), np.uint8)
+        for i, picture in enumerate(pictures):
+            images[i], _ = decode(*_content(picture, f"image {i}"), self.args.imgc, size, resample)
+        device = next(self.net.parameters()).device
+        classes = torch.from_numpy(images).to(device)[None, None]  # all in one
+        return as_tasks(classes, len(images), self.dataset.mean, self.dataset.std).x_spt
+
+
+def _content(picture: Picture, name: str) -> tuple[bytes | np.ndarray | Image.Image, str]:
+    """What `images.decode` takes, and what a message calls it."""
+    if isinstance(picture, Image.Image):
+        return picture, name
+    if isinstance(picture, (str, os.PathLike)):
+        try:
+            return contents(Path(picture), "name an image"), str(picture)
+        except FileNotFoundError as error:
+            raise UserError(f"there is no file {picture}; name an image") from error
+    array = picture.cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
+    if array.dtype != np.uint8 or not (array.ndim == 2 or array.ndim == 3 and array.shape[2] == 3):
+        raise UserError(f"{name} is {array.dtype} {list(array.shape)}; give uint8 [h, w] or [h, w, 3] in 0..255")
+    return array, name

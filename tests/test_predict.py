@@ -1,0 +1,143 @@
+"""A trained model on images of one's own: every answer is recomputed from the plain inner loop."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import miniimagenet_train
+import omniglot_train
+import predict
+from files import UserError
+from measuring import class_means, squared_distances
+
+FLAGS = ("--synthetic --device cpu --task_num 2 --epoch 2 --k_qry 3 --update_step 2 --update_step_test 3 --eval_every 9 "
+         "--eval_tasks 2 --test_tasks 2 --nc_every 0 --keep_every 1 --n_way 3").split()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for name, flags in {"maml": ["--pixels", "inverted", "--test_weights", "last"], "anil": ["--learner", "anil"],
+                        "boil": ["--learner", "boil"], "protonet": ["--learner", "protonet"],
+                        "classifier": ["--learner", "classifier"]}.items():
+        omniglot_train.main([*FLAGS, *flags, "--out", str(folder / name)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images():
+    """13 greyscale images of 40 x 30 pixels, the first four a support set."""
+    return list(np.random.default_rng(0).integers(0, 256, (13, 40, 30), dtype=np.uint8))
+
+
+LABELS = ["ka", 7, ("x",), 7]
+INDEX = torch.tensor([0, 1, 2, 1])
+
+
+def as_input(images, inverted=False):
+    resized = [np.array(Image.fromarray(image).resize((28, 28), Image.Resampling.BICUBIC)) for image in images]
+    x = torch.from_numpy(np.stack(resized)).float()[:, None] / 255
+    return 1 - x if inverted else x
+
+
+def answers(model, support, queries, learner):
+    """The scores of each query, normalised with the support set alone: plain SGD, a forward pass per query."""
+    net, weights = model.net, {name: w.detach().clone() for name, w in model.net.weights.items()}
+    for _ in range(3 if learner in ("maml", "anil", "boil") else 0):
+        weights = {name: w.requires_grad_() for name, w in weights.items()}
+        loss = F.cross_entropy(net(support, {name: w[None] for name, w in weights.items()}), INDEX)
+        gradients = torch.autograd.grad(loss, list(weights.values()))
+        moves = {"anil": lambda name: "linear" in name, "boil": lambda name: "linear" not in name}.get(learner, bool)
+        weights = {name: (w - 0.4 * g if moves(name) else w).detach()
+                   for (name, w), g in zip(weights.items(), gradients)}
+    rows = []
+    for query in queries:
+        logits, layers = net(torch.cat([support, query[None]]), {name: w[None] for name, w in weights.items()}, True)
+        distances = squared_distances(layers[-2][-1:], class_means(layers[-2][:-1], INDEX, 3))
+        rows.append(-distances[0] if learner in ("protonet", "classifier") else logits[-1])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("learner", ["maml", "anil", "boil", "protonet", "classifier"])
+def test_each_query_is_answered_with_the_support_set_alone(runs, images, learner):
+    model = predict.load(runs / learner)
+    found = model.predict(images[:4], LABELS, images[4:])
+    x = as_input(images, inverted=learner == "maml")
+    names = ["ka", 7, ("x",)]
+    assert found == [names[i] for i in answers(model, x[:4], x[4:], learner).argmax(1)]
+    assert found == [model.predict(images[:4], LABELS, [image])[0] for image in images[4:]]
+    assert model.predict(images[:4], LABELS, []) == []
+
+
+def test_queries_together(runs, images):
+    """As MAML's tests: the logits of all queries in one batch."""
+    model = predict.load(runs / "maml")
+    x = as_input(images, inverted=True)
+    model.args.update_step_test = 0
+    expected = [["ka", 7, ("x",)][i] for i in model.net(x[4:]).argmax(1)]
+    assert model.predict(images[:4], LABELS, images[4:], transductive=True) == expected
+    with pytest.warns(UserWarning, match="2 queries of 3 classes"):
+        model.predict(images[:4], LABELS, images[4:6], transductive=True)
+
+
+def test_which_weights(runs):
+    for name, weights in (("last", None), ("best", "best"), ("weights-0", "weights-0.pt")):
+        kept = torch.load(runs / "maml" / f"{name}.pt")["weights"]
+        for key, weight in predict.load(str(runs / "maml"), weights).net.state_dict().items():
+            assert torch.equal(weight, kept[key]), (name, key)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_files_arrays_and_pil_images_are_the_same(tmp_path, runs, images, channels):
+    model = predict.load(runs / "maml")
+    model.args.imgc = channels
+    colour = [np.stack([image, image.T.reshape(image.shape), 255 - image], 2) for image in images]
+    for i, image in enumerate(colour):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    files = [tmp_path / f"{i}.png" for i in range(len(colour))]
+    expected = model.pixels(files)
+    assert expected.shape == (1, 13, channels, 28, 28)
+    for pictures in (map(str, files), map(Image.open, files), colour, np.stack(colour), torch.tensor(np.stack(colour))):
+        assert torch.equal(model.pixels(list(pictures)), expected)
+
+
+def test_photographs(tmp_path):
+    miniimagenet_train.main([*FLAGS, "--epoch", "4", "--imgsz", "48", "--out", str(tmp_path / "run")])
+    model = predict.load(tmp_path / "run")
+    image = np.random.default_rng(1).integers(0, 256, (60, 70, 3), dtype=np.uint8)
+    x = torch.from_numpy(np.array(Image.fromarray(image).resize((48, 48), Image.Resampling.BILINEAR))) / 255
+    expected = (x - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(model.pixels([image])[0, 0], expected.permute(2, 0, 1))
+
+
+def test_an_older_run_without_the_newer_settings(tmp_path, runs):
+    for file in ("args.json", "best.pt"):
+        (tmp_path / file).write_bytes((runs / "anil" / file).read_bytes())
+    args = json.loads((tmp_path / "args.json").read_text())
+    for name in ("recipe", "learner", "test_weights", "pixels", "transductive"):
+        del args["settings"][name]
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    assert predict.load(tmp_path).args.learner == "maml"
+
+
+def test_errors(tmp_path, runs, images):
+    model, four = predict.load(runs / "maml"), images[:4]
+    (tmp_path / "text.png").write_text("no image")
+    for wrong, said in [
+            (lambda: predict.load(tmp_path), "args.json: No such file"),
+            (lambda: predict.load(runs / "maml", "weights-9"), "weights can be best, last, weights-0, weights-1"),
+            (lambda: predict.load(runs / "maml", device="mps"), "--device mps"),
+            (lambda: model.predict(four, [0, 1, 1, 1], four), "2 different labels; this run's network tells 3 apart"),
+            (lambda: model.predict(images[:5], LABELS, four), "5 support images and 4 labels"),
+            (lambda: model.predict(four, LABELS, "query.png"), "give a list"),
+            (lambda: model.predict(four, LABELS, [tmp_path / "absent.png"]), "there is no file"),
+            (lambda: model.predict(four, LABELS, [tmp_path / "text.png"]), "text.png is none of JPEG"),
+            (lambda: model.predict(four, LABELS, [four[0] / 255]), "image 0 is float64 [40, 30]; give uint8"),
+            (lambda: model.predict(four, LABELS, [four[0][:0]]), "image 0 is empty")]:
+        with pytest.raises(UserError) as error:
+            wrong()
+        assert said in str(error.value) and "\n" not in str(error.value)
