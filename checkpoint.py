@@ -12,7 +12,6 @@
 """
 
 import io
-import math
 import zipfile
 from pathlib import Path
 
@@ -63,13 +62,13 @@ def read(path: Path, device: torch.device, remedy: str) -> dict:
     return value
 
 
-def load_weights(path: Path, net: Learner, device: torch.device, remedy: str) -> dict:
+def load_weights(path: Path, net: Learner, device: torch.device, remedy: str, validated: bool = False) -> dict:
     """Puts the weights of best.pt, last.pt or weights-STEP.pt into `net`.
 
     A classifier's layer of all training classes is left out where `net` has none.
 
     Returns:
-        "step", the meta-steps that they had seen, and "val_accuracy", nan if they were not validated.
+        "step", the meta-steps that they had seen, and with `validated` "val_accuracy".
     Raises:
         UserError: the file is missing (the line ends in `remedy`), damaged, or of another network.
     """
@@ -77,7 +76,7 @@ def load_weights(path: Path, net: Learner, device: torch.device, remedy: str) ->
         kept = read(path, device, "train again")
         net.load_state_dict({name: weight for name, weight in kept["weights"].items()
                              if net.classes is not None or not name.startswith("classes.")})
-        return {"step": int(kept["step"]), "val_accuracy": float(kept.get("val_accuracy", math.nan))}
+        return {"step": int(kept["step"])} | ({"val_accuracy": float(kept["val_accuracy"])} if validated else {})
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: {remedy}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:

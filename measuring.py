@@ -53,19 +53,19 @@ def accuracies(net: Learner, tasks: Tasks, trajectory: Sequence[Weights], transd
     """
     steps = []
     for weights in trajectory:
-        logits, similarity = scores(net, tasks, weights, transductive)
+        logits, similarity, _ = scores(net, tasks, weights, transductive)
         steps.append({"accuracy": accuracy(logits, tasks.y_qry), "nearest_mean": accuracy(similarity, tasks.y_qry)})
     return {name: torch.stack([step[name] for step in steps], 1) for name in ("accuracy", "nearest_mean")}
 
 
-def scores(net: Learner, tasks: Tasks, weights: Weights, transductive: bool) -> tuple[Tensor, Tensor]:
-    """The queries' logits, and minus their squared distances to the support means; both [T, N_qry, C]."""
+def scores(net: Learner, tasks: Tasks, weights: Weights, transductive: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, minus the squared distances to the support means, both [T, N_qry, C], and the queries' features."""
     if transductive:
         logits, support, query = _together(net, tasks, weights)
-        return logits, -squared_distances(query, class_means(support, tasks.y_spt, logits.shape[-1]))
-    logits, support, query = one_by_one(net, tasks, weights)
+        return logits, -squared_distances(query, class_means(support, tasks.y_spt, logits.shape[-1])), query
+    logits, support, query = _one_by_one(net, tasks, weights)
     means = class_means(support, tasks.y_spt[:, None], logits.shape[-1])  # of its own for every query
-    return logits, -squared_distances(query[:, :, None], means)[:, :, 0]
+    return logits, -squared_distances(query[:, :, None], means)[:, :, 0], query
 
 
 def _together(net: Learner, tasks: Tasks, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +74,7 @@ def _together(net: Learner, tasks: Tasks, weights: Weights) -> tuple[Tensor, Ten
     return logits, net(tasks.x_spt, weights, features=True)[1][-2], query[-2]
 
 
-def one_by_one(net: Learner, tasks: Tasks, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+def _one_by_one(net: Learner, tasks: Tasks, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
     """The same, with a support set per query, [T, N_qry, N_spt, D]; as many images at once as the query set has."""
     n_support, n_query = tasks.x_spt.shape[1], tasks.x_qry.shape[1]
     parts = []

@@ -108,7 +108,7 @@ class Model:
             raise UserError(f"the support set has {len(classes)} different labels; this run's network tells "
                             f"{self.args.n_way} apart")
         if len(support_images) != len(labels):
-            raise UserError(f"there are {len(support_images)} support images and {len(labels)} labels; give one per image")
+            raise UserError(f"there are {len(support_images)} support images and {len(labels)} labels; give one each")
         x_spt, x_qry = self.pixels(support_images), self.pixels(query_images)
         y_spt = torch.tensor([[classes[label] for label in labels]], device=x_spt.device)
         if transductive and 0 < len(query_images) < len(classes):
@@ -120,7 +120,7 @@ class Model:
                             adapted=adapted_by(self.args.learner, self.net))
         names, answers, total = list(classes), [], x_qry.shape[1]
         for x_qry, in chunks(total if transductive else TOGETHER, total, x_qry[0]) if total else ():
-            logits, similarity = scores(self.net, Tasks(x_spt, y_spt, x_qry[None], y_spt), weights, transductive)
+            logits, similarity, _ = scores(self.net, Tasks(x_spt, y_spt, x_qry[None], y_spt), weights, transductive)
             answers += [names[i] for i in (similarity if by_mean else logits)[0].argmax(-1).tolist()]
         return answers
 

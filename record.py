@@ -205,23 +205,14 @@ class Log:
                 rest = rest[self.file.write(rest):]
 
     def metrics(self, step: int, classes: str, layers: list[str], found: dict) -> None:
-        """One "nc" line: mean and standard error over tasks of every metric, one value per layer.
-
-        On held-out classes "per_task" keeps each task's values at the classifier's input, for intervals over tasks.
-        """
-        def summary(values: Tensor) -> dict:  # [T, ...]
-            mean, se = nc_metrics.mean_and_se(values)
-            return {"mean": numbers(mean), "se": numbers(se, 3)}
-
-        models = {model: {name: summary(values) for name, values in entries.items()}
-                  for model, entries in found.items()}
-        if classes == "heldout":
-            models["per_task"] = {model: {name: numbers(found[model][name][:, -2], 4) for name in PER_TASK}
-                                  for model in ("meta", "finetuned")}
+        """One "nc" line: what `summary` says of every metric, one value per layer; per task on held-out classes."""
+        models = summary(found)
+        if classes == "train":
+            del models["per_task"]
         self.add("nc", step, classes=classes, tasks=len(found["meta"]["within"]), layers=layers, **models)
         if classes == "train":
-            traces = [models[model][name]["mean"][-2]
-                      for model in ("meta", "finetuned") for name in ("within", "between")]
+            traces = [models[model][name]["mean"][-2] for model in ("meta", "finetuned")
+                      for name in ("within", "between")]
             said = "step: {} \ttraces of {}: meta within {:.4g} between {:.4g}, finetuned within {:.4g} between {:.4g}"
             say(said.format(step, layers[-2], *(math.nan if t is None else t for t in traces)))
 
@@ -232,6 +223,21 @@ class Log:
         with self._writing():
             os.fsync(self.file.fileno())
             return self.file.tell()
+
+
+def summary(found: dict, input_layer: int = -2) -> dict:
+    """Each model's metrics [T, L] as {"mean": [...], "se": [...]} over tasks.
+
+    "per_task" keeps the values of each task at the classifier's input, for intervals over tasks.
+    """
+    def over_tasks(values: Tensor) -> dict:
+        mean, se = nc_metrics.mean_and_se(values)
+        return {"mean": numbers(mean), "se": numbers(se, 3)}
+
+    per_task = {model: {name: numbers(found[model][name][:, input_layer], 4) for name in PER_TASK}
+                for model in ("meta", "finetuned") if model in found}
+    return {model: {name: over_tasks(values) for name, values in entries.items()}
+            for model, entries in found.items()} | {"per_task": per_task}
 
 
 def numbers(values, digits: int = 6):

@@ -314,7 +314,7 @@ def _test(args: argparse.Namespace, maml: Meta, data: Data, run: Path, signals: 
     path = run / f"{args.test_weights}.pt"
     devices.wait()  # for the process that writes it
     kept = checkpoint.load_weights(path, maml.net, data.device,
-                                   f"the run hasn't got there yet; continue it with --resume {run}")
+                                   f"the run hasn't got there yet; continue it with --resume {run}", validated=True)
     step, val_accuracy = kept["step"], kept["val_accuracy"]
     say(f"testing on {args.test_tasks} tasks of the test classes")
     k = args.update_step_test

@@ -14,8 +14,8 @@ import predict
 from files import UserError
 from measuring import class_means, squared_distances
 
-FLAGS = ("--synthetic --device cpu --task_num 2 --epoch 2 --k_qry 3 --update_step 2 --update_step_test 3 --eval_every 9 "
-         "--eval_tasks 2 --test_tasks 2 --nc_every 0 --keep_every 1 --n_way 3").split()
+FLAGS = ("--synthetic --device cpu --task_num 2 --epoch 2 --k_qry 3 --update_step 2 --update_step_test 3 "
+         "--eval_every 9 --eval_tasks 2 --test_tasks 2 --nc_every 0 --keep_every 1 --n_way 3").split()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,161 @@
+"""Measures a run's weights on its test tasks again, and what they are compared with.
+
+    python controls.py res/RUN                      writes res/RUN/controls.json
+    python controls.py res/RUN --root DATA --tasks 100
+
+The tasks are those of the run's test. The controls, each with all metrics and accuracies (T tasks, K inner steps):
+
+    final          the run's last weights, or its best where those are absent; 15 queries per class
+    untrained      a fresh network of the run's seed
+    pixels         the input itself; without adaptation
+    queries 1, 5, 19   the final weights with so many queries per class, which batch norm takes together
+    batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
+
+"effective_dimension" is that of the means of all test classes at the classifier's input. For it, one image of every
+class goes through the network together, upright, whatever the control. Metrics that a control leaves undefined are null.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+import nc_metrics
+import predict
+from device import keep_memory, memory_runs_out, select_device, set_arithmetic
+from files import Parser, atomic, progress, run
+from learner import Learner
+from measuring import accuracies, accuracy, collapse_metrics, permuted_labels, scores
+from meta import Adapted, Meta, adapt
+from record import REMEDY, numbers, say, summary
+from settings import check
+from tasks import Dataset, Tasks, as_tasks, cat
+from training import TEST_SEED, Data, held_out_tasks
+
+QUERIES = 15  # per class, if nothing else is said
+OF_CLASSIFIER = ("self_duality", "ncc_mismatch", "within_original", "between_original")
+ALONE = "batch norm by one query and the support set"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(description="Measure a run's weights and their controls on its test tasks: RUN/controls.json.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--tasks", type=int, default=600, help="test tasks (default: 600)")
+    for name in ("root", "data", "cache", "device", "task_chunk"):
+        parser.add_argument(f"--{name}", help="as the training scripts' (default: the run's)")
+    given = vars(parser.parse_args(arguments))
+    folder, n_tasks = given.pop("run"), given.pop("tasks")
+    flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    script, args = predict.settings_of(folder, f"--test_tasks={n_tasks}", *flags)
+    with memory_runs_out("lower --task_chunk or take another --device"):
+        written = measure(folder, args, script)
+    with atomic(folder / "controls.json", "w", REMEDY) as file:
+        file.write("{" + ",\n".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in written.items()) + "}\n")
+    say(f"wrote {folder / 'controls.json'}")
+
+
+@torch.no_grad()
+def measure(folder: Path, args: argparse.Namespace, script: ModuleType) -> dict:
+    """What controls.json holds: control -> "tasks", metrics, accuracies, "effective_dimension"."""
+    device, dataset = select_device(args.device), script.dataset(args)
+    most = check(args, dataset, script.network)["test"][1] - args.k_spt  # queries per class
+    keep_memory()
+    set_arithmetic(args.precision, args.deterministic)
+    final = predict.load(folder, "last" if (folder / "last.pt").exists() else "best", args.device).net
+    torch.manual_seed(args.seed)
+    untrained = script.network(args).to(device)
+    pixels = Learner([("flatten", []), ("linear", [args.n_way, math.prod(untrained.input_shape)])],
+                     args.imgc, args.imgsz).to(device)  # its classifier is not used
+    usual = min(QUERIES, most)
+    wanted = {"final": (final, usual, together), "untrained": (untrained, usual, together),
+              "pixels": (pixels, usual, not_adapted)}
+    wanted |= {f"queries {queries}": (final, queries, together) for queries in (1, 5, 19) if queries <= most}
+    wanted[ALONE] = final, usual, alone
+    data = Data(argparse.Namespace(**vars(args)), dataset, device)
+    images, dimensions, written = data.load("test"), {}, {}
+    for name, (net, data.args.k_qry_test, function) in wanted.items():
+        maml = Meta(net, args.update_lr, update_step=args.update_step, update_step_test=args.update_step_test,
+                    task_chunk=args.task_chunk, seed=args.seed, learner=args.learner)
+        batches = math.ceil(args.test_tasks / args.task_num)
+        found = cat(list(progress(measured(maml, data, images, function), name, batches, "batches")))
+        if net not in dimensions:
+            dimensions[net] = dimension(net, images[::data.turns("test"), :most + args.k_spt], dataset)
+        written[name] = entry(found) | {"effective_dimension": {"meta": numbers(dimensions[net])}}
+        within = found.metrics["meta"]["relative_within"][:, input_layer(found)].mean()
+        say(f"{name}: relative within trace {within:.3f}, nearest support mean {100 * found.nearest_mean[:, 0].mean():.2f}%"
+            ", before adaptation")
+    return written
+
+
+def measured(maml: Meta, data: Data, images: Tensor, function: Callable) -> Iterator[Adapted]:
+    """`function` of the run's test tasks, as many at a time as in its test."""
+    sampler = data.sampler("test", images, TEST_SEED)
+    for start, part in held_out_tasks(sampler, data.args.test_tasks, data.args.task_num):
+        yield function(maml, sampler.gather(part), maml.seed + start)
+
+
+def together(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
+    """All queries of a task as one batch, as in the run's own measurements."""
+    return maml.finetune(tasks, measure=True, null_seed=null_seed)
+
+
+def not_adapted(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
+    """The classifier's input alone, before adaptation; nothing of the classifier."""
+    start = adapt(maml.net, maml.net.weights, tasks.x_spt, tasks.y_spt, maml.update_lr, 0)
+    null = permuted_labels(tasks, torch.Generator().manual_seed(null_seed))
+    metrics = collapse_metrics(maml.net, tasks, start * 2, null)["meta"]
+    metrics = {name: values[:, :1] for name, values in metrics.items() if name.split("_null")[0] not in OF_CLASSIFIER}
+    return Adapted(None, accuracies(maml.net, tasks, start)["nearest_mean"], {"meta": metrics}, None)
+
+
+def alone(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
+    """Each query with the support set alone; accuracies before adaptation and after the last inner step."""
+    net, models = maml.net, {"meta": 0, "finetuned": maml.update_step, "tested": maml.update_step_test}
+    trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, maml.update_lr, max(models.values()),
+                       adapted=maml.adapted)
+    found = {k: scores(net, tasks, trajectory[k], transductive=False) for k in set(models.values())}
+    right = {k: [accuracy(answers, tasks.y_qry) for answers in found[k][:2]] for k in found}
+    _, null = permuted_labels(tasks, torch.Generator().manual_seed(null_seed))
+    metrics = {}
+    for model in ("meta", "finetuned"):
+        logits, _, query = found[models[model]]
+        of_queries, weight = ([query, logits], tasks.y_qry), trajectory[models[model]][net.classifier]
+        values = nc_metrics.measure(*of_queries, *of_queries, logits.shape[-1], weight, null, null)
+        metrics[model] = {name: value[:1].T for name, value in values.items() if not name.startswith("ncc_")}
+        metrics[model]["ncc_accuracy"] = right[models[model]][1][:, None]  # by support means of its own for every query
+    ends = [torch.stack([right[0][i], right[maml.update_step_test][i]], 1) for i in range(2)]
+    return Adapted(*ends, metrics, None)
+
+
+def dimension(net: Learner, images: Tensor, dataset: Dataset) -> Tensor:
+    """Effective dimension of the class means of images [class, image, c, h, w] at the classifier's input."""
+    device = next(net.parameters()).device
+    means = 0
+    for image in images.split(1, 1):
+        x = as_tasks(image[None].to(device), 1, dataset.mean, dataset.std).x_spt  # [1, classes, c, h, w]
+        means = means + net(x, features=True)[1][-2][0].double() / images.shape[1]
+    return nc_metrics.effective_dimension(means)
+
+
+def input_layer(found: Adapted) -> int:
+    """Index of the classifier's input among the measured layers, of which a control may have one alone."""
+    return max(found.metrics["meta"]["within"].shape[1] - 2, 0)
+
+
+def entry(found: Adapted) -> dict:
+    models = {model: found.metrics[model] for model in ("meta", "finetuned") if model in found.metrics}
+    written = {"tasks": len(found.nearest_mean), **summary(models, input_layer(found))}
+    for name in ("accuracy", "nearest_mean"):
+        if (values := getattr(found, name)) is not None:
+            mean, se = nc_metrics.mean_and_se(values)
+            written |= {name: numbers(mean), f"{name}_ci95": numbers(1.96 * se)}
+    return written
+
+
+if __name__ == "__main__":
+    run(main)
