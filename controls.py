@@ -12,15 +12,15 @@ The tasks are those of the run's test. The controls, each with all metrics and a
     batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
 
 "effective_dimension" is that of the means of all test classes at the classifier's input. For it, one image of every
-class goes through the network together, upright, whatever the control. Metrics that a control leaves undefined are null.
+class goes through the network together, upright, whatever the control. Metrics that are undefined are null.
 """
 
 import argparse
 import json
 import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -87,8 +87,8 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType) -> dict:
             dimensions[net] = dimension(net, images[::data.turns("test"), :most + args.k_spt], dataset)
         written[name] = entry(found) | {"effective_dimension": {"meta": numbers(dimensions[net])}}
         within = found.metrics["meta"]["relative_within"][:, input_layer(found)].mean()
-        say(f"{name}: relative within trace {within:.3f}, nearest support mean {100 * found.nearest_mean[:, 0].mean():.2f}%"
-            ", before adaptation")
+        nearest = 100 * found.nearest_mean[:, 0].mean()
+        say(f"{name}: relative within trace {within:.3f}, nearest support mean {nearest:.2f}%, before adaptation")
     return written
 
 

@@ -10,9 +10,9 @@ Images are file names, PIL images or uint8 arrays of any size. They become a net
 import argparse
 import os
 import warnings
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Hashable, Sequence
 
 import numpy as np
 import torch
@@ -119,8 +119,8 @@ class Model:
                             0 if by_mean else self.args.update_step_test,
                             adapted=adapted_by(self.args.learner, self.net))
         names, answers, total = list(classes), [], x_qry.shape[1]
-        for x_qry, in chunks(total if transductive else TOGETHER, total, x_qry[0]) if total else ():
-            logits, similarity, _ = scores(self.net, Tasks(x_spt, y_spt, x_qry[None], y_spt), weights, transductive)
+        for part, in chunks(total if transductive else TOGETHER, total, x_qry[0]) if total else ():
+            logits, similarity, _ = scores(self.net, Tasks(x_spt, y_spt, part[None], y_spt), weights, transductive)
             answers += [names[i] for i in (similarity if by_mean else logits)[0].argmax(-1).tolist()]
         return answers
 
