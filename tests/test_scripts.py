@@ -15,6 +15,7 @@ import plot_nc
 import synthetic
 import training
 from files import UserError
+from learner import Learner
 
 PROJECT = Path(training.__file__).parent
 TINY = ("--synthetic --device cpu --task_num 2 --k_qry 3 --update_step 2 --update_step_test 3 "
@@ -99,7 +100,7 @@ def test_best_weights_and_result(omniglot_run):
 
 
 def test_testing_again(omniglot_run, capsys):
-    omniglot_train.main(["--test", str(omniglot_run)])
+    omniglot_train.main(["--test", str(omniglot_run), "--task_chunk", "1"])
     again = json.loads((omniglot_run / "test-3tasks-3qry-3steps.json").read_text())
     assert again == json.loads((omniglot_run / "result.json").read_text())
     omniglot_train.main(["--test", str(omniglot_run), "--k_qry", "1", "--update_step_test", "1", "--test_tasks", "4"])
@@ -144,6 +145,37 @@ def test_same_command_same_log_and_measuring_changes_nothing(tmp_path):
 def test_variants_run(flags, tmp_path):
     omniglot_train.main([*OMNIGLOT, *flags, "--epoch", "2", "--out", str(tmp_path / "run")])
     assert (tmp_path / "run/result.json").exists()
+
+
+def test_resuming_with_fewer_tasks_together_gives_the_same_accuracies(omniglot_run, tmp_path):
+    """--task_chunk is what a run that was out of memory is told to lower."""
+    run = tmp_path / "run"
+    omniglot_train.main([*OMNIGLOT, "--epoch", "3", "--out", str(run)])
+    omniglot_train.main(["--resume", str(run), "--epoch", "5", "--task_chunk", "1"])
+    assert [(row["step"], row["acc"]) for row in lines(run, "val")] == [
+        (row["step"], row["acc"]) for row in lines(omniglot_run, "val")]
+    assert (run / "result.json").read_text() == (omniglot_run / "result.json").read_text()
+
+
+@pytest.mark.parametrize("task_chunk, together", [(0, 4), (2, 2)])
+def test_an_evaluation_holds_no_more_tasks_together_than_training(task_chunk, together, tmp_path, monkeypatch):
+    """By the largest number of tasks that the network sees at once; the accuracies don't depend on it."""
+    seen, forward = [], Learner.forward
+    flags = [*OMNIGLOT, "--task_num", "4", "--eval_tasks", "10", "--test_tasks", "9"]
+
+    def watched(net, x, *args, **options):
+        seen.append(len(x))
+        return forward(net, x, *args, **options)
+
+    omniglot_train.main([*flags, "--epoch", "1", "--out", str(tmp_path / "expected")])
+    monkeypatch.setattr(Learner, "forward", watched)
+    omniglot_train.main([*flags, "--epoch", "1", "--task_chunk", str(task_chunk), "--out", str(tmp_path / "run")])
+    assert max(seen) == together
+    assert lines(tmp_path / "run", "val")[-1]["tasks"] == 10
+    for name in ("val", "train"):
+        assert [row["acc"] for row in lines(tmp_path / "run", name)] == [
+            row["acc"] for row in lines(tmp_path / "expected", name)]
+    assert (tmp_path / "run/result.json").read_text() == (tmp_path / "expected/result.json").read_text()
 
 
 WINDOWS = """
