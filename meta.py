@@ -7,7 +7,7 @@ takes them as constants.
     net = Learner(layers, imgc=1, imgsz=28)
     maml = Meta(net, update_lr=0.4, update_step=5)
     step = maml(tasks)                          # one meta-step
-    accuracy, _ = maml.finetune(tasks)          # test: after each inner step; theta stays as it is
+    found = maml.finetune(tasks)                # test: accuracy after each inner step; theta stays as it is
 """
 
 import math
