@@ -3,7 +3,7 @@
 MAML's inner loop needs a network that is a function of its weights, because it
 runs the same layers with theta, and with the fast weights of every inner step
 of every task. `Learner` owns theta and runs with it, or with weights that it is
-given: one set for all images, or one set a task.
+given: one set for all images, or one set per task.
 
     net = Learner([("conv2d", [64, 1, 3, 3, 2, 0]), ("bn", [64]), ("relu", [True]),
                    ("flatten", []), ("linear", [5, 64 * 13 * 13])], imgc=1, imgsz=28)
