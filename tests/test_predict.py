@@ -1,6 +1,7 @@
 """A trained model on images of one's own: every answer is recomputed from the plain inner loop."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 import miniimagenet_train
 import omniglot_train
 import predict
+import settings
 from files import UserError
 from measuring import class_means, squared_distances
 
@@ -18,13 +20,21 @@ FLAGS = ("--synthetic --device cpu --task_num 2 --epoch 2 --k_qry 3 --update_ste
          "--eval_every 9 --eval_tasks 2 --test_tasks 2 --nc_every 0 --keep_every 1 --n_way 3").split()
 
 
+def change_settings(run, *absent, **changed):
+    args = json.loads((run / "args.json").read_text())
+    args["settings"] = {name: value for name, value in (args["settings"] | changed).items() if name not in absent}
+    (run / "args.json").write_text(json.dumps(args))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    for name, flags in {"maml": ["--pixels", "inverted", "--test_weights", "last"], "anil": ["--learner", "anil"],
-                        "boil": ["--learner", "boil"], "protonet": ["--learner", "protonet"],
+    for name, flags in {"maml": ["--pixels", "inverted", "--test_weights", "last"],
                         "classifier": ["--learner", "classifier"]}.items():
         omniglot_train.main([*FLAGS, *flags, "--out", str(folder / name)])
+    for learner in ("anil", "boil", "protonet"):  # the same network
+        shutil.copytree(folder / "maml", folder / learner)
+        change_settings(folder / learner, learner=learner)
     return folder
 
 
@@ -66,7 +76,7 @@ def answers(model, support, queries, learner):
 def test_each_query_is_answered_with_the_support_set_alone(runs, images, learner):
     model = predict.load(runs / learner)
     found = model.predict(images[:4], LABELS, images[4:])
-    x = as_input(images, inverted=learner == "maml")
+    x = as_input(images, inverted=learner != "classifier")
     names = ["ka", 7, ("x",)]
     assert found == [names[i] for i in answers(model, x[:4], x[4:], learner).argmax(1)]
     assert found == [model.predict(images[:4], LABELS, [image])[0] for image in images[4:]]
@@ -105,9 +115,9 @@ def test_files_arrays_and_pil_images_are_the_same(tmp_path, runs, images, channe
         assert torch.equal(model.pixels(list(pictures)), expected)
 
 
-def test_photographs(tmp_path):
-    miniimagenet_train.main([*FLAGS, "--epoch", "4", "--imgsz", "48", "--out", str(tmp_path / "run")])
-    model = predict.load(tmp_path / "run")
+def test_photographs():
+    args = settings.parse_args("", miniimagenet_train.DEFAULTS, {}, ["--imgsz", "48"], epoch_help="")
+    model = predict.Model(miniimagenet_train.network(args), args, miniimagenet_train.dataset(args))
     image = np.random.default_rng(1).integers(0, 256, (60, 70, 3), dtype=np.uint8)
     x = torch.from_numpy(np.array(Image.fromarray(image).resize((48, 48), Image.Resampling.BILINEAR))) / 255
     expected = (x - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
@@ -115,13 +125,10 @@ def test_photographs(tmp_path):
 
 
 def test_an_older_run_without_the_newer_settings(tmp_path, runs):
-    for file in ("args.json", "best.pt"):
-        (tmp_path / file).write_bytes((runs / "anil" / file).read_bytes())
-    args = json.loads((tmp_path / "args.json").read_text())
-    for name in ("recipe", "learner", "test_weights", "pixels", "transductive"):
-        del args["settings"][name]
-    (tmp_path / "args.json").write_text(json.dumps(args))
-    assert predict.load(tmp_path).args.learner == "maml"
+    shutil.copytree(runs / "anil", tmp_path / "run")
+    change_settings(tmp_path / "run", "recipe", "learner", "test_weights", "pixels", "transductive")
+    model = predict.load(tmp_path / "run")
+    assert model.args.learner == "maml" and model.args.pixels == "unit"
 
 
 def test_errors(tmp_path, runs, images):
