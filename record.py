@@ -23,7 +23,8 @@ import device as devices
 import nc_metrics
 from files import UserError, atomic, contents, locked, remove_stale
 
-WRITTEN = ("args.json", "checkpoint.pt", "best.pt", "last.pt", "nonfinite.pt", "result.json", "timing.json")
+WRITTEN = ("args.json", "checkpoint.pt", "best.pt", "last.pt", "nonfinite.pt", "figure.png", "result.json",
+           "timing.json")
 PER_TASK = ("within", "between", "nc1", "cdnv", "directional_cdnv", "ncc_accuracy")  # what log.jsonl keeps per task
 REMEDY = "free some space or give rights there, then continue with --resume"
 
@@ -146,6 +147,22 @@ def write_test(path: Path, result: dict) -> None:
         if held:
             remove_stale(path.parent, "test-*.json")
         write_json(path, result)
+
+
+def draw_figure(out: Path) -> None:
+    """figure.png, the run's traces as `python plot_nc.py RUN` draws them; of several processes the first draws.
+
+    A failure is said in one line and costs the run nothing else.
+    """
+    if devices.rank() > 0:
+        return
+    try:
+        import plot_nc  # not earlier: a run needs matplotlib for nothing else
+
+        plot_nc.draw(["-o", str(out / "figure.png"), "--", str(out)])
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        say(f"figure.png was not drawn: {reason}; python plot_nc.py {out} draws the run's figure")
 
 
 # ---- the log

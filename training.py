@@ -8,6 +8,8 @@ A run writes its own folder:
     best.pt        weights with the best validation accuracy so far
     last.pt        weights after the last step; weights-STEP.pt at every --keep_every-th step
     nonfinite.pt   where a loss was not finite: the weights and tasks that gave it
+    tensorboard/   the log's scalars, with --tensorboard
+    figure.png     neural collapse while it trained, as `python plot_nc.py RUN` draws it
     result.json    test accuracy of the best weights, at the end
     timing.json    minutes and memory, apart from what the seed determines
 
@@ -279,6 +281,8 @@ class _Run:
             result["skipped_updates"] = self.skipped()
         memory = peak_memory(self.device)
         record.write_json(self.out / "timing.json", {
+        if self.args.nc_every:
+            record.draw_figure(self.out)
             "training_minutes": round(minutes, 2), "meta_steps": self.steps, "peak_memory_gb": memory})
         record.write_json(self.out / "result.json", result)
         peak = "" if memory is None else f", peak memory {memory} GB"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import miniimagenet_train
 import omniglot_train
@@ -16,6 +17,7 @@ import synthetic
 import training
 from files import UserError
 from learner import Learner
+from record import draw_figure
 
 PROJECT = Path(training.__file__).parent
 TINY = ("--synthetic --device cpu --task_num 2 --k_qry 3 --update_step 2 --update_step_test 3 "
@@ -59,6 +61,22 @@ def test_a_run_says_what_the_original_says(omniglot_run):
                  "5 meta-steps", "training acc: [", "meta within", "validation acc: [", "synthetic characters",
                  "5/5 steps, loss", "(last ? "):  # a "±", on a stream of ASCII
         assert part in said, part
+
+
+def test_a_run_ends_by_drawing_its_figure(omniglot_run, photos_run, tmp_path, monkeypatch, capsys):
+    assert f"wrote {omniglot_run / 'figure.png'}" in (omniglot_run / "stdout").read_text()
+    with Image.open(omniglot_run / "figure.png") as figure:
+        assert figure.width > 1000
+    plot_nc.draw([str(omniglot_run), "-o", str(tmp_path / "figure.png")])
+    assert (tmp_path / "figure.png").read_bytes() == (omniglot_run / "figure.png").read_bytes()
+    (tmp_path / "run").mkdir()
+    capsys.readouterr()
+    draw_figure(tmp_path / "run")  # without a log
+    monkeypatch.setitem(sys.modules, "plot_nc", None)
+    draw_figure(photos_run)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("figure.png was not drawn: no run at") and "python plot_nc.py" in first
+    assert "figure.png was not drawn: import of plot_nc halted" in second
 
 
 def test_args_are_complete(omniglot_run):
@@ -220,7 +238,7 @@ def test_without_posix_and_without_removing_open_files(tmp_path):
     assert (done.returncode, done.stderr) == (2, "error: o is in use by another process; name another folder\n")
     for run in ("o", "p"):
         assert sorted(path.name for path in (tmp_path / run).iterdir()) == [
-            "args.json", "best.pt", "checkpoint.pt", "last.pt", "log.jsonl", "result.json", "timing.json"]
+            "args.json", "best.pt", "checkpoint.pt", "figure.png", "last.pt", "log.jsonl", "result.json", "timing.json"]
 
 
 # ---- what is refused, before any data is read
