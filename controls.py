@@ -15,6 +15,8 @@ The tasks are those of the run's test. The controls, each with all metrics and a
 class goes through the network together, upright, whatever the control. Metrics that are undefined are null.
 """
 
+import python_version  # noqa: F401, I001: first, since the others do not parse on an older Python
+
 import argparse
 import json
 import math
@@ -151,7 +153,8 @@ def entry(found: Adapted) -> dict:
     models = {model: found.metrics[model] for model in ("meta", "finetuned") if model in found.metrics}
     written = {"tasks": len(found.nearest_mean), **summary(models, input_layer(found))}
     for name in ("accuracy", "nearest_mean"):
-        if (values := getattr(found, name)) is not None:
+        values = getattr(found, name)
+        if values is not None:
             mean, se = nc_metrics.mean_and_se(values)
             written |= {name: numbers(mean), f"{name}_ci95": numbers(1.96 * se)}
     return written

@@ -7,6 +7,8 @@
     python miniimagenet_train.py --test RUN_FOLDER      # test a finished run again
 """
 
+import python_version  # noqa: F401, I001: first, since the others do not parse on an older Python
+
 import argparse
 import math
 from collections.abc import Sequence

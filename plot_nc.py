@@ -10,6 +10,8 @@ A RUN is a run's folder, or its log next to args.json. The meta model has the we
 one those after the inner steps. study/figures.py draws; nothing here needs torch.
 """
 
+import python_version  # noqa: F401, I001: first, since the others do not parse on an older Python
+
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -267,11 +267,8 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     if args.task_num % devices.size():
         raise UserError(f"--task_num {args.task_num}: {devices.size()} processes need a multiple of "
                         f"{devices.size()}")
-    try:
-        with torch.device("meta"):  # shapes alone: --n_way 1000000000 is refused below, and not by the memory
-            network(args)
-    except ValueError as error:
-        raise UserError(f"--imgsz {args.imgsz}: {error}") from error
+    with torch.device("meta"):  # shapes alone: --n_way 1000000000 is refused below, and not by the memory
+        _check_network(args, network)
     sizes = dataset.sizes()
     for split, (classes, images) in sizes.items():
         if args.n_way > classes:
@@ -283,3 +280,27 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     if args.nc_qry is None:
         args.nc_qry = min(15, min(images for _, images in sizes.values()) - args.k_spt)
     return sizes
+
+
+def _check_network(args: argparse.Namespace, network: Callable[[argparse.Namespace], Learner]) -> None:
+    """Refuse `layers` that can't be built, or that don't end in one output per class."""
+    try:
+        net = network(args)
+    except ValueError as error:
+        sizes = {28, 84, 4 * args.imgsz} - {args.imgsz}
+        another_does = any(_can_be_built(network, argparse.Namespace(**vars(args) | {"imgsz": size})) for size in sizes)
+        raise UserError(f"{f'--imgsz {args.imgsz}' if another_does else 'layers'}: {error}") from error
+    last = net.config[-1][0] if net.config else "missing"
+    if last != "linear":
+        raise UserError(f"layers: the last layer is {last}; it must be linear, ('linear', [args.n_way, features])")
+    if net.shapes[-1] != [args.n_way]:
+        raise UserError(f"layers: the last layer has {net.shapes[-1][0]} outputs, and --n_way {args.n_way} needs "
+                        f"{args.n_way}: ('linear', [args.n_way, features])")
+
+
+def _can_be_built(network: Callable[[argparse.Namespace], Learner], args: argparse.Namespace) -> bool:
+    try:
+        network(args)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,58 @@
+"""What is refused before anything is read: an old Python, and networks of one's own that can't be trained."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import omniglot_train
+import training
+from files import UserError
+
+PROJECT = Path(training.__file__).parent
+SCRIPTS = ("omniglot_train", "miniimagenet_train", "plot_nc", "controls", "predict")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_old_python_gets_one_line(script):
+    """Python compiles a script whole, so it must parse there too, and import the check before all else."""
+    for name in (script, "python_version"):
+        tree = ast.parse((PROJECT / f"{name}.py").read_text(), feature_version=(3, 7))
+    tree = ast.parse((PROJECT / f"{script}.py").read_text())
+    first = next(node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
+    assert first.names[0].name == "python_version"
+
+
+def test_what_it_says():
+    code = "import sys; sys.version_info = (3, 9, 18, 'final', 0); import omniglot_train"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    said = "error: this is Python 3.9, and 3.10 or later is needed; install that\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
+@pytest.mark.parametrize("change, line", [
+    (lambda layers: layers[:-1], "layers: the last layer is flatten; it must be linear"),
+    (lambda layers: [*layers, ("relu", [True])], "layers: the last layer is relu; it must be linear"),
+    (lambda layers: [], "layers: the last layer is missing; it must be linear"),
+    (lambda layers: [*layers[:-1], ("linear", [8, 64])], "layers: the last layer has 8 outputs, and --n_way 5 needs 5"),
+    (lambda layers: [*layers[:-1], ("linear", [3, 64])], "layers: the last layer has 3 outputs, and --n_way 5 needs 5"),
+    (lambda layers: [("swish", []), *layers], "layers: layer 0, swish(), after (1, 28, 28): unknown layer 'swish'"),
+    (lambda layers: [*layers[:-1], ("linear", [5, 63])], "layers: layer 13, linear(5, 63), after (64,): takes [63]"),
+    (lambda layers: [("conv2d", [64, 3, 3, 3, 2, 0]), *layers[1:]], "layers: layer 0, conv2d(64, 3, 3, 3, 2, 0)"),
+])  # fmt: skip
+def test_layers_of_ones_own(change, line, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    layers = omniglot_train.layers
+    monkeypatch.setattr(omniglot_train, "layers", lambda args: change(layers(args)))
+    with pytest.raises(UserError) as error:
+        omniglot_train.main(["--synthetic", "--device", "cpu"])
+    assert str(error.value).startswith(line) and not list(tmp_path.iterdir())
+
+
+def test_an_image_too_small_for_the_layers(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="^--imgsz 8: layer"):
+        omniglot_train.main(["--synthetic", "--device", "cpu", "--imgsz", "8"])
+    assert not list(tmp_path.iterdir())
