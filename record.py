@@ -174,12 +174,13 @@ class Log:
     Args:
         path: of the file.
         keep: bytes of an existing log that stay; the rest is cut off. 0: a new log.
+        board: a TensorBoard writer (`tensorboard`), which gets the scalars too; None: there is none.
     Raises:
         UserError: it can't be written; or it is missing or shorter than `keep`.
     """
 
-    def __init__(self, path: Path, keep: int = 0):
-        self.path = path
+    def __init__(self, path: Path, keep: int = 0, board=None):
+        self.path, self.board = path, board
         if devices.rank() > 0:
             self.file = open(os.devnull, "wb", buffering=0)
             return
@@ -213,6 +214,8 @@ class Log:
                     self.sync()  # before result.json, which says that the run is finished
             finally:
                 self.file.close()
+                if self.board:
+                    self.board.close()
 
     def add(self, kind: str, step: int, **values) -> None:
         line = {"kind": kind, "step": step} | {name: numbers(value) for name, value in values.items()}
@@ -220,6 +223,9 @@ class Log:
         with self._writing():
             while rest:
                 rest = rest[self.file.write(rest):]
+        for name, value in _scalars(line).items() if self.board else ():
+            if value is not None:
+                self.board.add_scalar(name, value, step)
 
     def metrics(self, step: int, classes: str, layers: list[str], found: dict) -> None:
         """One "nc" line: what `summary` says of every metric, one value per layer; per task on held-out classes."""
@@ -240,6 +246,31 @@ class Log:
         with self._writing():
             os.fsync(self.file.fileno())
             return self.file.tell()
+
+
+def _scalars(line: dict) -> dict[str, float | None]:
+    """What TensorBoard shows of a line of the log: the loss, accuracy after adaptation, relative within traces."""
+    match line["kind"]:
+        case "train":
+            return {"train/loss": line["loss"], "train/accuracy": line["acc"][-1]}
+        case "val":
+            return {"val/accuracy": line["acc"][-1]}
+        case "nc":
+            return {f"{line['classes']}/relative within trace, {model}": line[model]["relative_within"]["mean"][-2]
+                    for model in ("meta", "finetuned")}
+    return {}
+
+
+def tensorboard(out: Path, step: int):
+    """A writer of scalars to OUT/tensorboard, from `step` on; None, said in one line, without the package."""
+    if devices.rank() > 0:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        say("--tensorboard: the package is not installed (python -m pip install tensorboard); log.jsonl has the same")
+        return None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step)  # what a stopped run wrote after it is dropped
 
 
 def summary(found: dict, input_layer: int = -2) -> dict:

@@ -20,7 +20,7 @@ from tasks import Dataset
 MODES = ("resume", "test", "from_args")  # name the run that the other settings come from; they are no settings
 PLACE = ("root", "data", "cache", "device")  # where a run happens; no part of the experiment
 MAY_CHANGE = {  # what may be given anew
-    "resume": ("epoch", *PLACE, "save_every", "task_chunk", "cuda_graph"),
+    "resume": ("epoch", *PLACE, "save_every", "task_chunk", "cuda_graph", "tensorboard"),
     "test": ("k_qry", "k_qry_test", "update_step_test", "test_tasks", "test_weights", "transductive", "task_chunk",
              *PLACE),
 }
@@ -138,6 +138,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str,
          choices=["best", "last"])
     flag("keep_every", 0, "meta-steps between two copies of the weights that are kept, weights-STEP.pt; 0: none")
     flag("save_every", 500, "meta-steps between two checkpoints; 0: only at the start, at the end and when stopped")
+    choice("tensorboard", False, "also write loss, accuracy and relative within traces for TensorBoard, to OUT/tensorboard")
     flag("resume", None, f"resume a stopped run on its own settings; {_flags(MAY_CHANGE['resume'])} may be "
          "changed, and EPOCH may only grow", metavar="RUN_FOLDER")
     flag("test", None, f"test a finished run again, on its own settings; {_flags(MAY_CHANGE['test'])} may be changed",
@@ -167,6 +168,7 @@ def _of_a_run(mode: str, given: dict, parser: argparse.ArgumentParser) -> argpar
     defaults = vars(parser.parse_args([]))
     recorded = read_settings(path, takes)
     unknown, absent = recorded.keys() - defaults.keys(), defaults.keys() - recorded.keys() - set(MODES)
+    absent -= set(MAY_CHANGE["resume"])
     if unknown or recorded.get("script") != defaults["script"] or mode == "resume" and absent:
         which = ", ".join(sorted(unknown or absent)) or f"script {recorded.get('script')}"
         raise UserError(f"{path} is not of this script and version ({which}); use the code that made the run")

@@ -165,7 +165,8 @@ class _Run:
     def train(self) -> None:
         """The loop. It leaves the weights of the last step in place, and a checkpoint of them."""
         args, maml = self.args, self.maml
-        with Log(self.out / "log.jsonl", self.log_bytes) as log, record.progress(self.steps, maml.step) as bar, \
+        board = record.tensorboard(self.out, maml.step) if args.tensorboard else None
+        with Log(self.out / "log.jsonl", self.log_bytes, board) as log, record.progress(self.steps, maml.step) as bar, \
                 self.signals.noted():
             if not self.log_bytes:
                 log.add("run", 0, data=self.data.dataset.name)
@@ -280,9 +281,9 @@ class _Run:
         if self.args.skip_nonfinite:
             result["skipped_updates"] = self.skipped()
         memory = peak_memory(self.device)
-        record.write_json(self.out / "timing.json", {
         if self.args.nc_every:
             record.draw_figure(self.out)
+        record.write_json(self.out / "timing.json", {
             "training_minutes": round(minutes, 2), "meta_steps": self.steps, "peak_memory_gb": memory})
         record.write_json(self.out / "result.json", result)
         peak = "" if memory is None else f", peak memory {memory} GB"

@@ -27,7 +27,7 @@ BROKEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowE
 # Settings that do not change the experiment: runs that differ in these alone are seeds of one setting.
 NOT_COMPARED = {"seed", "out", "root", "cache", "device", "precision", "deterministic", "task_chunk", "cuda_graph",
                 "print_every", "save_every", "keep_every", "nc_every", "nc_every_late", "eval_every", "test_tasks",
-                "resume", "from_args", "test"}  # fmt: skip
+                "tensorboard", "resume", "from_args", "test"}  # fmt: skip
 
 
 # ---- errors, and programs that end with one line

@@ -1,0 +1,70 @@
+"""controls.json against a plain recomputation, and as the study reads it."""
+
+import json
+
+import pytest
+import torch
+
+import controls
+import nc_metrics
+import omniglot_train
+import predict
+import training
+from study import effects
+from study.logs import read_run
+
+FLAGS = ("--synthetic --device cpu --task_num 3 --epoch 1 --k_qry 2 --n_way 3 --update_step 1 --update_step_test 2 "
+         "--eval_tasks 2 --test_tasks 2 --nc_every 1").split()  # fmt: skip
+
+
+def share(features, labels):
+    """Mean over tasks of the relative within trace."""
+    return nc_metrics.relative_within(*nc_metrics.covariance_traces(features, labels, 3)).mean().item()
+
+
+def nearest(queries, support):
+    """Share of queries nearest to their class's support sample: [T, N, D], [T, 3, D], 15 queries per class."""
+    return (torch.cdist(queries, support).argmin(-1) == torch.arange(3).repeat_interleave(15)).double().mean().item()
+
+
+def test_controls(tmp_path):
+    run = tmp_path / "run-seed222"
+    omniglot_train.main([*FLAGS, "--out", str(run)])
+    controls.main([str(run), "--tasks", "4"])
+    found = json.loads((run / "controls.json").read_text())
+    assert list(found) == ["final", "untrained", "pixels", "queries 1", "queries 5", "queries 19", controls.ALONE]
+    script, args = predict.settings_of(run)
+    args.k_qry_test = 15
+    data = training.Data(args, script.dataset(args), torch.device("cpu"))
+    images = data.load("test")
+    tasks = data.sampler("test", images, training.TEST_SEED)(4)
+    nets = {"final": predict.load(run, "last").net}
+    torch.manual_seed(args.seed)
+    nets["untrained"] = script.network(args)
+    for name, net in nets.items():
+        query, support = (net(x, features=True)[1][-2] for x in (tasks.x_qry, tasks.x_spt))
+        assert found[name]["meta"]["relative_within"]["mean"][-2] == pytest.approx(share(query, tasks.y_qry), 1e-4)
+        assert found[name]["nearest_mean"][0] == pytest.approx(nearest(query, support), abs=1e-5)
+    pixels, support = tasks.x_qry.flatten(2), tasks.x_spt.flatten(2)
+    assert found["pixels"]["meta"]["relative_within"]["mean"] == pytest.approx([share(pixels, tasks.y_qry)], 1e-4)
+    assert found["pixels"]["nearest_mean"] == pytest.approx([nearest(pixels, support)], abs=1e-5)
+    spectrum = torch.linalg.svdvals((images.double() / 255).mean(1).flatten(1).T.cov())
+    ratio = spectrum.sum() ** 2 / spectrum.square().sum()
+    assert found["pixels"]["effective_dimension"]["meta"] == pytest.approx(ratio.item(), 1e-4)
+    five = torch.arange(45).reshape(3, 15)[:, :5].flatten()  # a smaller query set is the start of a larger one
+    within = share(nets["final"](tasks.x_qry[:, five], features=True)[1][-2], tasks.y_qry[:, five])
+    assert found["queries 5"]["meta"]["relative_within"]["mean"][-2] == pytest.approx(within, 1e-4)
+    assert found["queries 1"]["meta"]["within"]["mean"] == [None] * 5 and found["queries 1"]["accuracy"][-1] >= 0
+    each = torch.stack([nets["final"](torch.cat([tasks.x_spt, query[:, None]], 1), features=True)[1][-2]
+                        for query in tasks.x_qry.unbind(1)], 1)  # [T, 45, 4, D]
+    right = torch.cdist(each[:, :, 3:], each[:, :, :3])[:, :, 0].argmin(-1) == tasks.y_qry
+    within = share(each[:, :, 3], tasks.y_qry)
+    assert found[controls.ALONE]["meta"]["relative_within"]["mean"] == pytest.approx([within], 1e-4)
+    assert found[controls.ALONE]["nearest_mean"][0] == pytest.approx(right.double().mean().item(), abs=1e-5)
+    assert len(found["final"]["accuracy"]) == len(found["final"]["nearest_mean_ci95"]) == 3
+    assert len(found["final"]["per_task"]["finetuned"]["nc1"]) == found["final"]["tasks"] == 4
+    read = read_run(run)
+    assert effects.measured(read, "meta", "relative_within") == found["final"]["meta"]["relative_within"]["mean"][-2]
+    assert effects.measured(read, "meta", "nc1", "pixel") == found["pixels"]["meta"]["nc1"]["mean"][0]
+    assert effects.dimension(read, "meta", "untrained") == found["untrained"]["effective_dimension"]["meta"]
+    assert effects.tested("nearest_mean", 0, kind="pixel")(read) == found["pixels"]["nearest_mean"][0]
