@@ -159,21 +159,6 @@ def test_oracle_nc3_and_nc4(leading, dtype):
     assert 0.2 < nc.ncc_accuracy(features, labels, means).mean() < 1   # neither trivially right nor wrong
 
 
-@single
-def test_order_of_rows_does_not_matter(metric, oracle):
-    labels = random_labels((3,), 5, 4)
-    features = random_features(labels, 5, 9, spread=0.5)
-    copies = features.clone(), labels.clone()
-    before = as_tuple(metric(features, labels, 5))
-    order = torch.randperm(20, generator=generator(7))
-    after = as_tuple(metric(features[:, order], labels[:, order], 5))
-    other_labels = as_tuple(metric(features, labels[:, order], 5))
-    assert torch.equal(features, copies[0]) and torch.equal(labels, copies[1])   # and inputs stay as they were
-    for old, new, other in zip(before, after, other_labels, strict=True):
-        torch.testing.assert_close(old, new, rtol=1e-10, atol=1e-12)
-        assert not torch.allclose(old, other)
-
-
 # ---- precision ----
 
 def test_within_is_not_a_difference_of_squares():
@@ -350,19 +335,6 @@ def test_full_collapse():
     assert nc.ncc_mismatch(logits, features, labels, n_way, means) == 0
 
 
-def test_tasks_are_not_pooled():
-    """Class c of one task is unrelated to class c of another: pooled, two collapsed tasks look spread out."""
-    labels = random_labels((2,), 5, 4)
-    features = random_features(labels, 5, 9, spread=1e-3)
-    for metric, _ in SINGLE[1:]:   # class means, being linear, are the same either way
-        batched = as_tuple(metric(features, labels, 5))
-        alone = [as_tuple(metric(features[t], labels[t], 5)) for t in range(2)]
-        pooled = as_tuple(metric(features.flatten(0, 1), labels.flatten(), 5))
-        for value, first, second, both in zip(batched, *alone, pooled):
-            torch.testing.assert_close(value, torch.stack([first, second]), rtol=1e-9, atol=1e-12)
-            assert not torch.isclose(both, value.mean(0), rtol=0.01).all()
-
-
 def original_traces(features):
     """What the original computes: means of consecutive groups of five rows, as many as there are features,
     and class k is compared with the k-th of them, whatever the labels. Rows lie class after class."""
@@ -375,11 +347,6 @@ def original_traces(features):
     return within, between
 
 
-def original_relative_within(features):
-    within, between = original_traces(features)
-    return within / (within + between)
-
-
 def test_the_original_s_traces():
     logits = torch.randn(3, 4, 75, 5, generator=generator())
     flat = [original_traces(array(task)) for task in logits.flatten(0, 1)]
@@ -390,18 +357,6 @@ def test_the_original_s_traces():
     table = nc.measure(**a)
     for name, value in zip(("within_original", "between_original"), nc.original_traces(a["features"][-1])):
         assert torch.equal(table[name][-1], value) and table[name][:-1].isnan().all()
-
-
-def test_classes_are_where_the_labels_are_not_five_rows_in_a_row():
-    collapsed = torch.eye(5, dtype=torch.float64)   # logits that are all sure and all right
-    by_class, interleaved = torch.arange(5).repeat_interleave(15), torch.arange(5).repeat(15)
-    assert original_relative_within(array(collapsed[by_class])) == pytest.approx(2 / 3)
-    # The same with 5 queries a class is right, which is how the fault stays unseen.
-    assert original_relative_within(array(collapsed[torch.arange(5).repeat_interleave(5)])) == 0
-    for labels in (by_class, interleaved, random_labels((), 5, 15)):
-        traces = nc.covariance_traces(collapsed[labels], labels, 5)
-        assert traces[0] == 0 and nc.relative_within(*traces) == 0
-        assert traces[1].item() == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e5 / 3])
