@@ -15,7 +15,7 @@ The tasks are those of the run's test. The controls, each with all metrics and a
 class goes through the network together, upright, whatever the control. Metrics that are undefined are null.
 """
 
-import python_version  # noqa: F401, I001: first, since the others do not parse on an older Python
+import python_version  # first: the others do not parse on an older Python  # noqa: F401, I001
 
 import argparse
 import json

@@ -7,7 +7,7 @@
     python omniglot_train.py --test RUN_FOLDER          # test a finished run again
 """
 
-import python_version  # noqa: F401, I001: first, since the others do not parse on an older Python
+import python_version  # first: the others do not parse on an older Python  # noqa: F401, I001
 
 import argparse
 import math

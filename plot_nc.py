@@ -10,7 +10,7 @@ A RUN is a run's folder, or its log next to args.json. The meta model has the we
 one those after the inner steps. study/figures.py draws; nothing here needs torch.
 """
 
-import python_version  # noqa: F401, I001: first, since the others do not parse on an older Python
+import python_version  # first: the others do not parse on an older Python  # noqa: F401, I001
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -7,7 +7,7 @@
 Images are file names, PIL images or uint8 arrays of any size. They become a network's input as in the run's training.
 """
 
-import python_version  # noqa: F401, I001: first, since the others do not parse on an older Python
+import python_version  # first: the others do not parse on an older Python  # noqa: F401, I001
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Ends a program in one line where Python is too old for it. Imported first; this file itself parses on any Python 3."""
+"""Ends a program in one line where Python is too old. Imported first; this file itself parses on any Python 3."""
 
 import sys
 

@@ -138,7 +138,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str,
          choices=["best", "last"])
     flag("keep_every", 0, "meta-steps between two copies of the weights that are kept, weights-STEP.pt; 0: none")
     flag("save_every", 500, "meta-steps between two checkpoints; 0: only at the start, at the end and when stopped")
-    choice("tensorboard", False, "also write loss, accuracy and relative within traces for TensorBoard, to OUT/tensorboard")
+    choice("tensorboard", False, "also write loss, accuracy and relative within traces to OUT/tensorboard")
     flag("resume", None, f"resume a stopped run on its own settings; {_flags(MAY_CHANGE['resume'])} may be "
          "changed, and EPOCH may only grow", metavar="RUN_FOLDER")
     flag("test", None, f"test a finished run again, on its own settings; {_flags(MAY_CHANGE['test'])} may be changed",

@@ -33,8 +33,9 @@ def test_scalars_are_those_of_the_log(tmp_path, monkeypatch):
     (writer,) = Writer.made
     assert (writer.folder, writer.purge_step, writer.closed) == (str(tmp_path / "run" / "tensorboard"), 0, True)
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    train, first, last = (next(row for row in rows if (row["kind"], row["step"], row.get("classes", "")) == key) for key in
-                          (("train", 0, ""), ("val", 0, ""), ("nc", 2, "heldout")))
+    keys = ("train", 0, ""), ("val", 0, ""), ("nc", 2, "heldout")
+    train, first, last = (next(row for row in rows if (row["kind"], row["step"], row.get("classes", "")) == key)
+                          for key in keys)
     assert writer.scalars["train/loss", 0] == train["loss"] and writer.scalars["train/accuracy", 0] == train["acc"][-1]
     assert writer.scalars["val/accuracy", 0] == first["acc"][-1] and ("val/accuracy", 2) in writer.scalars
     for model in ("meta", "finetuned"):
