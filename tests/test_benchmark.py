@@ -74,6 +74,7 @@ def test_bad_flags(flags, capsys):
     assert flags.split()[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_report_and_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(implementations, "OTHERS", TORCH_ONLY)
     monkeypatch.setattr(speed, "start", lambda args: CPU)  # the settings of the tests' own process stay
