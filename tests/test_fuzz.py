@@ -63,7 +63,7 @@ def limits():
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt("a hang")))
-    signal.alarm(60)
+    signal.alarm(600)  # far more than a busy machine takes
     with contextlib.suppress(FileNotFoundError):  # Linux
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, hard))
@@ -343,6 +343,7 @@ def damaged(data: bytes, edits: list) -> bytes:
     return data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_damaged_files(name, sound):
     outcomes = Counter()
@@ -357,6 +358,7 @@ def test_damaged_files(name, sound):
     assert outcomes["refused"], outcomes
 
 
+@pytest.mark.slow
 @fuzzed(60, edits=EDITS, inside=st.booleans())
 def test_damage_inside_a_png(edits, inside, sound):
     good = PICTURES["PNG"]
@@ -389,6 +391,7 @@ def changed(value, way: list[int], new):
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, examples", [
     ("log", 120), ("plotted args", 40), ("resumed args", 40), ("tested args", 40), ("repeated args", 40),
     ("checkpoint", 60), ("best", 60)])
@@ -417,6 +420,7 @@ VALUES = st.sampled_from([
     "/proc/self"]) | st.text(max_size=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main", [omniglot_train.main, miniimagenet_train.main, plot_nc.main],
                          ids=["omniglot", "photos", "plot"])
 def test_command_lines(main, sound):
@@ -445,6 +449,7 @@ ODD = {"--seed": ["0", "2147483647"], "--meta_lr": ["1e308", "5e-324"], "--updat
        "--out": ["AROUND/out/é \udcff \n/deeper", "AROUND/out" + "x" * 300, "AROUND/run/best.pt/below"]}
 
 
+@pytest.mark.slow
 @fuzzed(25, chosen=st.lists(st.sampled_from([(flag, value) for flag in ODD for value in ODD[flag]]), max_size=3))
 def test_trainings_with_odd_settings(chosen, sound):
     with bad(sound, "best") as (around, *_):
