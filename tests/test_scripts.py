@@ -128,6 +128,7 @@ def test_testing_again(omniglot_run, capsys):
         omniglot_train.main(["--test", str(omniglot_run), "--n_way", "4"])
 
 
+@pytest.mark.slow
 def test_figure_of_a_run(omniglot_run, photos_run, tmp_path):
     done = program("plot_nc.py", str(omniglot_run), "-o", str(tmp_path / "figure.png"))
     assert done.returncode == 0, done.stderr
@@ -136,6 +137,7 @@ def test_figure_of_a_run(omniglot_run, photos_run, tmp_path):
     assert (tmp_path / "photos.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_photos_run(photos_run):
     args = json.loads((photos_run / "args.json").read_text())
     assert args["meta_steps"] == 4 and args["data"]["name"] == "synthetic photos"
@@ -143,6 +145,7 @@ def test_photos_run(photos_run):
     assert (photos_run / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_same_command_same_log_and_measuring_changes_nothing(tmp_path):
     runs = {}
     for name, extra in {"a": [], "b": [], "unmeasured": ["--nc_every", "0"], "other": ["--seed", "3"]}.items():
@@ -158,6 +161,7 @@ def test_same_command_same_log_and_measuring_changes_nothing(tmp_path):
         assert torch.equal(weight, runs["unmeasured"][2]["weights"][name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--first_order", "--net", "original"], ["--update_step", "1"], ["--no-rotations"],
                                    ["--k_spt", "5", "--n_way", "3"], ["--task_chunk", "1"]])
 def test_variants_run(flags, tmp_path):
@@ -165,6 +169,7 @@ def test_variants_run(flags, tmp_path):
     assert (tmp_path / "run/result.json").exists()
 
 
+@pytest.mark.slow
 def test_resuming_with_fewer_tasks_together_gives_the_same_accuracies(omniglot_run, tmp_path):
     """--task_chunk is what a run that was out of memory is told to lower."""
     run = tmp_path / "run"
@@ -175,25 +180,24 @@ def test_resuming_with_fewer_tasks_together_gives_the_same_accuracies(omniglot_r
     assert (run / "result.json").read_text() == (omniglot_run / "result.json").read_text()
 
 
-@pytest.mark.parametrize("task_chunk, together", [(0, 4), (2, 2)])
-def test_an_evaluation_holds_no_more_tasks_together_than_training(task_chunk, together, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_an_evaluation_holds_no_more_tasks_together_than_training(tmp_path, monkeypatch):
     """By the largest number of tasks that the network sees at once; the accuracies don't depend on it."""
-    seen, forward = [], Learner.forward
-    flags = [*OMNIGLOT, "--task_num", "4", "--eval_tasks", "10", "--test_tasks", "9"]
+    largest, forward, runs = [], Learner.forward, [tmp_path / "0", tmp_path / "2"]
+    flags = "--epoch 1 --task_num 4 --eval_tasks 10 --test_tasks 9 --nc_qry 3 --task_chunk".split()
 
     def watched(net, x, *args, **options):
-        seen.append(len(x))
+        largest[-1] = max(largest[-1], len(x))
         return forward(net, x, *args, **options)
 
-    omniglot_train.main([*flags, "--epoch", "1", "--out", str(tmp_path / "expected")])
     monkeypatch.setattr(Learner, "forward", watched)
-    omniglot_train.main([*flags, "--epoch", "1", "--task_chunk", str(task_chunk), "--out", str(tmp_path / "run")])
-    assert max(seen) == together
-    assert lines(tmp_path / "run", "val")[-1]["tasks"] == 10
-    for name in ("val", "train"):
-        assert [row["acc"] for row in lines(tmp_path / "run", name)] == [
-            row["acc"] for row in lines(tmp_path / "expected", name)]
-    assert (tmp_path / "run/result.json").read_text() == (tmp_path / "expected/result.json").read_text()
+    for run in runs:
+        largest.append(0)
+        omniglot_train.main([*OMNIGLOT, *flags, run.name, "--out", str(run)])
+    assert largest == [4, 2]
+    assert [row["tasks"] for row in lines(runs[0], "val")] == [10, 10]
+    one, two = ([[row["acc"] for row in lines(run, kind)] for kind in ("val", "train")] for run in runs)
+    assert one == two and (runs[0] / "result.json").read_text() == (runs[1] / "result.json").read_text()
 
 
 WINDOWS = """
@@ -230,6 +234,7 @@ with files.locked(files.Path("o/.run.lock")):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="a system that doesn't tell which files are open")
 def test_without_posix_and_without_removing_open_files(tmp_path):
     """As on Windows: both scripts run to their end, and a second process in a run's folder is refused."""
@@ -243,6 +248,14 @@ def test_without_posix_and_without_removing_open_files(tmp_path):
 
 
 # ---- what is refused, before any data is read
+
+
+PHOTOS_REFUSED = [
+    ("--synthetic --epoch 3", "--epoch 3: fewer tasks than one meta-step"),
+    ("--synthetic --imgsz 30", "--imgsz 30: layer"),
+    ("--synthetic --n_way 17", "--n_way 17: synthetic photos has 16 classes in its val split"),
+    ("--synthetic --k_spt 30", "synthetic photos has 40 images per class"),
+    ("--root nothing --update_lr -1", "--update_lr -1.0: must be")]  # before the data is looked for
 
 
 @pytest.mark.parametrize("flags, line", [
@@ -267,33 +280,16 @@ def test_without_posix_and_without_removing_open_files(tmp_path):
     (["--epoch", "ten"], "argument --epoch: invalid int value"),
     (["--net", "resnet"], "argument --net: invalid choice"),
     (["--epochs", "3"], "unrecognized arguments: --epochs"),
-    (["--test", "nowhere"], "can't read nowhere/args.json"),
+    (["--test", "nowhere"], "nowhere/args.json: No such file or directory; --test takes the folder"),
+    (["--from_args", "nowhere"], "can't read nowhere: No such file or directory; --from_args takes the args.json"),
+    *((flags.split(), line) for flags, line in PHOTOS_REFUSED),
 ])
-def test_omniglot_refuses(flags, line, tmp_path, monkeypatch):
+def test_settings_that_are_refused(flags, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refused:
-        omniglot_train.main(flags)
+        (miniimagenet_train if (" ".join(flags), line) in PHOTOS_REFUSED else omniglot_train).main(flags)
     assert line in str(refused.value) and "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())  # nothing read, downloaded or made
-
-
-@pytest.mark.parametrize("flags, line", [
-    (["--epoch", "3"], "--epoch 3: fewer tasks than one meta-step"),
-    (["--imgsz", "30"], "--imgsz 30: layer"),
-    (["--n_way", "17"], "--n_way 17: synthetic photos has 16 classes in its val split"),
-    (["--k_spt", "30"], "synthetic photos has 40 images per class"),
-])
-def test_photos_refuses(flags, line, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as refused:
-        miniimagenet_train.main(["--synthetic", *flags])
-    assert line in str(refused.value)
-    assert not list(tmp_path.iterdir())
-
-
-def test_settings_are_checked_before_the_data_is_looked_for(tmp_path):
-    with pytest.raises(UserError, match="--update_lr -1.0: must be"):
-        miniimagenet_train.main(["--root", str(tmp_path / "nothing"), "--update_lr", "-1"])
 
 
 def test_refusal_is_one_line_and_status_2(tmp_path):

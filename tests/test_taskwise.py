@@ -129,19 +129,6 @@ def test_first_layer_takes_images_without_gradient(tasks, padding):
 
 
 @pytest.mark.parametrize("tasks", TASKS)
-@pytest.mark.parametrize("name", ["conv2d-2-1-0-2", "conv2d-3-2-1-4", "conv2d-2-1-0-3", "batch_norm"])
-def test_gradcheck_and_gradgradcheck(name, tasks):
-    if name == "batch_norm":
-        layer, inputs = taskwise.batch_norm, batch_norm_inputs(tasks, 3, 2, channels=2)
-    else:
-        kernel, stride, padding, size = map(int, name.split("-")[1:])
-        layer = conv(kernel, stride, padding, size)[0]
-        inputs = conv_inputs(tasks, kernel, size, channels=2, out=2)
-    assert torch.autograd.gradcheck(layer, inputs)
-    assert torch.autograd.gradgradcheck(layer, inputs)
-
-
-@pytest.mark.parametrize("tasks", TASKS)
 def test_any_memory_layout_of_the_weights_and_images_will_do(tasks):
     x, weight, bias = conv_inputs(tasks, 3, 7)
     expected = native_conv2d(x, weight, bias, 2)
@@ -191,16 +178,12 @@ def test_batch_norm_in_float32_survives_a_large_mean(tasks):
     torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-3)
 
 
-def max_pool_inputs(tasks):
-    return [random(tasks, 2, 6, 6, 3)]
-
-
 @pytest.mark.parametrize("tasks", TASKS)
 @pytest.mark.parametrize("name", ["conv2d-3-2-0-7", "conv2d-3-2-1-6", "conv2d-3-2-(0, 1)-8", "batch_norm",
                                   "max_pool2d"])
 def test_third_derivative_raises(name, tasks):
     if name == "max_pool2d":
-        layer, inputs = (lambda x: taskwise.max_pool2d(x, 2, 2)), max_pool_inputs(tasks)
+        layer, inputs = (lambda x: taskwise.max_pool2d(x, 2, 2)), [random(tasks, 2, 6, 6, 3)]
     else:
         layer, _, make = LAYERS[name]
         inputs = make(tasks)
