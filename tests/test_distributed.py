@@ -8,8 +8,12 @@ import time
 from pathlib import Path
 
 import kill
+import pytest
 import torch
 import two_processes
+
+import omniglot_train
+from files import UserError
 
 HERE = Path(__file__).parent
 
@@ -27,18 +31,7 @@ def torchrun(*command: str) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(command, process.returncode, *said)
 
 
-def same(one, two) -> None:
-    if isinstance(one, dict):
-        assert one.keys() == two.keys()
-        for key in one:
-            same(one[key], two[key])
-    elif isinstance(one, list):
-        for a, b in zip(one, two, strict=True):
-            same(a, b)
-    elif one is not None:
-        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9, equal_nan=True)
-
-
+@pytest.mark.slow
 def test_weights_and_what_was_seen(tmp_path):
     two_processes.main(str(tmp_path / "one.pt"))
     done = torchrun(str(HERE / "two_processes.py"), str(tmp_path / "two.pt"))
@@ -46,9 +39,10 @@ def test_weights_and_what_was_seen(tmp_path):
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     for name, weight in one["weights"].items():
         assert name.endswith("conv2d_bias") or torch.allclose(weight, two["weights"][name], rtol=1e-7, atol=1e-10), name
-    same(one["seen"], two["seen"])
+    torch.testing.assert_close(one["seen"], two["seen"], rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_only_the_first_process_writes_and_speaks(tmp_path):
     done = torchrun(str(HERE.parent / "omniglot_train.py"), *"--synthetic --device cpu --epoch 3 --task_num 2 --k_qry "
                     "3 --update_step 1 --update_step_test 1 --eval_tasks 55 --test_tasks 55 --nc_every 2".split(),
@@ -62,6 +56,7 @@ def test_only_the_first_process_writes_and_speaks(tmp_path):
     assert json.loads((tmp_path / "run/result.json").read_text())["test"]["tasks"] == 55
 
 
+@pytest.mark.slow
 def test_stopped_together_and_resumed_together(tmp_path):
     """The launcher passes SIGTERM on; both processes stop at one step, and the run goes on bit for bit."""
     program, run = str(HERE.parent / "omniglot_train.py"), tmp_path / "run"
@@ -84,8 +79,7 @@ def test_stopped_together_and_resumed_together(tmp_path):
     assert not kill.differences(kill.state(run), kill.state(tmp_path / "whole"))
 
 
-def test_tasks_must_divide(tmp_path):
-    flags = "--synthetic", "--task_num", "3", "--out", str(tmp_path / "run")
-    done = torchrun(str(HERE.parent / "omniglot_train.py"), *flags)
-    assert done.returncode != 0
-    assert "--task_num 3: 2 processes need a multiple of 2" in done.stderr
+def test_tasks_must_divide(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as the launcher does
+    with pytest.raises(UserError, match="--task_num 3: 2 processes need a multiple of 2"):
+        omniglot_train.main(["--synthetic", "--device", "cpu", "--task_num", "3", "--out", str(tmp_path / "run")])

@@ -161,7 +161,3 @@ def test_loaders_return_their_split():
     )
     with pytest.raises(ValueError, match="no split 'validation'; there are train, val, test"):
         synthetic.load_photos("validation", 16)
-
-
-def test_the_data_sets_are_named_for_what_they_are():
-    assert "synthetic" in synthetic.CHARACTERS and "synthetic" in synthetic.PHOTOS

@@ -28,7 +28,7 @@ def main(path: str) -> None:
         for _ in range(3):
             tasks = sample_tasks(images, 4, 5, 1, 3, generator)
             step = maml(tasks._replace(x_spt=tasks.x_spt.double(), x_qry=tasks.x_qry.double()), every_step=True)
-            seen.append({"losses": step.losses, "accuracy": step.accuracy, "metrics": step.metrics})
+            seen.append({"losses": step.losses, "accuracy": step.accuracy, "metrics": step.metrics or {}})
         if devices.rank() == 0:
             torch.save({"weights": net.state_dict(), "seen": seen}, path)
 
