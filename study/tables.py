@@ -238,7 +238,7 @@ def contrast(study: Study) -> str:
                METRICS["nc1"]: over(effects.measured, model="meta", metric="nc1"),
                "nearest support mean, %": over(effects.tested("nearest_mean", 0), 100),
                "adapted classifier, %": over(effects.tested("accuracy", -1), 100),
-               "the same, not transductive, %": over(effects.tested("accuracy", -1, False), 100)}  # fmt: skip
+               "by its own rule, not transductive, %": over(effects.own_accuracy, 100, transductive=False)}  # fmt: skip
     rows = [[SETTINGS[name].label, str(len(study[name])), *(cell(study[name]) for cell in columns.values())]
             for name in LEARNERS if study[name]]  # fmt: skip
     return table(["trained as", "seeds", *columns], rows) if rows else ""
