@@ -62,8 +62,8 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("contrast-classifier", "classifier", f"{_CONTRAST} --learner classifier"),
     Setting("paper-omniglot-5w1s", "paper's recipe, 5-way 1-shot", _LONG),
     Setting("paper-omniglot-5w1s-first-order", "paper's recipe, 5-way 1-shot, first order",
-            f"{_LONG} --first_order", (1,)),
-    Setting("paper-omniglot-5w5s", "paper's recipe, 5-way 5-shot", f"{_LONG} --k_spt 5", (1,)),
+            f"{_LONG} --first_order --epoch 20000", (1,)),
+    Setting("paper-omniglot-5w5s", "paper's recipe, 5-way 5-shot", f"{_LONG} --k_spt 5 --epoch 10000", (1,)),
     Setting("paper-omniglot-20w1s", "paper's recipe, 20-way 1-shot", f"{_LONG} --n_way 20", (1,)),
 )}  # fmt: skip
 
