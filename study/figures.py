@@ -111,7 +111,7 @@ def step_axis(axes: Axes, groups: Sequence[Group]) -> None:
     if last > 300:
         axes.set_xscale("symlog", linthresh=100, linscale=0.5)
         ticks = [step for step in (100, 300, 1_000, 3_000, 6_000, 10_000, 20_000, 60_000) if step <= last]
-        ticks = [step for i, step in enumerate(ticks) if not any(0.5 * later < step for later in ticks[i + 1:])]
+        ticks = [step for i, step in enumerate(ticks) if not any(0.5 * later <= step for later in ticks[i + 1:])]
         axes.xaxis.set_major_locator(FixedLocator([0, *ticks]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k" if step >= 1000 else f"{step:g}")
