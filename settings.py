@@ -180,6 +180,8 @@ def _of_a_run(mode: str, given: dict, parser: argparse.ArgumentParser) -> argpar
         raise UserError(f"{path}: {error}") from error
     if "recipe" in given and given["recipe"] != settings["recipe"]:
         raise UserError(f"--recipe can't be set with --{mode}: the run's settings hold; give single flags")
+    if mode == "test" and not torch.cuda.is_available() and settings["device"].startswith("cuda"):
+        settings["device"] = "cpu"  # a run that was made on a GPU is tested anywhere
     if mode == "test" and "k_qry" in given:
         given.setdefault("k_qry_test", given["k_qry"])
     if mode == "from_args":

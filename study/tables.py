@@ -303,28 +303,32 @@ def controls(study: Study) -> str:
 
 def tests(study: Study) -> str:
     """Every test of the paper's recipe, by queries and batch norm, after a few inner steps."""
-    rows, inner = [], (1, 3, 5, 10)
+    rows, inner = [], (0, 1, 3, 5, 10)
     for name in LONG:
-        found: dict[tuple, list[dict]] = {}
+        found: dict[tuple, dict[Path, dict]] = {}  # queries, transductive -> run -> inner step -> accuracy, interval
         for run in study[name]:
             for file in ("result.json", *(path.name for path in sorted(run.path.glob("test-*.json")))):
                 for key in ("test", "test_nontransductive"):
                     if test := run.file(file).get(key):
-                        found.setdefault((test["k_qry"], key == "test"), []).append(test)
+                        after = found.setdefault((test["k_qry"], key == "test"), {}).setdefault(run.path, {})
+                        after |= zip(test["inner_steps"], zip(test["accuracy"], test["ci95"]))
         for (queries, transductive), group in sorted(found.items()):
-            after = [over(lambda test, k=k: number((test["accuracy"][k:] or [None])[0]), 100)(group) for k in inner]
-            spread = fixed(max(100 * test["ci95"][-1] for test in group), 2)
-            published = PUBLISHED.get((study[name][0].data, group[0]["n_way"], group[0]["k_spt"]), "")
-            kind = [str(len(group)), str(queries), "yes" if transductive else "no"]
-            rows.append([SETTINGS[name].label, *kind, *after, spread, published])
-    header = ["", "tests", "queries per class", "transductive", *(f"inner steps: {k}, %" for k in inner)]
+            runs = list(group.values())
+            cells = [over(lambda after, k=k: number(after.get(k, (None,))[0]), 100)(runs) for k in inner]
+            spread = fixed(max(100 * after[max(after)][1] for after in runs), 2)
+            first = study[name][0]
+            published = PUBLISHED.get((first.data, first.settings["n_way"], first.settings["k_spt"]), "")
+            kind = [str(len(runs)), f"{first.arguments['meta_steps']:,}", str(queries), "yes" if transductive else "no"]
+            rows.append([SETTINGS[name].label, *kind, *cells, spread, published])
+    header = ["", "seeds", "meta-steps", "queries per class", "transductive", *(f"inner steps: {k}, %" for k in inner)]
     return table([*header, "± over tasks", "published"], rows) if rows else ""
 
 
 def runs(study: Study, columns: Sequence[str] = ()) -> str:
     """Every run: what was trained, how long it took, what it reached; some columns or all."""
     rows = []
-    for name in (*SETTINGS, *sorted(study.paths.keys() - SETTINGS.keys())):
+    others = () if columns else sorted(study.paths.keys() - SETTINGS.keys())
+    for name in (*SETTINGS, *others):
         if not (group := study[name]):
             continue
         run, tests = group[0], [run.file("result.json")["test"] for run in group]
@@ -350,7 +354,7 @@ def runs(study: Study, columns: Sequence[str] = ()) -> str:
 
 
 def accuracies(study: Study) -> str:
-    """The same, narrower, for README.md."""
+    """The same of the study's settings, narrower, for README.md."""
     return runs(study, ("", "recipe", "meta-steps x tasks", "queries per class; inner steps", "test accuracy, %",
                         "not transductive, %", "published"))  # fmt: skip
 

@@ -243,16 +243,16 @@ def test_check_names_the_first_number_that_differs_and_writes_nothing(home):
 def test_learners_are_compared_with_controls_where_there_are_any(home):
     study = Study(home / "res")
     lines = tables.learners(study).split("\n")
-    assert lines[0].startswith("![") and [line.split(" | ")[0] for line in lines[4:]] == [
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
         f"| {name}" for name in (
             "raw pixels", "untrained", "MAML, second order", "ANIL", "BOIL", "ProtoNet", "classifier")]  # fmt: skip
-    assert lines[4].count("–") == 15, "raw pixels are measured by controls alone"
+    assert lines[2].count("–") == 15, "raw pixels are measured by controls alone"
     (protonet,) = read_groups([home / "res" / "contrast-protonet-seed1"])
     assert effects.own_accuracy(protonet[0]) == protonet[0].file("result.json")["test"]["nearest_mean"][0]
     for folder in (home / "res").glob("contrast-*"):
         nc_logs.write_controls(folder, 1 + 0.01 * len(folder.name))
     lines = tables.learners(Study(home / "res")).split("\n")
-    assert " 17.5 " in lines[4] and "–" not in lines[6]
+    assert " 17.5 " in lines[2] and "–" not in lines[4]
     assert tables.controls(Study(home / "res")).count("pixels") == 5
     before = tables.collapse(study)
     nc_logs.write_controls(home / "res" / "omniglot-5w1s-seed1", 2)
@@ -265,13 +265,15 @@ def test_learners_are_compared_with_controls_where_there_are_any(home):
 
 def test_a_long_run_and_its_tests(home):
     later = {"test": {"accuracy": [0.2, 0.9, 0.95, 0.985], "ci95": [0.002] * 4, "k_qry": 5, "n_way": 5, "k_spt": 1,
-                      "tasks": 600}}
+                      "inner_steps": [0, 1, 2, 3], "tasks": 600}}
     (home / "res" / "paper-omniglot-5w1s-seed1" / "test-600tasks-5qry-3steps.json").write_text(json.dumps(later))
     study = Study(home / "res")
     assert [row.split(" | ")[1] for row in tables.length(study).split("\n")[4:]] == ["0"]
     rows = [row.strip("| ").split(" | ") for row in tables.tests(study).split("\n")[2:]]
-    assert [row[1:4] for row in rows] == [["3", "1", "no"], ["3", "1", "yes"], ["1", "5", "yes"]]
-    assert rows[2][4:9] == ["90.0", "98.5", "–", "–", "0.20"]
+    steps = rows[0][2]
+    assert [row[1:5] for row in rows] == [
+        ["3", steps, "1", "no"], ["3", steps, "1", "yes"], ["1", steps, "5", "yes"]]
+    assert rows[2][5:11] == ["20.0", "90.0", "98.5", "–", "–", "0.20"]
 
 
 def test_a_setting_whose_runs_differ_is_refused(tmp_path):
@@ -304,7 +306,7 @@ if seed == 2 and not resumed:
     time.sleep(60)
 if seed == 3:
     sys.exit("no luck")
-for name in ("timing.json", "result.json", "final.pt"):
+for name in ("timing.json", "result.json", "last.pt"):
     (folder / name).write_text("{}")
 '''
 SETTING = "omniglot-5w1s"
@@ -354,7 +356,7 @@ def test_collected_files_name_no_place_and_no_time(place, capsys):
     for _ in range(2):
         run.main([SETTING, "--seeds", "1", "2", "--collect"])
         collected = {path.name: path.read_bytes() for path in (place / "res" / f"{SETTING}-seed1").iterdir()}
-        assert collected.keys() == {"log.jsonl.gz", "args.json", "result.json", "timing.json", "final.pt"}
+        assert collected.keys() == {"log.jsonl.gz", "args.json", "result.json", "timing.json", "last.pt"}
         assert gzip.decompress(collected["log.jsonl.gz"]) == b"begun\n" and collected["log.jsonl.gz"][4:8] == bytes(4)
         assert json.loads(collected["args.json"])["settings"] == {
             "seed": 1, "root": "omniglot/", "cache": None, "out": None}
