@@ -61,6 +61,7 @@ def test_every_figure_of_any_run_is_small_and_the_same_twice(name, tmp_path):
     assert picture == (tmp_path / "b.png").read_bytes() and 5_000 < len(picture) < 60_000
 
 
+@pytest.mark.slow
 def test_no_argument_redraws_the_figures_of_the_runs_that_are_there(tmp_path, capsys):
     with pytest.raises(UserError, match="no run of the study"):
         plot_nc.draw([], home=tmp_path)
