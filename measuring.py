@@ -68,6 +68,13 @@ def scores(net: Learner, tasks: Tasks, weights: Weights, transductive: bool) -> 
     return logits, -squared_distances(query[:, :, None], means)[:, :, 0], query
 
 
+def first_queries(tasks: Tasks, n_way: int) -> Tasks:
+    """The tasks with the first query of each class alone, [T, C, ...], in the order of the labels."""
+    first = torch.stack([(tasks.y_qry == label).float().argmax(1) for label in range(n_way)], 1)
+    task = torch.arange(len(first), device=first.device)[:, None]
+    return tasks._replace(x_qry=tasks.x_qry[task, first], y_qry=tasks.y_qry[task, first])
+
+
 def _together(net: Learner, tasks: Tasks, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [T, N_qry, C], and features at the classifier's input: of support and query images [T, N, D]."""
     logits, query = net(tasks.x_qry, weights, features=True)

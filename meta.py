@@ -21,7 +21,15 @@ from torch import Tensor, nn
 import device as devices
 from baselines import BASELINES
 from learner import Learner, Weights
-from measuring import accuracies, accuracy, collapse_metrics, cross_entropy, permuted_labels, query_accuracy
+from measuring import (
+    accuracies,
+    accuracy,
+    collapse_metrics,
+    cross_entropy,
+    first_queries,
+    permuted_labels,
+    query_accuracy,
+)
 from tasks import Tasks, cat, chunked, chunks, tree_map
 
 LATE = 7_500  # meta-steps: the original's first figure covers them, and measures more often than its second
@@ -234,7 +242,8 @@ class Meta(nn.Module):
                        devices.NO_LIMIT if self.learner == "classifier" else inner, len(tasks.y_spt), tasks, classes)
 
     def finetune(self, tasks: Tasks, measure: bool = False, null_seed: int | None = None,
-                 measured: Tasks | None = None, nontransductive: Sequence[int] = ()) -> Adapted:
+                 measured: Tasks | None = None, nontransductive: Sequence[int] = (),
+                 every_query: bool = True) -> Adapted:
         """Test-time adaptation from theta, which stays as it is.
 
         Args:
@@ -242,6 +251,7 @@ class Meta(nn.Module):
             null_seed: of the permuted labels; seed + step if None.
             measured: the same tasks with other query sets, on which the metrics are measured; `tasks` if None.
             nontransductive: after so many inner steps, also answer query by query.
+            every_query: all queries that way, or the first of each class alone: each costs a pass of the support set.
         """
         steps = max(self.update_step_test, self.update_step if measure else 0)
         measured = (measured or tasks) if measure else None
@@ -255,7 +265,8 @@ class Meta(nn.Module):
             answers = self._chunked(accuracies, query, tasks, tested)
             metrics = self._chunked(collapse_metrics, few, measured, trajectory[:self.update_step + 1],
                                     null) if measured else None
-            one_by_one = self._chunked(partial(accuracies, transductive=False), query, tasks,
+            alone = tasks if every_query else first_queries(tasks, self.net.shapes[-1][0])
+            one_by_one = self._chunked(partial(accuracies, transductive=False), query, alone,
                                        [tested[k] for k in nontransductive]) if nontransductive else None
             return Adapted(answers["accuracy"], answers["nearest_mean"], metrics, one_by_one)
 

@@ -107,7 +107,8 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str,
         choice("rotations", None, "in training, each class of a task is turned by a random multiple of 90 degrees")
         choice("rotate_heldout", False, "the same in validation and testing")
     choice("transductive", True, "validate, and choose the best weights, with batch norm by the whole query set; "
-           "otherwise each query is normalised together with the support set alone. A test has both")
+           "otherwise each query is normalised together with the support set alone. A test has both, the second of one "
+           "query per class if this is not given")
     flag("clip", 0.0, "the outer gradient is clipped to -CLIP..CLIP, value by value; the paper's code clips the sum "
          "over the 5 * 15 queries, per shot, at 10: 0.133 here in 1-shot, 0.667 in 5-shot; 0: not at all")
     choice("skip_nonfinite", False, "go on without an update whose loss or gradient is not finite, and count it, "

@@ -310,7 +310,8 @@ def _evaluate(maml: Meta, data: Data, split: str, images: Tensor, n_tasks: int, 
             signals.check(data.device)
         if i % devices.size() == devices.rank():
             measured = sampler.gather(part, measured=True) if measure else None
-            results.append(maml.finetune(sampler.gather(part), measure, maml.seed + start, measured, nontransductive))
+            results.append(maml.finetune(sampler.gather(part), measure, maml.seed + start, measured, nontransductive,
+                                         every_query=not data.args.transductive))
     return cat(devices.gather_lists(results))
 
 
@@ -336,12 +337,13 @@ def _test(args: argparse.Namespace, maml: Meta, data: Data, run: Path, signals: 
         results[name] = {
             "accuracy": numbers(mean), "ci95": numbers(interval), "nearest_mean": numbers(nearest),
             "nearest_mean_ci95": numbers(nearest_interval), "inner_steps": list(steps if transductive else alone),
-            "tasks": args.test_tasks, "n_way": args.n_way, "k_spt": args.k_spt, "k_qry": queries}
+            "tasks": args.test_tasks, "n_way": args.n_way, "k_spt": args.k_spt,
+            "k_qry": queries if transductive or not args.transductive else 1}
         how = "queries together" if transductive else "each query with the support set alone"
         say(f"test accuracy on {data.dataset.name}, {args.n_way}-way {args.k_spt}-shot, {how}: after {k} inner steps "
             f"{100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f}, nearest support mean before them "
-            f"{100 * nearest[0]:.2f}% ± {100 * nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, {queries} "
-            f"queries per class, {args.test_weights} weights, of step {step})")
+            f"{100 * nearest[0]:.2f}% ± {100 * nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, "
+            f"{results[name]['k_qry']} queries per class, {args.test_weights} weights, of step {step})")
         say(f"after {', '.join(map(str, results[name]['inner_steps']))} inner steps: {percent(mean)}")
     return {"data": data.dataset.name, **results, f"{args.test_weights}_step": step,
             "val_accuracy": numbers(val_accuracy)}

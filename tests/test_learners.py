@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import miniimagenet_train
 import omniglot_train
 from baselines import BASELINES
-from measuring import accuracies
+from measuring import accuracies, first_queries
 from meta import Meta, adapt, meta_gradient
 from tasks import Dataset, Sampler, sample_tasks
 
@@ -153,6 +153,17 @@ def test_without_transduction_each_query_meets_the_support_set_alone(net, k_spt)
                 near += int((features[-1] - means).norm(dim=1).argmin() == y)
             assert found["accuracy"][task, k] == pytest.approx(right / len(y_qry))
             assert found["nearest_mean"][task, k] == pytest.approx(near / len(y_qry))
+
+
+def test_first_queries(net):
+    tasks, _ = make_tasks(k_qry=3)
+    shuffle = torch.randperm(15, generator=torch.Generator().manual_seed(1))
+    tasks = tasks._replace(x_qry=tasks.x_qry[:, shuffle], y_qry=tasks.y_qry[:, shuffle])
+    few = first_queries(tasks, 5)
+    for task in range(3):
+        for label in range(5):
+            first = (tasks.y_qry[task] == label).nonzero()[0, 0]
+            assert torch.equal(few.x_qry[task, label], tasks.x_qry[task, first]) and few.y_qry[task, label] == label
 
 
 def test_measured_queries_extend_the_trained_ones():
