@@ -10,7 +10,8 @@ cache folder so that a cache is built again, until the run is complete; then ano
 kills itself at one of its calls that change a file, where it could do harm; the others are killed after a random time.
 At the end of each run its log, result, weights, Adam and best weights must be those of the undisturbed run.
 
-Each process is forked from this one, which has imported torch already, so a start costs nothing.
+Each process is forked from this one, which has imported torch already, so a start costs nothing. None draws its figure:
+matplotlib calls write more often than a process lives here, so that no run would ever end.
 """
 
 import argparse
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import files  # noqa: E402
 import miniimagenet_train  # noqa: E402
+import record  # noqa: E402
 
 FLAGS = ("--device cpu --n_way 2 --k_spt 1 --k_qry 2 --imgsz 48 --task_num 2 --update_step 1 --update_step_test 1 "
          "--epoch 30 --eval_every 5 --eval_tasks 2 --test_tasks 12 --nc_every 1 --save_every 1").split()
@@ -149,6 +151,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
+    record.draw_figure = lambda out: None
     torch.set_num_threads(1)  # before any is started: a fork has none of them
     with tempfile.TemporaryDirectory() as folder:
         kill_and_resume(Path(folder), args.kills, args.seconds, args.seed)
