@@ -102,20 +102,17 @@ def permuted_labels(tasks: Tasks, generator: torch.Generator) -> tuple[Tensor, T
 
 @torch.no_grad()
 def collapse_metrics(net: Learner, tasks: Tasks, trajectory: Sequence[Weights],
-                     null: tuple[Tensor, Tensor] | None) -> dict | None:
+                     null: tuple[Tensor, Tensor]) -> dict:
     """Neural collapse of the query features, and of the adapted model's support features, task by task.
 
     Args:
         trajectory: the weights before adaptation and after each inner step, from `meta.adapt`.
-        null: permuted support and query labels, [T, N_spt] and [T, N_qry]; None: nothing is measured.
+        null: permuted support and query labels, [T, N_spt] and [T, N_qry].
     Returns:
-        None without `null`, else
         "meta" (before adaptation), "finetuned" (after the last inner step): entries of `nc_metrics.measure`, [T, L].
         "support": the same of the adapted model's support features, where there are two or more per class.
         "inner": "within" and "between" [T, K+1, L], "accuracy" [T, K+1]: before and after each inner step.
     """
-    if null is None:
-        return None
     null_spt, null_qry = null
     metrics, inner, last = {}, [], len(trajectory) - 1
     for k, weights in enumerate(trajectory):

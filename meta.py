@@ -187,19 +187,16 @@ class Meta(nn.Module):
         n_tasks = len(tasks.y_spt)
         measured = (measured or tasks) if self.measures_next else None
         null = self._null(measured) if measured else None
-        inner, query = self._together(tasks)
-        few = min(query, self._together(measured)[1]) if measured else query
+        inner, query = self._training_chunks(tasks)
         shared = tree_map(devices.share, (tasks, measured, null, classes))
         gradients, steps = [], []
-        inner = devices.NO_LIMIT if self.learner == "classifier" else inner  # its batch norm is over all images
         for tasks, measured, null, classes in chunks(inner, len(shared[0].y_spt), *shared):
             gradient, losses, right, trajectory = self._gradient(tasks, classes, query, self.first_order)
             if trajectory is None and (every_step or measured):
                 trajectory = self._adapt(tasks, self.update_step)
             right = self._chunked(query_accuracy, query, tasks, trajectory) if every_step else right[:, None]
             gradients.append(gradient)
-            metrics = self._chunked(collapse_metrics, few, measured, trajectory, null) if measured else None
-            steps.append(Step(losses, right, metrics))
+            steps.append(Step(losses, right, self._metrics(query, measured, trajectory, null)))
         step = tree_map(devices.gather, cat(steps))
         total = devices.add_up([sum(parts) for parts in zip(*gradients)])
         self._update([gradient / n_tasks for gradient in total], step.losses)
@@ -237,9 +234,9 @@ class Meta(nn.Module):
 
     def losses(self, tasks: Tasks, classes: Tensor | None = None) -> Tensor:
         """What `forward` would see as `Step.losses`, [T]; nothing is updated."""
-        inner, query = self._together(tasks)
+        inner, query = self._training_chunks(tasks)
         return chunked(lambda *chunk: self._gradient(*chunk, query, first_order=True)[1],  # both orders: equal losses
-                       devices.NO_LIMIT if self.learner == "classifier" else inner, len(tasks.y_spt), tasks, classes)
+                       inner, len(tasks.y_spt), tasks, classes)
 
     def finetune(self, tasks: Tasks, measure: bool = False, null_seed: int | None = None,
                  measured: Tasks | None = None, nontransductive: Sequence[int] = (),
@@ -257,14 +254,12 @@ class Meta(nn.Module):
         measured = (measured or tasks) if measure else None
         null = self._null(measured, null_seed) if measured else None
         inner, query = self._together(tasks)
-        few = min(query, self._together(measured)[1]) if measured else query
 
         def one_chunk(tasks: Tasks, measured: Tasks | None, null: tuple | None) -> Adapted:
             trajectory = self._adapt(tasks, steps)
             tested = trajectory[:self.update_step_test + 1]
             answers = self._chunked(accuracies, query, tasks, tested)
-            metrics = self._chunked(collapse_metrics, few, measured, trajectory[:self.update_step + 1],
-                                    null) if measured else None
+            metrics = self._metrics(query, measured, trajectory[:self.update_step + 1], null)
             alone = tasks if every_query else first_queries(tasks, self.net.shapes[-1][0])
             one_by_one = self._chunked(partial(accuracies, transductive=False), query, alone,
                                        [tested[k] for k in nontransductive]) if nontransductive else None
@@ -282,6 +277,17 @@ class Meta(nn.Module):
         sizes = (devices.tasks_together(x.device, x.shape[1] * largest, most)
                  for x, most in ((tasks.x_spt, 9 * 2**16), (tasks.x_qry, 5 * 2**16)))
         return tuple(min(size, self.task_chunk or devices.NO_LIMIT) for size in sizes)
+
+    def _training_chunks(self, tasks: Tasks) -> tuple[int, int]:
+        """As `_together`; the classifier takes all tasks, because its batch norm is over all images."""
+        inner, query = self._together(tasks)
+        return devices.NO_LIMIT if self.learner == "classifier" else inner, query
+
+    def _metrics(self, query: int, measured: Tasks | None, trajectory: Sequence[Weights], null: tuple | None):
+        """`collapse_metrics` of `measured`, at most `query` tasks at a time; None without it."""
+        if measured is None:
+            return None
+        return self._chunked(collapse_metrics, min(query, self._together(measured)[1]), measured, trajectory, null)
 
     def _chunked(self, function: Callable, size: int, tasks: Tasks, *trees):
         return chunked(partial(function, self.net), size, len(tasks.y_qry), tasks, *trees)

@@ -67,7 +67,7 @@ def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffl
         _download(root, absent, found)
         found = _candidates(root)
     chosen, characters = [], {}
-    for part in PARTS:  # a half-unpacked folder loses to the whole zip file beside it
+    for part in PARTS:  # a half-unpacked folder loses to the whole zip file next to it
         drawings = {path: _unpacked(path) if path.name == part else _zipped(path) for path in found[part]}
         chosen.append(max(drawings, key=lambda path: len(drawings[path])))
         for name, file in drawings[chosen[-1]]:

@@ -19,7 +19,7 @@ from tasks import Dataset
 
 MODES = ("resume", "test", "from_args")  # name the run that the other settings come from; they are no settings
 PLACE = ("root", "data", "cache", "device")  # where a run happens; no part of the experiment
-MAY_CHANGE = {  # what may be given anew
+MAY_CHANGE = {  # what may be given again
     "resume": ("epoch", *PLACE, "save_every", "task_chunk", "cuda_graph", "tensorboard"),
     "test": ("k_qry", "k_qry_test", "update_step_test", "test_tasks", "test_weights", "transductive", "task_chunk",
              *PLACE),
@@ -158,7 +158,7 @@ def _flags(names: Sequence[str]) -> str:
 
 
 def _of_a_run(mode: str, given: dict, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The settings that a run's args.json holds, with those given anew.
+    """The settings that a run's args.json holds, with those given again.
 
     A file of an older version lacks the flags that came later: these take their defaults. A run is resumed only by
     the version that began it, because a new flag's default need not be what the old code did.

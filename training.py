@@ -108,9 +108,14 @@ class Data:
 
     def sampler(self, split: str, images: Tensor, seed: int) -> Sampler:
         args, trains = self.args, split == "train"
-        k_qry = args.k_qry if trains or args.k_qry_test is None else args.k_qry_test
-        return Sampler(images, self.dataset, self.device, seed, args.n_way, args.k_spt, k_qry, self.turns(split),
+        return Sampler(images, self.dataset, self.device, seed, args.n_way, args.k_spt,
+                       args.k_qry if trains else self.heldout_queries, self.turns(split),
                        on_device=trains, nc_qry=args.nc_qry, counts=self.dataset.counts(split))
+
+    @property
+    def heldout_queries(self) -> int:
+        """Query images per class in validation and testing."""
+        return self.args.k_qry if self.args.k_qry_test is None else self.args.k_qry_test
 
     def turns(self, split: str) -> int:
         """Orientations of each class, 4 or 1; not all scripts have rotations."""
@@ -328,7 +333,6 @@ def _test(args: argparse.Namespace, maml: Meta, data: Data, run: Path, signals: 
     alone = (0, k) if args.transductive else steps
     found = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, TEST_SEED, signals,
                       nontransductive=alone)
-    queries = args.k_qry if args.k_qry_test is None else args.k_qry_test
     results = {}
     for name, transductive in (("test", True), ("test_nontransductive", False)):
         answers = _answers(found, transductive)
@@ -338,7 +342,7 @@ def _test(args: argparse.Namespace, maml: Meta, data: Data, run: Path, signals: 
             "accuracy": numbers(mean), "ci95": numbers(interval), "nearest_mean": numbers(nearest),
             "nearest_mean_ci95": numbers(nearest_interval), "inner_steps": list(steps if transductive else alone),
             "tasks": args.test_tasks, "n_way": args.n_way, "k_spt": args.k_spt,
-            "k_qry": queries if transductive or not args.transductive else 1}
+            "k_qry": data.heldout_queries if transductive or not args.transductive else 1}
         how = "queries together" if transductive else "each query with the support set alone"
         say(f"test accuracy on {data.dataset.name}, {args.n_way}-way {args.k_spt}-shot, {how}: after {k} inner steps "
             f"{100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f}, nearest support mean before them "

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import pickle
 import re
 import shutil
@@ -25,6 +26,13 @@ def encode(array: np.ndarray, kind: str = "PNG", **options) -> bytes:
     data = io.BytesIO()
     Image.fromarray(array).save(data, kind, **options)
     return data.getvalue()
+
+
+def real_data(variable: str) -> Path:
+    """The folder of the real data that the environment names; the test is skipped where it names none."""
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} is unset: it names the folder of the real data")
+    return Path(os.environ[variable])
 
 
 def drawing(number: int) -> bytes:

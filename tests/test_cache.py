@@ -71,7 +71,7 @@ def test_cache_is_taken_and_rebuilt_when_anything_changes(photos, builds):
 def test_omniglot_cache_follows_the_zip_content(tmp_path, small_omniglot, builds):
     write_zips(tmp_path, small_omniglot)
     first = omniglot.load(tmp_path, "train", 28)
-    write_zips(tmp_path, small_omniglot)  # packed anew: other times, the same content
+    write_zips(tmp_path, small_omniglot)  # packed again: other times, the same content
     assert torch.equal(omniglot.load(tmp_path, "train", 28), first) and len(builds) == 1
     write_zips(tmp_path, {name: drawing(30) for name in small_omniglot})
     assert not torch.equal(omniglot.load(tmp_path, "train", 28), first) and len(builds) == 2

@@ -186,5 +186,5 @@ def test_a_dataset_that_breaks_its_promise(images_, counts, words):
     with refused("the val split of mine: sizes has no 'val'"):
         images.check_images(PROMISED, made(PROMISED, None), "val", 8)
     if images_ is BROKEN:
-        mended = (255 * images_).round().to(torch.uint8)  # as advised
-        assert torch.equal(images.check_images(mended, made(mended, None), "train", 8), PROMISED)
+        scaled = (255 * images_).round().to(torch.uint8)  # as advised
+        assert torch.equal(images.check_images(scaled, made(scaled, None), "train", 8), PROMISED)

@@ -22,6 +22,7 @@ from data_files import (  # noqa: F401
     photos,
     png_header,
     python2,
+    real_data,
     refused,
     rename_images,
 )
@@ -350,9 +351,7 @@ def test_dataset_that_is_too_small(photos, sizes, words):
 
 @pytest.mark.slow
 def test_real_photographs(tmp_path, capfd):
-    if not os.environ.get("MINIIMAGENET_ROOT"):
-        pytest.skip("MINIIMAGENET_ROOT is unset: it names the folder of the real data")
-    root = Path(os.environ["MINIIMAGENET_ROOT"])
+    root = real_data("MINIIMAGENET_ROOT")
     found = miniimagenet.find(root, tmp_path)
     splits = {split: found.load(split, 84, 3) for split in images.SPLITS}
     assert [len(data) for data in splits.values()] == [64, 16, 20]

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import http.server
 import io
-import os
 import random
 import shutil
 import socket
@@ -15,12 +14,11 @@ import struct
 import threading
 import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_files import drawing, listing, refused, small_omniglot, write_folders, write_zips  # noqa: F401
+from data_files import drawing, listing, real_data, refused, small_omniglot, write_folders, write_zips  # noqa: F401
 from PIL import Image
 
 import omniglot
@@ -268,9 +266,7 @@ def test_download_that_fails_leaves_nothing_half_and_leads_out(tmp_path, officia
 
 @pytest.mark.slow
 def test_real_omniglot(tmp_path, capfd):
-    if not os.environ.get("OMNIGLOT_ROOT"):
-        pytest.skip("OMNIGLOT_ROOT is unset: it names the folder of the real data")
-    root = Path(os.environ["OMNIGLOT_ROOT"])
+    root = real_data("OMNIGLOT_ROOT")
     found = omniglot.find(root, tmp_path)
     splits = {split: found.load(split, 28, 1) for split in omniglot.SPLITS}
     assert [tuple(data.shape) for data in splits.values()] == [
