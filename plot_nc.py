@@ -46,6 +46,9 @@ def draw(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
         matplotlib.rcParams.update(figures.STYLE)
         if options.runs:
             groups = read_groups(options.runs)
+            for run, *_ in groups if options.layer else ():
+                if options.layer not in run.layers:
+                    raise UserError(f"no layer {options.layer!r} in {run.path}; there are: {', '.join(run.layers)}")
             name = "result.png" if options.figure == "traces" else f"{options.figure}.png"
             drawn = {options.output or groups[0][0].path / name: figures.ANY[options.figure](groups, options.layer)}
         else:

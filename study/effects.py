@@ -118,25 +118,26 @@ def end_from(run: Run) -> float:
 
 
 def series(run: Run, split: str, model: str, metric: str, layer: int | str = HIDDEN) -> Series:
-    """As logged; "cdnv_unbiased" of older logs is computed from CDNV (`unbiased_cdnv`)."""
+    """As logged, but "cdnv_unbiased" is `unbiased_cdnv` of the mean CDNV: defined near noise, and in older logs."""
     layer = layer if isinstance(layer, str) else run.layers[max(layer, -len(run.layers))]
-    if metric == "cdnv_unbiased" and not run.has(split, model, metric):
+    if metric == "cdnv_unbiased":
         steps, mean, se = run.series(split, model, "cdnv", layer)
         return Series(steps, unbiased_cdnv(mean, run.queries), se * unbiased_cdnv(mean, run.queries) / mean)
     return run.series(split, model, metric, layer)
 
 
 def logged(run: Run, model: str, metric: str) -> bool:
-    return run.has("heldout", model, metric) or metric == "cdnv_unbiased" and run.has("heldout", model, "cdnv")
+    return run.has("heldout", model, "cdnv" if metric == "cdnv_unbiased" else metric)
 
 
 def unbiased_cdnv(measured: np.ndarray, queries: int) -> np.ndarray:
-    """CDNV without the bias of means over few queries, to first order.
+    """CDNV without the bias of means over few queries, to first order; nan where noise is all there is.
 
     Means of n samples shorten the spread by (n-1)/n and lengthen a squared distance d by 2v/n, so that V = v/d is
     measured as m = V (n-1)/n / (1 + 2V/n). Solved for V.
     """
-    return queries * measured / (queries - 1 - 2 * measured)
+    left = queries - 1 - 2 * np.asarray(measured, float)
+    return queries * measured / np.where(left > 0, left, np.nan)
 
 
 def at(run: Run, split: str, model: str, metric: str, step: int, layer: int | str = HIDDEN) -> float:
@@ -224,6 +225,14 @@ def detrended(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     return values - values.mean() - x * ((x @ values) / (x @ x))
 
 
+def smoothed(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Each point the mean of the defined ones within 10% of its step: [S], [S] -> [S]."""
+    defined = np.isfinite(values)
+    near = (np.abs(steps[:, None] - steps) <= 0.1 * steps[:, None]) & defined
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(defined, near @ np.where(defined, values, 0) / near.sum(1), np.nan)
+
+
 def residuals(run: Run, model: str, metric: str, layer: int | str, first: int = LATE) -> tuple[np.ndarray, np.ndarray]:
     """Log metric and log held-out error from meta-step `first` on, each minus its trend; empty if undefined."""
     steps, error = held_out_error(run)
@@ -280,8 +289,10 @@ def control_of(run: Run, kind: str) -> dict | None:
 def measured(run: Run, model: str, metric: str, kind: str = "final") -> float:
     """At the classifier's input, on the test tasks of controls.json; without it, of the log's held-out tasks."""
     if control := control_of(run, kind):
-        values = control.get(model, {}).get(metric, {}).get("mean") or [None]
-        return number(values[max(len(values) - 2, 0)])
+        values = control.get(model, {}).get("cdnv" if metric == "cdnv_unbiased" else metric, {}).get("mean") or [None]
+        value = number(values[max(len(values) - 2, 0)])
+        queries = int(kind.split()[1]) if kind.startswith("queries") else run.queries
+        return float(unbiased_cdnv(value, queries)) if metric == "cdnv_unbiased" else value
     value_of = {"final": end, "untrained": untrained}.get(kind)
     return value_of(run, model, metric) if value_of and logged(run, model, metric) else math.nan
 

@@ -31,7 +31,6 @@ STYLE = {"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.
          "axes.axisbelow": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "legend.frameon": False,
          "legend.fontsize": 8, "axes.titlelocation": "left", "lines.solid_capstyle": "butt"}  # fmt: skip
 WIDTH, DPI = 9.0, 160  # inches, dots per inch: a picture shown about 900 pixels wide stays sharp
-SMOOTHED = 0.1
 
 LABELS = {"relative_within": "relative within trace", "nc1": "tr(S$_W$S$_B^+$)/C", "cdnv_unbiased": "CDNV, unbiased",
           "etf_error": "NC2: ETF error", "self_duality": "NC3: self-duality", "ncc_mismatch": "NC4: mismatch",
@@ -46,8 +45,7 @@ def save(figure: Figure, path: Path) -> None:
     """Write a PNG of few colours, which is small; same input, same bytes."""
     buffer, target = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
-    if buffer.tell():
-        Image.open(buffer).convert("RGB").quantize(40, dither=Image.Dither.NONE).save(target, "PNG", optimize=True)
+    Image.open(buffer).convert("RGB").quantize(40, dither=Image.Dither.NONE).save(target, "PNG", optimize=True)
     write_bytes(path, target.getvalue())
 
 
@@ -58,14 +56,6 @@ def colours(groups: Sequence[Group]) -> list[tuple[Group, str, str]]:
     return [(group, PALETTE[i % len(PALETTE)], label) for i, (group, label) in enumerate(zip(groups, labels))]
 
 
-def smoothed(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Each point the mean of the defined ones within 10% of its step: [S], [S] -> [S]."""
-    defined = np.isfinite(values)
-    near = (np.abs(steps[:, None] - steps) <= SMOOTHED * steps[:, None]) & defined
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(defined, near @ np.where(defined, values, 0) / near.sum(1), np.nan)
-
-
 def draw(axes: Axes, group: Group, curve: Curve, colour: str, style="-", smooth: bool = False) -> None:
     """A thin line per seed and a thick one of their mean, at the steps that all have; of a single seed, with a band."""
     found = []
@@ -73,7 +63,7 @@ def draw(axes: Axes, group: Group, curve: Curve, colour: str, style="-", smooth:
         steps, values, *half = curve(run)
         if not len(steps):
             return
-        values, *half = (smoothed(steps, one) if smooth else one for one in (values, *half))
+        values, *half = (effects.smoothed(steps, one) if smooth else one for one in (values, *half))
         found.append(dict(zip(steps, values)))
         if len(group) == 1 and half:
             axes.fill_between(steps, values - half[0], values + half[0], color=colour, alpha=0.15, linewidth=0)
@@ -119,9 +109,8 @@ def step_axis(axes: Axes, groups: Sequence[Group]) -> None:
 
 def fit(axes: Axes, log: bool = False) -> None:
     """A range around the lines; a panel in which nothing is defined says so."""
-    lines = [np.asarray(line.get_ydata(), float) for line in axes.get_lines()]
-    values = np.concatenate([*lines, np.empty(0)])
-    values = values[np.isfinite(values) & ((values > 0) if log else True)]
+    values = np.concatenate([np.empty(0), *(np.asarray(line.get_ydata(), float) for line in axes.get_lines())])
+    values = values[np.isfinite(values) & ((values > 0) | (not log))]
     if not values.size:
         axes.text(0.5, 0.5, "undefined", transform=axes.transAxes, ha="center", color=GREY)
         axes.set_yticks([])
@@ -167,14 +156,6 @@ def common_split(groups: Sequence[Group]) -> str:
     return "heldout" if all(run.rows["heldout"] for group in groups for run in group) else "train"
 
 
-def checked(group: Group, layer: str | None) -> str | None:
-    """The layer that the user named, if the run has it; None stands for the classifier's input."""
-    run = group[0]
-    if layer is not None and layer not in run.layers:
-        raise UserError(f"no layer {layer!r} in {run.path}; --layer takes one of: {', '.join(run.layers)}")
-    return layer
-
-
 def zoom_on_accuracy(axes: Axes) -> None:
     """88 to 100%, where that is what matters, from meta-step 100 on."""
     if axes.get_ylim()[1] > 98:
@@ -188,8 +169,7 @@ def traces(groups: Sequence[Group], layer: str | None = None) -> Figure:
     """The original's panels: traces within and between classes, and the share within, before and after adaptation."""
     if len(groups) > 1:
         raise UserError("--figure traces takes the seeds of one setting; name other settings in a call of their own")
-    (group,) = groups
-    run, layer = group[0], checked(group, layer)
+    (group,), run = groups, groups[0][0]
     kinds = {"within": PALETTE[0], "between": PALETTE[1]}
     legend = [key(f"{name} classes", colour, linewidth=2.2) for name, colour in kinds.items()]
     figure, panels = frame(2, 2, 4.6, [*legend, key("training tasks"), key("held-out tasks", linestyle=":")])
@@ -218,7 +198,7 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
     for axes, (metric, label) in zip(panels.flat, LABELS.items()):
         for group, colour, _ in colours(groups):
             for model, style in STYLES.items():
-                draw(axes, group, of_metric(split, model, metric, checked(group, layer)), colour, style)
+                draw(axes, group, of_metric(split, model, metric, layer), colour, style)
         if metric == "etf_error":
             for dimension in (16, 64):
                 error = effects.random_etf_errors(run.settings["n_way"])[dimension - 1]
@@ -262,7 +242,7 @@ def accuracy(groups: Sequence[Group], layer: str | None = None) -> Figure:
     figure, ((axes,),) = frame(1, 1, 2.9, keys(groups, key("adapted classifier"), before))
     for group, colour, _ in colours(groups):
         draw(axes, group, of_accuracy("heldout"), colour)
-        nearest = of_metric("heldout", "meta", "ncc_accuracy", checked(group, layer), scale=100)
+        nearest = of_metric("heldout", "meta", "ncc_accuracy", layer, scale=100)
         draw(axes, group, nearest, colour, STYLES["meta"])
     axes.set_ylabel("held-out accuracy, %")
     fit(axes)
@@ -388,9 +368,8 @@ def learners(study: Study) -> Figure:
     right.set(title="B  Test accuracy, %")
     ranked.set(title="C  Before adaptation", xscale="log", ylabel="nearest support mean, %")
     ranked.set_xlabel(LABELS["nc1"])
-    ranked.xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.4]))
-    ranked.xaxis.set_minor_locator(NullLocator())
-    ranked.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ranked.minorticks_off()
+    ranked.set_xticks([0.1, 0.2, 0.4], ["0.1", "0.2", "0.4"])
     share.legend(handles=[key("before adaptation", GREY, marker="o", markerfacecolor="white", linestyle=""),
                           key("adapted", GREY, marker="o", linestyle="")], loc="lower left", fontsize=7.5)
     return figure

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,28 +64,21 @@ def one_line(text: str) -> str:
 
 def read_bytes(path: Path, remedy: str) -> bytes:
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("not a file")  # a pipe would be waited for
         return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL character
-        raise UserError(f"can't read {path}: {getattr(error, 'strerror', None) or error}; {remedy}") from error
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror or error}; {remedy}") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write the whole file or nothing."""
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name[:50]}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except (OSError, ValueError) as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"can't write {path}: {reason}; name another file") from error
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"can't write {path}: {error.strerror or error}; name another file") from error
 
 
 # ---- one run
@@ -138,9 +130,9 @@ class Run:
             why = "it ran with --nc_every 0" if self.settings.get("nc_every") == 0 else "it stopped before the first"
             raise UserError(f"{self.path} holds no neural-collapse measurement: {why}; train it with --nc_every 100")
         layers = next(iter(measured.values())).get("layers")
-        if not isinstance(layers, list) or not layers or not all(map(_is_label, layers)):
+        if not isinstance(layers, list) or not layers:
             raise UserError(f"{self.path}: a measurement names no layers; its log is broken")
-        return layers
+        return list(map(str, layers))
 
     @property
     def hidden(self) -> str:
@@ -196,11 +188,6 @@ def number(value: Any) -> float:
     return value if abs(value) < 1e100 else math.nan
 
 
-def _is_label(name: object) -> bool:
-    """Whether a figure can show it: printable, and nothing that matplotlib takes for mathematics."""
-    return isinstance(name, str) and name.isprintable() and "$" not in name and len(name) < 100
-
-
 def read_run(path: Path) -> Run:
     """The run at `path`: its folder, or its log next to args.json.
 
@@ -208,26 +195,14 @@ def read_run(path: Path) -> Run:
         UserError: the folder, the log or args.json is missing or broken.
     """
     path = Path(path)
-    try:
-        if path.is_dir():
-            plain = path / "log.jsonl"
-            path = plain if plain.exists() else path / "log.jsonl.gz"
-        there = path.exists()
-    except (OSError, ValueError):  # too long a name, a NUL character
-        there = False
-    if not there:
+    if path.is_dir():
+        path = next((path / name for name in ("log.jsonl", "log.jsonl.gz") if (path / name).exists()), path / "log")
+    if not path.is_file():
         raise UserError(f"no run at {path}; name the folder that a training script wrote, or its log")
     place = path.parent / "args.json"
     try:
         arguments = json.loads(read_bytes(place, "keep it next to its log: it says what data and settings the run had"))
-        settings, data = arguments["settings"], arguments["data"]["name"]
-        sizes = [settings[name] for name in ("n_way", "k_spt", "k_qry")] + [settings.get("nc_qry") or 1]
-        if not all(type(size) is int and 0 < size < 10**6 for size in sizes):
-            raise ValueError("n_way, k_spt and k_qry must be counts")
-        if not all(isinstance(value, str | int | float | None) for value in settings.values()):
-            raise TypeError("a setting must be a number, text or null")
-        if not all(map(_is_label, (data.replace("$", ""), *(str(settings.get(name)) for name in ("net", "learner"))))):
-            raise ValueError("a name that can't be printed")
+        str(arguments["data"]["name"]), [arguments["settings"][name] + 0 for name in ("n_way", "k_spt", "k_qry")]
     except BROKEN as error:
         raise UserError(f"{place} isn't a run's args.json: {type(error).__name__}: {error}; take it from the run's "
                         "folder again") from error  # fmt: skip

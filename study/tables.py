@@ -107,10 +107,6 @@ SUMMARY = [
 ]  # fmt: skip
 
 
-def summary(study: Study) -> str:
-    return compared(study, MAIN, SUMMARY)
-
-
 def collapse(study: Study) -> str:
     return compared(study, (*MAIN, *PHOTOGRAPHS), [
         ("relative within trace, before adaptation", from_untrained("meta", "relative_within")), SUMMARY[0],
@@ -222,9 +218,9 @@ def learners(study: Study) -> str:
     groups = {SETTINGS[name].label: study[name] for name in LEARNERS if study[name]}
     if not groups:
         return ""
-    any_runs = next(iter(groups.values()))
-    floors = {"raw pixels": "pixel", "untrained": "untrained"}
-    rows = [[label, *learner_cells(any_runs, kind)] for label, kind in floors.items()]
+    with_pixels = [run for name in (*LEARNERS, *LONG) for run in study[name] if "pixels" in run.controls()][:1]
+    rows = [["raw pixels", *learner_cells(with_pixels, "pixels")]] if with_pixels else []
+    rows += [["untrained", *learner_cells(next(iter(groups.values())), "untrained")]]
     rows += [[label, *learner_cells(runs, "final")] for label, runs in groups.items()]
     accuracies = [f"{name}, %{how}" for how in ("", ", not transductive") for name in BY]
     return table(["", "seeds", *METRICS.values(), "dimension", "relative within trace, adapted",
@@ -274,8 +270,7 @@ def length(study: Study) -> str:
             steps, values, _ = effects.series(run, split, "finetuned", metric, run.hidden)
         return float(values[np.abs(steps - step).argmin()])
 
-    names = METRICS | {"accuracy": "accuracy, %"}
-    del names["directional_cdnv"]
+    names = {name: METRICS.get(name, "accuracy, %") for name in (*METRICS, "accuracy") if name != "directional_cdnv"}
     rows = []
     for name in LONG:
         last = min((run.last_step for run in study[name]), default=-1)
@@ -289,9 +284,9 @@ def length(study: Study) -> str:
 
 
 def controls(study: Study) -> str:
-    """Every control of every setting that has controls.json, before adaptation, over its seeds."""
+    """Every control of the long runs that have controls.json, before adaptation, over their seeds."""
     rows = []
-    for name in SETTINGS:
+    for name in LONG:
         having = [run for run in study[name] if run.controls()]
         for kind in dict.fromkeys(kind for run in having for kind in run.controls()):
             runs = [run for run in having if kind in run.controls()]
@@ -328,9 +323,8 @@ def runs(study: Study, columns: Sequence[str] = ()) -> str:
     """Every run: what was trained, how long it took, what it reached; some columns or all."""
     rows = []
     others = () if columns else sorted(study.paths.keys() - SETTINGS.keys())
-    for name in (*SETTINGS, *others):
-        if not (group := study[name]):
-            continue
+    for name in filter(study.__getitem__, (*SETTINGS, *others)):
+        group = study[name]
         run, tests = group[0], [run.file("result.json")["test"] for run in group]
         test, device = tests[0], run.arguments["device"]
         minutes = sorted(round(run.file("timing.json")["training_minutes"]) for run in group)
@@ -349,7 +343,7 @@ def runs(study: Study, columns: Sequence[str] = ()) -> str:
             "minutes": " to ".join(map(str, dict.fromkeys((minutes[0], minutes[-1])))),
             "machine": device["name"] + threads,
         })  # fmt: skip
-    columns = columns or list(rows[0]) if rows else ()
+    columns = columns or list(*rows[:1])
     return table(columns, [[row[column] for column in columns] for row in rows]) if rows else ""
 
 
@@ -360,7 +354,7 @@ def accuracies(study: Study) -> str:
 
 
 TABLES: dict[str, Callable[[Study], str]] = {function.__name__: function for function in (
-    summary, contrast, accuracies, collapse, accuracy, layers, inner_steps, correlation, original, cells, learners,
+    contrast, accuracies, collapse, accuracy, layers, inner_steps, correlation, original, cells, learners,
     ranking, length, tests, controls, runs)}
 
 
@@ -379,11 +373,11 @@ def difference(found: str, expected: str) -> str:
     """The first cell in which two tables differ, by its row and column."""
     split = [[[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n")]
              for text in (found, expected)]  # fmt: skip
+    header = dict(enumerate(split[1][0]))
     for row_found, row in zip(*split):
         for i, (cell_found, cell) in enumerate(zip(row_found, row)):
             if cell_found != cell:
-                column = split[1][0][i] if i < len(split[1][0]) else ""
-                return f"row {row[0]!r}, column {column!r}: {cell_found!r}, and the logs give {cell!r}"
+                return f"row {row[0]!r}, column {header.get(i)!r}: {cell_found!r}, and the logs give {cell!r}"
     return f"{len(split[0])} lines, and the logs give {len(split[1])}"
 
 

@@ -14,7 +14,7 @@ from nc_logs import write_run
 from PIL import Image
 
 import plot_nc
-from study import figures, logs, tables
+from study import effects, figures, logs, tables
 from study.logs import UserError
 
 PROJECT = Path(plot_nc.__file__).parent
@@ -115,7 +115,7 @@ def test_smoothing_averages_the_measurements_within_a_tenth_of_each_step():
     steps = np.arange(1, 1_201, 31)
     values = np.random.default_rng(0).normal(5, 1, len(steps))
     values[20] = np.nan
-    found = figures.smoothed(steps, values)
+    found = effects.smoothed(steps, values)
     for i, step in enumerate(steps):
         near = [value for other, value in zip(steps, values)
                 if 0.9 * step <= other <= 1.1 * step and not math.isnan(value)]
@@ -155,11 +155,14 @@ def test_metrics_that_are_undefined_everywhere(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", figures.ANY)
-@pytest.mark.parametrize("nc_every, words", [(0, "it ran with --nc_every 0"), (30, "it stopped before the first")])
-def test_a_run_without_a_measurement(name, nc_every, words, tmp_path):
-    run = write_run(tmp_path / "run", [nc_logs.val_row(0, 0.5)], nc_every=nc_every)
-    assert words in refused(run, "--figure", name)
-    done = subprocess.run([sys.executable, PROJECT / "plot_nc.py", run], capture_output=True, text=True)
+def test_a_run_without_a_measurement(name, tmp_path):
+    for nc_every, words in ((0, "it ran with --nc_every 0"), (30, "it stopped before the first")):
+        run = write_run(tmp_path / "run", [nc_logs.val_row(0, 0.5)], nc_every=nc_every)
+        assert words in refused(run, "--figure", name)
+
+
+def test_an_error_is_one_line_on_stderr(tmp_path):
+    done = subprocess.run([sys.executable, PROJECT / "plot_nc.py", tmp_path], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and done.stderr.startswith("error: ")
 
 

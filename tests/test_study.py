@@ -209,7 +209,7 @@ def home(tmp_path):
     nc_logs.write_study(tmp_path / "res", steps=300, every=60)
     nc_logs.write_study(tmp_path / "res", nc_logs.LEARNERS | nc_logs.LONG, steps=120, every=60)
     (tmp_path / "study").mkdir()
-    for page, names in (("README.md", ["summary"]), ("study/README.md", tables.TABLES)):
+    for page, names in (("README.md", ["collapse"]), ("study/README.md", tables.TABLES)):
         (tmp_path / page).write_text("Before.\n" + "".join(
             f"<!-- table: {name} -->\n<!-- /table -->\nAfter.\n" for name in names))
     tables.main([], tmp_path)
@@ -233,7 +233,7 @@ def test_check_names_the_first_number_that_differs_and_writes_nothing(home):
     log.unlink()
     tables.main(["--check"], home)  # a compressed log is the same log
     shutil.rmtree(log.parent)
-    with pytest.raises(UserError, match="README.md, table summary, .*'3', and the logs give '2'"):
+    with pytest.raises(UserError, match="README.md, table collapse, .*'3', and the logs give '2'"):
         tables.main(["--check"], home)
     page.write_text(text.replace("table: runs", "table: none"))
     with pytest.raises(UserError, match="there is no table 'none'"):
@@ -241,26 +241,29 @@ def test_check_names_the_first_number_that_differs_and_writes_nothing(home):
 
 
 def test_learners_are_compared_with_controls_where_there_are_any(home):
-    study = Study(home / "res")
-    lines = tables.learners(study).split("\n")
-    assert [line.split(" | ")[0] for line in lines[2:]] == [
-        f"| {name}" for name in (
-            "raw pixels", "untrained", "MAML, second order", "ANIL", "BOIL", "ProtoNet", "classifier")]  # fmt: skip
-    assert lines[2].count("–") == 15, "raw pixels are measured by controls alone"
-    (protonet,) = read_groups([home / "res" / "contrast-protonet-seed1"])
-    assert effects.own_accuracy(protonet[0]) == protonet[0].file("result.json")["test"]["nearest_mean"][0]
-    for folder in (home / "res").glob("contrast-*"):
+    before = tables.collapse(Study(home / "res"))
+    lines = tables.learners(Study(home / "res")).split("\n")[2:]
+    labels = ["untrained", "MAML, second order", "ANIL", "BOIL", "ProtoNet", "classifier"]
+    assert [line.split(" | ")[0] for line in lines] == [f"| {label}" for label in labels]
+    ((protonet,),) = read_groups([home / "res" / "contrast-protonet-seed1"])
+    assert effects.own_accuracy(protonet) == protonet.file("result.json")["test"]["nearest_mean"][0]
+    for folder in (*(home / "res").glob("contrast-*"), home / "res" / "omniglot-5w1s-seed1"):
         nc_logs.write_controls(folder, 1 + 0.01 * len(folder.name))
-    lines = tables.learners(Study(home / "res")).split("\n")
-    assert " 17.5 " in lines[2] and "–" not in lines[4]
-    assert tables.controls(Study(home / "res")).count("pixels") == 5
-    before = tables.collapse(study)
-    nc_logs.write_controls(home / "res" / "omniglot-5w1s-seed1", 2)
-    assert tables.collapse(Study(home / "res")) == before, "a table of the log takes nothing from the controls"
-    ranks = tables.ranking(Study(home / "res")).split("\n")[2].split(" | ")[1:]
-    metric = [1.01 * (100 + len(name)) for name in nc_logs.LEARNERS]
-    expected = effects.spearman([-x for x in metric], range(5))
+    study = Study(home / "res")
+    lines = tables.learners(study).split("\n")[2:]
+    assert lines[0].startswith("| raw pixels | 1 |") and " 17.5 " in lines[0] and "–" not in lines[2]
+    assert tables.collapse(study) == before, "a table of the log takes nothing from the controls"
+    ranks = tables.ranking(study).split("\n")[2].split(" | ")[1:]
+    expected = effects.spearman([-len(name) for name in nc_logs.LEARNERS], range(5))
     assert float(ranks[1].replace("−", "-")) == pytest.approx(expected, abs=0.006)
+
+
+def test_the_unbiased_cdnv_of_a_control_knows_its_queries(tmp_path):
+    one = read_run(nc_logs.write_run(tmp_path, k_qry=15))
+    kinds, measured = ("final", "queries 5", "queries 1"), {"meta": {"cdnv": {"mean": [None, 0.4, 1.0]}}}
+    (tmp_path / "controls.json").write_text(json.dumps(dict.fromkeys(kinds, measured)))
+    found = [effects.measured(one, "meta", "cdnv_unbiased", kind) for kind in kinds]
+    assert found == pytest.approx([15 * 0.4 / (14 - 0.8), 5 * 0.4 / (4 - 0.8), math.nan], nan_ok=True)
 
 
 def test_a_long_run_and_its_tests(home):
@@ -280,7 +283,7 @@ def test_a_setting_whose_runs_differ_is_refused(tmp_path):
     nc_logs.write_run(tmp_path / "omniglot-5w1s-seed1")
     nc_logs.write_run(tmp_path / "omniglot-5w1s-seed2", seed=2, k_spt=5)
     with pytest.raises(UserError, match="differ in k_spt"):
-        tables.summary(Study(tmp_path))
+        tables.collapse(Study(tmp_path))
     nc_logs.write_run(tmp_path / "omniglot-5w1s-first-order-seed1", k_spt=5)
     assert Study(tmp_path).paths.keys() == {"omniglot-5w1s", "omniglot-5w1s-first-order"}
 
