@@ -105,8 +105,8 @@ def over_tasks(run: Run, model: str, metric: str) -> float:
         values = values[0] / values.sum(0) if metric == "relative_within" else values[0]
         _, low, high = bootstrap(values.mean(0))  # the same tasks at every measurement
         return (high - low) / 2
-    found = series(run, "heldout", model, metric)
-    return 1.96 * float(found.se[found.steps >= end_from(run)].mean())
+    logged_series = series(run, "heldout", model, metric)
+    return 1.96 * float(logged_series.se[logged_series.steps >= end_from(run)].mean())
 
 
 # ---- numbers of one run
@@ -146,10 +146,10 @@ def at(run: Run, split: str, model: str, metric: str, step: int, layer: int | st
     Raises:
         UserError: nothing was measured then.
     """
-    found = series(run, split, model, metric, layer)
-    if step not in found.steps:
+    logged_series = series(run, split, model, metric, layer)
+    if step not in logged_series.steps:
         raise UserError(f"{run.path} has no measurement ({split}) at step {step}; train it from the start")
-    return float(found.mean[found.steps == step][0])
+    return float(logged_series.mean[logged_series.steps == step][0])
 
 
 def untrained(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
@@ -158,8 +158,8 @@ def untrained(run: Run, model: str, metric: str, layer: int | str = HIDDEN, spli
 
 def end(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
     """The mean over the measurements of the last tenth of training; nan without any."""
-    found = series(run, split, model, metric, layer)
-    used = found.mean[found.steps >= end_from(run)]
+    logged_series = series(run, split, model, metric, layer)
+    used = logged_series.mean[logged_series.steps >= end_from(run)]
     return float(used.mean()) if len(used) else math.nan
 
 
@@ -170,8 +170,8 @@ def growth(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: 
 
 def lowest(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
     """The smallest value of the run as a multiple of the untrained network's."""
-    found = series(run, split, model, metric, layer)
-    return float(found.mean.min()) / untrained(run, model, metric, layer, split)
+    logged_series = series(run, split, model, metric, layer)
+    return float(logged_series.mean.min()) / untrained(run, model, metric, layer, split)
 
 
 def adapted_minus_meta(run: Run, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
@@ -282,8 +282,8 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 def control_of(run: Run, kind: str) -> dict | None:
     """What controls.json has under the name `kind`, or the first name that begins with it."""
-    found = run.controls()
-    return found.get(kind) or next((found[name] for name in found if name.startswith(kind)), None)
+    controls = run.controls()
+    return controls.get(kind) or next((controls[name] for name in controls if name.startswith(kind)), None)
 
 
 def measured(run: Run, model: str, metric: str, kind: str = "final") -> float:
@@ -299,9 +299,9 @@ def measured(run: Run, model: str, metric: str, kind: str = "final") -> float:
 
 def dimension(run: Run, model: str, kind: str = "final") -> float:
     """Participation ratio of the means of all test classes, if controls.json has it; else matched to the ETF error."""
-    found = (control_of(run, kind) or {}).get("effective_dimension")
-    if found is not None:
-        return number(found.get(model) if isinstance(found, dict) else found)
+    value = (control_of(run, kind) or {}).get("effective_dimension")
+    if value is not None:
+        return number(value.get(model) if isinstance(value, dict) else value)
     return matching_dimension(measured(run, model, "etf_error", kind), run.settings["n_way"])
 
 

@@ -58,21 +58,21 @@ def colours(groups: Sequence[Group]) -> list[tuple[Group, str, str]]:
 
 def draw(axes: Axes, group: Group, curve: Curve, colour: str, style="-", smooth: bool = False) -> None:
     """A thin line per seed and a thick one of their mean, at the steps that all have; of a single seed, with a band."""
-    found = []
+    curves = []
     for run in group:
         steps, values, *half = curve(run)
         if not len(steps):
             return
         values, *half = (effects.smoothed(steps, one) if smooth else one for one in (values, *half))
-        found.append(dict(zip(steps, values)))
+        curves.append(dict(zip(steps, values)))
         if len(group) == 1 and half:
             axes.fill_between(steps, values - half[0], values + half[0], color=colour, alpha=0.15, linewidth=0)
-    steps = sorted(set.intersection(*map(set, found)))
+    steps = sorted(set.intersection(*map(set, curves)))
     marker = "o" if len(steps) < 12 else None  # a line alone would hide how few the points are
     if len(group) > 1:
-        for one in found:
+        for one in curves:
             axes.plot(one.keys(), one.values(), color=colour, linestyle=style, linewidth=0.6, alpha=0.5)
-    mean = [np.mean([one[step] for one in found]) for step in steps]
+    mean = [np.mean([one[step] for one in curves]) for step in steps]
     axes.plot(steps, mean, color=colour, linestyle=style, linewidth=1.6, marker=marker, markersize=3)
 
 
@@ -223,10 +223,10 @@ def layers(groups: Sequence[Group], layer: str | None = None) -> Figure:
     figure, (panels,) = frame(1, len(groups), 2.5, [*legend, *keys([], models=True)], sharey=True)
     for axes, (group, _, label) in zip(panels, colours(groups)):
         for model, style in STYLES.items():
-            found = [[effects.series(run, split, model, "relative_within", name) for name in run.layers]
+            by_layer = [[effects.series(run, split, model, "relative_within", name) for name in run.layers]
                      for run in group]  # fmt: skip
             for step, shade in shades.items():
-                means = [[one.mean[np.abs(one.steps - step).argmin()] for one in row] for row in found]
+                means = [[one.mean[np.abs(one.steps - step).argmin()] for one in row] for row in by_layer]
                 if step <= group[0].last_step:
                     axes.plot(group[0].layers, np.mean(means, 0), "o", color=shade, linestyle=style, markersize=2.5)
         axes.set(title=label, ylim=(0, 1))

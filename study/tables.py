@@ -165,10 +165,10 @@ def correlation(study: Study) -> str:
     for name in MAIN:
         for metric in ("relative_within", "cdnv", "nc1") if study[name] else ():
             for model, model_name in MODELS.items():
-                found = np.array([[effects.correlation(run, model, metric, layer) for layer in run.layers[:-1]]
+                coefficients = np.array([[effects.correlation(run, model, metric, layer) for layer in run.layers[:-1]]
                                   for run in study[name]])  # [seeds, layers]
-                z = np.tanh(np.arctanh(found).mean(1))
-                cells = [correlated(effects.correlations_over_seeds(values)) for values in (*found.T, z)]
+                z = np.tanh(np.arctanh(coefficients).mean(1))
+                cells = [correlated(effects.correlations_over_seeds(values)) for values in (*coefficients.T, z)]
                 rows.append([SETTINGS[name].label, METRICS.get(metric, "CDNV"), model_name, *cells])
     if not rows:
         return ""
@@ -300,14 +300,14 @@ def tests(study: Study) -> str:
     """Every test of the paper's recipe, by queries and batch norm, after a few inner steps."""
     rows, inner = [], (0, 1, 3, 5, 10)
     for name in LONG:
-        found: dict[tuple, dict[Path, dict]] = {}  # queries, transductive -> run -> inner step -> accuracy, interval
+        results: dict[tuple, dict[Path, dict]] = {}  # queries, transductive -> run -> inner step -> accuracy, interval
         for run in study[name]:
             for file in ("result.json", *(path.name for path in sorted(run.path.glob("test-*.json")))):
                 for key in ("test", "test_nontransductive"):
                     if test := run.file(file).get(key):
-                        after = found.setdefault((test["k_qry"], key == "test"), {}).setdefault(run.path, {})
+                        after = results.setdefault((test["k_qry"], key == "test"), {}).setdefault(run.path, {})
                         after |= zip(test["inner_steps"], zip(test["accuracy"], test["ci95"]))
-        for (queries, transductive), group in sorted(found.items()):
+        for (queries, transductive), group in sorted(results.items()):
             runs = list(group.values())
             cells = [over(lambda after, k=k: number(after.get(k, (None,))[0]), 100)(runs) for k in inner]
             spread = fixed(max(100 * after[max(after)][1] for after in runs), 2)
@@ -369,10 +369,10 @@ def body_of(study: Study, name: str, place: str) -> str:
     return TABLES[name](study) or "*No run of this kind is in res/ yet.*"
 
 
-def difference(found: str, expected: str) -> str:
+def difference(written_table: str, expected: str) -> str:
     """The first cell in which two tables differ, by its row and column."""
     split = [[[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n")]
-             for text in (found, expected)]  # fmt: skip
+             for text in (written_table, expected)]  # fmt: skip
     header = dict(enumerate(split[1][0]))
     for row_found, row in zip(*split):
         for i, (cell_found, cell) in enumerate(zip(row_found, row)):
