@@ -319,6 +319,11 @@ def tests(study: Study) -> str:
     return table([*header, "± over tasks", "published"], rows) if rows else ""
 
 
+def machine(run: Run) -> str:
+    device = run.arguments["device"]
+    return device["name"] + f", {device['threads']} thread{'s' * (device['threads'] > 1)}" * (device["type"] == "cpu")
+
+
 def runs(study: Study, columns: Sequence[str] = ()) -> str:
     """Every run: what was trained, how long it took, what it reached; some columns or all."""
     rows = []
@@ -326,9 +331,8 @@ def runs(study: Study, columns: Sequence[str] = ()) -> str:
     for name in filter(study.__getitem__, (*SETTINGS, *others)):
         group = study[name]
         run, tests = group[0], [run.file("result.json")["test"] for run in group]
-        test, device = tests[0], run.arguments["device"]
+        test = tests[0]
         minutes = sorted(round(run.file("timing.json")["training_minutes"]) for run in group)
-        threads = f", {device['threads']} thread{'s' * (device['threads'] > 1)}" * (device["type"] == "cpu")
         rows.append({
             "": SETTINGS[name].label if name in SETTINGS else f"{run.data}, {describe(run)}",
             "recipe": run.settings["recipe"],
@@ -341,7 +345,7 @@ def runs(study: Study, columns: Sequence[str] = ()) -> str:
                 for run, test in zip(group, tests)),
             "published": PUBLISHED.get((run.data, test["n_way"], test["k_spt"]), ""),
             "minutes": " to ".join(map(str, dict.fromkeys((minutes[0], minutes[-1])))),
-            "machine": device["name"] + threads,
+            "machine": "; ".join(dict.fromkeys(map(machine, group))),
         })  # fmt: skip
     columns = columns or list(*rows[:1])
     return table(columns, [[row[column] for column in columns] for row in rows]) if rows else ""
