@@ -1,4 +1,4 @@
-"""The device: which one, its arithmetic and memory; several processes; a meta-step as a CUDA graph.
+"""The device: which one, its arithmetic and memory; several processes; signals; a meta-step as a CUDA graph.
 
 Several processes share one meta-step: `torchrun --nproc_per_node=N omniglot_train.py`. Every process draws the same
 tasks and adapts its share of them. The gradients are summed, so every process takes the same Adam step. Only the
@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -84,7 +85,7 @@ def keep_memory() -> None:
 
     On one CPU core this took 8% off a meta-step of Omniglot's defaults, 14% off one of 1 query and 1 inner step.
     """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+    if platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, to the most that the version allows
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -137,9 +138,15 @@ def processes(device: torch.device) -> Iterator[None]:
     if size() > 1:
         backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, device_id=gpu)
-    yield
+    stopped = None
+    try:
+        yield
+    except Stopped as error:  # in all processes at once: they leave together
+        stopped = error
     if dist.is_initialized():
         dist.destroy_process_group()
+    if stopped:
+        raise stopped
 
 
 def rank() -> int:
@@ -196,6 +203,40 @@ def wait() -> None:
     """Return when every process has called it."""
     if size() > 1:
         dist.barrier()
+
+
+class Stopped(SystemExit):
+    """A signal stopped the run; its code is 128 + the signal's number. No Exception: no handler of errors takes it."""
+
+
+class Signals:
+    """While it is entered, SIGTERM and Ctrl-C only set a flag, and `check` raises Stopped where nothing is lost.
+
+    A second signal ends the process on the spot. With several processes it is ignored, because launchers pass on to
+    the processes what these got already.
+    """
+
+    def __init__(self):
+        self.number = 0  # of the signal that came
+
+    def __enter__(self) -> "Signals":
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        if self.number and size() == 1:
+            os._exit(128 + number)
+        self.number = number
+
+    def check(self, device: torch.device) -> None:
+        """Raise Stopped if a signal came, here or in another process; of several processes all have to call it."""
+        number = self.number if size() == 1 else int(largest(torch.tensor(self.number, device=device)))
+        if number:
+            raise Stopped(128 + number)
 
 
 class GraphedStep:

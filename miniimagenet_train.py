@@ -3,7 +3,7 @@
     python miniimagenet_train.py                        # 5-way 5-shot; the data in miniimagenet/
     python miniimagenet_train.py --k_spt 1              # 5-way 1-shot
     python miniimagenet_train.py --synthetic --epoch 400    # 100 meta-steps on generated photos, no data
-    python miniimagenet_train.py --resume RUN_FOLDER        # go on with a stopped run
+    python miniimagenet_train.py --resume RUN_FOLDER        # resume a stopped run
     python miniimagenet_train.py --test RUN_FOLDER      # test a finished run again
 """
 

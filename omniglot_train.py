@@ -3,7 +3,7 @@
     python omniglot_train.py                            # 5-way 1-shot; downloads Omniglot when it is absent
     python omniglot_train.py --n_way 20 --task_num 16   # 20-way 1-shot
     python omniglot_train.py --synthetic --epoch 200    # generated characters, no download
-    python omniglot_train.py --resume RUN_FOLDER        # go on with a stopped run
+    python omniglot_train.py --resume RUN_FOLDER        # resume a stopped run
     python omniglot_train.py --test RUN_FOLDER          # test a finished run again
 """
 

@@ -21,10 +21,9 @@ from tqdm import tqdm
 
 import device as devices
 import nc_metrics
-from files import UserError, atomic, contents, locked, remove_stale
+from files import UserError, atomic, locked, remove_stale
 
-WRITTEN = ("args.json", "checkpoint.pt", "best.pt", "last.pt", "nonfinite.pt", "figure.png", "result.json",
-           "timing.json")
+WRITTEN = ("args.json", "*.pt", "figure.png", "result.json", "timing.json")
 PER_TASK = ("within", "between", "nc1", "cdnv", "directional_cdnv", "ncc_accuracy")  # what log.jsonl keeps per task
 REMEDY = "free some space or give rights there, then continue with --resume"
 
@@ -32,36 +31,28 @@ REMEDY = "free some space or give rights there, then continue with --resume"
 # ---- the folder
 
 
-def folder(args: argparse.Namespace) -> Path:
-    """The run's folder; a new run is refused where there is one already."""
-    name = f"{args.script}-{args.n_way}w{args.k_spt}s-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out = Path(args.out or f"runs/{name}")
-    if args.resume is None:
-        _refuse_existing(out)
-    return out
-
-
-def _refuse_existing(out: Path) -> None:
-    if devices.rank() == 0 and any(os.path.exists(out / file) for file in ("args.json", "log.jsonl")):
-        raise UserError(f"--out {out}: there is a run already; name another folder, or continue it: --resume {out}")
-
-
 @contextlib.contextmanager
-def lock_run(out: Path) -> Iterator[None]:
-    """Hold the run's folder, which is made if absent, and removed if nothing was written to it.
+def locked_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """The run's folder, locked. It is made if absent, and removed if nothing was written to it.
 
     Raises:
-        UserError: another process holds it, or it can't be made.
+        UserError: another process holds it, it can't be made, or a new run would overwrite the one there.
     """
+    name = f"{args.script}-{args.n_way}w{args.k_spt}s-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name, *_ = devices.gather_lists([name])  # the first process's: the others may be a second later
+    out = Path(args.out or f"runs/{name}")
     if devices.rank() > 0:
-        yield
+        yield out
         return
     absent = [path for path in (out, *out.parents) if not os.path.exists(path)]
     try:
         with locked(out / ".run.lock", wait=False, remedy="give rights there or name another folder with --out"):
+            if args.resume is None and any(os.path.exists(out / file) for file in ("args.json", "log.jsonl")):
+                raise UserError(f"--out {out}: there is a run already; name another folder, or continue it: "
+                                f"--resume {out}")
             for name in WRITTEN:
                 remove_stale(out, name)
-            yield
+            yield out
     finally:
         with contextlib.suppress(OSError, ValueError):  # not empty; no name for a folder
             for path in absent:
@@ -69,8 +60,7 @@ def lock_run(out: Path) -> Iterator[None]:
 
 
 def write_args(out: Path, settings: dict, steps: int, data: dict, device: torch.device) -> None:
-    """args.json: what the run is, before its first step. Call it while holding the folder (`lock_run`)."""
-    _refuse_existing(out)  # looked for once more: another run may have begun and ended before this one got the lock
+    """args.json: what the run is, before its first step."""
     write_json(out / "args.json", {
         "settings": settings,
         "meta_steps": steps,
@@ -82,20 +72,18 @@ def write_args(out: Path, settings: dict, steps: int, data: dict, device: torch.
     })
 
 
+def _commit() -> str | None:
+    """The commit of this code, with "+" where files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+",
+               "--exclude=*"]  # no tags: the hash alone
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return None
+
+
 def complete(out: Path, epoch: int) -> bool:
     """Whether the run is finished and no larger --epoch is requested."""
     return os.path.exists(out / "result.json") and _args(out)["settings"]["epoch"] == epoch
-
-
-def lines(out: Path) -> int:
-    """Whole lines in the log; 0 without one."""
-    with contextlib.suppress(FileNotFoundError):
-        return contents(out / "log.jsonl", "put the run's own log there").count(b"\n")
-    return 0
-
-
-def _args(out: Path) -> dict:
-    return json.loads((out / "args.json").read_text(encoding="utf-8"))
 
 
 def extend_run(out: Path, epoch: int, steps: int) -> None:
@@ -103,50 +91,32 @@ def extend_run(out: Path, epoch: int, steps: int) -> None:
     recorded = _args(out)
     if recorded["settings"]["epoch"] != epoch and devices.rank() == 0:
         for name in ("result.json", "timing.json"):  # first: with a result a run is complete
-            remove(out / name)
+            (out / name).unlink(missing_ok=True)
         recorded["settings"]["epoch"], recorded["meta_steps"] = epoch, steps
         write_json(out / "args.json", recorded)
 
 
-def remove(path: Path) -> None:
-    """Delete a file if it is there.
-
-    Raises:
-        UserError: it can't be.
-    """
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"can't remove {path}: {error.strerror}; {REMEDY}") from error
-
-
-def _commit() -> str | None:
-    """The commit of this code, with "+" where files differ from it; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if changed.strip() else "")
+def _args(out: Path) -> dict:
+    return json.loads((out / "args.json").read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, value: dict) -> None:
-    if devices.rank() > 0:
-        return
-    with atomic(path, "w", remedy=REMEDY) as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
+    """Whole or not at all; of several processes the first writes."""
+    if devices.rank() == 0:
+        with atomic(path, "w", remedy=REMEDY) as file:
+            json.dump(value, file, indent=1)
+            file.write("\n")
 
 
-def write_test(path: Path, result: dict) -> None:
-    """The result of a later test, test-*.json; what a killed test left there is removed."""
-    if devices.rank() > 0:
-        return
-    with locked(path.parent / ".test.lock", remedy=REMEDY) as held:
-        if held:
-            remove_stale(path.parent, "test-*.json")
-        write_json(path, result)
+def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
+    """The result of a later test, named after its settings; what a killed test left there is removed."""
+    last = "" if args.test_weights == "best" else "-last"
+    path = run / f"test-{args.test_tasks}tasks-{result['test']['k_qry']}qry-{args.update_step_test}steps{last}.json"
+    if devices.rank() == 0:
+        with locked(run / ".test.lock", remedy=REMEDY):
+            remove_stale(run, "test-*.json")
+            write_json(path, result)
+    say(f"written to {path}")
 
 
 def draw_figure(out: Path) -> None:
@@ -186,16 +156,13 @@ class Log:
             return
         if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
             raise UserError(f"{path} is not a file of its own; remove it")  # a link may lead out of the folder
-        if keep and not os.path.exists(path):
-            raise UserError(f"{path} is missing, and the run can't continue without it; put it back")
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        if size < keep:
+            raise UserError(f"{path} is missing or cut: {size:,} of the {keep:,} bytes that the checkpoint counts; "
+                            "put it back")
         with self._writing():
-            self.file = open(path, "r+b" if keep else "wb", buffering=0)
-            size = self.file.seek(0, os.SEEK_END)
-            if size < keep:
-                self.file.close()
-                raise UserError(f"{path} is cut: {size:,} of the {keep:,} bytes that the checkpoint knows; put it back")
+            self.file = open(path, "ab", buffering=0)
             self.file.truncate(keep)
-            self.file.seek(keep)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -245,7 +212,7 @@ class Log:
             return 0
         with self._writing():
             os.fsync(self.file.fileno())
-            return self.file.tell()
+            return os.fstat(self.file.fileno()).st_size
 
 
 def _scalars(line: dict) -> dict[str, float | None]:
@@ -305,7 +272,7 @@ def numbers(values, digits: int = 6):
 def say(text: str) -> None:
     """Print a line, above the bar where there is one; of several processes only the first speaks."""
     if devices.rank() == 0:
-        tqdm.write(text)
+        (tqdm.write if sys.stderr.isatty() else print)(text)
         sys.stdout.flush()
 
 
@@ -313,30 +280,16 @@ def percent(values: Tensor) -> str:
     return "[" + " ".join(f"{100 * value:.2f}" for value in values.tolist()) + "]"
 
 
-def progress(steps: int, done: int):
-    """A bar on a terminal, else a line every 100 steps; `done` of the `steps` were made before this process."""
+class _Lines(tqdm):
+    """A bar for a file: its text as a line of its own. tqdm itself would rewrite one endless line."""
+
+    def display(self, *_, **__) -> None:
+        self.fp.write(f"{self}\n")
+
+
+def progress(steps: int, done: int) -> tqdm:
+    """A bar on a terminal, else a line every ten seconds; `done` of the `steps` were made before this process."""
+    common = {"total": steps, "initial": done, "miniters": 1, "disable": devices.rank() > 0}
     if sys.stderr.isatty():
-        return tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=devices.rank() > 0)
-    return _Lines(steps, done)
-
-
-class _Lines:
-    """What tqdm shows, as a line every 100 steps; tqdm itself would make one endless line of a batch job's log."""
-
-    def __init__(self, steps: int, done: int):
-        self.steps, self.done, self.step, self.started, self.postfix = steps, done, done, time.perf_counter(), ""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def set_postfix(self, refresh: bool = False, **values: str) -> None:
-        self.postfix = ", ".join(f"{name} {value}" for name, value in values.items())
-
-    def update(self) -> None:
-        self.step += 1
-        if self.step % 100 == 0 or self.step == self.steps:
-            left = (time.perf_counter() - self.started) / (self.step - self.done) * (self.steps - self.step)
-            say(f"{self.step}/{self.steps} steps, {self.postfix}, {left / 60:.1f} minutes left")
+        return tqdm(unit="step", dynamic_ncols=True, **common)
+    return _Lines(mininterval=10, bar_format="{n_fmt}/{total_fmt} steps{postfix}, {remaining} left", **common)

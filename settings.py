@@ -13,12 +13,17 @@ import torch
 
 import device as devices
 from baselines import BASELINES
-from files import Parser, UserError, contents
+from files import Parser, UserError, contents, reading
 from learner import Learner
 from tasks import Dataset
 
 MODES = ("resume", "test", "from_args")  # name the run that the other settings come from; they are no settings
 PLACE = ("root", "data", "cache", "device")  # where a run happens; no part of the experiment
+ABSENT = object()  # the value of a flag that is not on the command line
+SYNTHETIC = {"eval_tasks": 50, "test_tasks": 100}  # defaults with --synthetic: a first run ends in a minute or two
+LEAST = {"n_way": 2, "eval_tasks": 2, "test_tasks": 2, "nc_every": 0, "nc_every_late": 0, "keep_every": 0,
+         "save_every": 0, "task_chunk": 0, "seed": 0}  # of whole numbers; of the others 1
+RATES = ("meta_lr", "update_lr")  # may not be 0
 MAY_CHANGE = {  # what may be given again
     "resume": ("epoch", *PLACE, "save_every", "task_chunk", "cuda_graph", "tensorboard"),
     "test": ("k_qry", "k_qry_test", "update_step_test", "test_tasks", "test_weights", "transductive", "task_chunk",
@@ -38,39 +43,39 @@ def parse_args(description: str, defaults: dict, paper: dict, argv: Sequence[str
     Raises:
         UserError: unknown or malformed flags; a run that can't be read, or isn't of this script.
     """
-    given = vars(_parser(description, defaults, paper, epoch_help, only_given=True).parse_args(argv))
-    task = given.get("n_way", defaults["n_way"]), given.get("k_spt", defaults["k_spt"])
-    if given.get("recipe") == "paper" and task not in paper:
-        known = ", ".join(f"{way}-way {shot}-shot" for way, shot in paper)
-        raise UserError(f"--recipe paper: the paper has no {task[0]}-way {task[1]}-shot; there are {known}")
-    recipe = paper[task] if given.get("recipe") == "paper" else {}
-    parser = _parser(description, defaults | recipe, paper, epoch_help)
-    args = parser.parse_args(argv)
-    modes = [mode for mode in MODES if getattr(args, mode) is not None]
-    if not modes:
-        return args
+    parser = _parser(description, defaults, paper, epoch_help)
+    absent = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), ABSENT))
+    given = {name: value for name, value in vars(parser.parse_args(argv, absent)).items() if value is not ABSENT}
+    if given.get("recipe") == "paper":
+        task = given.get("n_way", defaults["n_way"]), given.get("k_spt", defaults["k_spt"])
+        if task not in paper:
+            known = ", ".join(f"{way}-way {shot}-shot" for way, shot in paper)
+            raise UserError(f"--recipe paper: the paper has no {task[0]}-way {task[1]}-shot; there are {known}")
+        parser.set_defaults(**paper[task])
+    modes = [mode for mode in MODES if given.get(mode) is not None]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other; give one")
-    return _of_a_run(modes[0], given, parser)
+    if modes:
+        return _of_a_run(modes[0], given, parser)
+    smaller = SYNTHETIC if given.get("synthetic") else {}
+    return argparse.Namespace(**vars(parser.parse_args([])) | smaller | given)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
 
 
-def _parser(description: str, defaults: dict, paper: dict, epoch_help: str,
-            only_given: bool = False) -> argparse.ArgumentParser:
-    """The flags; with `only_given`, those that are not on the command line are left unset."""
+def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> argparse.ArgumentParser:
     recipes = (f"  {way}-way {shot}-shot: {' '.join(_as_flags(values, values))}"
                for (way, shot), values in paper.items())
-    parser = Parser(description=description, formatter_class=_Help, allow_abbrev=False, add_help=not only_given,
+    parser = Parser(description=description, formatter_class=_Help, allow_abbrev=False,
                     epilog="\n".join(["what --recipe paper sets (flags given with it override it):", *recipes]))
 
     def flag(name: str, default, text: str, **options):
         default = defaults.get(name, default)
         if not isinstance(default, bool):
             options.setdefault("type", str if default is None else type(default))
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS if only_given else default, help=text, **options)
+        parser.add_argument(f"--{name}", default=default, help=text, **options)
 
     def choice(name: str, default: bool, text: str):
         flag(name, default, text, action=argparse.BooleanOptionalAction)
@@ -111,7 +116,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str,
            "query per class if this is not given")
     flag("clip", 0.0, "the outer gradient is clipped to -CLIP..CLIP, value by value; the paper's code clips the sum "
          "over the 5 * 15 queries, per shot, at 10: 0.133 here in 1-shot, 0.667 in 5-shot; 0: not at all")
-    choice("skip_nonfinite", False, "go on without an update whose loss or gradient is not finite, and count it, "
+    choice("skip_nonfinite", False, "skip an update whose loss or gradient is not finite, and count it, "
            "instead of stopping there")
     flag("root", None, "folder of the data")
     flag("data", None, "images of your own instead: a folder of class folders, or of train/, val/ and test/ with class "
@@ -121,7 +126,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str,
         flag("split", None, "which characters are for training, validation and testing: shuffled = a fixed shuffle of "
              "all, vinyals = the alphabets of Vinyals et al. (2016)", choices=["shuffled", "vinyals"])
     flag("cache", None, "folder of the decoded images; ROOT/cache if not given")
-    choice("synthetic", False, "train on generated images, with no data at all")
+    choice("synthetic", False, "train on generated images, with no data at all, and evaluate on fewer tasks")
     flag("out", None, "folder of the run; runs/SCRIPT-<n>w<k>s-seed<seed>-<time> if not given")
     flag("task_chunk", 0, "tasks in memory together at most: less memory, the same result; 0: as fits the device")
     choice("cuda_graph", True, "on CUDA, capture the training step once and replay it: the same result, sooner")
@@ -133,8 +138,9 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str,
     flag("nc_every", 100, "meta-steps between two neural-collapse measurements on training tasks; 0: none at all")
     flag("nc_every_late", None, "the same from meta-step 7,500 on; NC_EVERY if not given", type=int)
     flag("eval_every", 500, "meta-steps between two validations, with metrics on the same held-out tasks")
-    flag("eval_tasks", 100, "tasks of a validation, always the same")
-    flag("test_tasks", 600, "tasks of the test at the end")
+    fewer = {name: f"with --synthetic {number} if not given" for name, number in SYNTHETIC.items()}
+    flag("eval_tasks", 100, f"tasks of a validation, always the same; {fewer['eval_tasks']}")
+    flag("test_tasks", 600, f"tasks of the test at the end; {fewer['test_tasks']}")
     flag("test_weights", "best", "weights that are tested: of the best validation, or after the last step",
          choices=["best", "last"])
     flag("keep_every", 0, "meta-steps between two copies of the weights that are kept, weights-STEP.pt; 0: none")
@@ -146,10 +152,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str,
          metavar="RUN_FOLDER")
     flag("from_args", None, "repeat a run, in a new folder; flags that are given change it",
          metavar="RUN_FOLDER/args.json")
-    if only_given:
-        parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS)  # the other parser's
-    else:
-        parser.set_defaults(script=defaults["script"], print_every=defaults["print_every"])
+    parser.set_defaults(script=defaults["script"], print_every=defaults["print_every"])
     return parser
 
 
@@ -163,54 +166,49 @@ def _of_a_run(mode: str, given: dict, parser: argparse.ArgumentParser) -> argpar
     A file of an older version lacks the flags that came later: these take their defaults. A run is resumed only by
     the version that began it, because a new flag's default need not be what the old code did.
     """
-    named = Path(given[mode])
-    path = named if mode == "from_args" else named / "args.json"
-    takes = f"--{mode} takes {'the args.json of a run' if mode == 'from_args' else 'the folder of a run'}"
-    defaults = vars(parser.parse_args([]))
-    recorded = read_settings(path, takes)
+    path, what = Path(given[mode]), "the args.json of a run"
+    if mode != "from_args":
+        path, what = path / "args.json", "the folder of a run"
+    defaults, recorded = vars(parser.parse_args([])), read_settings(path, f"--{mode} takes {what}")
     unknown, absent = recorded.keys() - defaults.keys(), defaults.keys() - recorded.keys() - set(MODES)
-    absent -= set(MAY_CHANGE["resume"])
-    if unknown or recorded.get("script") != defaults["script"] or mode == "resume" and absent:
-        which = ", ".join(sorted(unknown or absent)) or f"script {recorded.get('script')}"
+    if mode == "resume":
+        unknown |= absent - set(MAY_CHANGE["resume"])
+    if unknown or recorded.get("script") != defaults["script"]:
+        which = ", ".join(sorted(unknown)) or f"script {recorded.get('script')}"
         raise UserError(f"{path} is not of this script and version ({which}); use the code that made the run")
+    if "recipe" not in recorded and recorded.get("net") == "paper":
+        recorded["net"] = "conv_bn_relu"  # its name before the paper's own network was there
     try:
-        if "recipe" not in recorded and recorded.get("net") == "paper":
-            recorded["net"] = "conv_bn_relu"  # its name before the paper's own network was there
         settings = vars(parser.parse_args(_as_flags(recorded, defaults)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    if "recipe" in given and given["recipe"] != settings["recipe"]:
+    if given.get("recipe", settings["recipe"]) != settings["recipe"]:
         raise UserError(f"--recipe can't be set with --{mode}: the run's settings hold; give single flags")
-    if mode == "test" and not torch.cuda.is_available() and settings["device"].startswith("cuda"):
-        settings["device"] = "cpu"  # a run that was made on a GPU is tested anywhere
-    if mode == "test" and "k_qry" in given:
-        given.setdefault("k_qry_test", given["k_qry"])
     if mode == "from_args":
         return argparse.Namespace(**settings | {"out": None} | given)
     for name, value in given.items():
         if name not in MAY_CHANGE[mode] and name != mode and (name == "out" or value != settings[name]):
             raise UserError(f"--{name} can't be set with --{mode}: the run's own holds; "
                             f"there are {_flags(MAY_CHANGE[mode])}")
-    if mode == "resume" and given.get("epoch", settings["epoch"]) < settings["epoch"]:
-        raise UserError(f"--epoch {given['epoch']}: the run has {settings['epoch']}; that may only grow")
-    if mode == "resume" and given.get("epoch", settings["epoch"]) != settings["epoch"] and \
-            settings["lr_schedule"] == "cosine":
-        raise UserError(f"--epoch {given['epoch']}: the run's cosine ends at {settings['epoch']}; "
+    if mode == "test":
+        if settings["device"].startswith("cuda") and not torch.cuda.is_available():
+            settings["device"] = "cpu"  # a run that was made on a GPU is tested anywhere
+        if "k_qry" in given:
+            given.setdefault("k_qry_test", given["k_qry"])
+        return argparse.Namespace(**settings | given)
+    steps, wanted = settings["epoch"], given.get("epoch", settings["epoch"])
+    if wanted < steps:
+        raise UserError(f"--epoch {wanted}: the run has {steps}; that may only grow")
+    if wanted != steps and settings["lr_schedule"] == "cosine":
+        raise UserError(f"--epoch {wanted}: the run's cosine ends at {steps}; "
                         f"start a longer one with --from_args {path}")
-    return argparse.Namespace(**settings | given | ({"out": given["resume"]} if mode == "resume" else {}))
+    return argparse.Namespace(**settings | given | {"out": given["resume"]})
 
 
 def read_settings(path: Path, takes: str) -> dict:
     """What `path` holds under "settings"."""
-    try:
-        recorded = json.loads(contents(path, takes))["settings"]
-    except FileNotFoundError as error:
-        raise UserError(f"can't read {path}: {error.strerror}; {takes}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not what a run writes; {takes}") from error
-    if not isinstance(recorded, dict):
-        raise UserError(f"{path} is not what a run writes; {takes}")
-    return recorded
+    with reading(path, takes, "is not what a run writes"):
+        return dict(json.loads(contents(path, takes))["settings"].items())
 
 
 def _as_flags(recorded: dict, defaults: dict) -> list[str]:
@@ -232,9 +230,8 @@ def recorded_settings(args: argparse.Namespace) -> dict:
 
 
 def experiment(args: argparse.Namespace) -> dict:
-    """The settings that a checkpoint must share with the run that goes on from it."""
-    return {name: value for name, value in recorded_settings(args).items()
-            if name not in MAY_CHANGE["resume"] and name != "out"}
+    """The settings that a checkpoint must share with the run that resumes from it."""
+    return {name: value for name, value in vars(args).items() if name not in (*MODES, *MAY_CHANGE["resume"], "out")}
 
 
 def meta_steps(args: argparse.Namespace) -> int:
@@ -246,22 +243,16 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     """Refuse settings that can't work, before any image is read; set `nc_qry` where it was not given.
 
     Returns:
-        The data's sizes: split -> (classes, images a class).
+        The data's sizes: split -> (classes, images per class).
     Raises:
         UserError: one line that names the flag and what it can be.
     """
-    for name, least in {"epoch": 1, "n_way": 2, "k_spt": 1, "k_qry": 1, "k_qry_test": 1, "nc_qry": 1, "keep_every": 0,
-                        "imgsz": 1, "task_num": 1, "update_step": 1, "update_step_test": 1, "eval_every": 1,
-                        "eval_tasks": 2, "test_tasks": 2, "nc_every": 0, "nc_every_late": 0, "task_chunk": 0,
-                        "save_every": 0, "seed": 0}.items():
-        if getattr(args, name) is not None and not least <= getattr(args, name) < 2**31:
-            raise UserError(f"--{name} {getattr(args, name)}: must be a whole number from {least}")
-    largest = torch.finfo(torch.float32).max
-    for name in ("meta_lr", "update_lr"):
-        if not 0 < getattr(args, name) <= largest:
-            raise UserError(f"--{name} {getattr(args, name)}: must be a number above 0 that a float32 holds")
-    if not 0 <= args.clip <= largest:
-        raise UserError(f"--clip {args.clip}: must be a number above 0 that a float32 holds, or 0 for none")
+    for name, value in vars(args).items():
+        least = LEAST.get(name, 1)
+        if isinstance(value, int) and not isinstance(value, bool) and not least <= value < 2**31:
+            raise UserError(f"--{name} {value}: must be a whole number from {least}")
+        if isinstance(value, float) and not 0 <= value <= torch.finfo(torch.float32).max or name in RATES and not value:
+            raise UserError(f"--{name} {value}: must be a number above 0 that a float32 holds")
     if args.imgc != dataset.channels:
         raise UserError(f"--imgc {args.imgc}: {dataset.name} has {dataset.channels}")
     if meta_steps(args) < 1:
@@ -270,8 +261,7 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
         raise UserError("--learner classifier: batch norm is over all images of a step, so one process takes them "
                         "together; leave --task_chunk and torchrun out")
     if args.task_num % devices.size():
-        raise UserError(f"--task_num {args.task_num}: {devices.size()} processes need a multiple of "
-                        f"{devices.size()}")
+        raise UserError(f"--task_num {args.task_num}: {devices.size()} processes need a multiple of {devices.size()}")
     with torch.device("meta"):  # shapes alone: --n_way 1000000000 is refused below, and not by the memory
         _check_network(args, network)
     sizes = dataset.sizes()
@@ -289,23 +279,19 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
 
 def _check_network(args: argparse.Namespace, network: Callable[[argparse.Namespace], Learner]) -> None:
     """Refuse `layers` that can't be built, or that don't end in one output per class."""
-    try:
-        net = network(args)
-    except ValueError as error:
-        sizes = {28, 84, 4 * args.imgsz} - {args.imgsz}
-        another_does = any(_can_be_built(network, argparse.Namespace(**vars(args) | {"imgsz": size})) for size in sizes)
-        raise UserError(f"{f'--imgsz {args.imgsz}' if another_does else 'layers'}: {error}") from error
+    def built(imgsz: int) -> Learner | ValueError:
+        try:
+            return network(argparse.Namespace(**vars(args) | {"imgsz": imgsz}))
+        except ValueError as error:
+            return error
+
+    net = built(args.imgsz)
+    if isinstance(net, ValueError):
+        another_does = any(isinstance(built(size), Learner) for size in (28, 84, 4 * args.imgsz))
+        raise UserError(f"{f'--imgsz {args.imgsz}' if another_does else 'layers'}: {net}") from net
     last = net.config[-1][0] if net.config else "missing"
     if last != "linear":
         raise UserError(f"layers: the last layer is {last}; it must be linear, ('linear', [args.n_way, features])")
     if net.shapes[-1] != [args.n_way]:
         raise UserError(f"layers: the last layer has {net.shapes[-1][0]} outputs, and --n_way {args.n_way} needs "
                         f"{args.n_way}: ('linear', [args.n_way, features])")
-
-
-def _can_be_built(network: Callable[[argparse.Namespace], Learner], args: argparse.Namespace) -> bool:
-    try:
-        network(args)
-    except ValueError:
-        return False
-    return True

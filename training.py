@@ -14,7 +14,7 @@ A run writes its own folder:
     timing.json    minutes and memory, apart from what the seed determines
 
 "step" is the number of meta-steps that the weights had seen. Everything in a checkpoint is as it was at the
-top of a step, before that step's validation: a run that goes on from it does and logs what the first one would have.
+top of a step, before that step's validation: a run that resumes from it does and logs what the first one would have.
 """
 
 import argparse
@@ -30,10 +30,9 @@ import device as devices
 import nc_metrics
 import record
 from baselines import BASELINES
-from device import GraphedStep, keep_memory, memory_runs_out, peak_memory, processes, select_device, set_arithmetic
+from device import GraphedStep, Signals, Stopped
 from files import UserError
 from images import check_images
-from interrupt import Interrupted, Signals
 from learner import Learner
 from meta import Adapted, Meta, Step
 from record import Log, numbers, percent, say
@@ -49,23 +48,17 @@ def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     """Train, validate and test as the settings say; resume a run, or test a finished one again."""
     remedy = (f"lower --task_chunk (now {args.task_chunk or 'as fits the device'}) to hold fewer tasks at once, "
               f"or take another --device than {args.device}")
-    with Signals() as signals, memory_runs_out(remedy):
-        device = select_device(args.device)
+    with devices.memory_runs_out(remedy):
+        device = devices.select_device(args.device)
         sizes = check(args, dataset, network)
-        stopped = None
-        with processes(device):
-            try:
-                _train(args, dataset, sizes, network, device, signals)
-            except Interrupted as interrupted:  # in all processes at once: they leave together
-                stopped = interrupted
-        if stopped:
-            raise stopped
+        with devices.processes(device):
+            _train(args, dataset, sizes, network, device)
 
 
 def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Callable[[argparse.Namespace], Learner],
-           device: torch.device, signals: Signals) -> None:
-    keep_memory()
-    set_arithmetic(args.precision, args.deterministic)
+           device: torch.device) -> None:
+    devices.keep_memory()
+    devices.set_arithmetic(args.precision, args.deterministic)
     torch.manual_seed(args.seed)
     net, data = network(args), Data(args, dataset, device)
     if args.learner == "classifier":
@@ -75,19 +68,25 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Cal
                 args.nc_every, args.task_chunk, args.seed, args.nc_every_late, args.clip, args.skip_nonfinite,
                 args.learner, cosine_steps=meta_steps(args) if args.lr_schedule == "cosine" else 0)
     if args.test is not None:
-        return _test_again(args, maml, data, signals)
-    out = record.folder(args)
-    with record.lock_run(out):
+        run = Path(args.test)
+        result = _test(maml, data, run, Signals())
+        return record.write_test(run, result, args)
+    with record.locked_folder(args) as out:
         if args.resume is not None and record.complete(out, args.epoch):
             return say(f"{out} is complete; more steps with a larger --epoch, another test with --test {out}")
-        run = _Run(args, maml, data, sizes, out, signals)
-        say(_banner(args, net, dataset, run.steps, out))
-        try:
-            run.train()
-            run.test()
-        except Interrupted:
-            say(f"stopped at step {maml.step}; go on with: python {args.script}.py --resume {out}")
-            raise
+        run = _Run(maml, data, sizes, out)
+        parameters = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
+        say(f"{', '.join(f'{name}={value}' for name, value in recorded_settings(args).items())}\n{net}\n"
+            f"Total trainable parameters: {parameters}\n"
+            f"Data: {dataset.name}{dataset.found and f' ({dataset.found})'}. "
+            f"{run.steps} meta-steps of {args.task_num} tasks on {args.device}, to {out}")
+        with run.signals:
+            try:
+                run.train()
+                run.test()
+            except Stopped:
+                say(f"stopped at step {maml.step}; resume with: python {args.script}.py --resume {out}")
+                raise
 
 
 class Data:
@@ -123,127 +122,120 @@ class Data:
 
 
 class _Run:
-    """A training run: what it has besides its Meta, and what it does."""
+    """A training run: new, or restored from the checkpoint in its folder."""
 
-    def __init__(self, args: argparse.Namespace, maml: Meta, data: Data, sizes: dict, out: Path, signals: Signals):
-        self.args, self.maml, self.data, self.out, self.signals = args, maml, data, out, signals
-        self.steps, self.device = meta_steps(args), data.device
+    def __init__(self, maml: Meta, data: Data, sizes: dict, out: Path):
+        self.args, self.maml, self.data, self.out = data.args, maml, data, out
+        self.steps, self.device, self.signals = meta_steps(data.args), data.device, Signals()
         self.best: dict | None = None  # what best.pt holds
         self.val_accuracy: float | None = None  # of the last validation
+        self.log: Log | None = None
         self.minutes, self.log_bytes = 0.0, 0  # of the processes before this one
-        resumes = args.resume is not None
-        found = checkpoint.load(out / "checkpoint.pt", self.device, self._restart()) if resumes else None
+        args, dataset, path = data.args, data.dataset, out / "checkpoint.pt"
+        again = f"python {args.script}.py --from_args {out / 'args.json'}"
+        remedy = f"put it back, or start again: {again}"
+        found = None if args.resume is None else checkpoint.read(path, self.device, remedy)
         images, self.held_out = data.load("train"), data.load("val")
-        check_images(data.dataset.load("test"), data.dataset, "test", args.imgsz)  # its faults are said before training
+        check_images(dataset.load("test"), dataset, "test", args.imgsz)  # its faults are said before training
         self.sampler = data.sampler("train", images, args.seed)
         replays = args.cuda_graph and self.device.type == "cuda" and images.is_cuda
-        self.meta_step = GraphedStep(maml, self._eager_step, self.sampler.generator) if replays else self._eager_step
-        described = {"name": data.dataset.name, "synthetic": args.synthetic, "splits": {
+        self.meta_step = GraphedStep(maml, self.eager_step, self.sampler.generator) if replays else self.eager_step
+        described = {"name": dataset.name, "synthetic": args.synthetic, "splits": {
             split: {"classes": classes, "images_per_class": count} for split, (classes, count) in sizes.items()}}
         self.experiment = experiment(args) | {
             "data": described, "device": self.device.type, "images on": images.device.type}
-        if args.resume is None:
-            record.write_args(out, recorded_settings(args), self.steps, described | {"found": data.dataset.found},
+        self.started = time.perf_counter()
+        self.last_checked = maml.step, self.sampler.state
+        if found is None:
+            self.save()  # before args.json, which makes the folder a run's: a run always has a checkpoint
+            record.write_args(out, recorded_settings(args), self.steps, described | {"found": dataset.found},
                               self.device)
         else:
-            self._restore(found)
-        self.last_checked = maml.step, self.sampler.state
-        self.started = time.perf_counter()
-
-    def _restore(self, found: dict | None) -> None:
-        """Restores the checkpoint, or starts from scratch if there is none."""
-        if found is not None:
-            checkpoint.restore(self.out / "checkpoint.pt", found, self.experiment, self.maml, self.sampler,
-                               self._restart())
-            self.best, self.minutes, self.log_bytes = found["best"], found["minutes"], found["log_bytes"]
-        elif record.lines(self.out) > 1:
-            raise UserError(f"{self.out / 'checkpoint.pt'} is missing; {self._restart()}")
-        record.extend_run(self.out, self.args.epoch, self.steps)
-        if self.best is not None:
-            checkpoint.write(self.out / "best.pt", self.best)
-        elif devices.rank() == 0:
-            record.remove(self.out / "best.pt")
-
-    def _restart(self) -> str:
-        return f"put it back, or start again: python {self.args.script}.py --from_args {self.out / 'args.json'}"
+            self.best, self.minutes, self.log_bytes = checkpoint.restore(path, found, self.experiment, maml,
+                                                                         self.sampler, remedy)
+            self.last_checked = maml.step, self.sampler.state
+            record.extend_run(out, args.epoch, self.steps)
+            if self.best is not None:
+                checkpoint.write(out / "best.pt", self.best)
 
     def train(self) -> None:
-        """The loop. It leaves the weights of the last step in place, and a checkpoint of them."""
-        args, maml = self.args, self.maml
-        board = record.tensorboard(self.out, maml.step) if args.tensorboard else None
-        with Log(self.out / "log.jsonl", self.log_bytes, board) as log, record.progress(self.steps, maml.step) as bar, \
-                self.signals.noted():
+        """Train to the last step. It leaves the weights of the last step in place, and a checkpoint of them."""
+        board = record.tensorboard(self.out, self.maml.step) if self.args.tensorboard else None
+        with Log(self.out / "log.jsonl", self.log_bytes, board) as self.log, \
+                record.progress(self.steps, self.maml.step) as self.bar:
             if not self.log_bytes:
-                log.add("run", 0, data=self.data.dataset.name)
+                self.log.add("run", 0, data=self.data.dataset.name)
             try:
-                for step in range(maml.step, self.steps):
-                    checks = step % CHECK_EVERY == 0 or self.device.type == "cpu"
-                    if step == 0 or args.save_every and step % args.save_every == 0:
-                        self.save(log)
-                    if checks:
-                        self.signals.check(self.device)
-                    if step % args.eval_every == 0:
-                        self.validate(log)
-                    if args.keep_every and step % args.keep_every == 0:
-                        self.keep(f"weights-{step}.pt")
-                    shown = step % args.print_every == 0
-                    seen = self.meta_step(shown)
-                    if checks or shown or seen.metrics:
-                        self.stop_if_not_finite()
-                        self.report(log, bar, step, seen, shown)
-                    bar.update()
-                self.save(log)
-                self.validate(log)
-                self.keep("last.pt", val_accuracy=self.val_accuracy)
-            except Interrupted:
-                self.save(log)
+                self.loop()
+            except Stopped:
+                self.save()
                 raise
-        self.signals.check(self.device)
 
-    def _eager_step(self, every_step: bool = False) -> Step:
+    def loop(self) -> None:
+        args, maml = self.args, self.maml
+        for step in range(maml.step, self.steps):
+            checks = step % CHECK_EVERY == 0 or self.device.type == "cpu"
+            if args.save_every and step % args.save_every == 0:
+                self.save()
+            if checks:
+                self.signals.check(self.device)
+            if step % args.eval_every == 0:
+                self.validate()
+            if args.keep_every and step % args.keep_every == 0:
+                self.keep(f"weights-{step}.pt")
+            shown = step % args.print_every == 0
+            seen = self.meta_step(shown)
+            if checks or shown or seen.metrics:
+                self.stop_if_not_finite()
+                self.report(step, seen, shown)
+            self.bar.update()
+        self.save()
+        self.validate()
+        self.keep("last.pt", val_accuracy=self.val_accuracy)
+
+    def eager_step(self, every_step: bool = False) -> Step:
+        """Draw tasks and take one meta-step."""
         index, apart = self.sampler.draw(self.args.task_num), self.sampler.nc_qry != self.sampler.k_qry
         measured = self.sampler.gather(index, measured=True) if apart and self.maml.measures_next else None
         return self.maml(self.sampler.gather(index), every_step, measured, index[0][..., 0].to(self.device))
 
-    def report(self, log: Log, bar, step: int, seen: Step, shown: bool) -> None:
+    def report(self, step: int, seen: Step, shown: bool) -> None:
+        """Put a step's loss on the bar, its metrics into the log, and if `shown` its accuracy there and on screen."""
         loss = seen.losses.mean()
-        bar.set_postfix(loss=f"{loss:.3f}", acc=f"{seen.accuracy[:, -1].mean():.3f}", refresh=False)
+        self.bar.set_postfix(loss=f"{loss:.3f}", acc=f"{seen.accuracy[:, -1].mean():.3f}", refresh=False)
         if shown:
             skipped = {"skipped": self.skipped()} if self.args.skip_nonfinite else {}
-            log.add("train", step, loss=loss, acc=seen.accuracy.mean(0), **skipped)
+            self.log.add("train", step, loss=loss, acc=seen.accuracy.mean(0), **skipped)
             say(f"step: {step} \ttraining acc: {percent(seen.accuracy.mean(0))}")
         if seen.metrics:
-            log.metrics(step, "train", self.maml.net.blocks, seen.metrics)
+            self.log.metrics(step, "train", self.maml.net.blocks, seen.metrics)
 
-    def save(self, log: Log) -> None:
+    def save(self) -> None:
         """Write a checkpoint: the log first, for it must never be shorter than a checkpoint says."""
         self.stop_if_not_finite()
+        log_bytes = self.log.sync() if self.log else self.log_bytes
         checkpoint.save(self.out / "checkpoint.pt", self.maml, {
-            "tasks": self.sampler.state, "best": self.best, "log_bytes": log.sync(), "minutes": self._minutes(),
-            "of": self.experiment})
+            "tasks": self.sampler.state, "best": self.best, "log_bytes": log_bytes,
+            "minutes": self.minutes_in_all(), "of": self.experiment})
 
     def stop_if_not_finite(self) -> None:
-        """Stop the run if an update since the last check was not made, because something in it was not finite."""
-        if not self.args.skip_nonfinite and self.skipped():
-            self._stop_at(int(self.maml.updates))
-        self.last_checked = self.maml.step, self.sampler.state
+        """Stop the run if an update since the last check was skipped, because something in it was not finite.
 
-    def skipped(self) -> int:
-        """Updates that were not made; it waits for the device."""
-        return self.maml.step - int(self.maml.updates)
-
-    def _stop_at(self, step: int) -> None:
-        """Draw that step's tasks again, keep them with the weights, which no later step has changed, and say why."""
+        The tasks of that step are drawn again and kept with the weights, which no later step has changed.
+        """
         args, path = self.args, self.out / "nonfinite.pt"
-        checked, self.sampler.state = self.last_checked
-        for _ in range(step - checked):
+        if args.skip_nonfinite or not self.skipped():
+            self.last_checked = self.maml.step, self.sampler.state
+            return
+        step, (checked, self.sampler.state) = int(self.maml.updates), self.last_checked
+        for _ in range(checked, step):
             self.sampler.draw(args.task_num)
         index = self.sampler.draw(args.task_num)
         tasks = self.sampler.gather(index)
         losses = self.maml.losses(tasks, index[0][..., 0].to(self.device))
-        bad = (~losses.isfinite()).nonzero().flatten().tolist()
         checkpoint.write(path, {"step": step, "weights": self.maml.net.state_dict(),
                                 "adam": self.maml.optimizer.state_dict(), "tasks": tasks._asdict(), "losses": losses})
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
         what = f"the loss of task {', '.join(map(str, bad[:5]))}{', ...' * (len(bad) > 5)}" if bad else \
             "the gradient, or its square in Adam's state,"
         raise UserError(f"step {step}: {what} is not finite; its weights and tasks are in {path}. Lower --update_lr "
@@ -251,20 +243,21 @@ class _Run:
                         f"such updates with --skip_nonfinite: "
                         f"python {args.script}.py --from_args {self.out / 'args.json'} --skip_nonfinite")
 
-    def validate(self, log: Log) -> None:
-        """Validate, log, keep the weights if they are the best yet. Interrupted, it leaves everything as it was."""
+    def skipped(self) -> int:
+        """Updates that were skipped; it waits for the device."""
+        return self.maml.step - int(self.maml.updates)
+
+    def validate(self) -> None:
+        """Validate, log, keep the weights if they are the best yet. Stopped, it leaves everything as it was."""
         args, maml = self.args, self.maml
         self.stop_if_not_finite()
-        with self.signals.raised():
-            found = _evaluate(maml, self.data, "val", self.held_out, args.eval_tasks, VAL_SEED, self.signals,
-                              measure=args.nc_every > 0,
-                              nontransductive=() if args.transductive else range(args.update_step_test + 1))
-        shown = _answers(found, args.transductive)
-        mean, interval = _mean_and_interval(shown["accuracy"])
-        nearest, _ = _mean_and_interval(shown["nearest_mean"])
-        log.add("val", maml.step, acc=mean, ci95=interval, tasks=len(found.accuracy), nearest_mean=nearest)
+        found = _evaluate(maml, self.data, "val", self.held_out, args.eval_tasks, VAL_SEED, self.signals,
+                          measure=args.nc_every > 0,
+                          nontransductive=() if args.transductive else range(args.update_step_test + 1))
+        mean, interval, nearest, _ = _accuracies(found, args.transductive)
+        self.log.add("val", maml.step, acc=mean, ci95=interval, tasks=len(found.accuracy), nearest_mean=nearest)
         if found.metrics is not None:
-            log.metrics(maml.step, "heldout", maml.net.blocks, found.metrics)
+            self.log.metrics(maml.step, "heldout", maml.net.blocks, found.metrics)
         self.val_accuracy = float(nearest[0] if args.learner in BASELINES else mean[-1])
         say(f"step: {maml.step} \tvalidation acc: {percent(mean)} (last ± {100 * interval[-1]:.1f}); "
             f"nearest support mean: {percent(nearest)}")
@@ -280,12 +273,12 @@ class _Run:
 
     def test(self) -> None:
         """Test the best weights; what is written last makes the run complete."""
-        minutes = self._minutes()
+        minutes = self.minutes_in_all()
         self.sampler = self.held_out = self.meta_step = None  # room for the test images
-        result = _test(self.args, self.maml, self.data, self.out, self.signals)
+        result = _test(self.maml, self.data, self.out, self.signals)
         if self.args.skip_nonfinite:
             result["skipped_updates"] = self.skipped()
-        memory = peak_memory(self.device)
+        memory = devices.peak_memory(self.device)
         if self.args.nc_every:
             record.draw_figure(self.out)
         record.write_json(self.out / "timing.json", {
@@ -294,7 +287,7 @@ class _Run:
         peak = "" if memory is None else f", peak memory {memory} GB"
         say(f"{minutes:.1f} minutes for {self.steps} meta-steps{peak}; results in {self.out}")
 
-    def _minutes(self) -> float:
+    def minutes_in_all(self) -> float:
         return self.minutes + (time.perf_counter() - self.started) / 60
 
 
@@ -320,63 +313,37 @@ def _evaluate(maml: Meta, data: Data, split: str, images: Tensor, n_tasks: int, 
     return cat(devices.gather_lists(results))
 
 
-def _test(args: argparse.Namespace, maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
-    """Test accuracy of a run's best or last weights on the test classes, transductive and not."""
-    path = run / f"{args.test_weights}.pt"
-    devices.wait()  # for the process that writes it
-    kept = checkpoint.load_weights(path, maml.net, data.device,
+def _accuracies(found: Adapted, transductive: bool) -> list[Tensor]:
+    """After each inner step, [K+1]: mean accuracy over tasks and half of its 95% interval (normal); then the same two
+    of the nearest support mean."""
+    answers = found._asdict() if transductive else found.nontransductive
+    mean_and_se = [nc_metrics.mean_and_se(answers[name]) for name in ("accuracy", "nearest_mean")]
+    return [values for mean, se in mean_and_se for values in (mean, 1.96 * se)]
+
+
+def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
+    """Test accuracy of a run's best or last weights on the test classes, transductive and not: result.json."""
+    args, steps = data.args, range(data.args.update_step_test + 1)
+    devices.wait()  # for the process that writes the weights
+    kept = checkpoint.load_weights(run / f"{args.test_weights}.pt", maml.net, data.device,
                                    f"the run hasn't got there yet; continue it with --resume {run}", validated=True)
-    step, val_accuracy = kept["step"], kept["val_accuracy"]
     say(f"testing on {args.test_tasks} tasks of the test classes")
-    k = args.update_step_test
-    steps = range(k + 1)
-    alone = (0, k) if args.transductive else steps
+    alone = (0, steps[-1]) if args.transductive else steps
     found = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, TEST_SEED, signals,
                       nontransductive=alone)
-    results = {}
+    results = {"data": data.dataset.name}
     for name, transductive in (("test", True), ("test_nontransductive", False)):
-        answers = _answers(found, transductive)
-        values = {key: _mean_and_interval(accuracy) for key, accuracy in answers.items()}
-        (mean, interval), (nearest, nearest_interval) = values["accuracy"], values["nearest_mean"]
-        results[name] = {
-            "accuracy": numbers(mean), "ci95": numbers(interval), "nearest_mean": numbers(nearest),
-            "nearest_mean_ci95": numbers(nearest_interval), "inner_steps": list(steps if transductive else alone),
-            "tasks": args.test_tasks, "n_way": args.n_way, "k_spt": args.k_spt,
-            "k_qry": data.heldout_queries if transductive or not args.transductive else 1}
+        values = dict(zip(("accuracy", "ci95", "nearest_mean", "nearest_mean_ci95"),
+                          _accuracies(found, transductive)))
+        queries = data.heldout_queries if transductive or not args.transductive else 1
+        results[name] = {key: numbers(value) for key, value in values.items()} | {
+            "inner_steps": list(steps if transductive else alone), "tasks": args.test_tasks, "n_way": args.n_way,
+            "k_spt": args.k_spt, "k_qry": queries}
         how = "queries together" if transductive else "each query with the support set alone"
-        say(f"test accuracy on {data.dataset.name}, {args.n_way}-way {args.k_spt}-shot, {how}: after {k} inner steps "
-            f"{100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f}, nearest support mean before them "
-            f"{100 * nearest[0]:.2f}% ± {100 * nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, "
-            f"{results[name]['k_qry']} queries per class, {args.test_weights} weights, of step {step})")
-        say(f"after {', '.join(map(str, results[name]['inner_steps']))} inner steps: {percent(mean)}")
-    return {"data": data.dataset.name, **results, f"{args.test_weights}_step": step,
-            "val_accuracy": numbers(val_accuracy)}
-
-
-def _test_again(args: argparse.Namespace, maml: Meta, data: Data, signals: Signals) -> None:
-    run = Path(args.test)
-    result = _test(args, maml, data, run, signals)
-    path = run / (f"test-{args.test_tasks}tasks-{result['test']['k_qry']}qry-{args.update_step_test}steps"
-                  f"{'' if args.test_weights == 'best' else '-last'}.json")
-    record.write_test(path, result)
-    say(f"written to {path}")
-
-
-def _answers(found: Adapted, transductive: bool) -> dict:
-    """Accuracy and nearest-mean accuracy per task, [T, steps]."""
-    together = {"accuracy": found.accuracy, "nearest_mean": found.nearest_mean}
-    return together if transductive else found.nontransductive
-
-
-def _banner(args: argparse.Namespace, net: Learner, dataset: Dataset, steps: int, out: Path) -> str:
-    parameters = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
-    settings = ", ".join(f"{name}={value}" for name, value in recorded_settings(args).items())
-    return (f"{settings}\n{net}\nTotal trainable parameters: {parameters}\n"
-            f"Data: {dataset.name}{dataset.found and f' ({dataset.found})'}. "
-            f"{steps} meta-steps of {args.task_num} tasks on {args.device}, to {out}")
-
-
-def _mean_and_interval(accuracy: Tensor) -> tuple[Tensor, Tensor]:
-    """[tasks, steps] -> mean, and half of the 95% interval over tasks (normal)."""
-    mean, se = nc_metrics.mean_and_se(accuracy)
-    return mean, 1.96 * se
+        mean, interval, nearest, nearest_interval = (100 * value for value in values.values())
+        say(f"test accuracy on {data.dataset.name}, {args.n_way}-way {args.k_spt}-shot, {how}: after {steps[-1]} inner "
+            f"steps {mean[-1]:.2f}% ± {interval[-1]:.2f}, nearest support mean before them {nearest[0]:.2f}% ± "
+            f"{nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, {queries} queries per class, "
+            f"{args.test_weights} weights, of step {kept['step']})")
+        say(f"after {', '.join(map(str, results[name]['inner_steps']))} inner steps: {percent(values['accuracy'])}")
+    return results | {f"{args.test_weights}_step": kept["step"], "val_accuracy": numbers(kept["val_accuracy"])}

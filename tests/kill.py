@@ -1,8 +1,6 @@
 """Kills a training process at many moments, resumes it each time, and compares its end with an undisturbed run's.
 
-    python tests/kill.py                               # 30 kills, as in the tests
-    python tests/kill.py --kills 1000 --seed 7         # as many as wanted
-    python tests/kill.py --seconds 600                 # for so long, at least --kills of them
+    python tests/kill.py --kills 1000 --seed 7
 
 The run is `miniimagenet_train.py` on a few small photographs made here: a process builds their cache, trains, saves,
 measures, validates and tests in a second or two. SIGKILL ends it; another continues with --resume, often with an empty
@@ -40,15 +38,12 @@ CHANGES = {"open", "write", "fsync", "replace", "unlink", "truncate", "mkdir", "
 
 
 def make_photographs(root: Path) -> None:
-    """3 splits of 4 classes of 6 noise images, in the miniImageNet layout."""
+    """3 splits of 4 classes of 6 noise images: ROOT/SPLIT/CLASS/NUMBER.png."""
     generator = numpy.random.default_rng(0)
-    (root / "images").mkdir(parents=True)
-    for split in ("train", "val", "test"):
-        rows = [f"{split}{label}-{number}.png,{split}{label}" for label in range(4) for number in range(6)]
-        (root / f"{split}.csv").write_text("filename,label\n" + "".join(f"{row}\n" for row in rows))
-        for row in rows:
-            pixels = generator.integers(0, 256, (320, 320, 3), numpy.uint8)
-            Image.fromarray(pixels).save(root / "images" / row.split(",")[0], compress_level=1)
+    for number in range(72):
+        path = root / ("train", "val", "test")[number // 24] / f"class{number // 6}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (320, 320, 3), numpy.uint8)).save(path, compress_level=1)
 
 
 def start(arguments: list[str], said: Path, change: int | None = None) -> int:
@@ -66,10 +61,7 @@ def start(arguments: list[str], said: Path, change: int | None = None) -> int:
 
     status = 1
     try:
-        descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        sys.stdout = sys.stderr = said.open("a", buffering=1)
         if change is not None:
             sys.setprofile(count)
         files.run(lambda: miniimagenet_train.main(arguments))
@@ -78,7 +70,6 @@ def start(arguments: list[str], said: Path, change: int | None = None) -> int:
         status = ended.code
     finally:
         sys.setprofile(None)
-        sys.stdout.flush()
         os._exit(status)
 
 
@@ -102,15 +93,14 @@ def differences(one, two, where: str = "") -> list[str]:
     return [] if type(one) is type(two) and one == two else [where]
 
 
-def kill_and_resume(folder: Path, kills: int, seconds: float, seed: int) -> int:
-    """Kill runs in `folder` at least `kills` times, for at least `seconds`; how many kills there were.
+def kill_and_resume(folder: Path, kills: int, seed: int) -> None:
+    """Kill runs in `folder` at least `kills` times.
 
     Raises:
         AssertionError: a run wasn't resumed, or its end isn't the undisturbed run's.
     """
-    chance = random.Random(seed)
     make_photographs(folder / "photographs")
-    said, begun = folder / "said", time.perf_counter()
+    chance, said, begun = random.Random(seed), folder / "said", time.perf_counter()
 
     def flags(cache: str) -> list[str]:
         return ["--root", str(folder / "photographs"), "--cache", str(folder / cache)]
@@ -121,20 +111,18 @@ def kill_and_resume(folder: Path, kills: int, seconds: float, seed: int) -> int:
         return status != 0
 
     assert not killed(start([*FLAGS, *flags("cache"), "--out", str(folder / "undisturbed")], said))
-    whole = time.perf_counter() - begun
-    undisturbed = state(folder / "undisturbed")
+    whole, undisturbed = time.perf_counter() - begun, state(folder / "undisturbed")
     count = runs = 0
-    while count < kills or time.perf_counter() < begun + seconds:
+    while count < kills:
         runs += 1
         run, cache = folder / f"run{runs}", f"cache{runs}"
         while not (run / "result.json").exists():
             if chance.random() < 0.3:
                 shutil.rmtree(folder / cache, ignore_errors=True)
             begins = [*FLAGS, "--out", str(run)] if not (run / "args.json").exists() else ["--resume", str(run)]
-            if chance.random() < 0.5:
-                child = start(begins + flags(cache), said, change=chance.randrange(150))
-            else:
-                child = start(begins + flags(cache), said)
+            change = chance.randrange(150) if chance.random() < 0.5 else None
+            child = start(begins + flags(cache), said, change)
+            if change is None:
                 time.sleep(chance.uniform(0, whole / 3))
                 os.kill(child, signal.SIGKILL)  # ended already, it takes no notice
             count += killed(child)
@@ -142,19 +130,17 @@ def kill_and_resume(folder: Path, kills: int, seconds: float, seed: int) -> int:
         assert not differences(state(run), undisturbed), f"run {runs} differs in {differences(state(run), undisturbed)}"
         shutil.rmtree(run)
         print(f"{count} kills, {runs} runs finished as the undisturbed one did")
-    return count
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     record.draw_figure = lambda out: None
     torch.set_num_threads(1)  # before any is started: a fork has none of them
     with tempfile.TemporaryDirectory() as folder:
-        kill_and_resume(Path(folder), args.kills, args.seconds, args.seed)
+        kill_and_resume(Path(folder), args.kills, args.seed)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ import torch
 import device as devices
 import omniglot_train
 import synthetic
-from learner import Learner
 from meta import Meta
 from tasks import sample_tasks
 
 
 def main(path: str) -> None:
     torch.manual_seed(0)
-    net = Learner(omniglot_train.layers(Namespace(net="conv_bn_relu", imgc=1, imgsz=28, n_way=5)), 1, 28).double()
+    net = omniglot_train.network(Namespace(net="conv_bn_relu", imgc=1, imgsz=28, n_way=5)).double()
     maml = Meta(net, nc_every=2)
     images = synthetic.characters(8, 6, 28, seed=0)
     generator = torch.Generator().manual_seed(1)
