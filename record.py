@@ -32,7 +32,7 @@ REMEDY = "free some space or give rights there, then continue with --resume"
 
 
 @contextlib.contextmanager
-def locked_folder(args: argparse.Namespace) -> Iterator[Path]:
+def lock_run(args: argparse.Namespace) -> Iterator[Path]:
     """The run's folder, locked. It is made if absent, and removed if nothing was written to it.
 
     Raises:

@@ -71,7 +71,7 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Cal
         run = Path(args.test)
         result = _test(maml, data, run, Signals())
         return record.write_test(run, result, args)
-    with record.locked_folder(args) as out:
+    with record.lock_run(args) as out:
         if args.resume is not None and record.complete(out, args.epoch):
             return say(f"{out} is complete; more steps with a larger --epoch, another test with --test {out}")
         run = _Run(maml, data, sizes, out)
@@ -145,7 +145,6 @@ class _Run:
         self.experiment = experiment(args) | {
             "data": described, "device": self.device.type, "images on": images.device.type}
         self.started = time.perf_counter()
-        self.last_checked = maml.step, self.sampler.state
         if found is None:
             self.save()  # before args.json, which makes the folder a run's: a run always has a checkpoint
             record.write_args(out, recorded_settings(args), self.steps, described | {"found": dataset.found},
@@ -153,10 +152,10 @@ class _Run:
         else:
             self.best, self.minutes, self.log_bytes = checkpoint.restore(path, found, self.experiment, maml,
                                                                          self.sampler, remedy)
-            self.last_checked = maml.step, self.sampler.state
             record.extend_run(out, args.epoch, self.steps)
             if self.best is not None:
                 checkpoint.write(out / "best.pt", self.best)
+        self.last_checked = maml.step, self.sampler.state
 
     def train(self) -> None:
         """Train to the last step. It leaves the weights of the last step in place, and a checkpoint of them."""

@@ -18,7 +18,7 @@ from files import UserError
 HERE = Path(__file__).parent
 PROGRAM = str(HERE.parent / "omniglot_train.py")
 TINY = ("--synthetic --device cpu --task_num 2 --k_qry 2 --n_way 2 --update_step 1 --update_step_test 1 "
-        "--eval_tasks 55 --test_tasks 55 --nc_every 50").split()
+        "--eval_tasks 5 --test_tasks 5 --nc_every 50").split()
 
 
 def start(*command: str) -> subprocess.Popen:
@@ -72,7 +72,7 @@ def test_stopped_together_and_resumed_together(tmp_path):
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [(row["kind"], row["step"]) for row in rows if row["step"] in (0, step + 3)] == [
         ("run", 0), ("val", 0), ("nc", 0), ("train", 0), ("nc", 0), ("val", step + 3), ("nc", step + 3)]
-    assert rows[1]["tasks"] == json.loads((run / "result.json").read_text())["test"]["tasks"] == 55
+    assert rows[1]["tasks"] == json.loads((run / "result.json").read_text())["test"]["tasks"] == 5
 
 
 def test_tasks_must_divide(tmp_path, monkeypatch):

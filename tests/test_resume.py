@@ -112,7 +112,7 @@ def test_thirty_kills_lose_nothing():
 
 
 @pytest.mark.parametrize("method, call, step, number", [
-    ("forward", 4, 4, signal.SIGTERM),  # within a step: at the next one's top
+    ("forward", 5, 5, signal.SIGTERM),  # within a step: at the next one's top
     ("finetune", 5, 3, signal.SIGINT),  # in a validation: as at that step's top
     *(pytest.param(*case, signal.SIGTERM, marks=pytest.mark.slow) for case in [
         ("forward", 8, 8), ("finetune", 1, 0),
