@@ -109,7 +109,7 @@ def together(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
 def not_adapted(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
     """The classifier's input alone, before adaptation; nothing of the classifier."""
     start = adapt(maml.net, maml.net.weights, tasks.x_spt, tasks.y_spt, maml.update_lr, 0)
-    null = permuted_labels(tasks, torch.Generator().manual_seed(null_seed))
+    null = permuted_labels(tasks, null_seed)
     metrics = collapse_metrics(maml.net, tasks, start * 2, null)["meta"]
     metrics = {name: values[:, :1] for name, values in metrics.items() if name.split("_null")[0] not in OF_CLASSIFIER}
     return Adapted(None, accuracies(maml.net, tasks, start)["nearest_mean"], {"meta": metrics}, None)
@@ -122,7 +122,7 @@ def alone(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
                        adapted=maml.adapted)
     found = {k: scores(net, tasks, trajectory[k], transductive=False) for k in set(models.values())}
     right = {k: [accuracy(answers, tasks.y_qry) for answers in found[k][:2]] for k in found}
-    _, null = permuted_labels(tasks, torch.Generator().manual_seed(null_seed))
+    _, null = permuted_labels(tasks, null_seed)
     metrics = {}
     for model in ("meta", "finetuned"):
         logits, _, query = found[models[model]]

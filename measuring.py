@@ -45,27 +45,22 @@ def query_accuracy(net: Learner, tasks: Tasks, trajectory: Sequence[Weights]) ->
 def accuracies(net: Learner, tasks: Tasks, trajectory: Sequence[Weights], transductive: bool = True) -> dict:
     """Query accuracy with each set of weights, by the classifier and by the nearest support mean of its input.
 
-    Args:
-        transductive: batch norm by the statistics of the whole query set, as MAML's code does. Else each query is
-            normalised together with the task's support set and nothing else, so that no query changes another's answer.
     Returns:
         "accuracy", "nearest_mean": [T, K+1].
     """
     steps = []
     for weights in trajectory:
         logits, similarity, _ = scores(net, tasks, weights, transductive)
-        steps.append({"accuracy": accuracy(logits, tasks.y_qry), "nearest_mean": accuracy(similarity, tasks.y_qry)})
-    return {name: torch.stack([step[name] for step in steps], 1) for name in ("accuracy", "nearest_mean")}
+        steps.append([accuracy(logits, tasks.y_qry), accuracy(similarity, tasks.y_qry)])
+    return {name: torch.stack(values, 1) for name, values in zip(("accuracy", "nearest_mean"), zip(*steps))}
 
 
-def scores(net: Learner, tasks: Tasks, weights: Weights, transductive: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, minus the squared distances to the support means, both [T, N_qry, C], and the queries' features."""
-    if transductive:
-        logits, support, query = _together(net, tasks, weights)
-        return logits, -squared_distances(query, class_means(support, tasks.y_spt, logits.shape[-1])), query
-    logits, support, query = _one_by_one(net, tasks, weights)
-    means = class_means(support, tasks.y_spt[:, None], logits.shape[-1])  # of its own for every query
-    return logits, -squared_distances(query[:, :, None], means)[:, :, 0], query
+def one_by_one(net: Learner, tasks: Tasks, trajectory: Sequence[Weights], every_query: bool) -> dict | None:
+    """As `accuracies`, not transductive: of all queries, or of the first of each class alone. None without weights."""
+    if not trajectory:
+        return None
+    tasks = tasks if every_query else first_queries(tasks, net.shapes[-1][0])
+    return accuracies(net, tasks, trajectory, transductive=False)
 
 
 def first_queries(tasks: Tasks, n_way: int) -> Tasks:
@@ -75,14 +70,30 @@ def first_queries(tasks: Tasks, n_way: int) -> Tasks:
     return tasks._replace(x_qry=tasks.x_qry[task, first], y_qry=tasks.y_qry[task, first])
 
 
-def _together(net: Learner, tasks: Tasks, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [T, N_qry, C], and features at the classifier's input: of support and query images [T, N, D]."""
-    logits, query = net(tasks.x_qry, weights, features=True)
-    return logits, net(tasks.x_spt, weights, features=True)[1][-2], query[-2]
+def scores(net: Learner, tasks: Tasks, weights: Weights, transductive: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, minus the squared distances to the support means, and the queries' features at the classifier's input.
+
+    Args:
+        transductive: batch norm by the statistics of the whole query set, as MAML's code does. Else each query is
+            normalised together with the task's support set and nothing else, so that no query changes another's answer.
+    Returns:
+        [T, N_qry, C], [T, N_qry, C], [T, N_qry, D].
+    """
+    if transductive:
+        logits, query = net(tasks.x_qry, weights, features=True)
+        _, support = net(tasks.x_spt, weights, features=True)
+        means = class_means(support[-2], tasks.y_spt, logits.shape[-1])
+        return logits, -squared_distances(query[-2], means), query[-2]
+    logits, support, query = _with_own_support(net, tasks, weights)
+    means = class_means(support, tasks.y_spt[:, None], logits.shape[-1])
+    return logits, -squared_distances(query[:, :, None], means)[:, :, 0], query
 
 
-def _one_by_one(net: Learner, tasks: Tasks, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, with a support set per query, [T, N_qry, N_spt, D]; as many images at once as the query set has."""
+def _with_own_support(net: Learner, tasks: Tasks, weights: Weights) -> list[Tensor]:
+    """Logits [T, N_qry, C], features of a support set per query [T, N_qry, N_spt, D] and of the queries [T, N_qry, D].
+
+    Each query is in a batch with the support set. As many images go at once as the query set has.
+    """
     n_support, n_query = tasks.x_spt.shape[1], tasks.x_qry.shape[1]
     parts = []
     for query in tasks.x_qry.split(max(1, n_query // (n_support + 1)), 1):
@@ -91,12 +102,14 @@ def _one_by_one(net: Learner, tasks: Tasks, weights: Weights) -> tuple[Tensor, T
         logits, layers = net(images.flatten(1, 2), weights, features=True, groups=query.shape[1])
         logits, features = (values.unflatten(1, images.shape[1:3]) for values in (logits, layers[-2]))
         parts.append((logits[:, :, -1], features[:, :, :-1], features[:, :, -1]))
-    logits, support, query = zip(*parts)
-    return torch.cat(logits, 1), torch.cat(support, 1), torch.cat(query, 1)
+    return [torch.cat(values, 1) for values in zip(*parts)]
 
 
-def permuted_labels(tasks: Tasks, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The support and query labels in a random order, for the metrics' null."""
+def permuted_labels(tasks: Tasks | None, seed: int) -> tuple[Tensor, Tensor] | None:
+    """The support and query labels in a random order, for the metrics' null; no other generator is touched."""
+    if tasks is None:
+        return None
+    generator = torch.Generator().manual_seed(seed)
     return nc_metrics.permuted(tasks.y_spt, generator), nc_metrics.permuted(tasks.y_qry, generator)
 
 

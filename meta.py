@@ -12,24 +12,19 @@ takes them as constants.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import device as devices
+from adam import GuardedAdam
 from baselines import BASELINES
+from device import NO_LIMIT
 from learner import Learner, Weights
-from measuring import (
-    accuracies,
-    accuracy,
-    collapse_metrics,
-    cross_entropy,
-    first_queries,
-    permuted_labels,
-    query_accuracy,
-)
+from measuring import accuracies, accuracy, collapse_metrics, cross_entropy, one_by_one, permuted_labels, query_accuracy
 from tasks import Tasks, cat, chunked, chunks, tree_map
 
 LATE = 7_500  # meta-steps: the original's first figure covers them, and measures more often than its second
@@ -91,7 +86,7 @@ def query_pass(net: Learner, weights: Weights, tasks: Tasks) -> tuple[Tensor, Te
 
 
 def meta_gradient(net: Learner, tasks: Tasks, lr: float, steps: int, first_order: bool = False,
-                  query_chunk: int = devices.NO_LIMIT, adapted: Sequence[str] | None = None,
+                  query_chunk: int = NO_LIMIT, adapted: Sequence[str] | None = None,
                   ) -> tuple[list[Tensor], Tensor, Tensor, list[Weights]]:
     """Gradient of the sum of the adapted weights' query losses with respect to theta (algorithm 2, line 10).
 
@@ -115,64 +110,45 @@ def adapted_by(learner: str, net: Learner) -> list[str] | None:
     return {"anil": net.head, "boil": [name for name in net.adaptable if name not in net.head]}.get(learner)
 
 
-class Meta(nn.Module):
+@dataclass(eq=False, repr=False)
+class Meta:
     """MAML around a Learner: its weights are theta, Adam is the outer optimiser.
 
-    Args:
-        net: the network, on the device where training runs; its last layer is linear, with one output per class.
-        update_lr: inner learning rate. meta_lr: Adam's.
-        update_step: inner steps K in training. update_step_test: in `finetune`.
-        first_order: take the inner gradients as constants.
-        nc_every: measure at meta-steps 0, nc_every, 2 nc_every, ...; 0 never.
-        nc_every_late: the same from meta-step LATE on; nc_every if None.
-        task_chunk: tasks in memory together at most; less memory, the same result. 0: all, or as fits the device.
-        seed: of the permuted labels (the metrics' null).
-        clip: the outer gradient is clipped to [-clip, clip], value by value, as in the paper's code; 0 doesn't clip.
-        learner: which algorithm. maml; anil (Raghu et al. 2020): the inner loop adapts the last linear layer alone;
-            boil (Oh et al. 2021): all but it; protonet, classifier: no inner loop in training (baselines.py).
-        cosine_steps: Adam's rate falls from meta_lr to 0 as half a cosine over so many updates; 0: it is constant.
-        skip_nonfinite: if a loss, a gradient or Adam's state is not finite, the update is skipped; training halts
-            there (default) or continues with the next tasks.
-
-    `step` counts meta-steps, and `updates`, on the device, those that changed the weights.
+    `step` counts meta-steps, and `updates`, on the device, those that changed the weights. If a loss, a gradient or
+    Adam's state is not finite, the update is skipped; training halts there (default) or continues.
     With several processes (device.py), each takes an equal share of a meta-step's tasks.
     """
 
-    def __init__(self, net: Learner, update_lr: float = 0.4, meta_lr: float = 1e-3, update_step: int = 5,
-                 update_step_test: int = 10, first_order: bool = False, nc_every: int = 0, task_chunk: int = 0,
-                 seed: int = 222, nc_every_late: int | None = None, clip: float = 0.0, skip_nonfinite: bool = False,
-                 learner: str = "maml", cosine_steps: int = 0):
-        super().__init__()
-        self.net = net
-        self.update_lr = update_lr
-        self.update_step, self.update_step_test = update_step, update_step_test
-        self.first_order = first_order
-        self.nc_every, self.nc_every_late = nc_every, nc_every if nc_every_late is None else nc_every_late
-        self.task_chunk, self.seed = task_chunk, seed
-        self.clip, self.skip_nonfinite = clip, skip_nonfinite
-        self.learner, self.meta_lr, self.cosine_steps = learner, meta_lr, cosine_steps
-        self.adapted = adapted_by(learner, net)
+    net: Learner  # on the device where training runs; its last layer is linear, with one output per class
+    update_lr: float = 0.4  # inner learning rate
+    meta_lr: float = 1e-3  # Adam's
+    update_step: int = 5  # inner steps K in training
+    update_step_test: int = 10  # inner steps in `finetune`
+    first_order: bool = False  # take the inner gradients as constants
+    nc_every: int = 0  # measure at meta-steps 0, nc_every, 2 nc_every, ...; 0: never
+    task_chunk: int = 0  # tasks in memory together at most: less memory, the same result; 0: all, or as fits the device
+    seed: int = 222  # of the permuted labels (the metrics' null)
+    nc_every_late: int | None = None  # nc_every from meta-step LATE on; None: as before
+    clip: float = 0.0  # bound of each value of the outer gradient, as in the paper's code; 0: none
+    skip_nonfinite: bool = False  # continue after an update that was skipped
+    learner: str = "maml"  # or anil, boil (see `adapted_by`); protonet, classifier: no inner loop in training
+    cosine_steps: int = 0  # Adam's rate falls to 0 as half a cosine over so many updates; 0: it is constant
+
+    def __post_init__(self) -> None:
         self.step = 0
-        weights = list(net.parameters())
-        on_device = {"device": weights[0].device}
-        self.updates = torch.zeros((), dtype=torch.int64, **on_device)
-        self.halted = torch.zeros((), dtype=torch.bool, **on_device)  # no update is made any more
-        rate = torch.tensor(meta_lr, **on_device) if cosine_steps else meta_lr  # a tensor may change within a graph
-        self.optimizer = torch.optim.Adam(weights, lr=rate, capturable=weights[0].is_cuda)
-        for weight in weights:  # as Adam itself makes it in its first step
-            self.optimizer.state[weight] = {"step": torch.zeros((), **on_device), "exp_avg": torch.zeros_like(weight),
-                                            "exp_avg_sq": torch.zeros_like(weight)}
+        self.adapted = adapted_by(self.learner, self.net)
+        outer = GuardedAdam(self.net.parameters(), self.meta_lr, self.cosine_steps, self.clip, self.skip_nonfinite)
+        self.outer, self.state = outer, outer.state  # state(): every tensor that a meta-step changes
+        self.optimizer, self.updates, self.halted = outer.adam, outer.updates, outer.halted
 
     @property
     def measures_next(self) -> bool:
         """Whether the next meta-step measures."""
-        every = self.nc_every if self.step < LATE else self.nc_every_late
+        every = self.nc_every if self.step < LATE or self.nc_every_late is None else self.nc_every_late
         return every > 0 and self.step % every == 0
 
-    def state(self) -> list[Tensor]:
-        """Every tensor that a meta-step changes."""
-        adam = [t for weight in self.net.parameters() for t in self.optimizer.state[weight].values()]
-        return [*self.net.parameters(), *adam, self.updates, self.halted]
+    def __call__(self, *args, **options) -> Step:
+        return self.forward(*args, **options)
 
     def forward(self, tasks: Tasks, every_step: bool = False, measured: Tasks | None = None,
                 classes: Tensor | None = None) -> Step:
@@ -184,11 +160,9 @@ class Meta(nn.Module):
             measured: the same tasks with other query sets, on which the metrics are measured; `tasks` if None.
             classes: [T, n_way], which training class each label stands for; the classifier needs them.
         """
-        n_tasks = len(tasks.y_spt)
         measured = (measured or tasks) if self.measures_next else None
-        null = self._null(measured) if measured else None
-        inner, query = self._training_chunks(tasks)
-        shared = tree_map(devices.share, (tasks, measured, null, classes))
+        shared = tree_map(devices.share, (tasks, measured, permuted_labels(measured, self.seed + self.step), classes))
+        inner, query = self._together(tasks, trains=True)
         gradients, steps = [], []
         for tasks, measured, null, classes in chunks(inner, len(shared[0].y_spt), *shared):
             gradient, losses, right, trajectory = self._gradient(tasks, classes, query, self.first_order)
@@ -199,8 +173,39 @@ class Meta(nn.Module):
             steps.append(Step(losses, right, self._metrics(query, measured, trajectory, null)))
         step = tree_map(devices.gather, cat(steps))
         total = devices.add_up([sum(parts) for parts in zip(*gradients)])
-        self._update([gradient / n_tasks for gradient in total], step.losses)
+        self.outer.step([gradient / len(step.losses) for gradient in total], step.losses)
+        self.step += 1
         return step
+
+    def losses(self, tasks: Tasks, classes: Tensor | None = None) -> Tensor:
+        """What `forward` would see as `Step.losses`, [T]; nothing is updated."""
+        inner, query = self._together(tasks, trains=True)
+        return chunked(lambda *chunk: self._gradient(*chunk, query, first_order=True)[1],  # both orders: equal losses
+                       inner, len(tasks.y_spt), tasks, classes)
+
+    def finetune(self, tasks: Tasks, measure: bool = False, null_seed: int | None = None, measured: Tasks | None = None,
+                 nontransductive: Sequence[int] = (), every_query: bool = True) -> Adapted:
+        """Test-time adaptation from theta, which stays as it is.
+
+        Args:
+            measure: also the metrics, after `update_step` inner steps as in training; `measured` as in `forward`.
+            null_seed: of the permuted labels; seed + step if None.
+            nontransductive: after so many inner steps, also answer query by query.
+            every_query: all queries that way, or the first of each class alone: each costs a pass of the support set.
+        """
+        steps = max(self.update_step_test, self.update_step if measure else 0)
+        measured = (measured or tasks) if measure else None
+        seed = self.seed + self.step if null_seed is None else null_seed
+        given = tasks, measured, permuted_labels(measured, seed)
+        inner, query = self._together(tasks)
+        found = []
+        for tasks, measured, null in chunks(inner, len(given[0].y_spt), *given):
+            trajectory = self._adapt(tasks, steps)
+            answers = self._chunked(accuracies, query, tasks, trajectory[:self.update_step_test + 1])
+            metrics = self._metrics(query, measured, trajectory[:self.update_step + 1], null)
+            alone = self._chunked(one_by_one, query, tasks, [trajectory[k] for k in nontransductive], every_query)
+            found.append(Adapted(**answers, metrics=metrics, nontransductive=alone))
+        return cat(found)
 
     def _gradient(self, tasks: Tasks, classes: Tensor | None, query_chunk: int, first_order: bool) -> tuple:
         """What `meta_gradient` returns; without an inner loop there is no trajectory."""
@@ -211,84 +216,15 @@ class Meta(nn.Module):
     def _adapt(self, tasks: Tasks, steps: int) -> list[Weights]:
         return adapt(self.net, self.net.weights, tasks.x_spt, tasks.y_spt, self.update_lr, steps, adapted=self.adapted)
 
-    @torch.no_grad()
-    def _update(self, gradients: Sequence[Tensor], losses: Tensor) -> None:
-        """One Adam step; undone on the device, without a sync, if anything in it is not finite."""
-        for weight, gradient in zip(self.net.parameters(), gradients):
-            weight.grad = gradient.clamp(-self.clip, self.clip) if self.clip else gradient
-        *state, _, _ = self.state()
-        before = [tensor.clone() for tensor in state]
-        if self.cosine_steps:
-            cosine = torch.cos(self.updates * (math.pi / self.cosine_steps))
-            self.optimizer.param_groups[0]["lr"].copy_(self.meta_lr * (1 + cosine) / 2)
-        self.optimizer.step()
-        squares = [self.optimizer.state[weight]["exp_avg_sq"] for weight in self.net.parameters()]
-        finite = torch.cat([values.flatten() for values in (losses, *gradients, *squares)]).isfinite().all()
-        made = finite & ~self.halted
-        for tensor, old in zip(state, before):
-            torch.where(made, tensor, old, out=tensor)
-        self.updates += made
-        if not self.skip_nonfinite:
-            self.halted |= ~finite
-        self.step += 1
-
-    def losses(self, tasks: Tasks, classes: Tensor | None = None) -> Tensor:
-        """What `forward` would see as `Step.losses`, [T]; nothing is updated."""
-        inner, query = self._training_chunks(tasks)
-        return chunked(lambda *chunk: self._gradient(*chunk, query, first_order=True)[1],  # both orders: equal losses
-                       inner, len(tasks.y_spt), tasks, classes)
-
-    def finetune(self, tasks: Tasks, measure: bool = False, null_seed: int | None = None,
-                 measured: Tasks | None = None, nontransductive: Sequence[int] = (),
-                 every_query: bool = True) -> Adapted:
-        """Test-time adaptation from theta, which stays as it is.
-
-        Args:
-            measure: also the metrics, after `update_step` inner steps as in training.
-            null_seed: of the permuted labels; seed + step if None.
-            measured: the same tasks with other query sets, on which the metrics are measured; `tasks` if None.
-            nontransductive: after so many inner steps, also answer query by query.
-            every_query: all queries that way, or the first of each class alone: each costs a pass of the support set.
-        """
-        steps = max(self.update_step_test, self.update_step if measure else 0)
-        measured = (measured or tasks) if measure else None
-        null = self._null(measured, null_seed) if measured else None
-        inner, query = self._together(tasks)
-
-        def one_chunk(tasks: Tasks, measured: Tasks | None, null: tuple | None) -> Adapted:
-            trajectory = self._adapt(tasks, steps)
-            tested = trajectory[:self.update_step_test + 1]
-            answers = self._chunked(accuracies, query, tasks, tested)
-            metrics = self._metrics(query, measured, trajectory[:self.update_step + 1], null)
-            alone = tasks if every_query else first_queries(tasks, self.net.shapes[-1][0])
-            one_by_one = self._chunked(partial(accuracies, transductive=False), query, alone,
-                                       [tested[k] for k in nontransductive]) if nontransductive else None
-            return Adapted(answers["accuracy"], answers["nearest_mean"], metrics, one_by_one)
-
-        return chunked(one_chunk, inner, len(tasks.y_spt), tasks, measured, null)
-
-    def _null(self, tasks: Tasks, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """Permuted labels, from a generator of their own: measuring changes nothing else."""
-        return permuted_labels(tasks, torch.Generator().manual_seed(self.seed + self.step if seed is None else seed))
-
-    def _together(self, tasks: Tasks) -> tuple[int, int]:
+    def _together(self, tasks: Tasks, trains: bool = False) -> tuple[int, int]:
         """How many tasks go together through the inner loop, and through the query pass."""
         largest = max(math.prod(shape) for shape in self.net.shapes)  # values of an image's largest activation
-        sizes = (devices.tasks_together(x.device, x.shape[1] * largest, most)
-                 for x, most in ((tasks.x_spt, 9 * 2**16), (tasks.x_qry, 5 * 2**16)))
-        return tuple(min(size, self.task_chunk or devices.NO_LIMIT) for size in sizes)
+        inner, query = (min(devices.tasks_together(x.device, x.shape[1] * largest, most), self.task_chunk or NO_LIMIT)
+                        for x, most in ((tasks.x_spt, 9 * 2**16), (tasks.x_qry, 5 * 2**16)))
+        return NO_LIMIT if trains and self.learner == "classifier" else inner, query  # batch norm over all images
 
-    def _training_chunks(self, tasks: Tasks) -> tuple[int, int]:
-        """As `_together`; the classifier takes all tasks, because its batch norm is over all images."""
-        inner, query = self._together(tasks)
-        return devices.NO_LIMIT if self.learner == "classifier" else inner, query
-
-    def _metrics(self, query: int, measured: Tasks | None, trajectory: Sequence[Weights], null: tuple | None):
-        """`collapse_metrics` of `measured`, at most `query` tasks at a time; None without it."""
-        if measured is None:
-            return None
-        return self._chunked(collapse_metrics, min(query, self._together(measured)[1]), measured, trajectory, null)
+    def _metrics(self, query: int, tasks: Tasks | None, trajectory: Sequence[Weights], null: tuple | None):
+        return tasks and self._chunked(collapse_metrics, min(query, self._together(tasks)[1]), tasks, trajectory, null)
 
     def _chunked(self, function: Callable, size: int, tasks: Tasks, *trees):
         return chunked(partial(function, self.net), size, len(tasks.y_qry), tasks, *trees)
-

@@ -62,19 +62,13 @@ def network(config, weights):
 
 def forward(config, weights, x):
     """Logits of one task's images, and its features: what enters the next conv or linear layer; logits."""
-    features = []
+    features, values = [], iter(weights.values())
     for i, (name, params) in enumerate(config):
         if name in ("conv2d", "linear") and i > 0:
             features.append(x.flatten(1))
-        weight, bias = weights.get(f"{i}_{name}_weight"), weights.get(f"{i}_{name}_bias")
-        if name == "conv2d":
-            x = F.conv2d(x, weight, bias, params[4], params[5])
-        elif name == "linear":
-            x = F.linear(x, weight, bias)
-        elif name == "bn":
-            x = F.batch_norm(x, None, None, weight, bias, training=True)
-        else:
-            x = module(name, [False] if name == "relu" else params)(x)
+        with torch.device("meta"):
+            layer = module(name, [False] if name == "relu" else params)
+        x = torch.func.functional_call(layer, {own: next(values) for own, _ in layer.named_parameters()}, x)
     return x, features + [x]
 
 
