@@ -14,13 +14,12 @@ Notation: C classes (`n_way`), n = N/C samples per class, mu_c the mean of class
 M the C x D matrix of rows mu_c - mu_G, v_c the mean of ||h - mu_c||^2 in class c,
 S_W = 1/N sum (h - mu_c)(h - mu_c)^T, S_B = 1/C sum (mu_c - mu_G)(mu_c - mu_G)^T.
 
-What to know before reading the values:
 - If D is much larger than N, pure noise looks collapsed to `nc1`, `etf_error` and nearest means from the same rows.
   Compare with the same metric of permuted labels (`permuted`). Take the means for NC4 from the support set.
 - What depends on spread is nan for one sample per class. A zero denominator gives nan, e.g. when class means are equal.
-- A value that is zero up to the rounding of a mean of N rows counts as zero. A dead layer would else report noise.
+  A value that is zero up to the rounding of a mean of N rows counts as zero. A dead layer would else report noise.
 - Labels are 0..C-1 in any order, each equally often. A task with other labels or a feature that is not finite gets nan.
-Everything is float64. No D x D matrix is formed. Nothing waits for a GPU, except the svd of a C x C matrix in `nc1`.
+- Everything is float64. No D x D matrix is formed. Nothing waits for a GPU, except the svd of a C x C matrix in `nc1`.
 """
 
 import math
@@ -38,9 +37,9 @@ EPS = torch.finfo(torch.float64).eps
 CHUNK = 2**20   # feature values projected per call on a CPU: 8 MB in float64, so that repeated passes stay in its cache
 
 
-# ---- features sorted into classes ----
-
 class _Group(NamedTuple):
+    """Features sorted into classes."""
+
     residual: Tensor   # [..., N, D] h - mu_c, float64
     one_hot: Tensor    # [..., N, C]
     means: Tensor      # [..., C, D]
@@ -63,8 +62,8 @@ def _one_hot(labels: Tensor, n_way: int) -> Tensor:
     _require(n_way > 1 and n_samples > 0 and n_samples % n_way == 0,
              f"{n_samples} samples can't be {n_way} classes (2 or more) of equal size")
     one_hot = (labels.unsqueeze(-1) == torch.arange(n_way, device=labels.device)).double()
-    # An assertion on the values would have to wait for the device: make the values of the task nan instead.
-    return one_hot.where((one_hot.sum(-2) == n_samples // n_way).all(-1)[..., None, None], math.nan)
+    balanced = (one_hot.sum(-2) == n_samples // n_way).all(-1)    # an assertion would wait for the device
+    return one_hot.where(balanced[..., None, None], math.nan)
 
 
 def _means(x: Tensor, one_hot: Tensor) -> Tensor:
@@ -76,7 +75,7 @@ def _group(features: Tensor, one_hot: Tensor, off_span: Tensor | float = 0.0,
            tolerance: Tensor | None = None) -> _Group:
     """Sorts features [..., N, D] by classes [..., N, C], in few passes: reading N x D numbers is what takes the time.
 
-    off_span [..., N] is the part of ||h - mu_c||^2 that projected features lack. They come with their tolerance.
+    off_span [..., N] is the part of ||h - mu_c||^2 that projected features lack; they come with their tolerance.
     """
     n_samples, n_way = one_hot.shape[-2:]
     residual = features.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
@@ -105,7 +104,7 @@ def _square_length(rows: Tensor) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient; nan, and not infinity, where the denominator is zero."""
+    """The quotient; nan where the denominator is zero."""
     return numerator / denominator.where(denominator != 0, math.nan)
 
 
@@ -124,7 +123,8 @@ def _of_features(metric: Callable) -> Callable:
     return of_features
 
 
-# ---- metrics; those marked are called with (features [..., N, D], labels [..., N], n_way) and return [...] ----
+# Metrics. Those marked @_of_features are called with (features [..., N, D], labels [..., N], n_way) and return [...].
+
 
 def class_means(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
     """mu_c, the mean of each class: features [..., N, D], labels [..., N] -> [..., C, D]."""
@@ -133,10 +133,7 @@ def class_means(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
 
 @_of_features
 def covariance_traces(group: _Group) -> tuple[Tensor, Tensor]:
-    """(tr S_W, tr S_B) of Rangamani et al. 2023. At full collapse tr S_W = 0. One sample per class: only tr S_W is nan.
-
-    Within is a sum over centred residuals: a difference of squares would lose it when it is small.
-    """
+    """(tr S_W, tr S_B) of Rangamani et al. 2023: tr S_W is 0 at full collapse, and nan for one sample per class."""
     return group.variances.mean(-1), _square_length(group.centred).mean(-1)
 
 
@@ -184,10 +181,10 @@ def cdnv(group: _Group) -> Tensor:
 
 @_of_features
 def unbiased_cdnv(group: _Group) -> Tensor:
-    """`cdnv` without the bias of few samples: 0 at full collapse.
+    """`cdnv` without the bias of few samples, which shorten v and lengthen distances: 0 at full collapse.
 
-    Means of n samples shorten v and lengthen distances: this takes v_i n/(n-1) for v_i and the squared distance minus
-    (v_i + v_j)/(n-1). Nan when one of these is not positive, as about half are on noise.
+    It takes v_i n/(n-1) for v_i and the squared distance minus (v_i + v_j)/(n-1). Nan when one of these is not
+    positive, as about half are on noise.
     """
     distances = group.distances - group.errors.unsqueeze(-1) - group.errors.unsqueeze(-2)
     return _off_diagonal_mean((group.variances + group.errors).unsqueeze(-1) / distances.where(distances > 0, math.nan))
@@ -249,11 +246,11 @@ def self_duality(weight: Tensor, features: Tensor, labels: Tensor, n_way: int) -
 
     weight [..., C, D] are the rows of the classifier, features [..., N, D] its input, labels [..., N]; -> [...].
     """
-    return _self_duality(weight, _group(features, _one_hot(labels, n_way)))
+    return _self_duality(weight.double(), _group(features, _one_hot(labels, n_way)).centred)
 
 
-def _self_duality(weight: Tensor, group: _Group) -> Tensor:
-    weight, means = (_ratio(x, torch.linalg.matrix_norm(x, keepdim=True)) for x in (weight.double(), group.centred))
+def _self_duality(weight: Tensor, centred: Tensor) -> Tensor:
+    weight, means = (_ratio(x, torch.linalg.matrix_norm(x, keepdim=True)) for x in (weight, centred))
     return torch.linalg.matrix_norm(weight - means).square()
 
 
@@ -293,8 +290,8 @@ def _nearest(features: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 def original_traces(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The traces as the original code computed them, to compare: logits [..., N, C] -> (within [...], between [...]).
 
-    Its class means are those of consecutive groups of five rows, not of labels. It compares the rows of class k,
-    which lie class after class, with the mean of group k. Nan with fewer than five rows per class.
+    It compares the rows of class k, which lie class after class, with the mean of the k-th five rows, whatever the
+    labels. Nan with fewer than five rows per class.
     """
     x, (n_samples, n_way) = logits.double(), logits.shape[-2:]
     if n_samples < 5 * n_way:
@@ -311,17 +308,14 @@ def permuted(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def mean_and_se(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over tasks and its standard error: values [T, ...] -> (mean [...], error [...]).
+    """Mean over tasks and its standard error: values [T, ...] -> (mean [...], error [...]). A nan makes both nan.
 
-    The error is the sample standard deviation over sqrt(T), nan for a single task. A nan task makes both nan.
+    The error is the sample standard deviation over sqrt(T), nan for a single task.
     """
-    mean = values.double().mean(0)
-    if len(values) < 2:
-        return mean, torch.full_like(mean, math.nan)
-    return mean, values.double().std(0, correction=1) / math.sqrt(len(values))
+    values = values.double()
+    error = values.std(0) / math.sqrt(len(values)) if len(values) > 1 else torch.full_like(values[0], math.nan)
+    return values.mean(0), error
 
-
-# ---- all metrics at once ----
 
 def _metrics_of_group(group: _Group) -> dict[str, Tensor]:
     """All metrics of features and labels alone."""
@@ -357,54 +351,48 @@ def measure(features: list[Tensor], labels: Tensor, support_features: list[Tenso
         if query.ndim == 3 and query.device.type == "cpu":
             size = max(1, CHUNK // query[0].numel())
             parts = [_project(n_way, *chunk) for chunk in zip(*(x.split(size) for x in per_task))]
-            layers.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+            layers.append([torch.cat(values) for values in zip(*parts)])
         else:
             layers.append(_project(n_way, *per_task))
-    return _metrics_of_projection(layers, features[-1], labels, null_labels)
+    samples, off_span, references, tolerance = map(torch.stack, zip(*layers))
+    *_, support_means, null_support_means, weight = references.split(n_way, -2)
+    means = torch.stack([support_means, null_support_means])
+    samples = samples.expand(2, *samples.shape)                            # [2, L, ..., N, 5 C]: labels, then null
+    labels = torch.stack([labels, null_labels]).unsqueeze(1)               # [2, 1, ..., N]
+    group = _group(samples, _one_hot(labels, n_way).expand(*samples.shape[:-1], n_way), off_span, tolerance)
+    values = {**_metrics_of_group(group), "self_duality": _self_duality(weight, group.centred),
+              "ncc_accuracy": ncc_accuracy(samples, labels, means),
+              "ncc_mismatch": ncc_mismatch(features[-1], samples, labels, n_way, means)}
+    table = {name + suffix: value[kind] for name, value in values.items() for kind, suffix in enumerate(("", "_null"))}
+    for name, trace in zip(("within_original", "between_original"), original_traces(features[-1])):
+        table[name] = torch.full_like(table["within"], math.nan)
+        table[name][-1] = trace
+    return table
 
 
 def _project(n_way: int, features: Tensor, labels: Tensor, null_labels: Tensor, support_features: Tensor,
-             support_labels: Tensor, null_support_labels: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
+             support_labels: Tensor, null_support_labels: Tensor, weight: Tensor | None = None) -> tuple[Tensor, ...]:
     """Projects a layer onto the span of all class means and classifier rows, in 5 C coordinates.
 
     This preserves distances and angles, hence all metrics. The part outside the span is kept as a squared length.
+
+    Returns:
+        Samples [..., N, 5 C]; their squared length outside the span [..., N]; class means, null, support, its null,
+        classifier [..., 5 C, 5 C], nan where there is no classifier; tolerance [...].
     """
     one_hot, null_one_hot = _one_hot(labels, n_way), _one_hot(null_labels, n_way)
     group, support = _group(features, one_hot), support_features.double()
     origin = group.means.mean(-2, keepdim=True)
     references = [group.centred, _means(group.residual, null_one_hot) + _means(one_hot, null_one_hot) @ group.centred,
                   *(_means(support, _one_hot(y, n_way)) - origin for y in (support_labels, null_support_labels)),
-                  *([] if weight is None else [weight.double()])]   # class means, null, support, its null, classifier
+                  *([] if weight is None else [weight.double()])]
     basis, references = torch.linalg.qr(torch.cat(references, -2).mT)      # [..., D, R], [..., R, 4 or 5 C]
-    within = group.residual @ basis                                        # [..., N, R]
-    references = references.mT
-    absent, missing = (5 * n_way - size for size in references.shape[-2:])   # zeros make all layers the same size
-    return {
-        "samples": F.pad(within + one_hot @ references[..., :n_way, :], (0, missing)),
-        "off_span": (group.spread - _square_length(within)).clamp_min(0),
-        "references": F.pad(F.pad(references, (0, missing)), (0, 0, 0, absent), value=math.nan),
-        "tolerance": group.tolerance,
-    }
-
-
-def _metrics_of_projection(layers: list[dict], logits: Tensor, labels: Tensor, null_labels: Tensor) -> dict:
-    """What `_project` returns for each layer, and the logits and labels of the query set -> as `measure`."""
-    projected = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
-    n_way = logits.shape[-1]
-    labels = torch.stack([labels, null_labels]).unsqueeze(1)               # [2, 1, ..., N]: both kinds, every layer
-    samples = projected["samples"].expand(2, *projected["samples"].shape)  # [2, L, ..., N, 5 C]
-    one_hot = _one_hot(labels, n_way).expand(*samples.shape[:-1], n_way)
-    group = _group(samples, one_hot, projected["off_span"], projected["tolerance"])
-    _, _, support_means, null_support_means, weight = projected["references"].split(n_way, -2)
-    means = torch.stack([support_means, null_support_means])
-    values = {**_metrics_of_group(group), "self_duality": _self_duality(weight, group),
-              "ncc_accuracy": ncc_accuracy(samples, labels, means),
-              "ncc_mismatch": ncc_mismatch(logits, samples, labels, n_way, means)}
-    table = {name + suffix: value[kind] for name, value in values.items() for kind, suffix in enumerate(("", "_null"))}
-    for name, trace in zip(("within_original", "between_original"), original_traces(logits)):
-        table[name] = torch.full_like(table["within"], math.nan)
-        table[name][-1] = trace
-    return table
+    within, references = group.residual @ basis, references.mT             # [..., N, R]
+    absent, missing = (5 * n_way - size for size in references.shape[-2:])   # all layers get the same size
+    samples = F.pad(within + one_hot @ references[..., :n_way, :], (0, missing))
+    off_span = (group.spread - _square_length(within)).clamp_min(0)
+    references = F.pad(F.pad(references, (0, missing)), (0, 0, 0, absent), value=math.nan)
+    return samples, off_span, references, group.tolerance
 
 
 @torch.no_grad()
@@ -419,8 +407,8 @@ def measure_features(features: Array, labels: Array, *, classifier_weight: Array
 
     Args:
         features: [N, D] or [N, C, H, W], which is flattened.
-        labels: one number, string or row (one-hot, or a tuple) per sample. Classes are taken in sorted order. They may
-            differ in size: S_W and S_B are means over classes. Each needs two samples. Permuted, they give the null.
+        labels: one number, string or row (one-hot, or a tuple) per sample. Classes are in sorted order, each of two
+            samples or more: S_W and S_B are means over classes. Permuted labels give the null.
         classifier_weight: [C, D], the rows of the classifier that takes the features; adds self_duality (NC3).
         logits: [N, C], of the same samples; adds ncc_mismatch (NC4). Needs the support set.
         support_features, support_labels: other samples, e.g. the training set, of any number per class. They give the
@@ -438,7 +426,8 @@ def measure_features(features: Array, labels: Array, *, classifier_weight: Array
     group = _group(x, F.one_hot(index, n_way).double())
     values = _metrics_of_group(group)
     if classifier_weight is not None:
-        values["self_duality"] = _self_duality(_rows("classifier_weight", classifier_weight, n_way, x.shape[1]), group)
+        weight = _rows("classifier_weight", classifier_weight, n_way, x.shape[1])
+        values["self_duality"] = _self_duality(weight, group.centred)
     if support_labels is not None:
         support = _rows("support_features", support_features, n_columns=x.shape[1])
         support_classes, support_index = _classes("support_labels", support_labels, len(support))
@@ -447,13 +436,12 @@ def measure_features(features: Array, labels: Array, *, classifier_weight: Array
         values["ncc_accuracy"] = ncc_accuracy(x, index, means)
         if logits is not None:
             values["ncc_mismatch"] = ncc_mismatch(_rows("logits", logits, len(x), n_way), x, index, n_way, means)
-    numbers = {name: value.item() for name, value in values.items()}
-    undefined = [name for name, number in numbers.items() if not math.isfinite(number)]
-    _require(set(undefined) <= {"cdnv_unbiased"}, f"{', '.join(undefined)}: division by zero. Class means are equal to "
-             "each other or to the mean of all, or the classifier is zero, or values are too large to square")
+    undefined = {name for name, value in values.items() if not value.isfinite()}
+    _require(undefined <= {"cdnv_unbiased"}, f"{', '.join(sorted(undefined))}: division by zero. Class means are equal "
+             "to each other or to the mean of all, or the classifier is zero, or values are too large to square")
     if undefined:
         warnings.warn("cdnv_unbiased is nan: two class means are no farther apart than by chance", stacklevel=2)
-    return numbers
+    return {name: value.item() for name, value in values.items()}
 
 
 def _rows(name: str, x: Array, n_rows: int = 0, n_columns: int = 0) -> Tensor:
