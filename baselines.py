@@ -1,9 +1,7 @@
 """What MAML is compared with: a prototypical network and an ordinary classifier, trained by the same loop.
 
-Both return what `meta.meta_gradient` returns, of the same tasks and the same network, so that `Meta` takes the same
-steps with them. Neither has an inner loop. T tasks.
+Both return the first three of what `meta.meta_gradient` returns. Neither has an inner loop. T tasks.
 """
-
 import torch
 from torch import Tensor
 

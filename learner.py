@@ -1,21 +1,18 @@
 """The network: a list of layers, with explicit weights.
 
-MAML's inner loop needs a network that is a function of its weights, because it
-runs the same layers with theta, and with the fast weights of every inner step
-of every task. `Learner` owns theta and runs with it, or with weights that it is
-given: one set for all images, or one set per task.
+MAML's inner loop runs the same layers with theta and with the fast weights of every inner step of every task.
+`Learner` owns theta and runs with it, or with weights that it is given: one set for all images, or one set per task.
 
     net = Learner([("conv2d", [64, 1, 3, 3, 2, 0]), ("bn", [64]), ("relu", [True]),
                    ("flatten", []), ("linear", [5, 64 * 13 * 13])], imgc=1, imgsz=28)
     logits = net(images)                            # [N, 5], with theta
     logits = net(images_of_tasks, fast_weights)     # [T, N, 5], task t with its own weights
 
-Inside, images are channels last, [T, N, h, w, c]: the layout in which a
-convolution is a matrix product and batch norm's channels lie side by side.
+Inside, images are channels last, [T, N, h, w, c]: there a convolution is a matrix product.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -70,16 +67,17 @@ class Learner(nn.Module):
         self.input_shape = (imgc, imgsz, imgsz)
         self.shapes: list[list[int]] = []  # [c, h, w] or [features] after each layer
         self.weights = nn.ParameterDict()
-        self.classes: nn.Linear | None = None  # features -> all training classes, for `meta.classifier_gradient`
+        self.classes: nn.Linear | None = None  # features -> all training classes, for `baselines.classifier_gradient`
         shape = list(self.input_shape)
         for i, (name, params) in enumerate(self.config):
             try:
                 _check(name, params, shape)
-                for kind, weight in _initial_weights(name, params, (initial or {}).get(name)).items():
-                    self.weights[f"{i}_{name}_{kind}"] = nn.Parameter(weight)
-                shape = _output_shape(name, params, shape, [w.shape for w in self._own(i, self.weights)])
+                own = _initial_weights(name, params, (initial or {}).get(name, nn.init.kaiming_normal_))
+                shape = _output_shape(name, params, shape, own.values())
             except (ValueError, RuntimeError, ArithmeticError) as error:
                 raise ValueError(f"layer {i}, {name}{tuple(params)}, after {tuple(shape)}: {error}") from error
+            for kind, weight in own.items():
+                self.weights[f"{i}_{name}_{kind}"] = nn.Parameter(weight)
             self.shapes.append(shape)
 
     @property
@@ -116,26 +114,20 @@ class Learner(nn.Module):
         Returns:
             Logits [N, n_way] or [T, N, n_way]; with features, (logits, list).
         """
-        weights = self.weights if weights is None else weights
         tasks = x if x.dim() == 5 else x[None]
-        weights = self.per_task(weights, len(tasks))
+        weights = self.per_task(self.weights if weights is None else weights, len(tasks))
         # a copy even of one channel, whose stride torch takes to tell the layout: channels last, for all that follows
         h = tasks.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format)  # [T, N, h, w, c]
-        seen = []
+        layers = []
         for i, (name, params) in enumerate(self.config):
             if name in BLOCK_STARTS and i > 0:
-                seen.append(h.flatten(2))
-            h = _apply(name, params, h, self._own(i, weights), groups)
-        logits = h.flatten(2)
-        seen.append(logits)
+                layers.append(h.flatten(2))
+            names = (f"{i}_{name}_weight", f"{i}_{name}_bias")
+            h = _apply(name, params, h, [weights[own] for own in names if own in weights], groups)
+        layers.append(h.flatten(2))
         if x.dim() == 4:
-            logits, seen = logits[0], [f[0] for f in seen]
-        return (logits, seen) if features else logits
-
-    def _own(self, i: int, weights: Weights) -> list[Tensor]:
-        """The weights of layer i, in the order in which `_apply` takes them."""
-        names = (f"{i}_{self.config[i][0]}_{kind}" for kind in ("weight", "bias"))
-        return [weights[name] for name in names if name in weights]
+            layers = [values[0] for values in layers]
+        return (layers[-1], layers) if features else layers[-1]
 
     def per_task(self, weights: Weights, tasks: int) -> dict[str, Tensor]:
         """The weights with a leading task axis [T, ...]: one set is shared by all tasks, without a copy."""
@@ -164,9 +156,7 @@ def _check(name: str, params: Sequence, shape: list[int]) -> None:
         raise ValueError(f"unknown layer {name!r}; there are {', '.join(LAYERS)}")
     if name != "reshape" and len(params) != len(LAYERS[name].strip("[]").split()):
         raise ValueError(f"params must be {LAYERS[name]}")
-    if name in ("conv2d", "convt2d", "max_pool2d", "avg_pool2d", "upsample") and len(shape) != 3:
-        raise ValueError("takes an image [c, h, w]")
-    if name == "mean" and len(shape) != 3:
+    if name in ("conv2d", "convt2d", "max_pool2d", "avg_pool2d", "upsample", "mean") and len(shape) != 3:
         raise ValueError("takes an image [c, h, w]")
     if name in ("conv2d", "convt2d") and params[2] != params[3]:
         raise ValueError("kernels are square here")
@@ -177,29 +167,24 @@ def _check(name: str, params: Sequence, shape: list[int]) -> None:
         raise ValueError(f"takes {channels[0]} channels, not {shape[0]}")
 
 
-def _output_shape(name: str, params: Sequence, shape: list[int], own: list[torch.Size]) -> list[int]:
+def _output_shape(name: str, params: Sequence, shape: list[int], own: Iterable[Tensor]) -> list[int]:
     """What the layer makes of one image of this shape; the layer itself says, on the meta device."""
-    sizes = [*shape[1:], shape[0]] if len(shape) == 3 else shape
-    h = torch.empty(1, 2, *sizes, device="meta")
-    y = _apply(name, params, h, [torch.empty(1, *size, device="meta") for size in own])
-    sizes = list(y.shape[2:])
-    return [sizes[-1], *sizes[:-1]]
+    h = torch.empty(1, 2, *shape[1:], shape[0], device="meta")
+    *sides, channels = _apply(name, params, h, [w[None].to("meta") for w in own]).shape[2:]
+    return [channels, *sides]
 
 
-def _initial_weights(name: str, params: Sequence, fill: Callable | None) -> dict[str, Tensor]:
-    fill = fill or nn.init.kaiming_normal_
+def _initial_weights(name: str, params: Sequence, fill: Callable) -> dict[str, Tensor]:
+    """In the order in which `_apply` takes them."""
     if name in ("conv2d", "convt2d"):
-        weight = fill(torch.empty(params[:4]))
-        outputs = params[0] if name == "conv2d" else params[1]
         # stored as [out, kernel, kernel, in], so that taskwise sees each task's kernel as a matrix without a copy
-        return {"weight": weight.contiguous(memory_format=torch.channels_last), "bias": torch.zeros(outputs)}
+        weight = fill(torch.empty(params[:4])).contiguous(memory_format=torch.channels_last)
+        return {"weight": weight, "bias": torch.zeros(params[0] if name == "conv2d" else params[1])}
     if name == "linear":
         return {"weight": fill(torch.empty(params)), "bias": torch.zeros(params[0])}
     if name == "bn":
         return {"weight": torch.ones(params[0]), "bias": torch.zeros(params[0])}
-    if name == "bn_shift":
-        return {"bias": torch.zeros(params[0])}
-    return {}
+    return {"bias": torch.zeros(params[0])} if name == "bn_shift" else {}
 
 
 def _apply(name: str, params: Sequence, h: Tensor, own: list[Tensor], groups: int = 1) -> Tensor:
@@ -214,12 +199,11 @@ def _apply(name: str, params: Sequence, h: Tensor, own: list[Tensor], groups: in
             weight, bias = own
             return torch.baddbmm(bias[:, None], h, weight.transpose(1, 2))
         case "bn" | "bn_shift":
-            apart = h.reshape(len(h) * groups, -1, *h.shape[2:])
             own = [weight.repeat_interleave(groups, 0) for weight in own] if groups > 1 else own
-            y = taskwise.batch_norm(apart, *own) if name == "bn" else taskwise.batch_norm(apart, None, *own, eps=1e-3)
-            return y.view(h.shape)
+            scale, shift, eps = (*own, taskwise.EPS) if name == "bn" else (None, *own, 1e-3)
+            return taskwise.batch_norm(h.reshape(len(h) * groups, -1, *h.shape[2:]), scale, shift, eps).view(h.shape)
         case "relu":
-            return F.relu(h)  # inplace or not is the same to a reader; in place, autograd would refuse views
+            return F.relu(h)  # in place, autograd would refuse views
         case "leakyrelu":
             return F.leaky_relu(h, params[0])
         case "tanh":
@@ -234,10 +218,9 @@ def _apply(name: str, params: Sequence, h: Tensor, own: list[Tensor], groups: in
             return _per_image(h, lambda x: F.avg_pool2d(x, *params))
         case "mean":
             return h.mean((2, 3))
-        case "flatten":  # in torch's order, c h w
-            return (h.permute(0, 1, 4, 2, 3) if h.dim() == 5 else h).flatten(2)
-        case "reshape":
-            h = (h.permute(0, 1, 4, 2, 3) if h.dim() == 5 else h).reshape(*h.shape[:2], *params)
+        case "flatten" | "reshape":  # in torch's order, c h w
+            h = h.permute(0, 1, 4, 2, 3) if h.dim() == 5 else h
+            h = h.flatten(2) if name == "flatten" else h.reshape(*h.shape[:2], *params)
             return h.permute(0, 1, 3, 4, 2) if h.dim() == 5 else h
 
 
@@ -247,10 +230,9 @@ def _same(size: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def _per_image(h: Tensor, layer) -> Tensor:
+def _per_image(h: Tensor, layer: Callable) -> Tensor:
     """Apply a layer without weights, which takes [images, c, h, w]."""
-    y = layer(h.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return y.unflatten(0, h.shape[:2])
+    return layer(h.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, h.shape[:2])
 
 
 def _conv_transpose(h: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:

@@ -126,7 +126,7 @@ def draw(classes: int, per_class: int, n_tasks: int, n_way: int, k: int, generat
     return chosen[..., None], order
 
 
-def pick(images: Tensor, index: tuple[Tensor, Tensor]) -> Tensor:
+def _pick(images: Tensor, index: tuple[Tensor, Tensor]) -> Tensor:
     """The images that `draw` chose, [T, n_way, k, c, h, w], where `images` are."""
     return images[tuple(part.to(images.device) for part in index)]
 
@@ -134,33 +134,32 @@ def pick(images: Tensor, index: tuple[Tensor, Tensor]) -> Tensor:
 def as_tasks(picked: Tensor, k_spt: int, mean: Tensor | Sequence[float], std: Tensor | Sequence[float]) -> Tasks:
     """Scale and normalise picked images, uint8 [T, n_way, k, c, h, w]; cut each class into support and query."""
     n_tasks, n_way, k = picked.shape[:3]
-    mean, std = (torch.as_tensor(values, device=picked.device).view(1, 1, 1, -1, 1, 1) for values in (mean, std))
-    picked = (picked.float() / 255 - mean) / std
+    mean, std = (torch.as_tensor(values, device=picked.device).view(-1, 1, 1) for values in (mean, std))
+    images = (picked.float() / 255 - mean) / std
     labels = torch.arange(n_way, device=picked.device).view(1, n_way, 1).expand(n_tasks, n_way, k)
-    x_spt, x_qry = (part.flatten(1, 2) for part in picked.split([k_spt, k - k_spt], 2))
-    y_spt, y_qry = (part.flatten(1, 2) for part in labels.split([k_spt, k - k_spt], 2))
+    (x_spt, x_qry), (y_spt, y_qry) = (
+        [part.flatten(1, 2) for part in values.split([k_spt, k - k_spt], 2)] for values in (images, labels))
     return Tasks(x_spt, y_spt, x_qry, y_qry)
 
 
 def sample_tasks(images: Tensor, n_tasks: int, n_way: int, k_spt: int, k_qry: int, generator: torch.Generator | None,
                  mean: Tensor | Sequence[float] = (0.0,), std: Tensor | Sequence[float] = (1.0,),
                  counts: Sequence[int] | None = None) -> Tasks:
-    """Draw tasks.
+    """Draw T = n_tasks tasks.
 
     Args:
         images: uint8 [classes, images per class, c, h, w].
-        n_tasks: T.
         k_spt, k_qry: support and query images per class.
         generator: on the CPU or on the device of `images`; the same state gives the same tasks. None: torch's own.
         mean, std: of images scaled to 0..1; one number, or one per channel (a tensor on the device is not copied).
         counts: images per class, where they are unequal.
     Raises:
-        ValueError: too few classes, or too few images per class.
+        ValueError: as `draw`.
     """
     device = generator.device if generator else images.device
-    index = draw(*images.shape[:2], n_tasks, n_way, k_spt + k_qry, generator, device=device,
-                 counts=_counts(counts, k_spt + k_qry, device))
-    return as_tasks(pick(images, index), k_spt, mean, std)
+    k = k_spt + k_qry
+    index = draw(*images.shape[:2], n_tasks, n_way, k, generator, device=device, counts=_counts(counts, k, device))
+    return as_tasks(_pick(images, index), k_spt, mean, std)
 
 
 def _counts(counts: Sequence[int] | None, k: int, device: torch.device | str) -> Tensor | None:
@@ -207,7 +206,7 @@ class Sampler:
         """The tasks of these indices, with `nc_qry` query images per class if `measured`, else with `k_qry`."""
         classes, order = index
         order = order[..., :self.k_spt + (self.nc_qry if measured else self.k_qry)]
-        return as_tasks(pick(self.images, (classes, order)).to(self.device), self.k_spt, self.mean, self.std)
+        return as_tasks(_pick(self.images, (classes, order)).to(self.device), self.k_spt, self.mean, self.std)
 
     @property
     def state(self) -> Tensor:

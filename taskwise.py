@@ -1,19 +1,15 @@
 """Convolution and batch norm for many tasks at once, each task with weights of its own.
 
-MAML's inner loop gives every task its own fast weights, and its outer gradient
-differentiates through the inner gradients. These two layers are written for
-that: a leading task axis T on inputs and weights, channels last, and a closed
-form for the second derivative, so that the double backward is a few matrix
-products and a few passes over memory instead of a graph of small operations.
+MAML's inner loop gives every task its own fast weights, and its outer gradient differentiates through the inner
+gradients. These layers have a leading task axis T on inputs and weights, channels last, and a closed form for the
+second derivative: the double backward is a few matrix products and a few passes over memory instead of a graph of
+small operations. A third derivative raises an error.
 
-Why not `torch.vmap` over `F.conv2d` and `F.batch_norm`: vmap turns a convolution
-with per-task weights into a grouped one, whose backward is slow, and its rule
-for batch norm's double backward is wrong (pytorch/functorch#534).
+Why not `torch.vmap` over `F.conv2d` and `F.batch_norm`: vmap turns a convolution with per-task weights into a grouped
+one, whose backward is slow, and its rule for batch norm's double backward is wrong (pytorch/functorch#534).
 
-Letters: T tasks, N samples, h w c height, width, channels in, o channels out,
-k kernel, R = N*h*w rows that share a channel's statistics.
-
-A third derivative raises an error.
+Letters: T tasks, N samples, h w c height, width, channels in, o channels out, k kernel, R = N*h*w rows that share a
+channel's statistics.
 """
 
 import functools
@@ -39,11 +35,9 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: in
         [T, N, h', w', o].
     """
     before, after = (padding, padding) if isinstance(padding, int) else padding
-    if before == after and len(x) == 1:  # the native kernel pads
-        return _Conv.apply(x, weight, bias, stride, before)
-    if before or after:
-        x = F.pad(x, (0, 0, before, after, before, after))
-    return _Conv.apply(x, weight, bias, stride, 0)
+    if (before or after) and (before != after or len(x) > 1):  # else the native kernel pads
+        x, before = F.pad(x, (0, 0, before, after, before, after)), 0
+    return _Conv.apply(x, weight, bias, stride, before)
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor, eps: float = EPS) -> Tensor:
@@ -93,8 +87,8 @@ def _no_third_derivative(compute: Callable) -> Callable:
 
 
 # A convolution is bilinear in image and kernel. Its gradients are its two adjoints, and the gradients of those are
-# the same three maps again. So three maps are all it takes, each in two ways: one task goes to the native kernel;
-# several go through im2col, and become one batched matrix product.
+# the same three maps again. Each map has two ways: one task goes to the native kernel; several go through im2col, and
+# become one batched matrix product.
 
 
 class _Conv(torch.autograd.Function):
@@ -168,17 +162,15 @@ def _adjoints(x, weight, g, columns, stride, padding, wanted):
                 gb[None] if for_bias else None)
     tasks, o, c, k, _ = weight.shape
     rows = g.reshape(tasks, -1, o)
-    gx = gw = None
-    if for_x:
-        gx = _col2im(torch.bmm(rows, _matrix(weight)), x.shape, k, stride)
+    gx = _col2im(torch.bmm(rows, _matrix(weight)), x.shape, k, stride) if for_x else None
+    gw = None
     if for_weight:
         if k * k * c < o:  # a product is slow where its last side is short
             gw = torch.bmm(columns.transpose(1, 2), rows).transpose(1, 2).contiguous()
         elif g.is_cuda and rows.shape[1] > LONG:  # a sum per image, then over images: else one block sums all
-            samples = g.shape[1]
-            per_image = torch.bmm(rows.reshape(tasks * samples, -1, o).transpose(1, 2),
-                                  columns.reshape(tasks * samples, -1, k * k * c))
-            gw = per_image.view(tasks, samples, o, -1).sum(1)
+            images = tasks * g.shape[1]
+            per_image = torch.bmm(rows.reshape(images, -1, o).transpose(1, 2), columns.reshape(images, -1, k * k * c))
+            gw = per_image.view(tasks, -1, o, k * k * c).sum(1)
         else:
             gw = torch.bmm(rows.transpose(1, 2), columns)
         gw = gw.view(tasks, o, k, k, c).permute(0, 1, 4, 2, 3)
@@ -201,10 +193,10 @@ def _im2col(x, k, stride):
     """[T, N, h, w, c] -> [T, N*h'*w', k*k*c], each row the patch under one output pixel."""
     tasks, samples, h, w, c = x.shape
     t, n, y, z, d = x.stride()
-    out = (h - k) // stride + 1, (w - k) // stride + 1
-    patches = x.as_strided((tasks, samples, *out, k, k, c), (t, n, y * stride, z * stride, y, z, d),
+    rows, cols = (h - k) // stride + 1, (w - k) // stride + 1
+    patches = x.as_strided((tasks, samples, rows, cols, k, k, c), (t, n, y * stride, z * stride, y, z, d),
                            x.storage_offset())
-    return patches.reshape(tasks, samples * out[0] * out[1], k * k * c)
+    return patches.reshape(tasks, samples * rows * cols, k * k * c)
 
 
 def _col2im(columns, shape, k, stride):

@@ -10,8 +10,8 @@ import taskwise
 
 TASKS = [1, 3]
 # kernel, stride, padding, size: some sizes are no multiple of the stride, some kernels as large as the image
-GEOMETRIES = [(3, 1, 0, 7), (3, 2, 0, 8), (3, 2, 0, 7), (2, 1, 0, 2), (1, 1, 0, 4), (3, 2, 1, 6),
-              (5, 1, 2, 5), (2, 3, 0, 9), (3, 1, 1, 1), (3, 2, (0, 1), 8), (2, 1, (0, 1), 4), (3, 2, (1, 1), 6)]
+GEOMETRIES = [(3, 2, 0, 8), (3, 2, 0, 7), (2, 1, 0, 2), (1, 1, 0, 4), (3, 2, 1, 6), (5, 1, 2, 5), (2, 3, 0, 9),
+              (3, 1, 1, 1), (3, 2, (0, 1), 8)]
 
 
 def native_conv2d(x, weight, bias, stride=1, padding=0):
@@ -38,14 +38,12 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-def conv_inputs(tasks, kernel, size, samples=2, channels=3, out=4):
-    return [random(tasks, samples, size, size, channels),
-            random(tasks, out, channels, kernel, kernel, seed=1), random(tasks, out, seed=2)]
+def conv_inputs(tasks, kernel, size):
+    return [random(tasks, 2, size, size, 3), random(tasks, 4, 3, kernel, kernel, seed=1), random(tasks, 4, seed=2)]
 
 
-def batch_norm_inputs(tasks, *middle, channels=3):
-    weight, bias = random(tasks, channels, seed=1), random(tasks, channels, seed=2)
-    return [random(tasks, *middle, channels), weight, bias]
+def batch_norm_inputs(tasks, *middle):
+    return [random(tasks, *middle, 3), random(tasks, 3, seed=1), random(tasks, 3, seed=2)]
 
 
 def conv(kernel, stride, padding, size):
@@ -55,12 +53,19 @@ def conv(kernel, stride, padding, size):
             lambda tasks: conv_inputs(tasks, kernel, size))
 
 
+def native_max_pool2d(x):
+    return F.max_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), 3, 2, 1).permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+
+
 LAYERS = {f"conv2d-{'-'.join(map(str, geometry))}": conv(*geometry) for geometry in GEOMETRIES}
 BATCH_NORMS = taskwise.batch_norm, native_batch_norm
-LAYERS["batch_norm"] = *BATCH_NORMS, lambda tasks: batch_norm_inputs(tasks, 4, 3, 2)
-LAYERS["batch_norm-no_scale"] = (lambda x, bias: taskwise.batch_norm(x, None, bias)), elementary_batch_norm, (
-    lambda tasks: batch_norm_inputs(tasks, 4, 3, 2)[::2])
-LAYERS["batch_norm-flat"] = *BATCH_NORMS, lambda tasks: batch_norm_inputs(tasks, 5)
+LAYERS |= {
+    "batch_norm": (*BATCH_NORMS, lambda tasks: batch_norm_inputs(tasks, 4, 3, 2)),
+    "batch_norm-no_scale": (lambda x, bias: taskwise.batch_norm(x, None, bias), elementary_batch_norm,
+                            lambda tasks: batch_norm_inputs(tasks, 4, 3, 2)[::2]),
+    "batch_norm-flat": (*BATCH_NORMS, lambda tasks: batch_norm_inputs(tasks, 5)),
+    "max_pool2d": (lambda x: taskwise.max_pool2d(x, 3, 2, 1), native_max_pool2d,
+                   lambda tasks: [random(tasks, 2, 7, 7, 3)])}
 
 
 def first_derivatives(layer, inputs, wrt, g):
@@ -98,9 +103,12 @@ SOME = [some for count in (1, 2, 3) for some in itertools.combinations(range(3),
 
 
 @pytest.mark.parametrize("tasks", TASKS)
-@pytest.mark.parametrize("name", ["conv2d-3-2-0-8", "conv2d-3-2-1-6", "batch_norm"])
+@pytest.mark.parametrize("name", ["conv2d-3-2-1-6", "batch_norm"])
 def test_second_derivative_of_some_first_ones_with_respect_to_some_inputs(name, tasks):
-    """Every combination: which first derivatives are used, and which inputs are differentiated then."""
+    """Every combination: which first derivatives are used, and which inputs are differentiated then.
+
+    So also images that ask for no gradient, as in the first layer of the inner loop.
+    """
     ours, native, make = LAYERS[name]
     for first, second in itertools.product(SOME, SOME):
         inputs = make(tasks)
@@ -110,22 +118,6 @@ def test_second_derivative_of_some_first_ones_with_respect_to_some_inputs(name, 
         for then_wrt in ([inputs[i] for i in second], [*(inputs[i] for i in second), g]):
             assert_close(second_derivatives(ours, inputs, first, g, then_wrt),
                          second_derivatives(native, inputs, first, g, then_wrt))
-
-
-@pytest.mark.parametrize("tasks", TASKS)
-@pytest.mark.parametrize("padding", [0, 1, (0, 1)])
-def test_first_layer_takes_images_without_gradient(tasks, padding):
-    """As in the inner loop: the images ask for no gradient, the weights are differentiated twice."""
-    inputs = conv_inputs(tasks, 3, 7)
-    inputs[0].requires_grad_(False)
-    results = []
-    for layer in (taskwise.conv2d, native_conv2d):
-        def function(x, weight, bias, layer=layer):
-            return layer(x, weight, bias, 2, padding)
-        g = random(*function(*inputs).shape, seed=5)
-        first = first_derivatives(function, inputs, (1, 2), g)
-        results.append([*first, *second_derivatives(function, inputs, (1, 2), g, [*inputs[1:], g])])
-    assert_close(*results)
 
 
 @pytest.mark.parametrize("tasks", TASKS)
@@ -141,18 +133,6 @@ def test_any_memory_layout_of_the_weights_and_images_will_do(tasks):
         assert_close([taskwise.conv2d(*inputs, stride=2)], [expected])
         assert_close(*(second_derivatives(lambda *i: layer(*i, stride=2), inputs, (0, 1, 2), g, [*inputs, g])
                        for layer in (taskwise.conv2d, native_conv2d)))
-
-
-def test_weights_shared_by_an_expanded_task_axis_gather_the_gradients_of_all_tasks():
-    x, weight, bias = conv_inputs(3, 3, 5)
-    weight, bias = weight[0].detach().requires_grad_(), bias[0].detach().requires_grad_()
-    results = []
-    for layer in (taskwise.conv2d, native_conv2d):
-        loss = layer(x, weight.expand(3, *weight.shape), bias.expand(3, -1)).square().sum()
-        first = torch.autograd.grad(loss, [x, weight, bias], create_graph=True)
-        second = torch.autograd.grad(sum(f.square().sum() for f in first), [x, weight, bias])
-        results.append([*first, *second])
-    assert_close(*results)
 
 
 @pytest.mark.parametrize("tasks", TASKS)
@@ -179,14 +159,10 @@ def test_batch_norm_in_float32_survives_a_large_mean(tasks):
 
 
 @pytest.mark.parametrize("tasks", TASKS)
-@pytest.mark.parametrize("name", ["conv2d-3-2-0-7", "conv2d-3-2-1-6", "conv2d-3-2-(0, 1)-8", "batch_norm",
-                                  "max_pool2d"])
+@pytest.mark.parametrize("name", ["conv2d-3-2-0-7", "conv2d-3-2-(0, 1)-8", "batch_norm", "max_pool2d"])
 def test_third_derivative_raises(name, tasks):
-    if name == "max_pool2d":
-        layer, inputs = (lambda x: taskwise.max_pool2d(x, 2, 2)), [random(tasks, 2, 6, 6, 3)]
-    else:
-        layer, _, make = LAYERS[name]
-        inputs = make(tasks)
+    layer, _, make = LAYERS[name]
+    inputs = make(tasks)
     first = torch.autograd.grad(layer(*inputs).pow(4).sum(), inputs, create_graph=True)
     second = torch.autograd.grad(sum(f.square().sum() for f in first), inputs, create_graph=True)
     loss = sum(s.square().sum() for s in second)
