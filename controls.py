@@ -40,7 +40,7 @@ from tasks import Dataset, Tasks, as_tasks, cat
 from training import TEST_SEED, Data, held_out_tasks
 
 QUERIES = 15  # per class, if nothing else is said
-OF_CLASSIFIER = ("self_duality", "ncc_mismatch", "within_original", "between_original")
+CLASSIFIER_METRICS = ("self_duality", "ncc_mismatch", "within_original", "between_original")
 ALONE = "batch norm by one query and the support set"
 
 
@@ -84,12 +84,12 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType) -> dict:
         maml = Meta(net, args.update_lr, update_step=args.update_step, update_step_test=args.update_step_test,
                     task_chunk=args.task_chunk, seed=args.seed, learner=args.learner)
         batches = math.ceil(args.test_tasks / args.task_num)
-        found = cat(list(progress(measured(maml, data, images, function), name, batches, "batches")))
+        results = cat(list(progress(measured(maml, data, images, function), name, batches, "batches")))
         if net not in dimensions:
             dimensions[net] = dimension(net, images[::data.turns("test"), :most + args.k_spt], dataset)
-        written[name] = entry(found) | {"effective_dimension": {"meta": numbers(dimensions[net])}}
-        within = found.metrics["meta"]["relative_within"][:, input_layer(found)].mean()
-        nearest = 100 * found.nearest_mean[:, 0].mean()
+        written[name] = entry(results) | {"effective_dimension": {"meta": numbers(dimensions[net])}}
+        within = results.metrics["meta"]["relative_within"][:, input_layer(results)].mean()
+        nearest = 100 * results.nearest_mean[:, 0].mean()
         say(f"{name}: relative within trace {within:.3f}, nearest support mean {nearest:.2f}%, before adaptation")
     return written
 
@@ -109,28 +109,27 @@ def together(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
 def not_adapted(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
     """The classifier's input alone, before adaptation; nothing of the classifier."""
     start = adapt(maml.net, maml.net.weights, tasks.x_spt, tasks.y_spt, maml.update_lr, 0)
-    null = permuted_labels(tasks, null_seed)
-    metrics = collapse_metrics(maml.net, tasks, start * 2, null)["meta"]
-    metrics = {name: values[:, :1] for name, values in metrics.items() if name.split("_null")[0] not in OF_CLASSIFIER}
+    metrics = collapse_metrics(maml.net, tasks, start * 2, permuted_labels(tasks, null_seed))["meta"]
+    metrics = {name: values[:, :1] for name, values in metrics.items()
+               if name.removesuffix("_null") not in CLASSIFIER_METRICS}
     return Adapted(None, accuracies(maml.net, tasks, start)["nearest_mean"], {"meta": metrics}, None)
 
 
 def alone(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
     """Each query with the support set alone; accuracies before adaptation and after the last inner step."""
-    net, models = maml.net, {"meta": 0, "finetuned": maml.update_step, "tested": maml.update_step_test}
-    trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, maml.update_lr, max(models.values()),
-                       adapted=maml.adapted)
-    found = {k: scores(net, tasks, trajectory[k], transductive=False) for k in set(models.values())}
-    right = {k: [accuracy(answers, tasks.y_qry) for answers in found[k][:2]] for k in found}
+    net, steps = maml.net, (0, maml.update_step, maml.update_step_test)
+    trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, maml.update_lr, max(steps), adapted=maml.adapted)
+    results = {k: scores(net, tasks, trajectory[k], transductive=False) for k in set(steps)}
+    right = {k: [accuracy(answers, tasks.y_qry) for answers in results[k][:2]] for k in results}
     _, null = permuted_labels(tasks, null_seed)
     metrics = {}
-    for model in ("meta", "finetuned"):
-        logits, _, query = found[models[model]]
-        of_queries, weight = ([query, logits], tasks.y_qry), trajectory[models[model]][net.classifier]
-        values = nc_metrics.measure(*of_queries, *of_queries, logits.shape[-1], weight, null, null)
+    for model, k in zip(("meta", "finetuned"), steps):
+        logits, _, query = results[k]
+        queries, weight = ([query, logits], tasks.y_qry), trajectory[k][net.classifier]
+        values = nc_metrics.measure(*queries, *queries, logits.shape[-1], weight, null, null)
         metrics[model] = {name: value[:1].T for name, value in values.items() if not name.startswith("ncc_")}
-        metrics[model]["ncc_accuracy"] = right[models[model]][1][:, None]  # by support means of its own for every query
-    ends = [torch.stack([right[0][i], right[maml.update_step_test][i]], 1) for i in range(2)]
+        metrics[model]["ncc_accuracy"] = right[k][1][:, None]  # by support means of its own for every query
+    ends = (torch.stack(pair, 1) for pair in zip(right[0], right[maml.update_step_test]))
     return Adapted(*ends, metrics, None)
 
 
@@ -144,16 +143,15 @@ def dimension(net: Learner, images: Tensor, dataset: Dataset) -> Tensor:
     return nc_metrics.effective_dimension(means)
 
 
-def input_layer(found: Adapted) -> int:
+def input_layer(results: Adapted) -> int:
     """Index of the classifier's input among the measured layers, of which a control may have one alone."""
-    return max(found.metrics["meta"]["within"].shape[1] - 2, 0)
+    return max(results.metrics["meta"]["within"].shape[1] - 2, 0)
 
 
-def entry(found: Adapted) -> dict:
-    models = {model: found.metrics[model] for model in ("meta", "finetuned") if model in found.metrics}
-    written = {"tasks": len(found.nearest_mean), **summary(models, input_layer(found))}
-    for name in ("accuracy", "nearest_mean"):
-        values = getattr(found, name)
+def entry(results: Adapted) -> dict:
+    models = {model: results.metrics[model] for model in ("meta", "finetuned") if model in results.metrics}
+    written = {"tasks": len(results.nearest_mean), **summary(models, input_layer(results))}
+    for name, values in (("accuracy", results.accuracy), ("nearest_mean", results.nearest_mean)):
         if values is not None:
             mean, se = nc_metrics.mean_and_se(values)
             written |= {name: numbers(mean), f"{name}_ci95": numbers(1.96 * se)}

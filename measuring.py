@@ -57,17 +57,10 @@ def accuracies(net: Learner, tasks: Tasks, trajectory: Sequence[Weights], transd
 
 def one_by_one(net: Learner, tasks: Tasks, trajectory: Sequence[Weights], every_query: bool) -> dict | None:
     """As `accuracies`, not transductive: of all queries, or of the first of each class alone. None without weights."""
-    if not trajectory:
-        return None
-    tasks = tasks if every_query else first_queries(tasks, net.shapes[-1][0])
-    return accuracies(net, tasks, trajectory, transductive=False)
-
-
-def first_queries(tasks: Tasks, n_way: int) -> Tasks:
-    """The tasks with the first query of each class alone, [T, C, ...], in the order of the labels."""
-    first = torch.stack([(tasks.y_qry == label).float().argmax(1) for label in range(n_way)], 1)
-    task = torch.arange(len(first), device=first.device)[:, None]
-    return tasks._replace(x_qry=tasks.x_qry[task, first], y_qry=tasks.y_qry[task, first])
+    if not every_query:  # queries lie class after class
+        first = slice(None, None, tasks.y_qry.shape[1] // net.shapes[-1][0])
+        tasks = tasks._replace(x_qry=tasks.x_qry[:, first], y_qry=tasks.y_qry[:, first])
+    return accuracies(net, tasks, trajectory, transductive=False) if trajectory else None
 
 
 def scores(net: Learner, tasks: Tasks, weights: Weights, transductive: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,15 +126,16 @@ def collapse_metrics(net: Learner, tasks: Tasks, trajectory: Sequence[Weights],
         n_way = logits.shape[-1]
         if k in (0, last):
             _, support_layers = net(tasks.x_spt, weights, features=True)
-            support, of_support = (support_layers, tasks.y_spt), (n_way, weights[net.classifier])
-            model = {0: "meta", last: "finetuned"}[k]
-            metrics[model] = nc_metrics.measure(layers, tasks.y_qry, *support, *of_support, null_qry, null_spt)
+            support, classifier = (support_layers, tasks.y_spt), (n_way, weights[net.classifier])
+            values = nc_metrics.measure(layers, tasks.y_qry, *support, *classifier, null_qry, null_spt)
+            metrics["finetuned" if k else "meta"] = values
+            traces = values["within"].T, values["between"].T
             if k == last and tasks.y_spt.shape[1] > n_way:
-                metrics["support"] = nc_metrics.measure(*support, *support, *of_support, null_spt, null_spt)
-            within, between = (metrics[model][name].T for name in ("within", "between"))
+                metrics["support"] = nc_metrics.measure(*support, *support, *classifier, null_spt, null_spt)
         else:
             traces = [nc_metrics.covariance_traces(features, tasks.y_qry, n_way) for features in layers]
-            within, between = (torch.stack(trace, 1) for trace in zip(*traces))
-        inner.append({"within": within, "between": between, "accuracy": accuracy(logits, tasks.y_qry)})
-    return {model: {name: values.T for name, values in found.items()} for model, found in metrics.items()} | {
-        "inner": {name: torch.stack([step[name] for step in inner], 1) for name in inner[0]}}
+            traces = [torch.stack(trace, 1) for trace in zip(*traces)]
+        inner.append([*traces, accuracy(logits, tasks.y_qry)])
+    metrics = {model: {name: layers.T for name, layers in values.items()} for model, values in metrics.items()}
+    steps = (torch.stack(values, 1) for values in zip(*inner))
+    return metrics | {"inner": dict(zip(("within", "between", "accuracy"), steps))}

@@ -7,7 +7,7 @@ takes them as constants.
     net = Learner(layers, imgc=1, imgsz=28)
     maml = Meta(net, update_lr=0.4, update_step=5)
     step = maml(tasks)                          # one meta-step
-    found = maml.finetune(tasks)                # test: accuracy after each inner step; theta stays as it is
+    adapted = maml.finetune(tasks)              # test: accuracy after each inner step; theta stays as it is
 """
 
 import math
@@ -128,9 +128,9 @@ class Meta:
     nc_every: int = 0  # measure at meta-steps 0, nc_every, 2 nc_every, ...; 0: never
     task_chunk: int = 0  # tasks in memory together at most: less memory, the same result; 0: all, or as fits the device
     seed: int = 222  # of the permuted labels (the metrics' null)
-    nc_every_late: int | None = None  # nc_every from meta-step LATE on; None: as before
+    nc_every_late: int | None = None  # nc_every from meta-step LATE on; None: the same
     clip: float = 0.0  # bound of each value of the outer gradient, as in the paper's code; 0: none
-    skip_nonfinite: bool = False  # continue after an update that was skipped
+    skip_nonfinite: bool = False  # after such an update, continue with the next tasks
     learner: str = "maml"  # or anil, boil (see `adapted_by`); protonet, classifier: no inner loop in training
     cosine_steps: int = 0  # Adam's rate falls to 0 as half a cosine over so many updates; 0: it is constant
 
@@ -198,14 +198,14 @@ class Meta:
         seed = self.seed + self.step if null_seed is None else null_seed
         given = tasks, measured, permuted_labels(measured, seed)
         inner, query = self._together(tasks)
-        found = []
+        results = []
         for tasks, measured, null in chunks(inner, len(given[0].y_spt), *given):
             trajectory = self._adapt(tasks, steps)
             answers = self._chunked(accuracies, query, tasks, trajectory[:self.update_step_test + 1])
             metrics = self._metrics(query, measured, trajectory[:self.update_step + 1], null)
             alone = self._chunked(one_by_one, query, tasks, [trajectory[k] for k in nontransductive], every_query)
-            found.append(Adapted(**answers, metrics=metrics, nontransductive=alone))
-        return cat(found)
+            results.append(Adapted(**answers, metrics=metrics, nontransductive=alone))
+        return cat(results)
 
     def _gradient(self, tasks: Tasks, classes: Tensor | None, query_chunk: int, first_order: bool) -> tuple:
         """What `meta_gradient` returns; without an inner loop there is no trajectory."""

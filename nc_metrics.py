@@ -209,8 +209,8 @@ def effective_dimension(means: Tensor) -> Tensor:
 
     For the means of a few hundred classes, not of one task. NC2 of random directions in so many dimensions is its null.
     """
-    labels = torch.arange(means.shape[-2], device=means.device).expand(means.shape[:-1])
-    centred = _group(means, _one_hot(labels, means.shape[-2])).centred
+    n_way = means.shape[-2]
+    centred = _group(means, torch.eye(n_way, device=means.device).double().expand(*means.shape[:-1], n_way)).centred
     gram = centred @ centred.mT                               # [..., C, C], with the nonzero eigenvalues of C S
     return _ratio(gram.diagonal(dim1=-2, dim2=-1).sum(-1).square(), gram.square().sum((-2, -1)))
 
@@ -378,7 +378,7 @@ def _project(n_way: int, features: Tensor, labels: Tensor, null_labels: Tensor, 
 
     Returns:
         Samples [..., N, 5 C]; their squared length outside the span [..., N]; class means, null, support, its null,
-        classifier [..., 5 C, 5 C], nan where there is no classifier; tolerance [...].
+        classifier [..., 5 C, 5 C], zeros (thus self_duality nan) where there is no classifier; tolerance [...].
     """
     one_hot, null_one_hot = _one_hot(labels, n_way), _one_hot(null_labels, n_way)
     group, support = _group(features, one_hot), support_features.double()
@@ -391,8 +391,7 @@ def _project(n_way: int, features: Tensor, labels: Tensor, null_labels: Tensor, 
     absent, missing = (5 * n_way - size for size in references.shape[-2:])   # all layers get the same size
     samples = F.pad(within + one_hot @ references[..., :n_way, :], (0, missing))
     off_span = (group.spread - _square_length(within)).clamp_min(0)
-    references = F.pad(F.pad(references, (0, missing)), (0, 0, 0, absent), value=math.nan)
-    return samples, off_span, references, group.tolerance
+    return samples, off_span, F.pad(references, (0, missing, 0, absent)), group.tolerance
 
 
 @torch.no_grad()

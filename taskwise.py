@@ -290,12 +290,12 @@ class _MaxPool(torch.autograd.Function):
     def forward(ctx, x, kernel, stride, padding):
         geometry = [kernel] * 2, [stride] * 2, [padding] * 2
         y, indices = torch.ops.aten.max_pool2d_with_indices(x.permute(0, 3, 1, 2), *geometry)
-        ctx.of_forward = x, indices, geometry
+        ctx.forward_values = x, indices, geometry
         return y.permute(0, 2, 3, 1).contiguous()
 
     @staticmethod
     def backward(ctx, g):
-        return _MaxPoolGradient.apply(g, *ctx.of_forward), None, None, None
+        return _MaxPoolGradient.apply(g, *ctx.forward_values), None, None, None
 
 
 class _MaxPoolGradient(torch.autograd.Function):

@@ -124,8 +124,8 @@ def test_classifier_of_all_classes(net):
 @pytest.mark.parametrize("k_spt, every_query", [(1, True), (2, False)])
 def test_accuracies_with_transduction_and_without(net, k_spt, every_query):
     tasks, _ = make_tasks(k_spt)
-    order = torch.randperm(15, generator=torch.Generator().manual_seed(1))
-    tasks = tasks._replace(x_qry=tasks.x_qry[:, order], y_qry=tasks.y_qry[:, order])
+    order = torch.arange(3)[:, None], torch.rand(tasks.y_spt.shape).argsort(1)
+    tasks = tasks._replace(x_spt=tasks.x_spt[order], y_spt=tasks.y_spt[order])  # each support set in its own order
     trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, 2.0, 1)
     together, alone = accuracies(net, tasks, trajectory), one_by_one(net, tasks, trajectory, every_query)
     for k, weights in enumerate(trajectory):
@@ -138,9 +138,8 @@ def test_accuracies_with_transduction_and_without(net, k_spt, every_query):
 
             queries, logits = plain_paper_net(x_qry, own)
             expected = right(queries, plain_paper_net(x_spt, own)[0], logits, y_qry)
-            chosen = range(15) if every_query else [y_qry.tolist().index(label) for label in range(5)]
             each = []
-            for i in chosen:  # each query with the support set and nothing else
+            for i in range(0, 15, 1 if every_query else 3):  # each query with the support set and nothing else
                 features, logits = plain_paper_net(torch.cat([x_spt, x_qry[i:i + 1]]), own)
                 each.append(torch.stack(right(features[-1:], features[:-1], logits[-1:], y_qry[i:i + 1])))
             for name, all_at_once, one in zip(("accuracy", "nearest_mean"), expected, torch.stack(each).mean(0)):
