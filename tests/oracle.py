@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def module(name, params, flat=False):
-    """The torch.nn layer of one entry of a layer list."""
+def module(name, params, flat=False, size=0):
+    """The torch.nn layer of one entry of a layer list, for images of this size."""
     match name:
-        case "conv2d" if params[5] == "same":  # of an even side, with 3x3 and stride 2
-            return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(params[1], params[0], 3, 2))
+        case "conv2d" if params[5] == "same":  # with 3x3 and stride 2; TensorFlow pads an even side after it alone
+            return nn.Sequential(nn.ZeroPad2d((size % 2, 1, size % 2, 1)), nn.Conv2d(params[1], params[0], 3, 2))
         case "conv2d":
             return nn.Conv2d(params[1], params[0], params[2], params[4], params[5])
         case "convt2d":
@@ -67,7 +67,7 @@ def forward(config, weights, x):
         if name in ("conv2d", "linear") and i > 0:
             features.append(x.flatten(1))
         with torch.device("meta"):
-            layer = module(name, [False] if name == "relu" else params)
+            layer = module(name, [False] if name == "relu" else params, size=x.shape[-1])
         x = torch.func.functional_call(layer, {own: next(values) for own, _ in layer.named_parameters()}, x)
     return x, features + [x]
 

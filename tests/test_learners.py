@@ -2,6 +2,7 @@
 
 import argparse
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,24 +34,17 @@ def make_tasks(k_spt=1, k_qry=3, n_tasks=3):
     return tasks._replace(x_spt=tasks.x_spt.double(), x_qry=tasks.x_qry.double()), index[0][..., 0]
 
 
-def plain_paper_net(x, weights):
-    """Finn et al.'s network for images [N, 1, 28, 28] by torch's own functions: (features, logits)."""
-    conv, bias, shift = ([w for name, w in weights.items() if part in name] for part in
-                         ("conv2d_weight", "conv2d_bias", "bn_shift_bias"))
-    for layer in range(4):
-        pad = (1, 1, 1, 1) if x.shape[-1] == 7 else (0, 1, 0, 1)
-        x = F.conv2d(F.pad(x, pad), conv[layer], bias[layer], stride=2)
-        x = F.relu(F.batch_norm(x, None, None, None, shift[layer], training=True, eps=1e-3))
-    x = x.mean((2, 3))
-    head, head_bias = (w for name, w in weights.items() if "linear" in name)
-    return x, x @ head.T + head_bias
+def plain(net, x, weights):
+    """One task's images by torch's own layers: (the classifier's input, logits)."""
+    logits, features = oracle.forward(net.config, weights, x)
+    return features[-2], logits
 
 
 def test_the_papers_network(net):
     tasks, _ = make_tasks()
     logits, layers = net(tasks.x_qry, features=True)
     for task, x in enumerate(tasks.x_qry):
-        features, expected = plain_paper_net(x, net.weights)
+        features, expected = plain(net, x, net.weights)
         torch.testing.assert_close(logits[task], expected)
         torch.testing.assert_close(layers[-2][task], features)
 
@@ -83,13 +77,13 @@ def test_which_weights_the_inner_loop_adapts(net, learner, changes, second_order
         weights = dict(net.weights)
         for _ in range(steps):
             names = [name for name in weights if changes(name)]
-            loss = F.cross_entropy(plain_paper_net(x_spt, weights)[1], y_spt)
+            loss = F.cross_entropy(plain(net, x_spt, weights)[1], y_spt)
             inner = torch.autograd.grad(loss, [weights[name] for name in names], create_graph=second_order)
             weights |= {name: weights[name] - lr * g for name, g in zip(names, inner)}
         for name, weight in weights.items():
             torch.testing.assert_close(trajectory[-1][name][task], weight.detach())
             assert changes(name) != torch.equal(weight, net.weights[name])
-        loss = F.cross_entropy(plain_paper_net(x_qry, weights)[1], y_qry)
+        loss = F.cross_entropy(plain(net, x_qry, weights)[1], y_qry)
         torch.testing.assert_close(losses[task], loss.detach())
         total = total + loss
     torch.testing.assert_close(gradient, list(torch.autograd.grad(total, list(net.weights.values()))))
@@ -99,7 +93,7 @@ def test_prototypical_network(net):
     tasks, _ = make_tasks(k_spt=2)
     losses = []
     for x_spt, y_spt, x_qry, y_qry in zip(*tasks):
-        support, query = (plain_paper_net(x, net.weights)[0] for x in (x_spt, x_qry))
+        support, query = (plain(net, x, net.weights)[0] for x in (x_spt, x_qry))
         means = torch.stack([support[y_spt == label].mean(0) for label in range(5)])
         losses.append(F.cross_entropy(-torch.cdist(query, means) ** 2, y_qry))
     gradient, ours, _ = BASELINES["protonet"](net, tasks)
@@ -114,7 +108,7 @@ def test_classifier_of_all_classes(net):
     net.classes = torch.nn.Linear(64, 12).double()
     images = torch.cat([tasks.x_spt, tasks.x_qry], 1).flatten(0, 1)
     labels = torch.cat([classes.gather(1, y) for y in (tasks.y_spt, tasks.y_qry)], 1).flatten()
-    loss = F.cross_entropy(net.classes(plain_paper_net(images, net.weights)[0]), labels)
+    loss = F.cross_entropy(net.classes(plain(net, images, net.weights)[0]), labels)
     expected = torch.autograd.grad(loss * len(tasks.y_spt), list(net.parameters()), materialize_grads=True)
     gradient, losses, _ = BASELINES["classifier"](net, tasks, classes)
     torch.testing.assert_close(losses.mean(), loss.detach())
@@ -136,11 +130,11 @@ def test_accuracies_with_transduction_and_without(net, k_spt, every_query):
                 means = torch.stack([support[y_spt == label].mean(0) for label in range(5)])
                 return [(logits.argmax(-1) == y).double(), (torch.cdist(queries, means).argmin(-1) == y).double()]
 
-            queries, logits = plain_paper_net(x_qry, own)
-            expected = right(queries, plain_paper_net(x_spt, own)[0], logits, y_qry)
+            queries, logits = plain(net, x_qry, own)
+            expected = right(queries, plain(net, x_spt, own)[0], logits, y_qry)
             each = []
             for i in range(0, 15, 1 if every_query else 3):  # each query with the support set and nothing else
-                features, logits = plain_paper_net(torch.cat([x_spt, x_qry[i:i + 1]]), own)
+                features, logits = plain(net, torch.cat([x_spt, x_qry[i:i + 1]]), own)
                 each.append(torch.stack(right(features[-1:], features[:-1], logits[-1:], y_qry[i:i + 1])))
             for name, all_at_once, one in zip(("accuracy", "nearest_mean"), expected, torch.stack(each).mean(0)):
                 assert together[name][task, k] == pytest.approx(all_at_once.mean().item())

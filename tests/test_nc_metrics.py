@@ -159,12 +159,6 @@ def test_measure_of_one_shot_and_of_the_logits_alone():
     assert nc.measure(**a)["self_duality"].isnan().all()   # no hidden layer, no input to be dual to
 
 
-def test_measure_reads_no_value_on_the_host():
-    """On the meta device there are shapes and no values: an .item() or a shape made from data raises."""
-    a = torch.utils._pytree.tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, arguments((2, 3)))
-    assert all(value.shape == (3, 2, 3) for value in nc.measure(**a).values())
-
-
 # ---- precision ----
 
 def test_small_spread_and_close_means_keep_their_digits():
