@@ -27,6 +27,7 @@ def nearest(queries, support):
     return (torch.cdist(queries, support).argmin(-1) == torch.arange(3).repeat_interleave(15)).double().mean().item()
 
 
+@pytest.mark.slow
 def test_controls(tmp_path):
     run = tmp_path / "run-seed222"
     omniglot_train.main([*FLAGS, "--out", str(run)])
