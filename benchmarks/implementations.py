@@ -3,7 +3,8 @@
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -44,33 +45,20 @@ class Case(NamedTuple):
 
 
 class Implementation:
-    """One way to take a meta-step."""
+    """One way to take a meta-step: step() takes the gradient of the mean query loss and then a step of Adam."""
 
-    weights: list[nn.Parameter]  # its theta, in the order of the layers
-
-    def step(self) -> None:
-        """The gradient of the mean query loss with respect to theta, and a step of Adam."""
-        raise NotImplementedError
+    weights: Sequence[nn.Parameter]  # in the order of the layers
 
     def gradient(self) -> list[Tensor]:
         """What the last step computed, in torch's layouts."""
         return [w.grad for w in self.weights]
 
-    def put_back(self, theta: Sequence[Tensor]) -> None:
-        """theta into the weights, at the address where they are."""
-        with torch.no_grad():
-            for weight, value in zip(self.weights, theta):
-                weight.copy_(value)
-
 
 class ThisProject(Implementation):
     def __init__(self, case: Case, net: Learner, tasks: Tasks):
-        self.tasks = tasks
         self.meta = Meta(copy.deepcopy(net), update_lr=case.lr, meta_lr=META_LR, update_step=case.steps)
         self.weights = list(self.meta.net.weights.values())
-
-    def step(self) -> None:
-        self.meta(self.tasks)
+        self.step = partial(self.meta, tasks)
 
 
 class ThisProjectGraphed(ThisProject):
@@ -78,16 +66,16 @@ class ThisProjectGraphed(ThisProject):
 
     def __init__(self, case: Case, net: Learner, tasks: Tasks):
         super().__init__(case, net, tasks)
-        generator = torch.Generator(tasks.y_spt.device)  # nothing is drawn from it
-        self.step = devices.GraphedStep(self.meta, lambda every_step=False: self.meta(tasks, every_step), generator)
+        self.step = devices.GraphedStep(self.meta, self.step, torch.Generator(tasks.y_spt.device))  # draws nothing
 
 
 class _WithAdam(Implementation):
+    """A subclass has query_loss(x_spt, y_spt, x_qry, y_qry): that of one task's adapted weights, differentiable."""
+
     def __init__(self, case: Case, net: Learner, tasks: Tasks):
-        self.case, self.config, self.tasks = case, case.config, tasks
-        # in the memory layout that torch's own layers give their weights
-        self.weights = [nn.Parameter(w.detach().clone(memory_format=torch.contiguous_format))
-                        for w in net.weights.values()]
+        self.case, self.tasks = case, tasks
+        self.net = Network(case.config, net.weights.values())
+        self.weights = list(self.net.parameters())
         self.optimizer = torch.optim.Adam(self.weights, lr=META_LR)
 
     def step(self) -> None:
@@ -97,52 +85,49 @@ class _WithAdam(Implementation):
 
     def backward(self) -> None:
         """One backward pass per task: faster than one over the sum of the losses, and it takes less memory."""
-        for x_spt, y_spt, x_qry, y_qry in zip(*self.tasks):
-            (self.query_loss(x_spt, y_spt, x_qry, y_qry) / len(self.tasks.y_qry)).backward()
-
-    def query_loss(self, x_spt: Tensor, y_spt: Tensor, x_qry: Tensor, y_qry: Tensor) -> Tensor:
-        raise NotImplementedError
+        for task in zip(*self.tasks):
+            (self.query_loss(*task) / len(self.tasks.y_qry)).backward()
 
 
 class PlainLoop(_WithAdam):
     def query_loss(self, x_spt, y_spt, x_qry, y_qry):
         fast = self.weights
         for _ in range(self.case.steps):
-            loss = F.cross_entropy(logits(self.config, fast, x_spt, native_batch_norm), y_spt)
-            gradients = torch.autograd.grad(loss, fast, create_graph=True)
-            fast = [w - self.case.lr * g for w, g in zip(fast, gradients)]
-        return F.cross_entropy(logits(self.config, fast, x_qry, native_batch_norm), y_qry)
+            fast = [w - self.case.lr * g for w, g in zip(fast, self.inner_gradient(fast, x_spt, y_spt))]
+        return self.loss(fast, x_qry, y_qry)
+
+    def inner_gradient(self, weights: list[Tensor], x: Tensor, y: Tensor) -> Sequence[Tensor]:
+        return torch.autograd.grad(self.loss(weights, x, y), weights, create_graph=True)
+
+    def loss(self, weights: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits(self.net.config, weights, x), y)
 
 
-class Vmap(_WithAdam):
+class Vmap(PlainLoop):
+    """The same loop under vmap, with torch.func.grad."""
+
     def backward(self) -> None:
         torch.func.vmap(self.query_loss)(*self.tasks).mean().backward()
 
-    def query_loss(self, x_spt, y_spt, x_qry, y_qry):
-        def loss(fast: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(logits(self.config, fast, x, elementary_batch_norm), y)
+    def inner_gradient(self, weights, x, y):
+        return torch.func.grad(self.loss)(weights, x, y)
 
-        fast = self.weights
-        for _ in range(self.case.steps):
-            gradients = torch.func.grad(loss)(fast, x_spt, y_spt)
-            fast = [w - self.case.lr * g for w, g in zip(fast, gradients)]
-        return loss(fast, x_qry, y_qry)
+    def loss(self, weights, x, y):
+        return F.cross_entropy(logits(self.net.config, weights, x, elementary_batch_norm), y)
 
 
 class Higher(_WithAdam):
     def __init__(self, case: Case, net: Learner, tasks: Tasks):
         super().__init__(case, net, tasks)
-        self.net = module(self.config, self.weights)
-        self.inner = torch.optim.SGD(self.net.parameters(), lr=case.lr)
+        self.sgd = torch.optim.SGD(self.weights, lr=case.lr)
 
-    def backward(self) -> None:
+    def query_loss(self, x_spt, y_spt, x_qry, y_qry):
         import higher
 
-        for x_spt, y_spt, x_qry, y_qry in zip(*self.tasks):
-            with higher.innerloop_ctx(self.net, self.inner, copy_initial_weights=False) as (net, inner):
-                for _ in range(self.case.steps):
-                    inner.step(F.cross_entropy(net(x_spt), y_spt))
-                (F.cross_entropy(net(x_qry), y_qry) / len(self.tasks.y_qry)).backward()
+        with higher.innerloop_ctx(self.net, self.sgd, copy_initial_weights=False) as (net, inner):
+            for _ in range(self.case.steps):
+                inner.step(F.cross_entropy(net(x_spt), y_spt))
+            return F.cross_entropy(net(x_qry), y_qry)
 
 
 class TorchOpt(_WithAdam):
@@ -150,18 +135,16 @@ class TorchOpt(_WithAdam):
         import torchopt
 
         super().__init__(case, net, tasks)
-        self.torchopt, self.net = torchopt, module(self.config, self.weights)
-        self.inner = torchopt.MetaSGD(self.net, lr=case.lr)
+        self.inner, self.recover = torchopt.MetaSGD(self.net, lr=case.lr), torchopt.recover_state_dict
+        self.states = [(part, torchopt.extract_state_dict(part, by="reference")) for part in (self.net, self.inner)]
 
-    def backward(self) -> None:
-        state = self.torchopt.extract_state_dict(self.net, by="reference", detach_buffers=True)
-        inner_state = self.torchopt.extract_state_dict(self.inner, by="reference")
-        for x_spt, y_spt, x_qry, y_qry in zip(*self.tasks):
-            for _ in range(self.case.steps):
-                self.inner.step(F.cross_entropy(self.net(x_spt), y_spt))
-            (F.cross_entropy(self.net(x_qry), y_qry) / len(self.tasks.y_qry)).backward()
-            self.torchopt.recover_state_dict(self.net, state)
-            self.torchopt.recover_state_dict(self.inner, inner_state)
+    def query_loss(self, x_spt, y_spt, x_qry, y_qry):
+        for _ in range(self.case.steps):
+            self.inner.step(F.cross_entropy(self.net(x_spt), y_spt))
+        loss = F.cross_entropy(self.net(x_qry), y_qry)
+        for part, state in self.states:  # back to theta for the next task
+            self.recover(part, state)
+        return loss
 
 
 class Jax(Implementation):
@@ -173,22 +156,20 @@ class Jax(Implementation):
         jax.config.update("jax_enable_x64", tasks.x_spt.dtype == torch.float64)
         self.jax, self.case, self.config = jax, case, case.config
         self.weights = list(net.weights.values())
-        self.theta = [jax.numpy.asarray(_to_jax(w.detach()).cpu().numpy()) for w in self.weights]
+        self.theta = [jax.numpy.asarray((w.permute(2, 3, 1, 0) if w.dim() == 4 else w).detach().cpu().numpy())
+                      for w in self.weights]
         self.moments = [[jax.numpy.zeros_like(w) for w in self.theta] for _ in range(2)]
         x_spt, y_spt, x_qry, y_qry = (jax.numpy.asarray(values.cpu().numpy()) for values in tasks)
         self.tasks = x_spt.transpose(0, 1, 3, 4, 2), y_spt, x_qry.transpose(0, 1, 3, 4, 2), y_qry
         self.compiled, self.count = jax.jit(self.update), 0
 
-    def put_back(self, theta: Sequence[Tensor]) -> None:
-        pass  # arrays are immutable, and `step` keeps theta as it was
-
     def step(self) -> None:
         self.count += 1
-        _, self.moments, self.found = self.jax.block_until_ready(
+        self.theta, self.moments, self.last_gradient = self.jax.block_until_ready(
             self.compiled(self.theta, self.moments, self.count, *self.tasks))
 
     def gradient(self) -> list[Tensor]:
-        arrays = [torch.tensor(self.jax.device_get(g)) for g in self.found]
+        arrays = [torch.tensor(self.jax.device_get(g)) for g in self.last_gradient]
         return [(g.permute(3, 2, 0, 1) if g.dim() == 4 else g).to(w) for g, w in zip(arrays, self.weights)]
 
     def update(self, theta, moments, count, *tasks):
@@ -248,15 +229,12 @@ class Jax(Implementation):
 class MatrixProduct(Implementation):
     """One torch.mm with the FLOPs of the plain loop's meta-step: about as fast as this arithmetic could be."""
 
-    def __init__(self, case: Case, net: Learner, tasks: Tasks):
-        self.weights = []
-        x = tasks.x_spt
-        one = PlainLoop(case, net, Tasks(*(values[:1] for values in tasks)))
+    def __init__(self, case: Case, net: Learner, tasks: Tasks, side: int = 2048):
         with FlopCounterMode(display=False) as counter:
-            one.backward()
+            PlainLoop(case, net, Tasks(*(values[:1] for values in tasks))).backward()
         self.flops = case.tasks * counter.get_total_flops()
-        side = 2048
-        self.factors = x.new_ones(max(1, self.flops // (2 * side**2)), side), x.new_ones(side, side)
+        rows = max(1, self.flops // (2 * side**2))
+        self.factors = [tasks.x_spt.new_ones(n, side) for n in (rows, side)]
 
     def step(self) -> None:
         torch.mm(*self.factors)
@@ -267,15 +245,27 @@ OTHERS = {"plain loop": PlainLoop, "higher": Higher, "torchopt": TorchOpt, "vmap
 
 
 def implementations_on(device: torch.device) -> dict[str, type[Implementation]]:
+    """This project's, and those of `OTHERS` whose package is installed."""
     own = {THIS: ThisProjectGraphed, EAGER: ThisProject} if device.type == "cuda" else {THIS: ThisProject}
     return own | {name: make for name, make in OTHERS.items() if name not in PACKAGES or find_spec(PACKAGES[name])}
 
 
-def _to_jax(weight: Tensor) -> Tensor:  # a kernel [o, c, k, k] -> [k, k, c, o]
-    return weight.permute(2, 3, 1, 0) if weight.dim() == 4 else weight
+class Network(nn.Module):
+    """The network as a module that owns a copy of the weights, in the memory layout of torch's own layers."""
+
+    def __init__(self, config: Config, weights: Iterable[Tensor]):
+        super().__init__()
+        self.config = config
+        for i, weight in enumerate(weights):
+            copied = weight.detach().clone(memory_format=torch.contiguous_format)
+            self.register_parameter(f"w{i}", nn.Parameter(copied))
+        self.names = list(self._parameters)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits(self.config, [getattr(self, name) for name in self.names], x)
 
 
-def logits(config: Config, weights: Sequence[Tensor], x: Tensor, batch_norm: Callable) -> Tensor:
+def logits(config: Config, weights: Sequence[Tensor], x: Tensor, batch_norm: Callable = F.batch_norm) -> Tensor:
     """The network as a function of its weights: images [N, c, h, w] of one task -> [N, n_way]."""
     weights = iter(weights)
     for name, params in config:
@@ -283,7 +273,7 @@ def logits(config: Config, weights: Sequence[Tensor], x: Tensor, batch_norm: Cal
             case "conv2d":
                 x = F.conv2d(x, next(weights), next(weights), params[4], params[5])
             case "bn":
-                x = batch_norm(x, next(weights), next(weights))
+                x = batch_norm(x, None, None, next(weights), next(weights), training=True)
             case "relu":
                 x = F.relu(x, inplace=True)
             case "max_pool2d":
@@ -295,30 +285,8 @@ def logits(config: Config, weights: Sequence[Tensor], x: Tensor, batch_norm: Cal
     return x
 
 
-def native_batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.batch_norm(x, None, None, weight, bias, training=True)
-
-
-def elementary_batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As above. vmap over F.batch_norm gives a wrong second derivative (pytorch/functorch#534)."""
+def elementary_batch_norm(x: Tensor, _mean: None, _var: None, weight: Tensor, bias: Tensor, training: bool) -> Tensor:
+    """As F.batch_norm, over which vmap gives a wrong second derivative (pytorch/functorch#534)."""
     centred = x - x.mean((0, 2, 3), keepdim=True)
     r = (centred.square().mean((0, 2, 3), keepdim=True) + 1e-5).rsqrt()
     return centred * (r * weight[:, None, None]) + bias[:, None, None]
-
-
-def module(config: Config, weights: Sequence[nn.Parameter]) -> nn.Sequential:
-    """The network as a module of torch's own layers, on these weights."""
-    make = {
-        "conv2d": lambda out, c, k, _, stride, padding: nn.Conv2d(c, out, k, stride, padding),
-        "bn": lambda c: nn.BatchNorm2d(c, track_running_stats=False),
-        "relu": lambda _: nn.ReLU(inplace=True),
-        "max_pool2d": nn.MaxPool2d,
-        "flatten": nn.Flatten,
-        "linear": lambda out, features: nn.Linear(features, out),
-    }
-    net = nn.Sequential(*(make[name](*params) for name, params in config))
-    weights = iter(weights)
-    for layer in net:
-        for name, _ in list(layer.named_parameters()):  # weight, then bias, as in the Learner
-            setattr(layer, name, next(weights))
-    return net

@@ -3,17 +3,14 @@
     pip install -r benchmarks/requirements.txt                      # optional: higher, torchopt, JAX
     python benchmarks/speed.py                                      # all cases; writes benchmarks/speed.json
     python benchmarks/speed.py --only omniglot-paper --repeats 15   # one case
+    OMP_NUM_THREADS=1 python benchmarks/speed.py                    # on one core
     python benchmarks/speed.py --table                              # print the table of benchmarks/speed.json
 
-Every implementation does the same work: second-order MAML with the network of `--net conv_bn_relu`, from the same
-theta, on the same tasks (random images; the time does not depend on what they show), the gradient of the mean query
-loss, and one step of Adam. All of that is timed. theta is put back before every step, outside the measured time.
-
-First all gradients are compared in float64, on a small part of the case. If one is wrong, it is named and nothing is
-timed. Then the implementations take turns in float32, `--repeats` rounds after a warm-up, in a process of their own.
-On Linux there are two such processes, because glibc's default returns large blocks to the system, which slows some
-implementations: one process runs with the default, one with MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ raised.
-The table shows each implementation under the setting that suits it better. benchmarks/README.md explains the rows.
+benchmarks/README.md says what is compared. Tasks are random images: the time does not depend on what they show. First
+all gradients are compared in float64, on a small part of each case. Then the implementations take turns in float32,
+`--repeats` rounds after a warm-up, in a process of their own. On Linux there are two such processes, because glibc's
+default returns large blocks to the system, which slows some implementations: one runs with the default, one with
+MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ raised. The table shows the better of the two.
 """
 
 import argparse
@@ -30,7 +27,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -57,25 +53,19 @@ CASES = {
     "omniglot-20w1s": Case("Omniglot 20-way 1-shot", *_OMNIGLOT, 20, 1, tasks=16),
     "miniimagenet-5w1s": Case("miniImageNet 5-way 1-shot", *_MINIIMAGENET, 5, 1, tasks=4),
     "miniimagenet-5w5s": Case("miniImageNet 5-way 5-shot", *_MINIIMAGENET, 5, 5, tasks=4),
-    "trial": Case("trial", *_OMNIGLOT, 2, 1, tasks=2, steps=2, k_qry=2),  # small; runs only if it is named
 }
-
-
-# ---- the measurement
 
 
 def prepare(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Implementation], Learner, Tasks]:
     """Every implementation, at the same theta and with the same tasks."""
     torch.manual_seed(SEED)
     net = Learner(case.config, case.imgc, case.imgsz).to(device, dtype)
-
-    def images(per_class: int) -> Tensor:
-        return torch.randn(case.tasks, case.n_way * per_class, case.imgc, case.imgsz, case.imgsz).to(device, dtype)
-
-    def labels(per_class: int) -> Tensor:
-        return torch.arange(case.n_way).repeat_interleave(per_class).repeat(case.tasks, 1).to(device)
-
-    tasks = Tasks(images(case.k_spt), labels(case.k_spt), images(case.k_qry), labels(case.k_qry))
+    parts = []
+    for per_class in (case.k_spt, case.k_qry):
+        images = torch.randn(case.tasks, case.n_way * per_class, case.imgc, case.imgsz, case.imgsz)
+        labels = torch.arange(case.n_way).repeat_interleave(per_class).repeat(case.tasks, 1)
+        parts += [images.to(device, dtype), labels.to(device)]
+    tasks = Tasks(*parts)
     return {name: make(case, net, tasks) for name, make in implementations_on(device).items()}, net, tasks
 
 
@@ -99,39 +89,33 @@ def check(case: Case, device: torch.device) -> dict[str, float]:
 
 
 def measure(case: Case, args: argparse.Namespace) -> dict:
-    """Time the implementations in turn: {implementation: {"s": median, "min_s", "first_s": the warm-up}}, and FLOPs."""
+    """Time the implementations in turn: {"GFLOP", "times": {name: {"s": median, "min_s", "first_s": the warm-up}}}."""
     device = start(args)
     implementations, net, tasks = prepare(case, device, torch.float32)
     implementations[PRODUCT] = product = MatrixProduct(case, net, tasks)
-    theta = {name: [w.detach().clone() for w in one.weights] for name, one in implementations.items()}
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds = {name: [] for name in implementations}
     for _ in range(1 + args.repeats):
         for name, implementation in implementations.items():
-            implementation.put_back(theta[name])
             gc.collect()
-            _synchronize(device)
+            synchronize()
             began = time.perf_counter()
             implementation.step()
-            _synchronize(device)
+            synchronize()
             seconds[name].append(time.perf_counter() - began)
-    return {name: {"s": statistics.median(times), "min_s": min(times), "first_s": first}
-            for name, (first, *times) in seconds.items()} | {"GFLOP": product.flops / 1e9}
+    return {"GFLOP": round(product.flops / 1e9, 1),
+            "times": {name: {"s": statistics.median(times), "min_s": min(times), "first_s": first}
+                      for name, (first, *times) in seconds.items()}}
 
 
 def start(args: argparse.Namespace) -> torch.device:
     """Set the process up as every implementation finds it; the device."""
-    torch.set_num_threads(args.threads)
     if hasattr(os, "sched_setaffinity"):  # JAX takes as many threads as it sees cores
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.threads])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:torch.get_num_threads()])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for all
     os.environ |= {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     torch.backends.cudnn.benchmark = True  # shapes never change
     return devices.select_device(args.device)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure_in_processes(case: Case, args: argparse.Namespace) -> dict:
@@ -144,11 +128,9 @@ def measure_in_processes(case: Case, args: argparse.Namespace) -> dict:
         os.environ.update(environment)  # the process inherits it
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             runs.append(pool.submit(measure, case, args).result())
-    times = {name: min((run[name] for run in runs), key=lambda row: row["s"]) for name in runs[0] if name != "GFLOP"}
-    return {"GFLOP": round(runs[0]["GFLOP"], 1), "times": times}
-
-
-# ---- the report
+    times = [run["times"] for run in runs]
+    return runs[0] | {"times": {name: min((rows[name] for rows in times), key=lambda row: row["s"])
+                                for name in times[0]}}
 
 
 def table(report: dict) -> str:
@@ -167,35 +149,32 @@ def table(report: dict) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Time a meta-step: this project and others.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--only", choices=CASES, metavar="CASE", help=f"one of {', '.join(CASES)}; default: all")
-    parser.add_argument("--repeats", type=int, default=7, help="measured rounds, after a warm-up")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", default=HERE / "speed.json", help="the results")
-    parser.add_argument("--table", action="store_true", help="measure nothing; print the table of --json FILE")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=CASES, help="one case, not all")
+    parser.add_argument("--repeats", type=int, default=7, help="measured rounds; 7 if not given")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--json", type=Path, metavar="FILE", default=HERE / "speed.json", help="of the results")
+    parser.add_argument("--table", action="store_true", help="only print the table of FILE")
     args = parser.parse_args(argv)
     if args.table:
         return print(table(json.loads(args.json.read_text())))
-    if min(args.repeats, args.threads) < 1:
-        parser.error("--repeats and --threads must be at least 1")
+    if args.repeats < 1:
+        parser.error("--repeats must be at least 1")
     device = start(args)
-    absent = [name for name in OTHERS if name not in implementations_on(device)]
-    if absent:
+    if absent := [name for name in OTHERS if name not in implementations_on(device)]:
         print(f"left out: {', '.join(absent)}; pip install -r benchmarks/requirements.txt")
-    cases = [args.only] if args.only else [name for name in CASES if name != "trial"]
+    cases = [args.only] if args.only else list(CASES)
     for name in cases:
         worst = max(check(CASES[name], device).values())
         print(f"{CASES[name].title}: all gradients agree in float64, relative error at most {worst:.0e}", flush=True)
-    threads = f", {args.threads} threads" if device.type == "cpu" else ""
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     report = {"machine": f"{devices.device_name(device)}{threads}, PyTorch {torch.__version__}",
               "repeats": args.repeats, "cases": {}}
     for name in cases:
         report["cases"][name] = measure_in_processes(CASES[name], args)
-        print(f"\n{table(report | {'cases': {name: report['cases'][name]}})}", flush=True)
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\n{table(report)}\n\nwrote {args.json}")
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"\n{table(report)}", flush=True)
+    print(f"\nwrote {args.json}")
 
 
 if __name__ == "__main__":

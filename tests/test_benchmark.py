@@ -2,7 +2,7 @@
 
 import json
 import sys
-from importlib.util import find_spec
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ def tiny_layers(args):
             ("linear", [args.n_way, 3 * 3 * 3])]
 
 
-TINY = speed.Case("tiny", tiny_layers, imgc=2, imgsz=9, lr=0.1, n_way=3, k_spt=2, tasks=2, steps=2, k_qry=2)
+TINY = speed.Case("tiny", tiny_layers, imgc=2, imgsz=9, lr=0.1, n_way=3, k_spt=2, tasks=3, steps=2, k_qry=2)
 
 
 @pytest.mark.parametrize("package", implementations.PACKAGES.values())
@@ -34,69 +34,63 @@ def test_package_is_there(package):
 
 def test_gradients_agree():
     errors = speed.check(TINY, CPU)
-    assert set(errors) == set(implementations.implementations_on(CPU)) and max(errors.values()) < 1e-9
+    assert errors.keys() >= {speed.THIS, *TORCH_ONLY} and max(errors.values()) < 1e-9
 
 
-def test_gradients_of_the_real_networks_agree(monkeypatch):
+@pytest.mark.parametrize("name", ["omniglot-paper", pytest.param("miniimagenet-5w1s", marks=pytest.mark.slow)])
+def test_gradients_of_the_real_networks_agree(name, monkeypatch):
     monkeypatch.setattr(implementations, "OTHERS", TORCH_ONLY)
-    for name in ("omniglot-paper", "miniimagenet-5w1s"):
-        case = speed.CASES[name]._replace(n_way=2, tasks=2, steps=1, k_qry=1)
-        errors = speed.check(case, CPU)
-        assert set(errors) == {speed.THIS, *TORCH_ONLY} and max(errors.values()) < 1e-9
+    errors = speed.check(speed.CASES[name]._replace(n_way=2, tasks=2, steps=1, k_qry=1), CPU)
+    assert max(errors.values()) < 1e-9
 
 
 def test_wrong_gradient_is_named(monkeypatch):
-    right = implementations.elementary_batch_norm
     monkeypatch.setattr(implementations, "OTHERS", TORCH_ONLY)
-    monkeypatch.setattr(implementations, "elementary_batch_norm", lambda x, w, b: right(x, w, 1.001 * b + 0.001))
+    monkeypatch.setattr(implementations, "elementary_batch_norm", torch.nn.functional.batch_norm)  # as #534 says
     with pytest.raises(SystemExit, match=r"tiny: gradients differ in float64, relative: vmap by \S+; nothing"):
         speed.check(TINY, CPU)
 
 
-def test_a_package_that_is_absent_is_left_out(monkeypatch):
-    monkeypatch.setattr(implementations, "find_spec", lambda name: None if name == "jax" else find_spec(name))
-    assert "JAX" not in implementations.implementations_on(CPU)
+@pytest.mark.slow
+def test_report_and_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(implementations, "find_spec", lambda package: None)
+    monkeypatch.setattr(speed, "start", lambda args: CPU)  # the settings of the tests' own process stay
+    monkeypatch.setattr(speed, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    monkeypatch.setitem(speed.CASES, "tiny", TINY)
+    path = tmp_path / "speed.json"
+    speed.main(f"--only tiny --repeats 1 --json {path}".split())
+    printed = capsys.readouterr().out
+    assert "left out: higher, torchopt, JAX" in printed
+    times = json.loads(path.read_text())["cases"]["tiny"]["times"]
+    assert list(times) == [speed.THIS, *TORCH_ONLY, speed.PRODUCT]
+    assert all(row["min_s"] > 0 for row in times.values())
+    speed.main(f"--table --json {path}".split())
+    table = capsys.readouterr().out
+    assert table.strip() in printed and f"PyTorch {torch.__version__}; medians of 1 rounds" in table
+    loop = times["plain loop"]["s"]
+    assert f"| plain loop | {loop:.3g} s ({loop / times[speed.THIS]['s']:.2f}x) | - |" in table
+
+
+def test_each_time_is_under_the_better_allocator_setting(monkeypatch):
+    seen = []
+    for name in speed.KEPT:
+        monkeypatch.setenv(name, "0")  # put back at the end
+
+    def measure(case, args):
+        seen.append(speed.os.environ.get("MALLOC_TRIM_THRESHOLD_"))
+        return {"GFLOP": 1.0, "times": {"a": {"s": len(seen)}, "b": {"s": -len(seen)}}}
+
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(speed.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    found = speed.measure_in_processes(TINY, speed.argparse.Namespace(device="cpu"))
+    assert seen == [None, speed.KEPT["MALLOC_TRIM_THRESHOLD_"]]
+    assert found == {"GFLOP": 1.0, "times": {"a": {"s": 1}, "b": {"s": -2}}}
 
 
 def test_matrix_product_has_the_flops_of_the_plain_loop():
-    case = TINY._replace(tasks=3)
-    _, net, tasks = speed.prepare(case, CPU, torch.float32)
-    product, loop = implementations.MatrixProduct(case, net, tasks), implementations.PlainLoop(case, net, tasks)
+    _, net, tasks = speed.prepare(TINY, CPU, torch.float32)
+    product, loop = implementations.MatrixProduct(TINY, net, tasks), implementations.PlainLoop(TINY, net, tasks)
     with FlopCounterMode(display=False) as counter:
         loop.backward()
     assert product.flops == counter.get_total_flops()
-
-
-@pytest.mark.parametrize("flags", ["--repeats 0", "--only omniglot", "--threads -1"])
-def test_bad_flags(flags, capsys):
-    with pytest.raises(SystemExit):
-        speed.main(flags.split())
-    assert flags.split()[0] in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_report_and_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(implementations, "OTHERS", TORCH_ONLY)
-    monkeypatch.setattr(speed, "start", lambda args: CPU)  # the settings of the tests' own process stay
-
-    class InThisProcess:
-        def __init__(self, *_, **__): ...
-        def __enter__(self): return self
-        def __exit__(self, *_): ...
-
-        def submit(self, function, *arguments):
-            self.result = lambda: function(*arguments)
-            return self
-
-    monkeypatch.setattr(speed, "ProcessPoolExecutor", InThisProcess)
-    path = tmp_path / "speed.json"
-    speed.main(f"--only trial --repeats 2 --json {path}".split())
-    printed = capsys.readouterr().out
-    report = json.loads(path.read_text())
-    times = report["cases"]["trial"]["times"]
-    assert list(times) == [speed.THIS, *TORCH_ONLY, speed.PRODUCT]
-    assert all(0 < row["min_s"] <= row["s"] for row in times.values())
-    speed.main(f"--table --json {path}".split())
-    table = capsys.readouterr().out
-    assert table.strip() in printed and f"PyTorch {torch.__version__}" in table
-    assert f"| {speed.THIS} | {times[speed.THIS]['s']:.3g} s (1.00x) |" in table
