@@ -4,7 +4,6 @@
     FOLDER/{train,val,test}/CLASS/*.jpg as they are
 """
 
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 
 import images
 from files import UserError, listed
-from images import EXTENSIONS, ImageFile, ImageSet
+from images import EXTENSIONS, ImageFile, ImageSet, is_image
 from tasks import Dataset
 
 SPLIT_SEED = 2015  # of the shuffle of the class names; its own: --seed never moves a class to another split
@@ -37,33 +36,32 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
         UserError: there is no folder with images, it can't be read, or too few classes for three splits.
     """
     root = top = Path(root)
-    if not os.path.isdir(root):
+    if not root.is_dir():
         raise UserError(f"there is no folder {root}; name the folder of the class folders with --data FOLDER")
     cache = Path(cache) if cache else root / "cache"
     while True:
-        split = split_folders(top)
-        if len(split) == 3:
-            return ImageSet("folders", f"folders {', '.join(path.name for path in split.values())} of class folders",
-                            {name: class_folders(path) for name, path in split.items()}, resample, cache)
-        classes = class_folders(top)
-        below = [entry for entry in images.subfolders(top) if entry.path != os.fspath(cache)]
-        if classes or len(below) != 1 or not images.subfolders(below[0].path):
+        parts, classes = split_folders(top), class_folders(top)
+        below = [Path(entry) for entry in images.subfolders(top) if Path(entry) != cache]
+        if len(parts) == 3 or classes or len(below) != 1 or not images.subfolders(below[0]):
             break
-        top = Path(below[0].path)
-    if split and split.keys() <= NAMES.keys() and any(map(class_folders, split.values())):
-        absent = ", ".join(f"{name}/" for name in NAMES if name not in split)
-        raise UserError(f"{top} has {', '.join(path.name for path in split.values())} and no {absent}; add it, or put "
+        top = below[0]
+    if len(parts) == 3:
+        layout = f"folders {', '.join(path.name for path in parts.values())} of class folders"
+        return ImageSet("folders", layout, {split: class_folders(parts[split]) for split in parts}, resample, cache)
+    if parts and any(map(class_folders, parts.values())):
+        absent = ", ".join(f"{split}/" for split in NAMES if split not in parts)
+        raise UserError(f"{top} has {', '.join(path.name for path in parts.values())} and no {absent}; add it, or put "
                         "all class folders into one, to have them split here")
     if len(classes) < 3:
-        loose = sum(entry.name.lower().endswith(EXTENSIONS) for entry in images.entries(top))
+        loose = sum(map(is_image, images.entries(top)))
         raise UserError(f"{top} holds {len(classes)} class folders ({loose:,} images outside of any); put the images "
                         f"of each class ({', '.join(EXTENSIONS)}) into a folder of its own in it, at least 3 classes")
     names = sorted(classes)
     random.Random(SPLIT_SEED).shuffle(names)
-    ends = [max(1, round(len(names) * SHARES["test"])), max(1, round(len(names) * SHARES["val"]))]
-    parts = {"train": names[sum(ends):], "val": names[ends[0]:sum(ends)], "test": names[:ends[0]]}
+    n_test, n_val = (max(1, round(len(names) * SHARES[split])) for split in ("test", "val"))
+    chosen = {"train": names[n_test + n_val:], "val": names[n_test:n_test + n_val], "test": names[:n_test]}
     return ImageSet("folders", f"class folders, split by a shuffle of their names with seed {SPLIT_SEED}",
-                    {name: {label: classes[label] for label in sorted(part)} for name, part in parts.items()},
+                    {split: {label: classes[label] for label in sorted(chosen[split])} for split in chosen},
                     resample, cache)
 
 
@@ -73,7 +71,7 @@ def split_folders(root: Path) -> dict[str, Path]:
     Raises:
         UserError: there are two of a split (val and validation).
     """
-    there = {entry.name.lower(): Path(entry.path) for entry in images.subfolders(root)}
+    there = {entry.name.lower(): Path(entry) for entry in images.subfolders(root)}
     found = {split: [there[name] for name in names if name in there] for split, names in NAMES.items()}
     listed([" and ".join(map(str, paths)) for paths in found.values() if len(paths) > 1],
            "there are two folders of one split", "move one away")
@@ -81,18 +79,10 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
-    """The images of each folder in `folder`, sorted by name; folders without images aside.
-
-    Raises:
-        UserError: two folders have the same name but for blanks or the composition of its characters.
-    """
+    """The images of each folder in `folder`, sorted by name; folders without images aside."""
     classes: dict[str, list[ImageFile]] = {}
     for entry in images.subfolders(folder):
-        files = [images.image_file(file, f"{folder.name}/{entry.name}/{file.name}")
-                 for file in images.entries(entry.path) if file.name.lower().endswith(EXTENSIONS)]
-        label = images.normal(entry.name)
-        if files and label in classes:
-            raise UserError(f"{folder} has two folders named {label} but for blanks; merge or rename one")
-        if files:
-            classes[label] = files
+        for file in filter(is_image, images.entries(entry)):
+            image = images.image_file(file, f"{folder.name}/{entry.name}/{file.name}")
+            classes.setdefault(images.normal(entry.name), []).append(image)
     return classes

@@ -11,10 +11,8 @@ import functools
 import hashlib
 import io
 import json
-import math
 import os
 import sys
-import threading
 import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,13 +30,8 @@ from tasks import Dataset
 SPLITS = ("train", "val", "test")
 FORMATS = ("JPEG", "PNG", "GIF", "BMP")  # what data sets hold: few parsers, none that starts a program
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
-MAX_PIXELS = 64 * 2**20  # ImageNet's largest photograph has 61 million
-MAX_BYTES = 256 * 2**20  # of one encoded file
-LARGE = 16 * 2**20  # pixels or bytes of an image that is decoded alone: a thread for each would fill the memory
 CACHE_VERSION = 2  # goes up whenever the same files would give other pixels
 SHARED = 1e-3  # share of a split's images that may be in another too: ImageNet itself holds some photographs twice
-
-_alone = threading.RLock()
 
 
 class ImageFile(NamedTuple):
@@ -65,7 +58,7 @@ class ImageSet:
     resample: Image.Resampling  # filter of the resize
     cache: Path  # folder of the decoded images; made if absent
     remedy: str = "put the images there again"  # ends every message about an image
-    _contents: dict[str, np.ndarray] = field(default_factory=dict)  # split -> what `load` knows of each image's pixels
+    _contents: dict[str, np.ndarray] = field(default_factory=dict)  # split -> hash of each image's pixels, if loaded
 
     def __post_init__(self) -> None:
         for split, classes in self.splits.items():
@@ -83,9 +76,9 @@ class ImageSet:
         """The layout and the size of each split, in one line."""
         sizes = []
         for split, classes in self.splits.items():
-            least, most = (choose(classes, key=lambda label: len(classes[label])) for choose in (min, max))
-            low, high = len(classes[least]), len(classes[most])
-            count = f"{high:,}" if low == high else f"{low:,} ({short(least)}) to {high:,}"
+            counts = {label: len(files) for label, files in classes.items()}
+            least, high = min(counts, key=counts.get), max(counts.values())
+            count = f"{high:,}" if counts[least] == high else f"{counts[least]:,} ({short(least)}) to {high:,}"
             sizes.append(f"{split} {len(classes):,} classes of {count} images")
         return f"{self.layout}: {', '.join(sizes)}"
 
@@ -111,44 +104,47 @@ class ImageSet:
         check_request(split, imgsz)
         classes = list(self.splits[split].values())
         shape = (len(classes), max(map(len, classes)), channels, imgsz, imgsz)
-        _check_memory(shape, split)
         path = self.cache / f"{self.name}-{split}-{imgsz}px-{_key(classes, split, shape, self.resample)[:16]}.npy"
-        remedy = "free some space, or name another folder with --cache FOLDER"
         try:
-            found = _read_cache(path, shape)
-            if found is None:
-                with locked(path.parent / ".cache.lock", remedy=remedy) as alone:
-                    found = _read_cache(path, shape)  # again: another process may have built it
-                    if found is None:
-                        if os.path.lexists(path):
-                            _say(f"the cache {path} is damaged: building it again")
-                        if alone:
-                            remove_stale(path.parent, f"{self.name}-*px-*.npy")
-                        found = decode_all(classes, f"{self.name} {split}", shape, self.resample, self.remedy)
-                        with atomic(path, remedy=remedy) as file:
-                            np.save(file, found[0])
-                            np.save(file, found[1])
+            images, hashes = _read_cache(path) or self._build_cache(path, classes, split, shape)
         except MemoryError as error:
             raise UserError(f"no memory for the {split} images at {imgsz} x {imgsz}; lower --imgsz") from error
-        self._check_contents(split, found[1])
-        return torch.from_numpy(found[0])
+        self._check_contents(split, hashes)
+        return torch.from_numpy(images)
 
-    def _check_contents(self, split: str, digests: np.ndarray) -> None:
+    def _build_cache(self, path: Path, classes: Sequence[Sequence[ImageFile]], split: str,
+                     shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        remedy = "free some space, or name another folder with --cache FOLDER"
+        with locked(path.parent / ".cache.lock", remedy=remedy) as alone:
+            if found := _read_cache(path):  # another process has built it
+                return found
+            if path.exists():
+                _say(f"the cache {path} is damaged: building it again")
+            if alone:
+                remove_stale(path.parent, f"{self.name}-*px-*.npy")
+            found = decode_all(classes, f"{self.name} {split}", shape, self.resample, self.remedy)
+            with atomic(path, remedy=remedy) as file:
+                for array in found:
+                    np.save(file, array)
+        return found
+
+    def _check_contents(self, split: str, hashes: np.ndarray) -> None:
         """Compare the pixels of a split with those of the splits that were loaded before."""
         others = [] if split in self._contents else list(self._contents)
-        self._contents[split] = digests
+        self._contents[split] = hashes
         for other in others:
-            shared = [digest for digest in np.intersect1d(digests, self._contents[other]) if digest]  # 0: no image
-            pairs = [f"{self._file(other, digest)} = {self._file(split, digest)}" for digest in shared]
+            shared = [value for value in np.intersect1d(hashes, self._contents[other]) if value]  # 0: no image
+            pairs = [f"{self._name(other, value)} = {self._name(split, value)}" for value in shared]
             what = f"{len(shared):,} in both {other} and {split}"
-            if len(shared) > SHARED * min(np.count_nonzero(digests), np.count_nonzero(self._contents[other])):
+            if len(shared) > SHARED * min(np.count_nonzero(hashes), np.count_nonzero(self._contents[other])):
                 listed(pairs, f"images, {what}, so results on one would be of the other",
                        "remove each from one of the splits")
             elif shared:
                 _say(f"note: {what}: {'; '.join(pairs[:10])}")
 
-    def _file(self, split: str, digest: int) -> str:
-        row, column = np.argwhere(self._contents[split] == digest)[0]
+    def _name(self, split: str, value: int) -> str:
+        """The name of the first image whose pixels have this hash."""
+        row, column = np.argwhere(self._contents[split] == value)[0]
         return list(self.splits[split].values())[row][column].name
 
 
@@ -170,8 +166,28 @@ def check_request(split: str, imgsz: int) -> None:
     """Refuse a split or an image size that can't be, before anything is read."""
     if split not in SPLITS:
         raise UserError(f"there is no split {split!r}; choose train, val or test")
-    if not isinstance(imgsz, int) or imgsz < 1:
-        raise UserError(f"the image size must be a whole number of at least 1, not {imgsz!r}; change --imgsz")
+    if imgsz < 1:
+        raise UserError(f"the image size must be at least 1, not {imgsz}; change --imgsz")
+
+
+def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int) -> torch.Tensor:
+    """`images`, which `dataset.load` gave; refused if they are not what a Dataset promises.
+
+    Raises:
+        UserError: they are not uint8 [class, image, c, imgsz, imgsz] in 0..255; sizes, counts and they don't agree.
+    """
+    where = f"the {split} split of {dataset.name}"
+    (classes, least), counts = dataset.sizes()[split], dataset.counts(split)
+    wanted = (classes, max(counts) if counts else least, dataset.channels, imgsz, imgsz)
+    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
+        raise UserError(f"{where}: load gives {getattr(images, 'dtype', type(images).__name__)} and must give uint8 in "
+                        "0..255, which is scaled and normalised later: (255 * images).round().to(torch.uint8) of 0..1")
+    if images.shape != wanted or counts and (len(counts), min(counts)) != (classes, least):
+        raise UserError(f"{where}: load gives the shape {list(images.shape)}; sizes, {classes} classes of {least}, "
+                        f"counts, channels and --imgsz say {list(wanted)}; make them agree")
+    if images.max() <= 1:
+        raise UserError(f"{where}: load gives pixels of 0 and 1 alone and must give 0..255; multiply them by 255")
+    return images
 
 
 # ---- names and files
@@ -180,12 +196,6 @@ def check_request(split: str, imgsz: int) -> None:
 def normal(text: str) -> str:
     """A label or name as it is compared: composed Unicode, without blanks and byte order marks around it."""
     return unicodedata.normalize("NFC", text).strip().strip("\ufeff").strip()
-
-
-def stem_and_extension(name: str) -> tuple[str, str]:
-    """A file's name as it is compared, cut at the extension: `a\\B .JPG` -> ("a/B", ".jpg")."""
-    stem, extension = os.path.splitext(normal(name).replace("\\", "/"))
-    return stem.strip(), extension.lower()
 
 
 def entries(folder: Path | str) -> list[os.DirEntry]:
@@ -199,25 +209,22 @@ def entries(folder: Path | str) -> list[os.DirEntry]:
 
 
 def subfolders(folder: Path | str) -> list[os.DirEntry]:
-    def is_folder(entry: os.DirEntry) -> bool:
-        with contextlib.suppress(OSError):  # a link to itself
-            return entry.is_dir()
-        return False
-
-    return [entry for entry in entries(folder) if is_folder(entry)]
+    return [entry for entry in entries(folder) if entry.is_dir()]
 
 
-def image_file(entry: os.DirEntry, name: str) -> ImageFile:
-    """The file `entry`, be it a link, as an image named `name`.
+def is_image(file: os.DirEntry) -> bool:
+    return file.name.lower().endswith(EXTENSIONS)
+
+
+def image_file(file: os.DirEntry | Path, name: str) -> ImageFile:
+    """The file, or what it links to, as an image named `name`.
 
     Raises:
-        UserError: it isn't a regular file (a folder, a link that leads nowhere, a pipe).
+        UserError: a link leads nowhere.
     """
-    with reading(entry.path, "put the image there"):
-        if entry.is_file():
-            status = entry.stat()
-            return ImageFile(name, status.st_size, status.st_mtime_ns, entry.path, Path(entry.path).read_bytes)
-    raise UserError(f"{entry.path} is not a file; put the image there")
+    with reading(os.fspath(file), "put the image there"):
+        status = os.stat(file)
+    return ImageFile(name, status.st_size, status.st_mtime_ns, os.fspath(file), Path(file).read_bytes)
 
 
 # ---- decoding
@@ -225,30 +232,24 @@ def image_file(entry: os.DirEntry, name: str) -> ImageFile:
 
 def decode(data: bytes | np.ndarray | Image.Image, name: str, channels: int, imgsz: int,
            resample: Image.Resampling) -> tuple[np.ndarray, int]:
-    """One image -> uint8 [channels, imgsz, imgsz], and a hash of its pixels before the resize.
+    """One image -> uint8 [channels, imgsz, imgsz], and a hash of its pixels before the resize, which is never 0.
 
     It is turned as its EXIF orientation says. Palette, CMYK and greyscale images are converted. Transparent ones are
     laid on white, so that ink drawn on nothing doesn't become black on black.
 
     Raises:
-        UserError: it can't be decoded, is cut, or has more than MAX_PIXELS pixels; names `name`.
+        UserError: it can't be decoded, is cut, or has more pixels than PIL takes; names `name`.
     """
     if not isinstance(data, Image.Image) and not len(data):
         raise UserError(f"{name} is empty")
-    with reading(name, "", "can't be decoded"):
+    with reading(name, wrong="can't be decoded"):
         try:
             with _open(data) as image:
-                if image.width * image.height > MAX_PIXELS:  # known from the header, before any pixel is decoded
-                    raise Image.DecompressionBombError
-                with _alone if image.width * image.height > LARGE else contextlib.nullcontext():
-                    image = _opaque(_upright(image)).convert("RGB" if channels == 3 else "L")
-                    digest = hashlib.blake2b(image.tobytes(), digest_size=8, key=b"%dx%d" % image.size).digest()
-                    image = image.resize((imgsz, imgsz), resample)
-        except Image.DecompressionBombError as error:
-            raise UserError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels") from error
+                image = _opaque(_upright(image)).convert("RGB" if channels == 3 else "L")
         except UnidentifiedImageError as error:
             raise UserError(f"{name} is none of {', '.join(FORMATS)}") from error
-    array = np.asarray(image).reshape(imgsz, imgsz, channels).transpose(2, 0, 1)
+    digest = hashlib.blake2b(image.tobytes(), digest_size=8, key=b"%dx%d" % image.size).digest()
+    array = np.asarray(image.resize((imgsz, imgsz), resample)).reshape(imgsz, imgsz, channels).transpose(2, 0, 1)
     return array, int.from_bytes(digest, "little") or 1
 
 
@@ -281,45 +282,28 @@ def decode_all(classes: Sequence[Sequence[ImageFile]], what: str, shape: tuple[i
                remedy: str) -> tuple[np.ndarray, np.ndarray]:
     """Decode in parallel threads -> uint8 of `shape` [class, image, c, s, s], uint64 hashes [class, image].
 
-    Neither the arrays nor the error, where there is one, depends on the number of threads.
-
     Raises:
-        UserError: names all images that can't be read or decoded.
+        UserError: names all images that can't be read or decoded, in their order.
     """
-    array, digests = np.zeros(shape, np.uint8), np.zeros(shape[:2], np.uint64)
-    places = [(row, column) for row, files in enumerate(classes) for column in range(len(files))]
-    faults: dict[tuple[int, int], str] = {}
+    array, hashes = np.zeros(shape, np.uint8), np.zeros(shape[:2], np.uint64)
 
-    def put(place: tuple[int, int]) -> None:
-        file = classes[place[0]][place[1]]
+    def put(place: tuple[int, int, ImageFile]) -> str | None:
+        """Decode an image into its place; what is wrong with it, if anything is."""
+        row, column, file = place
         try:
-            with _alone if file.size > LARGE else contextlib.nullcontext():
-                array[place], digests[place] = decode(_read(file), file.path, shape[2], shape[3], resample)
+            with reading(file.path):  # a damaged zip entry raises zlib.error, BadZipFile, RuntimeError, ...
+                data = file.read()
+            array[row, column], hashes[row, column] = decode(data, file.path, *shape[2:4], resample)
         except UserError as error:
-            faults[place] = str(error).removesuffix("; ")
+            return str(error)
 
-    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(_threads()) as pool:
+    places = [(row, column, file) for row, files in enumerate(classes) for column, file in enumerate(files)]
+    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor() as pool:
         warnings.simplefilter("ignore")  # PIL's, about a file that it then decodes or that gets its own line
-        try:
-            for _ in progress(pool.map(put, places), f"decoding {what}", len(places), "images"):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    listed([faults[place] for place in sorted(faults)],
-           f"{len(faults):,} of the {len(places):,} images of {what} can't be used", remedy)
-    return array, digests
-
-
-def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _read(file: ImageFile) -> bytes | np.ndarray:
-    if file.size > MAX_BYTES:
-        raise UserError(f"{file.path} has {file.size:,} bytes, too many for an image")
-    with reading(file.path, ""):  # a damaged zip entry raises zlib.error, BadZipFile, RuntimeError, ...
-        return file.read()
+        faults = [fault for fault in progress(pool.map(put, places), f"decoding {what}", len(places), "images")
+                  if fault]
+    listed(faults, f"{len(faults):,} of the {len(places):,} images of {what} can't be used", remedy)
+    return array, hashes
 
 
 def _say(text: str) -> None:
@@ -329,75 +313,20 @@ def _say(text: str) -> None:
 # ---- the cache: two arrays in one .npy file, the images and their hashes; the name has a hash of what it is made from
 
 
-def _check_memory(shape: tuple[int, ...], split: str) -> None:
-    """Systems that overcommit would grant the array, then kill the process that fills it."""
-    size = math.prod(shape)
-    if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        raise UserError(f"the {split} images at {shape[-1]} x {shape[-1]} take {size // 10**9:,} GB, "
-                        "more than this machine's memory; lower --imgsz")
-
-
 def _key(classes: Sequence[Sequence[ImageFile]], split: str, shape: tuple[int, ...], resample: Image.Resampling) -> str:
     """A hash of all that the array depends on: other files, classes, size or filter give another key."""
     made_from = [[(file.name, file.size, file.stamp) for file in files] for files in classes]
     return hashlib.sha256(json.dumps([CACHE_VERSION, split, shape, int(resample), made_from]).encode()).hexdigest()
 
 
-def _read_cache(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
-    """The images and their hashes; None if the file is absent or not what `load` wrote.
+def _read_cache(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """The images and their hashes; None if the file is absent, cut or damaged.
 
     The images are mapped and not read: processes share one copy, and a page that is written to becomes private.
     """
-    with contextlib.suppress(UserError), reading(path, ""):
-        if os.path.isfile(path):
-            array = np.load(path, mmap_mode="c")
-            with open(path, "rb") as file:
-                file.seek(array.offset + array.nbytes)
-                digests = np.load(file)
-            if (array.dtype, array.shape, digests.dtype, digests.shape) == (np.uint8, shape, np.uint64, shape[:2]):
-                return array, digests
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        images = np.load(path, mmap_mode="c")
+        with open(path, "rb") as file:
+            file.seek(images.offset + images.nbytes)
+            return images, np.load(file)
     return None
-
-
-# ---- what a script asks for, and what it gets
-
-
-def check_tasks(images: torch.Tensor, n_way: int, k_spt: int, k_qry: int, count: int) -> None:
-    """Refuse tasks that can't be drawn from `images` [class, image, c, h, w], at least `count` of a class.
-
-    Raises:
-        UserError: fewer than 1 asked for, more classes than there are, or more images of a class.
-    """
-    classes = len(images)
-    if min(n_way, k_spt, k_qry) < 1:
-        raise UserError(f"--n_way {n_way}, --k_spt {k_spt} and --k_qry {k_qry} must be at least 1")
-    if n_way > classes:
-        raise UserError(f"--n_way {n_way} is more than the {classes} classes of this split; lower it")
-    if k_spt + k_qry > count:
-        raise UserError(f"--k_spt {k_spt} and --k_qry {k_qry} need {k_spt + k_qry} images of a class, "
-                        f"and there are {count}; lower one")
-
-
-def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int) -> torch.Tensor:
-    """`images`, which `dataset.load` gave; refused if they are not what a Dataset promises.
-
-    Raises:
-        UserError: they are not uint8 [class, image, c, imgsz, imgsz] in 0..255; sizes, counts and they don't agree.
-    """
-    where = f"the {split} split of {dataset.name}"
-    if split not in dataset.sizes():
-        raise UserError(f"{where}: sizes has no {split!r}; it must have {', '.join(SPLITS)}")
-    (classes, least), counts = dataset.sizes()[split], dataset.counts(split)
-    wanted = (classes, max(counts) if counts else least, dataset.channels, imgsz, imgsz)
-    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
-        raise UserError(f"{where}: load gives {getattr(images, 'dtype', type(images).__name__)} and must give uint8 in "
-                        "0..255, which is scaled and normalised later: (255 * images).round().to(torch.uint8) of 0..1")
-    if tuple(images.shape) != wanted:
-        raise UserError(f"{where}: load gives the shape {list(images.shape)}, and sizes, counts, channels and --imgsz "
-                        f"say {list(wanted)}; make them agree")
-    if counts and (len(counts) != classes or min(counts) != least):
-        raise UserError(f"{where}: counts has {len(counts)} classes of at least {min(counts)} images, and sizes says "
-                        f"{classes} of {least}; make them agree")
-    if images.max() <= 1:
-        raise UserError(f"{where}: load gives pixels of 0 and 1 alone and must give 0..255; multiply them by 255")
-    return images

@@ -10,11 +10,11 @@
 `MiniImagenet` gives single tasks, for use with a DataLoader.
 """
 
-import contextlib
 import csv
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -23,14 +23,15 @@ import folders
 import images
 import pickles
 from files import UserError, listed, reading, short
-from images import SPLITS, ImageFile, ImageSet, normal, stem_and_extension
+from images import SPLITS, ImageFile, ImageSet, normal
 from tasks import sample_tasks
 
 CHANNELS = 3
-MAX_TABLE = 64 * 2**20  # bytes of a CSV file: a million images
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, red green blue
 RESAMPLE = Image.Resampling.BILINEAR
-PICKLE = r"(?i)(?:.*[-_])?(train|val|test)(?:idation|_phase_train)?\.(?:pkl|pickle)"
+CSV, FOLDERS, PICKLES = "train.csv, val.csv and test.csv", "folders train/, val/ and test/", "pickled caches (*.pkl)"
+PICKLE = r"(?i)(?:.*[-_])?(?<!train_phase_)(train|val|test)(?:idation|_phase_train)?\.(?:pkl|pickle)"  # train_phase_val
+#                                                           and train_phase_test are other images of training classes
 
 
 def load(root: str | Path, split: str, imgsz: int, cache: str | Path | None = None) -> torch.Tensor:
@@ -53,66 +54,57 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
     Raises:
         UserError: no layout or two; a file is missing or can't be read; the splits share classes.
     """
-    root = Path(root)
-    if not os.path.isdir(root):
+    root = top = Path(root)
+    if not root.is_dir():
         raise UserError(f"there is no folder {root}; {_where(root)}")
-    top, layouts = root, _layouts(root)
+    layouts = _layouts(root)
     if not _whole(layouts):
-        below = [(path, _layouts(path)) for path in map(Path, images.subfolders(root))]
-        below = [(path, found) for path, found in below if _whole(found)]
-        top, layouts = below[0] if len(below) == 1 else (root, layouts)
+        below = [Path(entry) for entry in images.subfolders(root) if _whole(_layouts(entry))]
+        top = below[0] if len(below) == 1 else root
+        layouts = _layouts(top)
     whole = _whole(layouts)
     if len(whole) > 1:
         raise UserError(f"{top} can be read in two ways, from {' and from '.join(whole)}; move one away")
     if not whole:
         raise UserError(f"{_missing(top, layouts)}; {_where(top)}")
-    (layout,), cache = whole, Path(cache) if cache else root / "cache"
-    found = layouts[layout]
+    (layout,), remedy = whole, "put the images there again, or take them out"
+    parts = layouts[layout]
     if layout == CSV:
-        splits, layout = _from_tables(top, found)
+        splits, layout = _from_tables(top, parts)
+        remedy += " of the CSV file"
     elif layout == FOLDERS:
-        splits = {split: folders.class_folders(found[split]) for split in SPLITS}
+        splits = {split: folders.class_folders(parts[split]) for split in SPLITS}
     else:
-        splits = {split: pickles.classes(found[split], split) for split in SPLITS}
-        splits = {split: {label: classes[label] for label in sorted(classes)} for split, classes in splits.items()}
-    return ImageSet("miniimagenet", layout, splits, RESAMPLE, cache,
-                    "put the images there again, or take them out" + " of the CSV file" * (whole == [CSV]))
+        splits = {split: pickles.classes(parts[split], split) for split in SPLITS}
+    return ImageSet("miniimagenet", layout, splits, RESAMPLE, Path(cache) if cache else root / "cache", remedy)
 
 
-CSV, FOLDERS, PICKLES = "train.csv, val.csv and test.csv", "folders train/, val/ and test/", "pickled caches (*.pkl)"
-
-
-def _layouts(root: Path) -> dict[str, dict[str, Path]]:
+def _layouts(root: Path | os.DirEntry) -> dict[str, dict[str, Path]]:
     """For each layout, what there is of its splits."""
     parts = folders.split_folders(root)
     found = {CSV: {}, FOLDERS: {split: parts[split] for split in parts if images.subfolders(parts[split])}, PICKLES: {}}
     for entry in images.entries(root):
-        if entry.name in [f"{split}.csv" for split in SPLITS]:
-            found[CSV][entry.name[:-4]] = Path(entry.path)
+        if match := re.fullmatch(r"(train|val|test)\.csv", entry.name):
+            found[CSV][match[1]] = Path(entry)
         if match := re.fullmatch(PICKLE, entry.name):
-            split = match[1].lower()
-            if re.search(r"(?i)train_phase_(val|test)", entry.name):
-                continue  # other images of the training classes
-            if split in found[PICKLES]:
-                raise UserError(f"{found[PICKLES][split]} and {entry.path} are both of the {split} split; "
-                                "move one away")
-            found[PICKLES][split] = Path(entry.path)
+            other = found[PICKLES].setdefault(match[1].lower(), Path(entry))
+            if other != Path(entry):
+                raise UserError(f"{other} and {entry.path} are both of the {match[1]} split; move one away")
     return found
 
 
 def _whole(layouts: dict[str, dict[str, Path]]) -> list[str]:
-    return [layout for layout, there in layouts.items() if len(there) == len(SPLITS)]
+    return [layout for layout, parts in layouts.items() if len(parts) == len(SPLITS)]
 
 
 def _missing(root: Path, layouts: dict[str, dict[str, Path]]) -> str:
     """What a folder without a whole layout has, and what it lacks."""
-    for layout, there in layouts.items():
-        if there:
-            has = ", ".join(path.name for path in there.values())
-            absent = ", ".join(split for split in SPLITS if split not in there)
+    for layout, parts in layouts.items():
+        if parts:
+            has = ", ".join(path.name for path in parts.values())
+            absent = ", ".join(split for split in SPLITS if split not in parts)
             return f"{root} has {has}, and of {layout} those of {absent} are missing"
-    classes = sum(any(file.name.lower().endswith(images.EXTENSIONS) for file in images.entries(folder.path))
-                  for folder in images.subfolders(root))
+    classes = len(folders.class_folders(root))
     return f"{root} has no CSV files, no folders train/, val/ and test/ and no caches" + (
         f", but {classes:,} folders with images: for images of your own, --data {root}" if classes else "")
 
@@ -126,136 +118,120 @@ def _where(root: Path) -> str:
 # ---- the CSV files
 
 
-def _from_tables(root: Path, tables: dict[str, Path]) -> tuple[dict[str, dict[str, list[ImageFile]]], str]:
-    """The images of each split and label, and in words how they were found."""
-    rows = {split: _rows(tables[split]) for split in SPLITS}
-    index = _Files(root, {label for split in SPLITS for _, _, label in rows[split]})
-    paths = {split: [index.find(name, label) for _, name, label in rows[split]] for split in SPLITS}
-    absent = {stem_and_extension(name)[0] for split in SPLITS for (_, name, _), path in zip(rows[split], paths[split])
-              if not path}
-    renamed, how = index.imagenet(absent)
-    splits = {}
-    for split in SPLITS:
-        classes, faults, seen = {}, [], set()
-        for (line, name, label), found in zip(rows[split], paths[split]):
-            found = found or renamed.get(stem_and_extension(name)[0], [])
-            if len(found) != 1:
-                what = f"may be {' or '.join(found)}" if found else f"is not in {index.folder}"
-                faults.append(f"line {line}: {short(name)} {what}")
-            elif found[0] in seen:
-                faults.append(f"line {line}: {short(name)} is there twice, so support and query images could be the "
-                              "same")
-            else:
-                seen.add(found[0])
-                try:
-                    file = images.image_file(index.files[found[0]], normal(name))
-                    classes.setdefault(label, []).append(file)
-                except UserError as error:
-                    faults.append(str(error).rpartition("; ")[0])
-        listed(faults, f"{tables[split]}, {len(faults):,} of {len(rows[split]):,} images",
-               "put the images there, or remove the lines")
-        splits[split] = {label: classes[label] for label in sorted(classes)}
-    others = sum(bool(path) and stem_and_extension(name)[1] != stem_and_extension(path[0])[1]
-                 for split in SPLITS for (_, name, _), path in zip(rows[split], paths[split]))
-    places = {os.path.dirname(path[0]) != "" for split in SPLITS for path in paths[split] if path}
-    return splits, f"{CSV} with {os.path.relpath(index.folder, root)}/{'CLASS/' * (places == {True})}" + (
-        f", {others:,} images with another extension than in the CSV files" if others else "") + how
+class _Row(NamedTuple):
+    line: int
+    filename: str
+    label: str
 
 
-def _rows(table: Path) -> list[tuple[int, str, str]]:
-    """(line number, file name, label) of each row of a CSV file."""
-    rows, faults = [], []
-    with reading(table, _where(table.parent), "is no CSV file in UTF-8"):
-        if os.path.getsize(table) > MAX_TABLE or not os.path.isfile(table):
-            raise UserError(f"{table} is no file of at most {MAX_TABLE // 2**20} MB, a list of images; "
-                            f"{_where(table.parent)}")
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            reader.fieldnames = [normal(name).lower() for name in reader.fieldnames or ()]
-            for column in ("filename", "label"):
-                if column not in reader.fieldnames:
-                    raise UserError(f"{table} has no column {column}; its first line must be filename,label")
-            for row in reader:
-                name, label = row["filename"] or "", normal(row["label"] or "")
-                rows.append((reader.line_num, name, label))
-                if not normal(name) or not label:
-                    faults.append(f"line {reader.line_num}")
-    listed(faults, f"{table} lacks filename or label", "write both there, or remove the lines")
+def _rows(table: Path) -> list[_Row]:
+    with reading(table, _where(table.parent), "is no CSV file in UTF-8"), \
+            open(table, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        reader.fieldnames = [normal(name).lower() for name in reader.fieldnames or ()]
+        for column in ("filename", "label"):
+            if column not in reader.fieldnames:
+                raise UserError(f"{table} has no column {column}; its first line must be filename,label")
+        rows = [_Row(reader.line_num, normal(row["filename"] or ""), normal(row["label"] or "")) for row in reader]
+    listed([f"line {row.line}" for row in rows if not (row.filename and row.label)],
+           f"{table} lacks filename or label", "write both there, or remove the lines")
     if not rows:
         raise UserError(f"{table} lists no images; {_where(table.parent)}")
     return rows
 
 
-class _Files:
-    """The files in images/ and in its folders; without images/, in the folders that have the labels' names.
+def _from_tables(root: Path, tables: dict[str, Path]) -> tuple[dict[str, dict[str, list[ImageFile]]], str]:
+    """The images of each split and label, and in words how they were found."""
+    rows = {split: _rows(tables[split]) for split in SPLITS}
+    index = _Files(root, {row.label for split in SPLITS for row in rows[split]})
+    renamed, how = index.imagenet([row for split in SPLITS for row in rows[split] if not index.find(row)])
+    splits, places = {}, set()
+    for split in SPLITS:
+        classes, faults, seen = {}, [], set()
+        for row in rows[split]:
+            found = index.find(row) or renamed.get(row, [])
+            if len(found) != 1:
+                names = " or ".join(os.path.relpath(path, index.folder) for path in found)
+                what = f"may be {names}" if names else f"is not in {index.folder}"
+                faults.append(f"line {row.line}: {short(row.filename)} {what}")
+            elif found[0] in seen:
+                faults.append(f"line {row.line}: {short(row.filename)} is there twice, so support and query images "
+                              "could be the same")
+            else:
+                seen.add(found[0])
+                places.add(found[0].parent)
+                classes.setdefault(row.label, []).append(images.image_file(found[0], row.filename))
+        listed(faults, f"{tables[split]}, {len(faults):,} of {len(rows[split]):,} images",
+               "put the images there, or remove the lines")
+        splits[split] = {label: classes[label] for label in sorted(classes)}
+    inside = "" if index.folder in places else "CLASS/"
+    return splits, f"{CSV} with {os.path.relpath(index.folder, root)}/{inside}{how}"
 
-    files: path relative to `folder` -> file.
-    stems: the path without extension, as names are compared, -> paths. "*/x" stands for x in any folder.
-    """
+
+def _parts(filename: str) -> tuple[str, str, str]:
+    """A file's name as it is compared, `a\\cat\\B .JPG` -> (folder "cat", stem "B", extension ".jpg")."""
+    *parents, name = normal(filename).replace("\\", "/").split("/")
+    stem, extension = os.path.splitext(name)
+    return "".join(parents[-1:]), stem.strip(), extension.lower()
+
+
+class _Files:
+    """The files in images/ and in its folders, by stem; without images/, in the folders that have the labels' names."""
 
     def __init__(self, root: Path, labels: set[str]):
-        self.root = root
-        self.folder = root / "images" if os.path.isdir(root / "images") else root
+        self.folder = root / "images" if (root / "images").is_dir() else root
         inside = images.subfolders(self.folder)
-        named = [entry for entry in inside if normal(entry.name) in labels]
-        if self.folder == root and not named:
-            raise UserError(f"{root / 'images'} is missing; {_where(root)}")
-        self.files = {entry.name: entry for entry in images.entries(self.folder)}
-        for folder in named or inside:
-            self.files |= {f"{folder.name}/{entry.name}": entry for entry in images.entries(folder.path)}
-        self.stems: dict[str, list[str]] = {}
-        for path in self.files:
-            stem, _ = stem_and_extension(path)
-            self.stems.setdefault(stem, []).append(path)
-            if "/" in stem:
-                self.stems.setdefault(f"*/{stem.rpartition('/')[2]}", []).append(path)
+        if self.folder == root:
+            inside = [entry for entry in inside if normal(entry.name) in labels]
+            if not inside:
+                raise UserError(f"{root / 'images'} is missing; {_where(root)}")
+        self.paths: dict[str, list[Path]] = {}
+        for folder in (self.folder, *inside):
+            for entry in images.entries(folder):
+                self.paths.setdefault(_parts(entry.name)[1], []).append(Path(entry))
 
-    def find(self, name: str, label: str) -> list[str]:
-        """The paths that a CSV file may mean by `name`: relative to images/ or its folder, absolute, or a bare name."""
-        if name in self.files:
-            return [name]
-        ways = [name]
-        with contextlib.suppress(ValueError):  # another drive
-            ways.append(os.path.relpath(os.path.join(self.root, normal(name).replace("\\", "/")), self.folder))
-        for way in ways:
-            stem, extension = stem_and_extension(way)
-            for key in (stem, f"{label}/{stem}", f"*/{stem}"):
-                if found := self.stems.get(key):
-                    same = [path for path in found if stem_and_extension(path)[1] == extension]
-                    return same or found if extension in ("", *images.EXTENSIONS) else same
-        return []
+    def find(self, row: _Row) -> list[Path]:
+        """The files with the row's stem; of several, those in the folder that it names, or in its label's, or directly
+        in images/; of several, those with its extension.
+        """
+        folder, stem, extension = _parts(row.filename)
+        found = self.paths.get(stem, [])
+        for place in (folder, row.label, self.folder.name):
+            found = [path for path in found if normal(path.parent.name) == place] or found
+        return [path for path in found if path.suffix.lower() == extension] or found
 
-    def imagenet(self, stems: set[str]) -> tuple[dict[str, list[str]], str]:
-        """Files with ImageNet's names, nXXXXXXXX_NUMBER.JPEG, for names of the CSV files, nXXXXXXXXNNNNNNNN.
+    def imagenet(self, rows: list[_Row]) -> tuple[dict[_Row, list[Path]], str]:
+        """Files with ImageNet's names, nXXXXXXXX_NUMBER.JPEG, for rows with names nXXXXXXXXNNNNNNNN.
 
         In the CSV files of Ravi and Larochelle NNNNNNNN is a rank, from 1, among the numbers of the class's images, as
         the tools that make miniImageNet from ImageNet take it. Others name the file whose number is NNNNNNNN. That
         reading is taken which finds all images.
 
         Returns:
-            stem -> [path], and the reading in words.
+            row -> files, and the reading in words.
         Raises:
             UserError: both find all images, and not the same ones.
         """
-        numbered: dict[str, dict[int, str]] = {}
-        for path in self.files:
-            if match := re.fullmatch(r"(?:.*/)?(n\d{8})_(\d+)\.\w+", path):
-                numbered.setdefault(match[1], {})[int(match[2])] = path
-        ranked = {name: [files[number] for number in sorted(files)] for name, files in numbered.items()}
-        wanted = {stem: (match[1], int(match[2]))
-                  for stem in stems if (match := re.fullmatch(r"(n\d{8})(\d{8})", stem))}
-        by_number = {stem: numbered.get(name, {}).get(number) for stem, (name, number) in wanted.items()}
-        by_rank = {stem: (ranked.get(name, [])[number - 1:number] or [None])[0] if number else None
-                   for stem, (name, number) in wanted.items()}
-        readings = {how: found for how, found in {"number": by_number, "rank": by_rank}.items() if all(found.values())}
-        if not wanted or not readings:
-            return {}, ""
-        if len(readings) == 2 and by_number != by_rank:
-            stem = next(stem for stem in wanted if by_number[stem] != by_rank[stem])
-            raise UserError(f"{stem} of the CSV files can be {by_number[stem]} (by its number) or {by_rank[stem]} (by "
-                            "its rank among the class's numbers); rename the files as in the CSV files")
-        how, found = next(iter(readings.items()))
-        return {stem: [path] for stem, path in found.items()}, f", ImageNet's names by {how}"
+        numbered: dict[str, dict[int, list[Path]]] = {}
+        for stem, paths in self.paths.items():
+            if match := re.fullmatch(r"(n\d{8})_(\d+)", stem):
+                numbered.setdefault(match[1], {})[int(match[2])] = paths
+        ranked = {wnid: dict(enumerate((paths for _, paths in sorted(numbers.items())), start=1))
+                  for wnid, numbers in numbered.items()}
+        wanted = {row: match for row in rows if (match := re.fullmatch(r"(n\d{8})(\d{8})", _parts(row.filename)[1]))}
+        readings = {}
+        for how, classes in (("number", numbered), ("rank", ranked)):
+            found = {row: classes.get(match[1], {}).get(int(match[2])) for row, match in wanted.items()}
+            if wanted and all(found.values()):
+                readings[how] = found
+        for row, paths in readings.get("number", {}).items():
+            if paths != (other := readings.get("rank", {row: paths})[row]):
+                raise UserError(f"{row.filename} of the CSV files can be {paths[0].name} (by its number) or "
+                                f"{other[0].name} (by its rank among the class's numbers); rename the files as in the "
+                                "CSV files")
+        for how, found in readings.items():
+            return found, f", ImageNet's names by {how}"
+        return {}, ""
 
 
 # ---- single tasks
@@ -291,10 +267,15 @@ class MiniImagenet(torch.utils.data.Dataset):
     ) -> None:
         if batchsz < 1 or startidx < 0:
             raise UserError(f"batchsz {batchsz} must be at least 1 and startidx {startidx} at least 0")
+        if min(n_way, k_shot, k_query) < 1:
+            raise UserError(f"n_way {n_way}, k_shot {k_shot} and k_query {k_query} must be at least 1")
         images.check_request(mode, resize)
         found = find(root, cache)
+        classes, least = found.sizes()[mode]
+        if n_way > classes or k_shot + k_query > least:
+            raise UserError(f"{n_way} classes of {k_shot} + {k_query} images are more than the {classes} classes of "
+                            f"{least} images of the {mode} split; lower n_way, k_shot or k_query")
         self.images, self.counts = found.load(mode, resize, CHANNELS), found.counts(mode)
-        images.check_tasks(self.images, n_way, k_shot, k_query, found.sizes()[mode][1])
         self.batchsz, self.startidx = batchsz, startidx
         self.n_way, self.k_shot, self.k_query = n_way, k_shot, k_query
 

@@ -9,6 +9,7 @@ import shutil
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ from files import UserError
 ALPHABETS = {"images_background": ("Greek", "Latin"), "images_evaluation": ("Angelic",)}
 
 
-def encode(array: np.ndarray, kind: str = "PNG", **options) -> bytes:
+def encode(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
     data = io.BytesIO()
-    Image.fromarray(array).save(data, kind, **options)
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(data, kind, **options)
     return data.getvalue()
 
 
@@ -44,14 +46,9 @@ def drawing(number: int) -> bytes:
 
 def omniglot_entries() -> dict[str, bytes]:
     """6 characters of 4 drawings: name -> PNG."""
-    entries = {}
-    for part, alphabets in ALPHABETS.items():
-        for alphabet in alphabets:
-            for character in range(2):
-                for number in range(4):
-                    name = f"{part}/{alphabet}/character{character + 1:02}/{number:04}_{number + 1:02}.png"
-                    entries[name] = drawing(len(entries))
-    return entries
+    names = [f"{part}/{alphabet}/character{character:02}/{number:04}_{number:02}.png" for part in ALPHABETS
+             for alphabet in ALPHABETS[part] for character in (1, 2) for number in (1, 2, 3, 4)]
+    return {name: drawing(i) for i, name in enumerate(names)}
 
 
 @pytest.fixture
@@ -68,10 +65,10 @@ def write_folders(root: Path, entries: dict[str, bytes]) -> None:
         (root / name).write_bytes(data)
 
 
-def write_zips(root: Path, entries: dict[str, bytes], top: str = "") -> None:
+def write_zips(root: Path, entries: dict[str, bytes], top: str = "", method: int = zipfile.ZIP_DEFLATED) -> None:
     root.mkdir(parents=True, exist_ok=True)
     for part in ALPHABETS:
-        with zipfile.ZipFile(root / f"{part}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(root / f"{part}.zip", "w", method) as archive:
             for name, data in entries.items():
                 if name.startswith(part):
                     archive.writestr(top + name, data)
@@ -103,66 +100,64 @@ def write_photos(root: Path, classes: int = 3, count: int = 4, size: int = 20) -
 # What `write_photos` wrote, in the other layouts; the images stay the same
 
 
-def into_classes(root: Path, inside: str = "images") -> None:
+def rows(root: Path, split: str) -> list[list[str]]:
+    """[file name, label] of each image of a split."""
+    return [line.split(",") for line in (root / f"{split}.csv").read_text().split()[1:]]
+
+
+def into_folders(root: Path, place: str = "images/{label}") -> None:
     for split in images.SPLITS:
-        for line in (root / f"{split}.csv").read_text().split()[1:]:
-            name, label = line.split(",")
-            (root / inside / label).mkdir(exist_ok=True, parents=True)
-            (root / "images" / name).rename(root / inside / label / name)
+        for name, label in rows(root, split):
+            folder = root / place.format(split=split, label=label)
+            folder.mkdir(exist_ok=True, parents=True)
+            (root / "images" / name).rename(folder / name)
 
 
 def image_folder(root: Path) -> None:
-    for split in images.SPLITS:
-        for line in (root / f"{split}.csv").read_text().split()[1:]:
-            name, label = line.split(",")
-            (root / split / label).mkdir(exist_ok=True, parents=True)
-            (root / "images" / name).rename(root / split / label / name)
-        (root / f"{split}.csv").unlink()
+    """train/CLASS/*.png, and no CSV files."""
+    into_folders(root, "{split}/{label}")
     (root / "images").rmdir()
+    for split in images.SPLITS:
+        (root / f"{split}.csv").unlink()
 
 
-def cached(root: Path, form: str = "image_data", protocol: int = 4, **change) -> None:
+class Python2(pickle._Pickler):
+    """As Python 2 pickles: text without an encoding, in an array's data too."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_text(self, value: str | bytes) -> None:
+        data = value.encode() if isinstance(value, str) else value
+        self.write(pickle.BINSTRING + len(data).to_bytes(4, "little") + data)
+        self.memoize(value)
+
+    dispatch[str] = dispatch[bytes] = save_text
+
+
+def cached(root: Path, form: str = "image_data", protocol: int = 4, pickler: type = pickle.Pickler, **change) -> None:
     """mini-imagenet-cache-*.pkl in place of CSV files and images."""
     for split in images.SPLITS:
-        rows = [line.split(",") for line in (root / f"{split}.csv").read_text().split()[1:]]
-        pixels = np.stack([np.asarray(Image.open(root / "images" / name)) for name, _ in rows])
-        labels = [label for _, label in rows]
-        members = {label: [i for i, other in enumerate(labels) if other == label] for label in labels}
-        content = {"image_data": pixels, "class_dict": members} if form == "image_data" else {
-            "data": pixels, "labels": [sorted(members).index(label) for label in labels]}
-        if form == "catname2label":
-            content["catname2label"] = {label: sorted(members).index(label) for label in members}
-        if form == "list of arrays":
-            content |= {"data": list(pixels), "labels": labels}
-        content |= change if split == "train" else {}
-        (root / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(content, protocol))
+        names, labels = zip(*rows(root, split))
+        pixels = np.stack([np.asarray(Image.open(root / "images" / name)) for name in names])
+        numbers = {label: number for number, label in enumerate(sorted(set(labels)))}
+        content = {
+            "image_data": {"image_data": pixels, "class_dict": {label: [i for i, other in enumerate(labels) if
+                                                                        other == label] for label in numbers}},
+            "labels": {"data": pixels, "labels": [numbers[label] for label in labels]},
+            "catname2label": {"data": pixels, "labels": [numbers[label] for label in labels], "catname2label": numbers},
+            "list of arrays": {"data": list(pixels), "labels": labels}}[form] | (change if split == "train" else {})
+        with open(root / f"mini-imagenet-cache-{split}.pkl", "wb") as file:
+            pickler(file, protocol).dump(content)
         (root / f"{split}.csv").unlink()
     shutil.rmtree(root / "images")
-
-
-def python2(root: Path) -> None:
-    """As Python 2 writes them: text without an encoding, in an array's data too."""
-    cached(root, protocol=2)
-    for path in root.glob("*.pkl"):
-        content = pickle.loads(path.read_bytes())
-        data, shape = content["image_data"].tobytes(), content["image_data"].shape
-        members = content["class_dict"]
-        array = (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR(I1\n("
-                 + b"".join(b"I%d\n" % n for n in shape) + b"tcnumpy\ndtype\n(U\x02u1I0\nI1\ntR(I3\nU\x01|NNNI-1\nI-1\n"
-                 b"I0\ntbI00\nT" + len(data).to_bytes(4, "little") + data + b"tb")
-        classes = b"(d" + b"".join(b"U%c%s(l" % (len(name), name.encode()) + b"".join(b"I%d\na" % i for i in rows)
-                                   + b"s" for name, rows in members.items())
-        path.write_bytes(b"(dU\x0aimage_data" + array + b"sU\x0aclass_dict" + classes + b"s.")
 
 
 def rename_images(root: Path, name) -> None:
     """Give image i of each class (from 0, in the CSV's order) the name that `name` (class, i) gives, in a folder."""
     for split in images.SPLITS:
-        lines, seen = ["filename,label"], {}
-        for line in (root / f"{split}.csv").read_text().split()[1:]:
-            old, label = line.split(",")
-            wnid = f"n0{sum(map(ord, label)):07}"
-            new, listed = name(wnid, seen.setdefault(label, 0))
+        lines, seen = ["filename,label"], Counter()
+        for old, label in rows(root, split):
+            new, listed = name(f"n0{sum(map(ord, label)):07}", seen[label])
             seen[label] += 1
             (root / "images" / old).rename(root / "images" / new)
             lines.append(f"{listed},{label}")
@@ -180,15 +175,13 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that states a size and holds hardly any data."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def png(width: int, height: int, data: bytes = b"") -> bytes:
+    """An RGB PNG with right checksums that states a size and holds `data`."""
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunks
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
 def listing(folder: Path) -> list[str]:
