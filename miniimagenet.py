@@ -40,11 +40,6 @@ def load(root: str | Path, split: str, imgsz: int, cache: str | Path | None = No
     return find(root, cache).load(split, imgsz, CHANNELS)
 
 
-def sizes(root: str | Path) -> dict[str, tuple[int, int]]:
-    """(classes, images of the smallest) of each split; decodes no image. Errors as `find`."""
-    return find(root).sizes()
-
-
 def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
     """All photographs, by split and class. Classes are in the order of their labels, images in the CSV's or by name.
 

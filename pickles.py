@@ -37,18 +37,12 @@ class _Array:
 
     def __setstate__(self, state: tuple) -> None:
         *_, shape, kind, fortran, data = state
-        self.value = data if kind.type.hasobject else _array(data, kind, shape, "F" if fortran else "C").value
+        self.value = data if kind.type.hasobject else _array(data, kind, shape, "F" if fortran else "C")
 
 
-def _array(data: bytes | str, kind: _Type, shape: Sequence[int], order: str) -> _Array:
-    array = _Array()
+def _array(data: bytes | str, kind: _Type, shape: Sequence[int] = (-1,), order: str = "C") -> np.ndarray:
     data = data.encode("latin1") if isinstance(data, str) else data  # from Python 2
-    array.value = np.frombuffer(data, kind.type).reshape(shape, order=order)
-    return array
-
-
-def _scalar(kind: _Type, data: bytes | str) -> int | float | str:
-    return _array(data, kind, (1,), "C").value.item()
+    return np.frombuffer(data, kind.type).reshape(shape, order=order)
 
 
 def _plain(value: Any) -> Any:
@@ -56,7 +50,8 @@ def _plain(value: Any) -> Any:
 
 
 BUILT = {  # all that a pickle may call, and what is called instead
-    "ndarray": object(), "dtype": _Type, "_reconstruct": _Array, "_frombuffer": _array, "scalar": _scalar,
+    "ndarray": None, "dtype": _Type, "_reconstruct": _Array, "_frombuffer": _array,
+    "scalar": lambda kind, data: _array(data, kind).item(),
     "encode": lambda text, _: text.encode("latin1"),  # bytes, in pickles of protocol 2
 }
 

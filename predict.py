@@ -29,7 +29,7 @@ import omniglot_train
 import settings
 from baselines import BASELINES
 from device import select_device
-from files import UserError, contents
+from files import UserError, reading
 from images import decode
 from learner import Learner
 from measuring import scores
@@ -39,7 +39,7 @@ from tasks import Dataset, Tasks, as_tasks, chunks
 Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
 SCRIPTS = {"omniglot_train": (omniglot_train, omniglot.RESAMPLE),
            "miniimagenet_train": (miniimagenet_train, miniimagenet.RESAMPLE)}
-TOGETHER = 64  # queries that are answered at once at most, unless they are normalised together
+TOGETHER = 64  # queries per forward pass, unless they are normalised together
 
 
 def load(run: str | os.PathLike, weights: str | None = None, device: str = "cpu") -> "Model":
@@ -144,11 +144,9 @@ def _content(picture: Picture, name: str) -> tuple[bytes | np.ndarray | Image.Im
     if isinstance(picture, Image.Image):
         return picture, name
     if isinstance(picture, (str, os.PathLike)):
-        try:
-            return contents(Path(picture), "name an image"), str(picture)
-        except FileNotFoundError as error:
-            raise UserError(f"there is no file {picture}; name an image") from error
+        with reading(picture, "name an image"):
+            return Path(picture).read_bytes(), str(picture)
     array = picture.cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
-    if array.dtype != np.uint8 or not (array.ndim == 2 or array.ndim == 3 and array.shape[2] == 3):
+    if array.dtype != np.uint8 or array.ndim != 2 and array.shape[2:] != (3,):
         raise UserError(f"{name} is {array.dtype} {list(array.shape)}; give uint8 [h, w] or [h, w, 3] in 0..255")
     return array, name

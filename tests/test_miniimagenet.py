@@ -91,7 +91,9 @@ def test_layouts(photos, layout):
     found = miniimagenet.find(photos)
     assert words in found.summary and "\n" not in found.summary
     assert reds(photos) == RED
-    assert miniimagenet.sizes(photos) == dict.fromkeys(images.SPLITS, (3, 4))
+    classes = [f"train {number}" if layout == "cache, labels" else f"class{number + 1}" for number in range(3)]
+    assert list(found.splits["train"]) == classes  # numbers alone mean nothing in another file
+    assert found.sizes() == dict.fromkeys(images.SPLITS, (3, 4))
 
 
 def test_layouts_that_can_be_read_in_two_ways(photos):
@@ -107,6 +109,9 @@ def test_layouts_that_can_be_read_in_two_ways(photos):
 
 
 def test_files_that_two_names_fit(photos):
+    (photos / "images" / "p00.txt").write_text("of several, the one with the extension of the CSV file")
+    assert reds(photos) == RED
+    (photos / "images" / "p00.txt").unlink()
     (photos / "images" / "p00.png").rename(photos / "images" / "p00.gif")
     (photos / "images" / "p00.bmp").write_bytes(b"")
     with refused("train.csv, 1 of 12 images: line 2: 'p00.png' may be p00.bmp or p00.gif"):
@@ -214,6 +219,9 @@ def test_classes_of_unequal_size(photos):
     assert found.sizes()["train"] == (3, 3) and found.counts("train") == [3, 3, 4]
     data = found.load("train", 12, 3)
     assert data.shape == (3, 4, 3, 12, 12) and (data[:2, 3] == 0).all()
+    (photos / "val.csv").write_text((photos / "val.csv").read_text().replace("v00.png,valclass3\n", ""))
+    found = miniimagenet.find(photos)
+    found.load("train", 12, 3), found.load("val", 12, 3)  # what both lack is no image that they share
     tasks = miniimagenet.MiniImagenet(photos, "train", 200, 2, 1, 2, 12)
     drawn = set(values(torch.cat([torch.cat(item[::2]) for item in tasks])).tolist())
     assert drawn == set(map(int, data[:, :, 0, 0, 0].unique())) - {0}  # each image, and never what isn't there

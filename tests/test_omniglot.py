@@ -26,7 +26,8 @@ PLACES = {  # where people have it: how it is written, words of the line that sa
     "zip and folder": (lambda root, entries: (
         write_zips(root, entries), (root / "images_evaluation.zip").unlink(), write_folders(
             root, {name: entries[name] for name in entries if "evaluation" in name})), "background.zip and images"),
-    "zips with a top folder": (lambda root, entries: write_zips(root, entries, "omniglot-master/python/"), ".zip"),
+    "zips with a top folder": (lambda root, entries: write_zips(
+        root, dict(reversed(entries.items())), "omniglot-master/python/"), ".zip"),
     "omniglot-py/": (lambda root, entries: write_folders(root / "omniglot-py", entries), "omniglot-py/images_backgr"),
     "omniglot/python/": (lambda root, entries: write_zips(root / "omniglot/python", entries), "omniglot/python/images"),
     "raw/ and processed/": (lambda root, entries: (write_zips(root / "omniglot/raw", entries),
