@@ -194,8 +194,8 @@ def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int)
 
 
 def normal(text: str) -> str:
-    """A label or name as it is compared: composed Unicode, without blanks and byte order marks around it."""
-    return unicodedata.normalize("NFC", text).strip().strip("\ufeff").strip()
+    """A label or name as it is compared: composed Unicode, without blanks around it."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def entries(folder: Path | str) -> list[os.DirEntry]:
