@@ -136,8 +136,21 @@ def test_lock_refuses_a_second_holder(tmp_path):
     assert listing(tmp_path) == []
 
 
+def test_a_lock_file_that_its_holder_just_removed_is_no_lock(tmp_path, monkeypatch):
+    """Removed between its opening and its locking."""
+    path, lock = tmp_path / "lock", files._lock
+
+    def late(descriptor: int) -> bool:
+        monkeypatch.setattr(files, "_lock", lock)
+        path.unlink()
+        return lock(descriptor)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with files.locked(path), refused("in use"), files.locked(path, wait=False):
+        pass
+
+
 def test_lock_that_was_waited_for_is_held(tmp_path, capfd):
-    """The first holder unlinks the file that the second waits on: that one must not lock nothing."""
     taken, done = threading.Event(), threading.Event()
 
     def second():
