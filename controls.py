@@ -1,7 +1,7 @@
 """Measures a run's weights on its test tasks again, and what they are compared with.
 
     python controls.py res/RUN                      writes res/RUN/controls.json
-    python controls.py res/RUN --root DATA --tasks 100
+    python controls.py res/RUN --root DATA --tasks 100 --only final untrained
 
 The tasks are those of the run's test. The controls, each with all metrics and accuracies (T tasks, K inner steps):
 
@@ -30,7 +30,7 @@ from torch import Tensor
 import nc_metrics
 import predict
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
-from files import Parser, atomic, progress, run
+from files import Parser, UserError, atomic, progress, run
 from learner import Learner
 from measuring import accuracies, accuracy, collapse_metrics, permuted_labels, scores
 from meta import Adapted, Meta, adapt
@@ -48,21 +48,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(description="Measure a run's weights and their controls on its test tasks: RUN/controls.json.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--tasks", type=int, default=600, help="test tasks (default: 600)")
+    parser.add_argument("--only", nargs="+", metavar="CONTROL", help="measure these alone (default: all)")
     for name in ("root", "data", "cache", "device", "task_chunk"):
         parser.add_argument(f"--{name}", help="as the training scripts' (default: the run's)")
     given = vars(parser.parse_args(arguments))
-    folder, n_tasks = given.pop("run"), given.pop("tasks")
+    folder, n_tasks, only = given.pop("run"), given.pop("tasks"), given.pop("only")
     flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
     script, args = predict.settings_of(folder, f"--test_tasks={n_tasks}", *flags)
     with memory_runs_out("lower --task_chunk or take another --device"):
-        written = measure(folder, args, script)
+        written = measure(folder, args, script, only)
     with atomic(folder / "controls.json", "w", REMEDY) as file:
         file.write("{" + ",\n".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in written.items()) + "}\n")
     say(f"wrote {folder / 'controls.json'}")
 
 
 @torch.no_grad()
-def measure(folder: Path, args: argparse.Namespace, script: ModuleType) -> dict:
+def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Sequence[str] | None = None) -> dict:
     """What controls.json holds: control -> "tasks", metrics, accuracies, "effective_dimension"."""
     device, dataset = select_device(args.device), script.dataset(args)
     most = check(args, dataset, script.network)["test"][1] - args.k_spt  # queries per class
@@ -78,6 +79,9 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType) -> dict:
               "pixels": (pixels, usual, not_adapted)}
     wanted |= {f"queries {queries}": (final, queries, together) for queries in (1, 5, 19) if queries <= most}
     wanted[ALONE] = final, usual, alone
+    if unknown := set(only or ()) - wanted.keys():
+        raise UserError(f"--only {' '.join(unknown)}: the controls are {', '.join(wanted)}")
+    wanted = {name: wanted[name] for name in only or wanted}
     data = Data(argparse.Namespace(**vars(args)), dataset, device)
     images, dimensions, written = data.load("test"), {}, {}
     for name, (net, data.args.k_qry_test, function) in wanted.items():

@@ -111,6 +111,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     if "rotations" in defaults:
         choice("rotations", None, "in training, each class of a task is turned by a random multiple of 90 degrees")
         choice("rotate_heldout", False, "the same in validation and testing")
+    choice("random_labels", False, "put the training images into classes at random: a control with nothing to learn")
     choice("transductive", True, "validate, and choose the best weights, with batch norm by the whole query set; "
            "otherwise each query is normalised together with the support set alone. A test has both, the second of one "
            "query per class if this is not given")

@@ -98,6 +98,11 @@ class Data:
     def load(self, split: str) -> Tensor:
         """uint8 [class, image, c, h, w] on the device, or on the host where it would take over half of what is free."""
         images = check_images(self.dataset.load(split), self.dataset, split, self.args.imgsz)
+        if self.args.random_labels and split == "train":
+            if self.dataset.counts(split):
+                raise UserError("--random_labels needs classes with equally many images")
+            order = torch.Generator().manual_seed(self.args.seed)
+            images = images.flatten(0, 1)[torch.randperm(images.shape[:2].numel(), generator=order)].view_as(images)
         if self.turns(split) > 1:
             images = with_rotations(images)
         if self.device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(self.device)[0] / 2:

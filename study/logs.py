@@ -106,7 +106,8 @@ class Run:
     @functools.cached_property
     def settings(self) -> dict:
         """The settings, with the defaults of those that older runs do not have."""
-        older = {"learner": "maml", "recipe": "original", "first_order": False, "nc_qry": None, "split": "shuffled"}
+        older = {"learner": "maml", "recipe": "original", "first_order": False, "nc_qry": None, "split": "shuffled",
+                 "random_labels": False}  # fmt: skip
         return older | self.arguments["settings"]
 
     @property

@@ -60,6 +60,8 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("contrast-boil", "BOIL", f"{_CONTRAST} --learner boil"),
     Setting("contrast-protonet", "ProtoNet", f"{_CONTRAST} --learner protonet"),
     Setting("contrast-classifier", "classifier", f"{_CONTRAST} --learner classifier"),
+    Setting("random-labels", "MAML, labels at random",
+            "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
     Setting("paper-omniglot-5w1s", "paper's recipe, 5-way 1-shot", _LONG),
     Setting("paper-omniglot-5w1s-first-order", "paper's recipe, 5-way 1-shot, first order",
             f"{_LONG} --first_order --epoch 20000", (1,)),

@@ -25,6 +25,7 @@ PHOTOGRAPHS = ("tinyimagenet-in-miniimagenet-layout-5w5s",
                "tinyimagenet-in-miniimagenet-layout-5w5s-first-order-original")  # fmt: skip
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
+RANDOM = "random-labels"
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 MODELS = {"meta": "before adaptation", "finetuned": "adapted"}
 METRICS = {"relative_within": "relative within trace", "nc1": "tr(S_W S_B⁺)/C", "cdnv_unbiased": "CDNV, unbiased",
@@ -221,6 +222,7 @@ def learners(study: Study) -> str:
     with_pixels = [run for name in (*LEARNERS, *LONG) for run in study[name] if "pixels" in run.controls()][:1]
     rows = [["raw pixels", *learner_cells(with_pixels, "pixels")]] if with_pixels else []
     rows += [["untrained", *learner_cells(next(iter(groups.values())), "untrained")]]
+    rows += [[SETTINGS[RANDOM].label, *learner_cells(study[RANDOM], "final")]] if study[RANDOM] else []
     rows += [[label, *learner_cells(runs, "final")] for label, runs in groups.items()]
     accuracies = [f"{name}, %{how}" for how in ("", ", not transductive") for name in BY]
     return table(["", "seeds", *METRICS.values(), "dimension", "relative within trace, adapted",
