@@ -79,8 +79,8 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
               "pixels": (pixels, usual, not_adapted)}
     wanted |= {f"queries {queries}": (final, queries, together) for queries in (1, 5, 19) if queries <= most}
     wanted[ALONE] = final, usual, alone
-    if unknown := set(only or ()) - wanted.keys():
-        raise UserError(f"--only {' '.join(unknown)}: the controls are {', '.join(wanted)}")
+    if not wanted.keys() >= set(only or ()):
+        raise UserError(f"--only {' '.join(only)}: the controls are {', '.join(wanted)}")
     wanted = {name: wanted[name] for name in only or wanted}
     data = Data(argparse.Namespace(**vars(args)), dataset, device)
     images, dimensions, written = data.load("test"), {}, {}

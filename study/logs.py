@@ -112,7 +112,7 @@ class Run:
 
     @property
     def data(self) -> str:
-        return self.arguments["data"]["name"]
+        return one_line(str(self.arguments["data"]["name"]))[:100]
 
     @property
     def queries(self) -> int:
@@ -196,9 +196,9 @@ def read_run(path: Path) -> Run:
         UserError: the folder, the log or args.json is missing or broken.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = next((path / name for name in ("log.jsonl", "log.jsonl.gz") if (path / name).exists()), path / "log")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"no run at {path}; name the folder that a training script wrote, or its log")
     place = path.parent / "args.json"
     try:
@@ -306,4 +306,4 @@ def describe(run: Run) -> str:
     settings = run.settings
     words = [f"{settings['n_way']}-way {settings['k_spt']}-shot", str(settings["learner"])]
     words[1:] = words[1:] * (words[1] != "maml") + ["first order" if settings["first_order"] else "second order"]
-    return ", ".join(words + ["original network"] * (settings.get("net") == "original"))
+    return one_line(", ".join(words + ["original network"] * (settings.get("net") == "original")))[:100]

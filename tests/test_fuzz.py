@@ -23,7 +23,6 @@ import torch
 from data_files import cached, omniglot_entries, write_folders, write_photos, write_zips
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from test_plot_nc import write_run
 
 import files
@@ -34,6 +33,7 @@ import omniglot_train
 import plot_nc
 import synthetic
 from meta import Meta
+from study import figures
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))  # of each test; 0: its own number
@@ -76,7 +76,7 @@ def outcome(call, around: Path, *results: Path) -> str:
 @pytest.fixture(autouse=True, scope="module")
 def small():
     """Small data sets, no network, one thread, and of the figures one in twenty drawn."""
-    threads, count, savefig = torch.get_num_threads(), itertools.count(), Figure.savefig
+    threads, count, save = torch.get_num_threads(), itertools.count(), figures.save
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(omniglot, "SPLITS", {"train": 3, "val": 1, "test": 2})
@@ -84,8 +84,8 @@ def small():
         patch.setattr(omniglot, "URL", "http://127.0.0.1:1")
         patch.setattr(synthetic, "CHARACTER_SPLITS", {"train": (0, 4), "val": (4, 2), "test": (6, 2)})
         patch.setattr(synthetic, "CHARACTER_IMAGES", 3)
-        patch.setattr(Figure, "savefig", lambda figure, file, **options:
-                      next(count) % 20 or savefig(figure, file, **options | {"dpi": 10}))
+        patch.setattr(figures, "DPI", 10)
+        patch.setattr(figures, "save", lambda figure, path: next(count) % 20 or save(figure, path))
         yield
     torch.set_num_threads(threads)
 
