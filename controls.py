@@ -10,6 +10,7 @@ The tasks are those of the run's test. The controls, each with all metrics and a
     pixels         the input itself; without adaptation
     queries 1, 5, 19   the final weights with so many queries per class, which batch norm takes together
     batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
+    batch norm by the support set                 the same, by statistics without the query
 
 "effective_dimension" is that of the means of all test classes at the classifier's input. For it, one image of every
 class goes through the network together, upright, whatever the control. Metrics that are undefined are null.
@@ -21,6 +22,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -31,17 +33,26 @@ import nc_metrics
 import predict
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
 from files import Parser, UserError, atomic, progress, run
-from learner import Learner
-from measuring import accuracies, accuracy, collapse_metrics, permuted_labels, scores
+from learner import Learner, Weights, apply_layer
+from measuring import (
+    accuracies,
+    accuracy,
+    class_means,
+    collapse_metrics,
+    permuted_labels,
+    scores,
+    squared_distances,
+)
 from meta import Adapted, Meta, adapt
 from record import REMEDY, numbers, say, summary
 from settings import check
 from tasks import Dataset, Tasks, as_tasks, cat
+from taskwise import EPS
 from training import TEST_SEED, Data, held_out_tasks
 
 QUERIES = 15  # per class, if nothing else is said
 CLASSIFIER_METRICS = ("self_duality", "ncc_mismatch", "within_original", "between_original")
-ALONE = "batch norm by one query and the support set"
+ALONE, BY_SUPPORT = "batch norm by one query and the support set", "batch norm by the support set"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,7 +89,8 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     wanted = {"final": (final, usual, together), "untrained": (untrained, usual, together),
               "pixels": (pixels, usual, not_adapted)}
     wanted |= {f"queries {queries}": (final, queries, together) for queries in (1, 5, 19) if queries <= most}
-    wanted[ALONE] = final, usual, alone
+    wanted[ALONE] = final, usual, partial(not_transductive, score=partial(scores, transductive=False))
+    wanted[BY_SUPPORT] = final, usual, partial(not_transductive, score=scores_by_support)
     if not wanted.keys() >= set(only or ()):
         raise UserError(f"--only {' '.join(only)}: the controls are {', '.join(wanted)}")
     wanted = {name: wanted[name] for name in only or wanted}
@@ -119,11 +131,11 @@ def not_adapted(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
     return Adapted(None, accuracies(maml.net, tasks, start)["nearest_mean"], {"meta": metrics}, None)
 
 
-def alone(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
-    """Each query with the support set alone; accuracies before adaptation and after the last inner step."""
+def not_transductive(maml: Meta, tasks: Tasks, null_seed: int, score: Callable) -> Adapted:
+    """Each query apart from the others, by `score`; accuracies before adaptation and after the last inner step."""
     net, steps = maml.net, (0, maml.update_step, maml.update_step_test)
     trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, maml.update_lr, max(steps), adapted=maml.adapted)
-    results = {k: scores(net, tasks, trajectory[k], transductive=False) for k in set(steps)}
+    results = {k: score(net, tasks, trajectory[k]) for k in set(steps)}
     right = {k: [accuracy(answers, tasks.y_qry) for answers in results[k][:2]] for k in results}
     _, null = permuted_labels(tasks, null_seed)
     metrics = {}
@@ -135,6 +147,26 @@ def alone(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
         metrics[model]["ncc_accuracy"] = right[k][1][:, None]  # by support means of its own for every query
     ends = (torch.stack(pair, 1) for pair in zip(right[0], right[maml.update_step_test]))
     return Adapted(*ends, metrics, None)
+
+
+def scores_by_support(net: Learner, tasks: Tasks, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """As `measuring.scores`; batch norm's statistics are those of the support set, for the queries too."""
+    n_support, weights = tasks.x_spt.shape[1], net.per_task(weights, len(tasks.x_spt))
+    h = torch.cat([tasks.x_spt, tasks.x_qry], 1).permute(0, 1, 3, 4, 2).contiguous()  # [T, N_spt + N_qry, h, w, c]
+    for i, (name, params) in enumerate(net.config):
+        features = h.flatten(2)  # of the last layer in the end, which is linear
+        names = (f"{i}_{name}_weight", f"{i}_{name}_bias")
+        own = [weights[name] for name in names if name in weights]
+        if name in ("bn", "bn_shift"):
+            axes = tuple(range(1, h.dim() - 1))
+            variance, mean = torch.var_mean(h[:, :n_support], axes, correction=0, keepdim=True)
+            *scale, shift = (values.view(mean.shape) for values in own)
+            h = (h - mean) * (variance + (EPS if scale else 1e-3)).rsqrt() * (scale[0] if scale else 1) + shift
+        else:
+            h = apply_layer(name, params, h, own)
+    means = class_means(features[:, :n_support], tasks.y_spt, h.shape[-1])
+    query = features[:, n_support:]
+    return h[:, n_support:], -squared_distances(query, means), query
 
 
 def dimension(net: Learner, images: Tensor, dataset: Dataset) -> Tensor:

@@ -123,7 +123,7 @@ class Learner(nn.Module):
             if name in BLOCK_STARTS and i > 0:
                 layers.append(h.flatten(2))
             names = (f"{i}_{name}_weight", f"{i}_{name}_bias")
-            h = _apply(name, params, h, [weights[own] for own in names if own in weights], groups)
+            h = apply_layer(name, params, h, [weights[own] for own in names if own in weights], groups)
         layers.append(h.flatten(2))
         if x.dim() == 4:
             layers = [values[0] for values in layers]
@@ -170,12 +170,12 @@ def _check(name: str, params: Sequence, shape: list[int]) -> None:
 def _output_shape(name: str, params: Sequence, shape: list[int], own: Iterable[Tensor]) -> list[int]:
     """What the layer makes of one image of this shape; the layer itself says, on the meta device."""
     h = torch.empty(1, 2, *shape[1:], shape[0], device="meta")
-    *sides, channels = _apply(name, params, h, [w[None].to("meta") for w in own]).shape[2:]
+    *sides, channels = apply_layer(name, params, h, [w[None].to("meta") for w in own]).shape[2:]
     return [channels, *sides]
 
 
 def _initial_weights(name: str, params: Sequence, fill: Callable) -> dict[str, Tensor]:
-    """In the order in which `_apply` takes them."""
+    """In the order in which `apply_layer` takes them."""
     if name in ("conv2d", "convt2d"):
         # stored as [out, kernel, kernel, in], so that taskwise sees each task's kernel as a matrix without a copy
         weight = fill(torch.empty(params[:4])).contiguous(memory_format=torch.channels_last)
@@ -187,7 +187,7 @@ def _initial_weights(name: str, params: Sequence, fill: Callable) -> dict[str, T
     return {"bias": torch.zeros(params[0])} if name == "bn_shift" else {}
 
 
-def _apply(name: str, params: Sequence, h: Tensor, own: list[Tensor], groups: int = 1) -> Tensor:
+def apply_layer(name: str, params: Sequence, h: Tensor, own: list[Tensor], groups: int = 1) -> Tensor:
     """One layer on all tasks: h is [T, N, h, w, c] or [T, N, features], `own` its weights, each [T, ...]."""
     match name:
         case "conv2d":

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import controls
 import nc_metrics
@@ -27,13 +28,32 @@ def nearest(queries, support):
     return (torch.cdist(queries, support).argmin(-1) == torch.arange(3).repeat_interleave(15)).double().mean().item()
 
 
+@torch.no_grad()
+def by_support(tasks, net):
+    """Features of the queries by torch's own layers, in evaluation with the support set's statistics."""
+    features = []
+    for x_spt, x_qry in zip(tasks.x_spt, tasks.x_qry):
+        for i, (name, params) in enumerate(net.config):
+            own = [net.weights[key] for key in (f"{i}_{name}_weight", f"{i}_{name}_bias") if key in net.weights]
+            if name == "conv2d":
+                x_spt, x_qry = (F.conv2d(x, *own, *params[4:]) for x in (x_spt, x_qry))
+            elif name == "bn":
+                variance, mean = torch.var_mean(x_spt, (0, 2, 3), correction=0)
+                x_spt, x_qry = (F.batch_norm(x, mean, variance, *own) for x in (x_spt, x_qry))
+            elif name == "relu":
+                x_spt, x_qry = x_spt.relu(), x_qry.relu()
+        features.append(x_qry.flatten(1))
+    return torch.stack(features)
+
+
 @pytest.mark.slow
 def test_controls(tmp_path):
     run = tmp_path / "run-seed222"
     omniglot_train.main([*FLAGS, "--out", str(run)])
     controls.main([str(run), "--tasks", "4"])
     found = json.loads((run / "controls.json").read_text())
-    assert list(found) == ["final", "untrained", "pixels", "queries 1", "queries 5", "queries 19", controls.ALONE]
+    assert list(found) == ["final", "untrained", "pixels", "queries 1", "queries 5", "queries 19", controls.ALONE,
+                           controls.BY_SUPPORT]  # fmt: skip
     script, args = predict.settings_of(run)
     args.k_qry_test = 15
     data = training.Data(args, script.dataset(args), torch.device("cpu"))
@@ -62,6 +82,9 @@ def test_controls(tmp_path):
     within = share(each[:, :, 3], tasks.y_qry)
     assert found[controls.ALONE]["meta"]["relative_within"]["mean"] == pytest.approx([within], 1e-4)
     assert found[controls.ALONE]["nearest_mean"][0] == pytest.approx(right.double().mean().item(), abs=1e-5)
+    query = by_support(tasks, nets["final"])
+    assert found[controls.BY_SUPPORT]["meta"]["relative_within"]["mean"] == pytest.approx(
+        [share(query, tasks.y_qry)], 1e-4)
     assert len(found["final"]["accuracy"]) == len(found["final"]["nearest_mean_ci95"]) == 3
     assert len(found["final"]["per_task"]["finetuned"]["nc1"]) == found["final"]["tasks"] == 4
     read = read_run(run)
