@@ -243,21 +243,25 @@ def contrast(study: Study) -> str:
 
 
 def ranking(study: Study) -> str:
-    """Spearman correlation of each metric with accuracy, over runs, and over learners by their means."""
+    """Spearman correlation of each metric before adaptation with accuracy, over runs, and over learners' means."""
     groups = [study[name] for name in LEARNERS if study[name]]
     if len(groups) < 3:
         return ""
+    smaller = {name: functools.partial(effects.measured, model="meta", metric=metric)
+               for metric, name in METRICS.items()}  # fmt: skip
+    larger = {"dimension of all class means": functools.partial(effects.dimension, model="meta")}
     rows = []
-    for metric, name in METRICS.items():
-        row = [f"{name}, before adaptation"]
-        for accuracy_of in (effects.tested("nearest_mean", 0), effects.own_accuracy):
-            pairs = [[(-effects.measured(run, "meta", metric), accuracy_of(run)) for run in runs] for runs in groups]
-            for points in ([pair for group in pairs for pair in group], [np.mean(group, 0) for group in pairs]):
-                row.append(correlated(Estimate(effects.spearman(*zip(*points)), math.nan, math.nan)))
-        rows.append(row)
+    for sign, values in ((-1, smaller), (1, larger)):
+        for name, value in values.items():
+            row = [f"{'smaller' if sign < 0 else 'larger'} {name}"]
+            for accuracy_of in (effects.tested("nearest_mean", 0), effects.own_accuracy):
+                pairs = [[(sign * value(run), accuracy_of(run)) for run in runs] for runs in groups]
+                for points in (sum(pairs, []), [np.mean(group, 0) for group in pairs]):
+                    row.append(correlated(Estimate(effects.spearman(*zip(*points)), math.nan, math.nan)))
+            rows.append(row)
     counts = f"{sum(map(len, groups))} runs", f"{len(groups)} learners"
     rules = "nearest support mean before adaptation", "the learner's own rule"
-    header = ["Spearman correlation of a smaller metric with higher accuracy by",
+    header = ["Spearman correlation with higher accuracy by",
               *(f"{rule}, over {count}" for rule in rules for count in counts)]  # fmt: skip
     return table(header, rows)
 
