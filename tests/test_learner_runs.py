@@ -16,6 +16,7 @@ FLAGS = {"anil": ["--learner", "anil"], "boil": ["--learner", "boil"], "protonet
          "not transductive": ["--no-transductive", "--keep_every", "3"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 def test_stopped_and_resumed(flags, tmp_path, monkeypatch):
     whole = tmp_path / "whole"

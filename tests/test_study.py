@@ -198,6 +198,7 @@ def test_a_number_has_the_digits_that_its_interval_carries(estimate, text):
 # ---- tables
 
 
+@pytest.mark.slow
 def test_the_tables_of_both_pages_are_what_the_logs_give():
     done = subprocess.run([sys.executable, "-m", "study.tables", "--check"], capture_output=True, text=True, cwd=HOME)
     assert done.returncode == 0, done.stderr
