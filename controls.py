@@ -33,7 +33,7 @@ import nc_metrics
 import predict
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
 from files import Parser, UserError, atomic, progress, run
-from learner import Learner, Weights, apply_layer
+from learner import SHIFT_EPS, Learner, Weights, apply_layer
 from measuring import (
     accuracies,
     accuracy,
@@ -161,7 +161,7 @@ def scores_by_support(net: Learner, tasks: Tasks, weights: Weights) -> tuple[Ten
             axes = tuple(range(1, h.dim() - 1))
             variance, mean = torch.var_mean(h[:, :n_support], axes, correction=0, keepdim=True)
             *scale, shift = (values.view(mean.shape) for values in own)
-            h = (h - mean) * (variance + (EPS if scale else 1e-3)).rsqrt() * (scale[0] if scale else 1) + shift
+            h = (h - mean) * (variance + (EPS if scale else SHIFT_EPS)).rsqrt() * (scale[0] if scale else 1) + shift
         else:
             h = apply_layer(name, params, h, own)
     means = class_means(features[:, :n_support], tasks.y_spt, h.shape[-1])

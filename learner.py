@@ -29,7 +29,7 @@ LAYERS = {
     "convt2d": "[in, out, kernel, kernel, stride, padding]",
     "linear": "[out, in]",
     "bn": "[channels]",
-    "bn_shift": "[channels]",  # batch norm without a scale, whose shift the inner loop doesn't adapt, and eps 1e-3
+    "bn_shift": "[channels]",  # batch norm without a scale, whose shift the inner loop doesn't adapt
     "relu": "[inplace]",
     "leakyrelu": "[slope, inplace]",
     "tanh": "[]",
@@ -41,6 +41,7 @@ LAYERS = {
     "mean": "[]",  # over height and width
     "reshape": "[shape without the batch]",
 }
+SHIFT_EPS = 1e-3  # of bn_shift, added to the variance
 BLOCK_STARTS = ("conv2d", "convt2d", "linear")
 
 
@@ -200,7 +201,7 @@ def apply_layer(name: str, params: Sequence, h: Tensor, own: list[Tensor], group
             return torch.baddbmm(bias[:, None], h, weight.transpose(1, 2))
         case "bn" | "bn_shift":
             own = [weight.repeat_interleave(groups, 0) for weight in own] if groups > 1 else own
-            scale, shift, eps = (*own, taskwise.EPS) if name == "bn" else (None, *own, 1e-3)
+            scale, shift, eps = (*own, taskwise.EPS) if name == "bn" else (None, *own, SHIFT_EPS)
             return taskwise.batch_norm(h.reshape(len(h) * groups, -1, *h.shape[2:]), scale, shift, eps).view(h.shape)
         case "relu":
             return F.relu(h)  # in place, autograd would refuse views
