@@ -109,33 +109,41 @@ def permuted_labels(tasks: Tasks | None, seed: int) -> tuple[Tensor, Tensor] | N
 @torch.no_grad()
 def collapse_metrics(net: Learner, tasks: Tasks, trajectory: Sequence[Weights],
                      null: tuple[Tensor, Tensor]) -> dict:
-    """Neural collapse of the query features, and of the adapted model's support features, task by task.
+    """Neural collapse of the query and support features along the inner loop, task by task.
 
     Args:
         trajectory: the weights before adaptation and after each inner step, from `meta.adapt`.
         null: permuted support and query labels, [T, N_spt] and [T, N_qry].
     Returns:
         "meta" (before adaptation), "finetuned" (after the last inner step): entries of `nc_metrics.measure`, [T, L].
-        "support": the same of the adapted model's support features, where there are two or more per class.
         "inner": "within" and "between" [T, K+1, L], "accuracy" [T, K+1]: before and after each inner step.
+        Where a class has two support images or more, which one alone has no spread: "support", the adapted model's
+        support features as "finetuned"; and in "inner" their traces, "support_within" and "support_between".
     """
     null_spt, null_qry = null
-    metrics, inner, last = {}, [], len(trajectory) - 1
+    n_way, last = net.shapes[-1][0], len(trajectory) - 1
+    several = tasks.y_spt.shape[1] > n_way
+    metrics, inner = {}, []
     for k, weights in enumerate(trajectory):
-        logits, layers = net(tasks.x_qry, weights, features=True)
-        n_way = logits.shape[-1]
+        logits, query_layers = net(tasks.x_qry, weights, features=True)
+        _, support_layers = net(tasks.x_spt, weights, features=True)
+        query, support = (query_layers, tasks.y_qry), (support_layers, tasks.y_spt)
+        rest = n_way, weights[net.classifier]
         if k in (0, last):
-            _, support_layers = net(tasks.x_spt, weights, features=True)
-            support, classifier = (support_layers, tasks.y_spt), (n_way, weights[net.classifier])
-            values = nc_metrics.measure(layers, tasks.y_qry, *support, *classifier, null_qry, null_spt)
-            metrics["finetuned" if k else "meta"] = values
-            traces = values["within"].T, values["between"].T
-            if k == last and tasks.y_spt.shape[1] > n_way:
-                metrics["support"] = nc_metrics.measure(*support, *support, *classifier, null_spt, null_spt)
-        else:
-            traces = [nc_metrics.covariance_traces(features, tasks.y_qry, n_way) for features in layers]
-            traces = [torch.stack(trace, 1) for trace in zip(*traces)]
-        inner.append([*traces, accuracy(logits, tasks.y_qry)])
+            model = "finetuned" if k else "meta"
+            metrics[model] = nc_metrics.measure(*query, *support, *rest, null_qry, null_spt)
+        if k == last and several:
+            metrics["support"] = nc_metrics.measure(*support, *support, *rest, null_spt, null_spt)
+        within, between = _traces(*query, n_way)
+        step = {"within": within, "between": between, "accuracy": accuracy(logits, tasks.y_qry)}
+        if several:
+            step["support_within"], step["support_between"] = _traces(*support, n_way)
+        inner.append(step)
     metrics = {model: {name: layers.T for name, layers in values.items()} for model, values in metrics.items()}
-    steps = (torch.stack(values, 1) for values in zip(*inner))
-    return metrics | {"inner": dict(zip(("within", "between", "accuracy"), steps))}
+    return metrics | {"inner": {name: torch.stack([step[name] for step in inner], 1) for name in inner[0]}}
+
+
+def _traces(layers: Sequence[Tensor], labels: Tensor, n_way: int) -> list[Tensor]:
+    """Within-class and between-class trace of every layer, each [T, L]."""
+    return [torch.stack(traces, 1)
+            for traces in zip(*(nc_metrics.covariance_traces(features, labels, n_way) for features in layers))]

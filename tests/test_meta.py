@@ -208,7 +208,9 @@ def expected_results(net, tasks, lr, steps, nulls):
                "inner": {name: torch.stack([m[name] for m in every]) for name in ("within", "between")}}
         row["inner"]["accuracy"] = accuracy
         if len(y_spt) > N_WAY:  # one per class has no spread
-            row["support"] = measure(-1, support, y_spt, null_spt)
+            every = [measure(k, support, y_spt, null_spt) for k in range(steps + 1)]
+            row["support"] = every[-1]
+            row["inner"] |= {f"support_{name}": torch.stack([m[name] for m in every]) for name in ("within", "between")}
         rows.append(row)
     metrics = {model: {name: torch.stack([row[model][name] for row in rows]) for name in rows[0][model]}
                for model in rows[0]}
