@@ -1,8 +1,12 @@
-"""Independent oracles for the tests: torch.nn layers, and MAML as the plain loop over tasks.
+"""Independent oracles for the tests: torch.nn layers, MAML as the plain loop over tasks, and the metrics by loops.
 
-Nothing here is fast, or shared with the project: torch's native layers, one task at a time, and autograd.
+Nothing here is fast, or shared with the project: native layers and autograd, or numpy; one task at a time.
 """
 
+import itertools
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -104,3 +108,36 @@ def relative_error(got, expected):
     assert got.keys() == expected.keys()
     difference = sum((got[name] - expected[name]).square().sum() for name in expected)
     return (difference / sum(e.square().sum() for e in expected.values())).sqrt().item()
+
+
+def metrics(h, y, c, weight, logits, means):
+    """Metrics of one task: numpy h [N, D], y [N], classes of any size; means of the support set, for NC4."""
+    rows = [[row for row, label in zip(h, y) if label == k] for k in range(c)]
+    n, mu, pairs = [len(own) for own in rows], np.array([sum(own) / len(own) for own in rows]), {}
+    m = mu - mu.mean(0)
+    s_w = sum(np.outer(row - mu[k], row - mu[k]) / n[k] for k in range(c) for row in rows[k]) / c
+    s_b = sum(np.outer(row, row) for row in m) / c
+    v = [sum(np.sum((row - mu[k]) ** 2) for row in rows[k]) / n[k] for k in range(c)]
+    true = [v[k] * n[k] / (n[k] - 1) for k in range(c)]
+    for i, j in itertools.permutations(range(c), 2):
+        between = mu[i] - mu[j]
+        distance = np.sum(between ** 2)
+        corrected = distance - true[i] / n[i] - true[j] / n[j]
+        a_ij, a_ji = (np.mean([((row - mu[k]) @ between / np.sqrt(distance)) ** 2 for row in rows[k]]) for k in (i, j))
+        pairs[i, j] = ((v[i] + v[j]) / (2 * distance), (a_ij + a_ji) / (2 * distance),
+                       (true[i] + true[j]) / (2 * corrected) if corrected > 0 else math.nan,
+                       abs(m[i] @ m[j] / (np.linalg.norm(m[i]) * np.linalg.norm(m[j])) + 1 / (c - 1)))
+    cdnv, directional, unbiased_cdnv, equiangularity = np.mean(list(pairs.values()), axis=0)
+    within, between, norms, gram = np.trace(s_w), np.trace(s_b), np.linalg.norm(m, axis=1), m @ m.T
+    unbiased = np.mean(true), between - (c - 1) / c * np.mean([true[k] / n[k] for k in range(c)])
+    nearest = np.array([np.argmin([np.sum((row - mean) ** 2) for mean in means]) for row in h])
+    return {
+        "within": within, "between": between, "relative_within": within / (within + between),
+        "within_unbiased": unbiased[0], "between_unbiased": unbiased[1],
+        "relative_within_unbiased": unbiased[0] / sum(unbiased),
+        "nc1": np.trace(s_w @ np.linalg.pinv(s_b, rcond=1e-10, hermitian=True)) / c,
+        "cdnv": cdnv, "cdnv_unbiased": unbiased_cdnv, "directional_cdnv": directional,
+        "equinorm": np.std(norms) / np.mean(norms), "equiangularity": equiangularity,
+        "etf_error": np.linalg.norm(gram / np.linalg.norm(gram) - (np.eye(c) - np.ones((c, c)) / c) / math.sqrt(c - 1)),
+        "self_duality": np.sum((weight / np.linalg.norm(weight) - m / np.linalg.norm(m)) ** 2),
+        "ncc_accuracy": np.mean(nearest == y), "ncc_mismatch": np.mean(np.argmax(logits, axis=1) != nearest)}

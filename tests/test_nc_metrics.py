@@ -1,6 +1,6 @@
 """nc_metrics against a brute-force oracle, and each of its traps.
 
-The oracle is numpy, one task at a time, with loops and D x D matrices. It shares nothing with the module.
+`oracle.metrics` shares nothing with the module.
 """
 
 import itertools
@@ -8,6 +8,7 @@ import math
 import textwrap
 
 import numpy as np
+import oracle
 import pytest
 import torch
 
@@ -21,40 +22,7 @@ KEYS = ["within", "between", "relative_within", "within_unbiased", "between_unbi
         *QUOTIENTS, "ncc_accuracy", "ncc_mismatch"]
 
 
-# ---- two ways to compute every metric ----
-
-def oracle(h, y, c, weight, logits, means):
-    """Of one task, h [N, D], y [N], classes of any size; means, for NC4, of the support set."""
-    rows = [[row for row, label in zip(h, y) if label == k] for k in range(c)]
-    n, mu, pairs = [len(own) for own in rows], np.array([sum(own) / len(own) for own in rows]), {}
-    m = mu - mu.mean(0)
-    s_w = sum(np.outer(row - mu[k], row - mu[k]) / n[k] for k in range(c) for row in rows[k]) / c
-    s_b = sum(np.outer(row, row) for row in m) / c
-    v = [sum(np.sum((row - mu[k]) ** 2) for row in rows[k]) / n[k] for k in range(c)]
-    true = [v[k] * n[k] / (n[k] - 1) for k in range(c)]
-    for i, j in itertools.permutations(range(c), 2):
-        between = mu[i] - mu[j]
-        distance = np.sum(between ** 2)
-        corrected = distance - true[i] / n[i] - true[j] / n[j]
-        a_ij, a_ji = (np.mean([((row - mu[k]) @ between / np.sqrt(distance)) ** 2 for row in rows[k]]) for k in (i, j))
-        pairs[i, j] = ((v[i] + v[j]) / (2 * distance), (a_ij + a_ji) / (2 * distance),
-                       (true[i] + true[j]) / (2 * corrected) if corrected > 0 else math.nan,
-                       abs(m[i] @ m[j] / (np.linalg.norm(m[i]) * np.linalg.norm(m[j])) + 1 / (c - 1)))
-    cdnv, directional, unbiased_cdnv, equiangularity = np.mean(list(pairs.values()), axis=0)
-    within, between, norms, gram = np.trace(s_w), np.trace(s_b), np.linalg.norm(m, axis=1), m @ m.T
-    unbiased = np.mean(true), between - (c - 1) / c * np.mean([true[k] / n[k] for k in range(c)])
-    nearest = np.array([np.argmin([np.sum((row - mean) ** 2) for mean in means]) for row in h])
-    return {
-        "within": within, "between": between, "relative_within": within / (within + between),
-        "within_unbiased": unbiased[0], "between_unbiased": unbiased[1],
-        "relative_within_unbiased": unbiased[0] / sum(unbiased),
-        "nc1": np.trace(s_w @ np.linalg.pinv(s_b, rcond=1e-10, hermitian=True)) / c,
-        "cdnv": cdnv, "cdnv_unbiased": unbiased_cdnv, "directional_cdnv": directional,
-        "equinorm": np.std(norms) / np.mean(norms), "equiangularity": equiangularity,
-        "etf_error": np.linalg.norm(gram / np.linalg.norm(gram) - (np.eye(c) - np.ones((c, c)) / c) / math.sqrt(c - 1)),
-        "self_duality": np.sum((weight / np.linalg.norm(weight) - m / np.linalg.norm(m)) ** 2),
-        "ncc_accuracy": np.mean(nearest == y), "ncc_mismatch": np.mean(np.argmax(logits, axis=1) != nearest)}
-
+# ---- every metric ----
 
 def functions(h, y, c, weight=None, logits=None, means=None):
     """Every metric by name, by the module's single functions."""
@@ -118,7 +86,7 @@ def test_every_function_is_the_oracle(leading, dtype, n_way, n, d):
     assert all(value.shape == leading and value.dtype == torch.float64 for value in values.values())
     for task in itertools.product(*map(range, leading)):
         own_h, *rest = (x.double().numpy() for x in (h[task], weight, logits[task], means[task]))
-        expected = oracle(own_h, labels[task].numpy(), n_way, *rest)
+        expected = oracle.metrics(own_h, labels[task].numpy(), n_way, *rest)
         for key in KEYS:
             np.testing.assert_allclose(values[key][task], expected[key], rtol=1e-9, atol=1e-11, err_msg=key)
 
@@ -178,7 +146,7 @@ def test_small_spread_and_close_means_keep_their_digits():
     expected = np.sum((noise.numpy() @ np.linalg.pinv((means - means.mean(0)).numpy())) ** 2) / 18
     np.testing.assert_allclose(nc.nc1(features, labels, 3), expected, rtol=1e-7)
     values = functions(features, labels, 3)
-    expected = oracle(features.numpy(), labels.numpy(), 3, np.ones((3, 8)), features.numpy(), means.numpy())
+    expected = oracle.metrics(features.numpy(), labels.numpy(), 3, np.ones((3, 8)), features.numpy(), means.numpy())
     for key in SPREAD[1:]:
         np.testing.assert_allclose(values[key], expected[key], rtol=1e-8, err_msg=key)
 
@@ -198,7 +166,8 @@ def test_nc1_of_means_that_span_fewer_directions_is_that_of_pinv(directions):
     features = (7 + random(5, directions) @ random(directions, 9, seed=1))[labels]
     features += noise - nc.class_means(noise, labels, 5)[labels]
     h, y = features.numpy(), labels.numpy()
-    np.testing.assert_allclose(nc.nc1(features, labels, 5), oracle(h, y, 5, h[:5], h, h[:5])["nc1"], rtol=1e-8)
+    np.testing.assert_allclose(nc.nc1(features, labels, 5), oracle.metrics(h, y, 5, h[:5], h, h[:5])["nc1"],
+                               rtol=1e-8)
 
 
 # ---- traps ----
@@ -369,7 +338,7 @@ def test_measure_features_is_the_oracle(sizes, support):
     h, y, more = own(sizes, support)
     values, c = nc.measure_features(h, y, **more), len(sizes)
     means = [more["support_features"][more["support_labels"] == k].mean(0) for k in range(c)]
-    expected = oracle(h, y, c, more["classifier_weight"], more["logits"], means)
+    expected = oracle.metrics(h, y, c, more["classifier_weight"], more["logits"], means)
     assert list(values) == KEYS and all(type(value) is float for value in values.values())
     np.testing.assert_allclose(list(values.values()), [expected[key] for key in KEYS], rtol=1e-9, atol=1e-12)
     assert list(nc.measure_features(h, y)) == KEYS[:13]   # what was not asked for is absent
