@@ -1,12 +1,14 @@
 """Measures a run's weights on its test tasks again, and what they are compared with.
 
     python controls.py res/RUN                      writes res/RUN/controls.json
-    python controls.py res/RUN --root DATA --tasks 100 --only final untrained
+    python controls.py res/RUN --root DATA --tasks 100 --only final untrained     the others stay in the file
 
 The tasks are those of the run's test. The controls, each with all metrics and accuracies (T tasks, K inner steps):
 
     final          the run's last weights, or its best where those are absent; 15 queries per class
     untrained      a fresh network of the run's seed
+    classifier at zero   the final weights with a zero classifier: the first inner step moves nothing else
+                         (Kao, Chiu, Chen 2022, arXiv:2106.15367)
     pixels         the input itself; without adaptation
     queries 1, 5, 19   the final weights with so many queries per class, which batch norm takes together
     batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
@@ -19,6 +21,7 @@ class goes through the network together, upright, whatever the control. Metrics 
 import python_version  # first: the others do not parse on an older Python  # noqa: F401, I001
 
 import argparse
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -68,9 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     script, args = predict.settings_of(folder, f"--test_tasks={n_tasks}", *flags)
     with memory_runs_out("lower --task_chunk or take another --device"):
         written = measure(folder, args, script, only)
-    with atomic(folder / "controls.json", "w", REMEDY) as file:
+    path = folder / "controls.json"
+    if only and path.exists():
+        written = json.loads(path.read_text()) | written
+    with atomic(path, "w", REMEDY) as file:
         file.write("{" + ",\n".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in written.items()) + "}\n")
-    say(f"wrote {folder / 'controls.json'}")
+    say(f"wrote {path}")
 
 
 @torch.no_grad()
@@ -87,6 +93,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
                      args.imgc, args.imgsz).to(device)  # its classifier is not used
     usual = min(QUERIES, most)
     wanted = {"final": (final, usual, together), "untrained": (untrained, usual, together),
+              "classifier at zero": (with_zero_classifier(final), usual, together),
               "pixels": (pixels, usual, not_adapted)}
     wanted |= {f"queries {queries}": (final, queries, together) for queries in (1, 5, 19) if queries <= most}
     wanted[ALONE] = final, usual, partial(not_transductive, score=partial(scores, transductive=False))
@@ -108,6 +115,13 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
         nearest = 100 * results.nearest_mean[:, 0].mean()
         say(f"{name}: relative within trace {within:.3f}, nearest support mean {nearest:.2f}%, before adaptation")
     return written
+
+
+def with_zero_classifier(net: Learner) -> Learner:
+    net = copy.deepcopy(net)
+    for name in net.head:
+        net.weights[name].zero_()
+    return net
 
 
 def measured(maml: Meta, data: Data, images: Tensor, function: Callable) -> Iterator[Adapted]:

@@ -52,8 +52,8 @@ def test_controls(tmp_path):
     omniglot_train.main([*FLAGS, "--out", str(run)])
     controls.main([str(run), "--tasks", "4"])
     found = json.loads((run / "controls.json").read_text())
-    assert list(found) == ["final", "untrained", "pixels", "queries 1", "queries 5", "queries 19", controls.ALONE,
-                           controls.BY_SUPPORT]  # fmt: skip
+    assert list(found) == ["final", "untrained", "classifier at zero", "pixels", "queries 1", "queries 5", "queries 19",
+                           controls.ALONE, controls.BY_SUPPORT]  # fmt: skip
     script, args = predict.settings_of(run)
     args.k_qry_test = 15
     data = training.Data(args, script.dataset(args), torch.device("cpu"))
@@ -66,6 +66,10 @@ def test_controls(tmp_path):
         query, support = (net(x, features=True)[1][-2] for x in (tasks.x_qry, tasks.x_spt))
         assert found[name]["meta"]["relative_within"]["mean"][-2] == pytest.approx(share(query, tasks.y_qry), 1e-4)
         assert found[name]["nearest_mean"][0] == pytest.approx(nearest(query, support), abs=1e-5)
+    zeroed = found["classifier at zero"]  # equal logits, and no gradient but the classifier's own
+    assert zeroed["accuracy"][0] == pytest.approx(1 / 3, abs=1e-5)
+    assert zeroed["meta"]["within"]["mean"][:-1] == zeroed["finetuned"]["within"]["mean"][:-1]
+    assert found["final"]["meta"]["within"]["mean"][:-1] != found["final"]["finetuned"]["within"]["mean"][:-1]
     pixels, support = tasks.x_qry.flatten(2), tasks.x_spt.flatten(2)
     assert found["pixels"]["meta"]["relative_within"]["mean"] == pytest.approx([share(pixels, tasks.y_qry)], 1e-4)
     assert found["pixels"]["nearest_mean"] == pytest.approx([nearest(pixels, support)], abs=1e-5)
@@ -87,8 +91,11 @@ def test_controls(tmp_path):
         [share(query, tasks.y_qry)], 1e-4)
     assert len(found["final"]["accuracy"]) == len(found["final"]["nearest_mean_ci95"]) == 3
     assert len(found["final"]["per_task"]["finetuned"]["nc1"]) == found["final"]["tasks"] == 4
+    controls.main([str(run), "--tasks", "2", "--only", "untrained"])  # the others stay
+    again = json.loads((run / "controls.json").read_text())
+    assert list(again) == list(found) and again["untrained"]["tasks"] == 2 and again["final"] == found["final"]
     read = read_run(run)
     assert effects.measured(read, "meta", "relative_within") == found["final"]["meta"]["relative_within"]["mean"][-2]
     assert effects.measured(read, "meta", "nc1", "pixel") == found["pixels"]["meta"]["nc1"]["mean"][0]
-    assert effects.dimension(read, "meta", "untrained") == found["untrained"]["effective_dimension"]["meta"]
+    assert effects.dimension(read, "meta", "untrained") == again["untrained"]["effective_dimension"]["meta"]
     assert effects.tested("nearest_mean", 0, kind="pixel")(read) == found["pixels"]["nearest_mean"][0]
