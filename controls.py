@@ -11,6 +11,7 @@ The tasks are those of the run's test. The controls, each with all metrics and a
                          (Kao, Chiu, Chen 2022, arXiv:2106.15367)
     pixels         the input itself; without adaptation
     queries 1, 5, 19   the final weights with so many queries per class, which batch norm takes together
+    5-shot         the final weights with 5 support images per class: their features can be measured too
     batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
     batch norm by the support set                 the same, by statistics without the query
 
@@ -54,6 +55,7 @@ from taskwise import EPS
 from training import TEST_SEED, Data, held_out_tasks
 
 QUERIES = 15  # per class, if nothing else is said
+SHOTS = 5  # of the control with more support images
 CLASSIFIER_METRICS = ("self_duality", "ncc_mismatch", "within_original", "between_original")
 ALONE, BY_SUPPORT = "batch norm by one query and the support set", "batch norm by the support set"
 
@@ -81,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @torch.no_grad()
 def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Sequence[str] | None = None) -> dict:
-    """What controls.json holds: control -> "tasks", metrics, accuracies, "effective_dimension"."""
+    """What controls.json holds: control -> "tasks", metrics of each model, accuracies, "effective_dimension"."""
     device, dataset = select_device(args.device), script.dataset(args)
     most = check(args, dataset, script.network)["test"][1] - args.k_spt  # queries per class
     keep_memory()
@@ -92,18 +94,21 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     pixels = Learner([("flatten", []), ("linear", [args.n_way, math.prod(untrained.input_shape)])],
                      args.imgc, args.imgsz).to(device)  # its classifier is not used
     usual = min(QUERIES, most)
-    wanted = {"final": (final, usual, together), "untrained": (untrained, usual, together),
-              "classifier at zero": (with_zero_classifier(final), usual, together),
-              "pixels": (pixels, usual, not_adapted)}
-    wanted |= {f"queries {queries}": (final, queries, together) for queries in (1, 5, 19) if queries <= most}
-    wanted[ALONE] = final, usual, partial(not_transductive, score=partial(scores, transductive=False))
-    wanted[BY_SUPPORT] = final, usual, partial(not_transductive, score=scores_by_support)
+    wanted = {"final": (final, together, usual), "untrained": (untrained, together, usual),
+              "classifier at zero": (with_zero_classifier(final), together, usual),
+              "pixels": (pixels, not_adapted, usual)}
+    wanted |= {f"queries {queries}": (final, together, queries) for queries in (1, 5, 19) if queries <= most}
+    if args.k_spt != SHOTS < most + args.k_spt:
+        wanted[f"{SHOTS}-shot"] = final, together, min(QUERIES, most + args.k_spt - SHOTS)
+    wanted[ALONE] = final, partial(not_transductive, score=partial(scores, transductive=False)), usual
+    wanted[BY_SUPPORT] = final, partial(not_transductive, score=scores_by_support), usual
     if not wanted.keys() >= set(only or ()):
         raise UserError(f"--only {' '.join(only)}: the controls are {', '.join(wanted)}")
     wanted = {name: wanted[name] for name in only or wanted}
     data = Data(argparse.Namespace(**vars(args)), dataset, device)
     images, dimensions, written = data.load("test"), {}, {}
-    for name, (net, data.args.k_qry_test, function) in wanted.items():
+    for name, (net, function, data.args.k_qry_test) in wanted.items():
+        data.args.k_spt = SHOTS if name == f"{SHOTS}-shot" else args.k_spt
         maml = Meta(net, args.update_lr, update_step=args.update_step, update_step_test=args.update_step_test,
                     task_chunk=args.task_chunk, seed=args.seed, learner=args.learner)
         batches = math.ceil(args.test_tasks / args.task_num)
@@ -199,8 +204,7 @@ def input_layer(results: Adapted) -> int:
 
 
 def entry(results: Adapted) -> dict:
-    models = {model: results.metrics[model] for model in ("meta", "finetuned") if model in results.metrics}
-    written = {"tasks": len(results.nearest_mean), **summary(models, input_layer(results))}
+    written = {"tasks": len(results.nearest_mean), **summary(results.metrics, input_layer(results))}
     for name, values in (("accuracy", results.accuracy), ("nearest_mean", results.nearest_mean)):
         if values is not None:
             mean, se = nc_metrics.mean_and_se(values)

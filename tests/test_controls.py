@@ -53,7 +53,7 @@ def test_controls(tmp_path):
     controls.main([str(run), "--tasks", "4"])
     found = json.loads((run / "controls.json").read_text())
     assert list(found) == ["final", "untrained", "classifier at zero", "pixels", "queries 1", "queries 5", "queries 19",
-                           controls.ALONE, controls.BY_SUPPORT]  # fmt: skip
+                           "5-shot", controls.ALONE, controls.BY_SUPPORT]  # fmt: skip
     script, args = predict.settings_of(run)
     args.k_qry_test = 15
     data = training.Data(args, script.dataset(args), torch.device("cpu"))
@@ -80,6 +80,14 @@ def test_controls(tmp_path):
     within = share(nets["final"](tasks.x_qry[:, five], features=True)[1][-2], tasks.y_qry[:, five])
     assert found["queries 5"]["meta"]["relative_within"]["mean"][-2] == pytest.approx(within, 1e-4)
     assert found["queries 1"]["meta"]["within"]["mean"] == [None] * 5 and found["queries 1"]["accuracy"][-1] >= 0
+    args.k_spt = 5
+    five = training.Data(args, script.dataset(args), torch.device("cpu")).sampler("test", images, training.TEST_SEED)(4)
+    traces = found["5-shot"]["inner"]
+    for x, y, name in ((five.x_qry, five.y_qry, ""), (five.x_spt, five.y_spt, "support_")):
+        features = nets["final"](x, features=True)[1][-2]
+        within, _ = nc_metrics.covariance_traces(features, y, 3)
+        assert traces[f"{name}within"]["mean"][0][-2] == pytest.approx(within.mean().item(), 1e-4)
+    assert len(traces["support_within"]["mean"]) == 2 and "support" in found["5-shot"]
     each = torch.stack([nets["final"](torch.cat([tasks.x_spt, query[:, None]], 1), features=True)[1][-2]
                         for query in tasks.x_qry.unbind(1)], 1)  # [T, 45, 4, D]
     right = torch.cdist(each[:, :, 3:], each[:, :, :3])[:, :, 0].argmin(-1) == tasks.y_qry
