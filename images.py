@@ -29,7 +29,8 @@ from tasks import Dataset
 
 SPLITS = ("train", "val", "test")
 FORMATS = ("JPEG", "PNG", "GIF", "BMP")  # what data sets hold: few parsers, none that starts a program
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp")
+SYSTEM_FOLDERS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # in zips and on disks
 CACHE_VERSION = 2  # goes up whenever the same files would give other pixels
 SHARED = 1e-3  # share of a split's images that may be in another too: ImageNet itself holds some photographs twice
 
@@ -199,17 +200,19 @@ def normal(text: str) -> str:
 
 
 def entries(folder: Path | str) -> list[os.DirEntry]:
-    """What lies in `folder`, sorted by name; hidden files aside.
+    """What is in `folder`, sorted by name, but for hidden files and folders and those that systems make.
 
     Raises:
         UserError: the folder can't be read.
     """
-    with reading(folder, "check the path and its rights"), os.scandir(folder) as found:
-        return sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    with reading(os.fspath(folder), "check the path and its permissions"), os.scandir(folder) as scan:
+        shown = [entry for entry in scan if not entry.name.startswith(".") and entry.name not in SYSTEM_FOLDERS]
+        return sorted(shown, key=lambda entry: entry.name)
 
 
 def subfolders(folder: Path | str) -> list[os.DirEntry]:
-    return [entry for entry in entries(folder) if entry.is_dir()]
+    with reading(os.fspath(folder), "check the links in it"):  # is_dir raises an error for a link to itself
+        return [entry for entry in entries(folder) if entry.is_dir()]
 
 
 def is_image(file: os.DirEntry) -> bool:

@@ -126,7 +126,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     if "split" in defaults:
         flag("split", None, "which characters are for training, validation and testing: shuffled = a fixed shuffle of "
              "all, vinyals = the alphabets of Vinyals et al. (2016)", choices=["shuffled", "vinyals"])
-    flag("cache", None, "folder of the decoded images; ROOT/cache if not given")
+    flag("cache", None, "folder of the decoded images; if not given, ROOT/cache, or FOLDER/.cache with --data FOLDER")
     choice("synthetic", False, "train on generated images, with no data at all, and evaluate on fewer tasks")
     flag("out", None, "folder of the run; runs/SCRIPT-<n>w<k>s-seed<seed>-<time> if not given")
     flag("task_chunk", 0, "tasks in memory together at most: less memory, the same result; 0: as fits the device")

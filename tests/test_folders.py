@@ -1,4 +1,4 @@
-"""One's own images, in folders of class folders, with either script."""
+"""Your own images, in folders of class folders, with either script."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import encode, refused
+from data_files import encode, listing, refused
 from PIL import Image
 
 import folders
@@ -37,27 +37,40 @@ def test_classes_are_split_by_their_names_alone(tmp_path):
     write_classes(tmp_path / "mine", 10)
     (tmp_path / "mine/notes.txt").write_text("no image")
     (tmp_path / "mine/empty").mkdir()
-    found = find(tmp_path / "mine")
-    assert {split: list(classes) for split, classes in found.splits.items()} == {
+    image_set = find(tmp_path / "mine")
+    assert {split: list(classes) for split, classes in image_set.splits.items()} == {
         "train": ["class 0", "class 1", "class 2", "class 5", "class 6", "class 8"], "val": ["class 3", "class 4"],
         "test": ["class 7", "class 9"]}
-    assert found.summary.startswith("class folders, split by a shuffle of their names with seed 2015: train 6 classes "
-                                    "of 4 ('class 0') to 12 images, val 2 classes of 7 ('class 3') to 8 images")
-    data = {channels: found.load("val", 8, channels) for channels in (1, 3)}
-    assert data[1].shape == (2, 8, 1, 8, 8) and data[3].shape == (2, 8, 3, 8, 8) and found.counts("val") == [7, 8]
+    assert image_set.summary.startswith("class folders, split by a shuffle of their names with seed 2015: train 6 "
+                                        "classes of 4 ('class 0') to 12 images, val 2 classes of 7 ('class 3') to 8 im")
+    data = {channels: image_set.load("val", 8, channels) for channels in (1, 3)}
+    assert data[1].shape == (2, 8, 1, 8, 8) and data[3].shape == (2, 8, 3, 8, 8) and image_set.counts("val") == [7, 8]
     picture = Image.open(tmp_path / "mine/class 4/7.png")
     assert np.array_equal(data[3][1, 7], np.asarray(picture.resize((8, 8), BILINEAR)).transpose(2, 0, 1))
     assert np.array_equal(data[1][1, 7, 0], np.asarray(picture.convert("L").resize((8, 8), BILINEAR)))
-    assert torch.equal(find(tmp_path / "mine").load("val", 8, 3), data[3])  # its own cache is no class
 
 
 @pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "validation", "testing")])
 def test_split_folders_are_used_as_they_are(tmp_path, names):
     for first, name in enumerate(names):
         write_classes(tmp_path / "top" / name, 2 + first, first, name=name)
-    found = find(tmp_path)  # one folder down
-    assert found.summary == f"folders {', '.join(names)} of class folders: " + ", ".join(
+    assert find(tmp_path).summary == f"folders {', '.join(names)} of class folders: " + ", ".join(
         f"{split} {2 + i} classes of 4 ('{names[i]} 0') to {5 + i} images" for i, split in enumerate(images.SPLITS))
+
+
+@pytest.mark.parametrize("top, cache", [("", None), ("pictures", None), ("cache/cache", None), ("pictures", "decoded")])
+def test_decoded_images_are_no_class_and_hide_no_folder(tmp_path, top, cache):
+    """In a hidden folder by default, so that a class may be named cache."""
+    write_classes(tmp_path / top, 3)
+    (tmp_path / top / "class 0").rename(tmp_path / top / "cache")
+    (tmp_path / "__MACOSX" / "class 0").mkdir(parents=True)
+    (tmp_path / "notes").mkdir()
+    for _ in range(2):  # the second finds what the first has written
+        image_set = folders.find(tmp_path, BILINEAR, cache and tmp_path / cache)
+        assert sorted(label for classes in image_set.splits.values() for label in classes) == [
+            "cache", "class 1", "class 2"]
+        image_set.load("val", 8, 3)
+    assert len(listing(tmp_path / (cache or ".cache"))) == 1
 
 
 def split_folders(*splits: str):
@@ -72,6 +85,10 @@ def no_folders(root: Path) -> None:
 
 @pytest.mark.parametrize("make, words, remedy", [  # a fault, its line, what the line advises
     (lambda root: None, ["there is no folder", "--data FOLDER"], lambda root: write_classes(root, 3)),
+    (lambda root: write_classes(root, 3) or (root / "class 0/0.png").rename(root / "class 0/a.WebP"),
+     ["in other formats than JPEG, PNG", "class 0/a.WebP; convert"], lambda root: (root / "class 0/a.WebP").unlink()),
+    (lambda root: write_classes(root, 3) or (root / "a").symlink_to("a"),
+     ["mine: ", "symbolic links; check the links"], lambda root: (root / "a").unlink()),
     (lambda root: write_classes(root, 2), ["holds 2 class folders", "at least 3 classes"],
      lambda root: write_classes(root, 5, name="more")),
     (no_folders, ["0 class folders (1 images outside of any)"], lambda root: write_classes(root, 3)),
