@@ -18,6 +18,7 @@ from tasks import Dataset
 
 SPLIT_SEED = 2015  # of the shuffle of the class names; fixed, so that --seed never moves a class to another split
 SHARES = {"train": 0.64, "val": 0.16, "test": 0.20}  # of the classes, as miniImageNet's
+REMEDY = "replace or convert them, or take them out"  # of images that can't be read
 OTHER_EXTENSIONS = (".webp", ".tif", ".tiff", ".avif", ".heic", ".ppm", ".pgm")  # refused, not silently left out
 NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
@@ -51,11 +52,10 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
             break
         top = Path(inner[0])
     cache = Path(cache or Path(root) / ".cache")  # hidden: FOLDER/cache would be among the user's class folders
-    remedy = "replace or convert them, or take them out"
     if len(parts) == 3:
         layout = f"folders {', '.join(path.name for path in parts.values())} of class folders"
         splits = {split: class_folders(parts[split]) for split in parts}
-        return ImageSet("folders", layout, splits, resample, cache, remedy)
+        return ImageSet("folders", layout, splits, resample, cache, REMEDY)
     if parts and any(map(class_folders, parts.values())):
         absent = ", ".join(f"{split}/" for split in NAMES if split not in parts)
         raise UserError(f"{top} has {', '.join(path.name for path in parts.values())} and no {absent}; add it, or put "
@@ -70,7 +70,7 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
     chosen = {"train": names[n_test + n_val:], "val": names[n_test:n_test + n_val], "test": names[:n_test]}
     return ImageSet("folders", f"class folders, split by a shuffle of their names with seed {SPLIT_SEED}",
                     {split: {label: classes[label] for label in sorted(chosen[split])} for split in chosen},
-                    resample, cache, remedy)
+                    resample, cache, REMEDY)
 
 
 def split_folders(root: Path) -> dict[str, Path]:

@@ -1,8 +1,8 @@
-"""Image files in, one uint8 tensor per split out, decoded once and cached.
+"""From image files to one uint8 tensor per split, decoded once and cached.
 
-omniglot.py, miniimagenet.py and folders.py find the files and make an `ImageSet` of them. It checks the splits against
-each other. `ImageSet.load` decodes a split in parallel threads and keeps the array in a cache file that `numpy.load`
-reads too.
+omniglot.py, miniimagenet.py and folders.py find the files and make an `ImageSet` of them, which checks that splits
+share no classes and no images. `ImageSet.load` decodes a split in parallel threads and keeps the array in a cache file,
+which `numpy.load` reads too.
 """
 
 import concurrent.futures
@@ -28,29 +28,29 @@ from files import UserError, atomic, listed, locked, progress, reading, remove_s
 from tasks import Dataset
 
 SPLITS = ("train", "val", "test")
-FORMATS = ("JPEG", "PNG", "GIF", "BMP")  # what data sets hold: few parsers, none that starts a program
+FORMATS = ("JPEG", "PNG", "GIF", "BMP")  # few parsers, and none that starts a program, as PIL's for EPS does
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp")
 SYSTEM_FOLDERS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # in zips and on disks
-CACHE_VERSION = 2  # goes up whenever the same files would give other pixels
-SHARED = 1e-3  # share of a split's images that may be in another too: ImageNet itself holds some photographs twice
+CACHE_VERSION = 2  # raised whenever the same files would give other pixels
+SHARED = 1e-3  # share of a split's images that may be in another too: ImageNet has some photographs twice
 
 
 class ImageFile(NamedTuple):
-    """One image, not read yet."""
+    """One image, not yet read."""
 
     name: str  # relative to the data folder, with "/"
     size: int  # bytes, encoded
-    stamp: int  # changes with the content: the time of change in ns, or the CRC-32 that a zip holds
-    path: str  # what a message calls it
+    stamp: int  # changes with the content: the time of its change in ns, or the CRC-32 in a zip file
+    path: str  # its name in messages
     read: Callable[[], bytes | np.ndarray]  # the encoded bytes, or uint8 pixels [h, w] or [h, w, 3]
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The images that were found: for each split, the files of each class.
+    """The image files of each class of each split.
 
     Raises:
-        UserError: a split has no class, a class has one image only, or a class is in two splits.
+        UserError: a split has no class, a class has only one image, or a class is in two splits.
     """
 
     name: str  # of the cache files
@@ -58,19 +58,20 @@ class ImageSet:
     splits: dict[str, dict[str, list[ImageFile]]]  # split -> class -> images, in the order of the tensor
     resample: Image.Resampling  # filter of the resize
     cache: Path  # folder of the decoded images; made if absent
-    remedy: str = "put the images there again"  # ends every message about an image
-    _contents: dict[str, np.ndarray] = field(default_factory=dict)  # split -> hash of each image's pixels, if loaded
+    remedy: str  # ends every message about an image
+    _hashes: dict[str, np.ndarray] = field(default_factory=dict)  # split -> hash of each image's pixels, once loaded
 
     def __post_init__(self) -> None:
         for split, classes in self.splits.items():
             if not classes:
-                raise UserError(f"the {split} split has no images ({self.layout}); {self.remedy}")
+                raise UserError(f"the {split} split has no images ({self.layout}); add images of some classes")
             listed([f"{short(label)} in {split}" for label, files in classes.items() if len(files) < 2],
-                   "a task needs at least 2 images of a class, and these have one", "add images, or take the class out")
+                   "a task needs at least 2 images per class, and these classes have one",
+                   "add images, or take the class out")
         for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
             listed([short(label) for label in self.splits[one] if label in self.splits[other]],
-                   f"classes are in both {one} and {other} ({self.layout}), so results on one would be of the other",
-                   "each class belongs in one split: take it out of the others")
+                   f"classes are in both {one} and {other} ({self.layout}), which must not share any",
+                   "take each out of one of them")
 
     @property
     def summary(self) -> str:
@@ -78,8 +79,8 @@ class ImageSet:
         sizes = []
         for split, classes in self.splits.items():
             counts = {label: len(files) for label, files in classes.items()}
-            least, high = min(counts, key=counts.get), max(counts.values())
-            count = f"{high:,}" if counts[least] == high else f"{counts[least]:,} ({short(least)}) to {high:,}"
+            smallest, most = min(counts, key=counts.get), max(counts.values())
+            count = f"{most:,}" if counts[smallest] == most else f"{counts[smallest]:,} ({short(smallest)}) to {most:,}"
             sizes.append(f"{split} {len(classes):,} classes of {count} images")
         return f"{self.layout}: {', '.join(sizes)}"
 
@@ -88,7 +89,7 @@ class ImageSet:
         return {split: (len(classes), min(map(len, classes.values()))) for split, classes in self.splits.items()}
 
     def counts(self, split: str) -> list[int] | None:
-        """Images per class; None if all classes have equally many."""
+        """Images per class; None if all classes have the same number."""
         counts = [len(files) for files in self.splits[split].values()]
         return None if min(counts) == max(counts) else counts
 
@@ -96,8 +97,8 @@ class ImageSet:
         """The images of one split, from the cache folder or decoded into it.
 
         Returns:
-            uint8 [class, image, channels, imgsz, imgsz]. Where classes are of unequal size, image is as long as the
-            largest, and what a smaller class lacks is 0; `counts` says where that begins.
+            uint8 [class, image, channels, imgsz, imgsz]. Classes with fewer images than the largest, see `counts`, are
+            filled up with zeros.
         Raises:
             UserError: an image can't be read or decoded, or is in another split too; the cache folder can't be
                 written; the array doesn't fit into memory.
@@ -110,50 +111,54 @@ class ImageSet:
             images, hashes = _read_cache(path) or self._build_cache(path, classes, split, shape)
         except MemoryError as error:
             raise UserError(f"no memory for the {split} images at {imgsz} x {imgsz}; lower --imgsz") from error
-        self._check_contents(split, hashes)
+        self._check_shared(split, hashes)
         return torch.from_numpy(images)
 
     def _build_cache(self, path: Path, classes: Sequence[Sequence[ImageFile]], split: str,
                      shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         remedy = "free some space, or name another folder with --cache FOLDER"
         with locked(path.parent / ".cache.lock", remedy=remedy) as alone:
-            if found := _read_cache(path):  # another process has built it
-                return found
+            if cached := _read_cache(path):  # another process has built it
+                return cached
             if path.exists():
                 _say(f"the cache {path} is damaged: building it again")
             if alone:
                 remove_stale(path.parent, f"{self.name}-*px-*.npy")
-            found = decode_all(classes, f"{self.name} {split}", shape, self.resample, self.remedy)
+            images, hashes = decode_all(classes, f"the {split} split", shape, self.resample, self.remedy)
             with atomic(path, remedy=remedy) as file:
-                for array in found:
-                    np.save(file, array)
-        return found
+                np.save(file, images)
+                np.save(file, hashes)
+        return images, hashes
 
-    def _check_contents(self, split: str, hashes: np.ndarray) -> None:
-        """Compare the pixels of a split with those of the splits that were loaded before."""
-        others = [] if split in self._contents else list(self._contents)
-        self._contents[split] = hashes
+    def _check_shared(self, split: str, hashes: np.ndarray) -> None:
+        """Compare the pixels of a split with those of the splits loaded before.
+
+        Raises:
+            UserError: more than a `SHARED` part of its images is in another split too.
+        """
+        others = [] if split in self._hashes else list(self._hashes)
+        self._hashes[split] = hashes
         for other in others:
-            shared = [value for value in np.intersect1d(hashes, self._contents[other]) if value]  # 0: no image
+            shared = [value for value in np.intersect1d(hashes, self._hashes[other]) if value]  # 0: no image
             pairs = [f"{self._name(other, value)} = {self._name(split, value)}" for value in shared]
-            what = f"{len(shared):,} in both {other} and {split}"
-            if len(shared) > SHARED * min(np.count_nonzero(hashes), np.count_nonzero(self._contents[other])):
-                listed(pairs, f"images, {what}, so results on one would be of the other",
-                       "remove each from one of the splits")
+            what = f"{len(shared):,} images are in both {other} and {split}"
+            if len(shared) > SHARED * min(np.count_nonzero(hashes), np.count_nonzero(self._hashes[other])):
+                listed(pairs, f"{what}, which must not share any", "take each out of one of them")
             elif shared:
                 _say(f"note: {what}: {'; '.join(pairs[:10])}")
 
     def _name(self, split: str, value: int) -> str:
         """The name of the first image whose pixels have this hash."""
-        row, column = np.argwhere(self._contents[split] == value)[0]
+        row, column = np.argwhere(self._hashes[split] == value)[0]
         return list(self.splits[split].values())[row][column].name
 
 
 def dataset(find: Callable[[], ImageSet], name: Callable[[], str], channels: int, mean: Sequence[float],
             std: Sequence[float], imgsz: int) -> Dataset:
-    """A Dataset for `training.train` of the images that `find` finds, once, when they are first needed.
+    """A Dataset for `training.train`; `find` is called once, when the images are first needed.
 
-    Mean and deviation are those of the script's own images; for another number of channels, their average.
+    `mean` and `std` are per channel of the script's own data set; their averages are taken for another number of
+    channels.
     """
     find = functools.cache(find)
     if channels != len(mean):
@@ -164,7 +169,7 @@ def dataset(find: Callable[[], ImageSet], name: Callable[[], str], channels: int
 
 
 def check_request(split: str, imgsz: int) -> None:
-    """Refuse a split or an image size that can't be, before anything is read."""
+    """Refuse an unknown split or an image size below 1, before anything is read."""
     if split not in SPLITS:
         raise UserError(f"there is no split {split!r}; choose train, val or test")
     if imgsz < 1:
@@ -172,22 +177,22 @@ def check_request(split: str, imgsz: int) -> None:
 
 
 def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int) -> torch.Tensor:
-    """`images`, which `dataset.load` gave; refused if they are not what a Dataset promises.
+    """`images`, the result of `dataset.load`, if they are what a Dataset promises.
 
     Raises:
-        UserError: they are not uint8 [class, image, c, imgsz, imgsz] in 0..255; sizes, counts and they don't agree.
+        UserError: they are not uint8 [class, image, c, imgsz, imgsz] in 0..255, or don't agree with sizes and counts.
     """
     where = f"the {split} split of {dataset.name}"
     (classes, least), counts = dataset.sizes()[split], dataset.counts(split)
-    wanted = (classes, max(counts) if counts else least, dataset.channels, imgsz, imgsz)
+    expected = (classes, max(counts) if counts else least, dataset.channels, imgsz, imgsz)
     if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
         raise UserError(f"{where}: load gives {getattr(images, 'dtype', type(images).__name__)} and must give uint8 in "
                         "0..255, which is scaled and normalised later: (255 * images).round().to(torch.uint8) of 0..1")
-    if images.shape != wanted or counts and (len(counts), min(counts)) != (classes, least):
+    if images.shape != expected or counts and (len(counts), min(counts)) != (classes, least):
         raise UserError(f"{where}: load gives the shape {list(images.shape)}; sizes, {classes} classes of {least}, "
-                        f"counts, channels and --imgsz say {list(wanted)}; make them agree")
+                        f"counts, channels and --imgsz say {list(expected)}; make them agree")
     if images.max() <= 1:
-        raise UserError(f"{where}: load gives pixels of 0 and 1 alone and must give 0..255; multiply them by 255")
+        raise UserError(f"{where}: load gives only pixels 0 and 1 and must give 0..255; multiply them by 255")
     return images
 
 
@@ -195,7 +200,7 @@ def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int)
 
 
 def normal(text: str) -> str:
-    """A label or name as it is compared: composed Unicode, without blanks around it."""
+    """A label or name in the form in which it is compared: composed Unicode, without surrounding blanks."""
     return unicodedata.normalize("NFC", text).strip()
 
 
@@ -237,11 +242,11 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str, channels: int, img
            resample: Image.Resampling) -> tuple[np.ndarray, int]:
     """One image -> uint8 [channels, imgsz, imgsz], and a hash of its pixels before the resize, which is never 0.
 
-    It is turned as its EXIF orientation says. Palette, CMYK and greyscale images are converted. Transparent ones are
-    laid on white, so that ink drawn on nothing doesn't become black on black.
+    The EXIF orientation is applied. Palette, CMYK and greyscale images are converted. Transparent ones get a white
+    background, so that black ink on a transparent one stays visible.
 
     Raises:
-        UserError: it can't be decoded, is cut, or has more pixels than PIL takes; names `name`.
+        UserError: it can't be decoded, is truncated, or has more pixels than PIL takes; the line begins with `name`.
     """
     if not isinstance(data, Image.Image) and not len(data):
         raise UserError(f"{name} is empty")
@@ -258,12 +263,12 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str, channels: int, img
 
 def _open(data: bytes | np.ndarray | Image.Image) -> Image.Image:
     if isinstance(data, Image.Image):
-        return data.copy()  # the caller's stays open
+        return data.copy()  # so that the caller's is not closed
     return Image.open(io.BytesIO(data), formats=FORMATS) if isinstance(data, bytes) else Image.fromarray(data)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    with contextlib.suppress(Exception):  # EXIF data that PIL can't parse says nothing
+    with contextlib.suppress(Exception):  # EXIF data that PIL can't parse is ignored
         if image.getexif().get(0x0112, 1) != 1:
             return ImageOps.exif_transpose(image)
     return image
@@ -286,12 +291,12 @@ def decode_all(classes: Sequence[Sequence[ImageFile]], what: str, shape: tuple[i
     """Decode in parallel threads -> uint8 of `shape` [class, image, c, s, s], uint64 hashes [class, image].
 
     Raises:
-        UserError: names all images that can't be read or decoded, in their order.
+        UserError: names the images that can't be read or decoded, in their order.
     """
     array, hashes = np.zeros(shape, np.uint8), np.zeros(shape[:2], np.uint64)
 
-    def put(place: tuple[int, int, ImageFile]) -> str | None:
-        """Decode an image into its place; what is wrong with it, if anything is."""
+    def decode_into(place: tuple[int, int, ImageFile]) -> str | None:
+        """Decode an image into its place in the arrays -> what is wrong with it, or None."""
         row, column, file = place
         try:
             with reading(file.path):  # a damaged zip entry raises zlib.error, BadZipFile, RuntimeError, ...
@@ -302,9 +307,9 @@ def decode_all(classes: Sequence[Sequence[ImageFile]], what: str, shape: tuple[i
 
     places = [(row, column, file) for row, files in enumerate(classes) for column, file in enumerate(files)]
     with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor() as pool:
-        warnings.simplefilter("ignore")  # PIL's, about a file that it then decodes or that gets its own line
-        faults = [fault for fault in progress(pool.map(put, places), f"decoding {what}", len(places), "images")
-                  if fault]
+        warnings.simplefilter("ignore")  # PIL's, about files that it decodes all the same, or that become a fault here
+        decoding = progress(pool.map(decode_into, places), f"decoding {what}", len(places), "images")
+        faults = [fault for fault in decoding if fault]
     listed(faults, f"{len(faults):,} of the {len(places):,} images of {what} can't be used", remedy)
     return array, hashes
 
@@ -313,19 +318,19 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# ---- the cache: two arrays in one .npy file, the images and their hashes; the name has a hash of what it is made from
+# ---- the cache: a .npy file with two arrays, the images and their hashes; its name has a hash of its sources
 
 
 def _key(classes: Sequence[Sequence[ImageFile]], split: str, shape: tuple[int, ...], resample: Image.Resampling) -> str:
     """A hash of all that the array depends on: other files, classes, size or filter give another key."""
-    made_from = [[(file.name, file.size, file.stamp) for file in files] for files in classes]
-    return hashlib.sha256(json.dumps([CACHE_VERSION, split, shape, int(resample), made_from]).encode()).hexdigest()
+    sources = [[(file.name, file.size, file.stamp) for file in files] for files in classes]
+    return hashlib.sha256(json.dumps([CACHE_VERSION, split, shape, int(resample), sources]).encode()).hexdigest()
 
 
 def _read_cache(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """The images and their hashes; None if the file is absent, cut or damaged.
+    """The images and their hashes; None if the file is absent or damaged.
 
-    The images are mapped and not read: processes share one copy, and a page that is written to becomes private.
+    The images are memory-mapped: processes share one copy, and a page that is written to becomes private.
     """
     with contextlib.suppress(OSError, ValueError, EOFError):
         images = np.load(path, mmap_mode="c")

@@ -1,6 +1,6 @@
 """miniImageNet, and any photographs in one of its layouts (Vinyals et al., 2016; splits of Ravi and Larochelle, 2017).
 
-`find` looks which layout there is:
+`find` reads whichever layout is there:
 
     train.csv, val.csv, test.csv    header filename,label; the images in images/, in images/CLASS/ or in CLASS/, under
                                     the CSV's names, with another extension, or under ImageNet's names
@@ -30,8 +30,8 @@ CHANNELS = 3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, red green blue
 RESAMPLE = Image.Resampling.BILINEAR
 CSV, FOLDERS, PICKLES = "train.csv, val.csv and test.csv", "folders train/, val/ and test/", "pickled caches (*.pkl)"
-PICKLE = r"(?i)(?:.*[-_])?(?<!train_phase_)(train|val|test)(?:idation|_phase_train)?\.(?:pkl|pickle)"  # train_phase_val
-#                                                           and train_phase_test are other images of training classes
+# A cache's name. train_phase_val and train_phase_test hold other images of the training classes.
+PICKLE = r"(?i)(?:.*[-_])?(?<!train_phase_)(train|val|test)(?:idation|_phase_train)?\.(?:pkl|pickle)"
 
 
 def load(root: str | Path, split: str, imgsz: int, cache: str | Path | None = None) -> torch.Tensor:
@@ -50,20 +50,17 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
         UserError: no layout or two; a file is missing or can't be read; the splits share classes.
     """
     root = top = Path(root)
-    if not root.is_dir():
-        raise UserError(f"there is no folder {root}; {_where(root)}")
-    layouts = _layouts(root)
-    if not _whole(layouts):
-        below = [Path(entry) for entry in images.subfolders(root) if _whole(_layouts(entry))]
-        top = below[0] if len(below) == 1 else root
-        layouts = _layouts(top)
-    whole = _whole(layouts)
-    if len(whole) > 1:
-        raise UserError(f"{top} can be read in two ways, from {' and from '.join(whole)}; move one away")
-    if not whole:
-        raise UserError(f"{_missing(top, layouts)}; {_where(top)}")
-    (layout,), remedy = whole, "put the images there again, or take them out"
-    parts = layouts[layout]
+    if not os.path.isdir(root):
+        raise UserError(f"there is no folder {root} that can be read; {_where(root)}")
+    if not _complete(root):
+        inner = [Path(folder) for folder in images.subfolders(root) if _complete(folder)]
+        top = inner[0] if len(inner) == 1 else root
+    complete, remedy = _complete(top), folders.REMEDY
+    if len(complete) > 1:
+        raise UserError(f"{top} can be read in two ways, from {' and from '.join(complete)}; move one away")
+    if not complete:
+        raise UserError(f"{_missing(top)}; {_where(top)}")
+    (layout, parts), = complete.items()
     if layout == CSV:
         splits, layout = _from_tables(top, parts)
         remedy += " of the CSV file"
@@ -75,30 +72,32 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
 
 
 def _layouts(root: Path | os.DirEntry) -> dict[str, dict[str, Path]]:
-    """For each layout, what there is of its splits."""
+    """Layout -> split -> its file or folder, for the splits that have one."""
     parts = folders.split_folders(root)
-    found = {CSV: {}, FOLDERS: {split: parts[split] for split in parts if images.subfolders(parts[split])}, PICKLES: {}}
+    tables, caches = {}, {}
     for entry in images.entries(root):
         if match := re.fullmatch(r"(train|val|test)\.csv", entry.name):
-            found[CSV][match[1]] = Path(entry)
+            tables[match[1]] = Path(entry)
         if match := re.fullmatch(PICKLE, entry.name):
-            other = found[PICKLES].setdefault(match[1].lower(), Path(entry))
+            other = caches.setdefault(match[1].lower(), Path(entry))
             if other != Path(entry):
                 raise UserError(f"{other} and {entry.path} are both of the {match[1]} split; move one away")
-    return found
+    return {CSV: tables, FOLDERS: {split: parts[split] for split in parts if images.subfolders(parts[split])},
+            PICKLES: caches}
 
 
-def _whole(layouts: dict[str, dict[str, Path]]) -> list[str]:
-    return [layout for layout, parts in layouts.items() if len(parts) == len(SPLITS)]
+def _complete(root: Path | os.DirEntry) -> dict[str, dict[str, Path]]:
+    """Those of `_layouts` that have all splits."""
+    return {layout: parts for layout, parts in _layouts(root).items() if len(parts) == len(SPLITS)}
 
 
-def _missing(root: Path, layouts: dict[str, dict[str, Path]]) -> str:
-    """What a folder without a whole layout has, and what it lacks."""
-    for layout, parts in layouts.items():
+def _missing(root: Path) -> str:
+    """What a folder without a complete layout has, and what it lacks."""
+    for layout, parts in _layouts(root).items():
         if parts:
-            has = ", ".join(path.name for path in parts.values())
-            absent = ", ".join(split for split in SPLITS if split not in parts)
-            return f"{root} has {has}, and of {layout} those of {absent} are missing"
+            names = ", ".join(path.name for path in parts.values())
+            missing = ", ".join(split for split in SPLITS if split not in parts)
+            return f"{root} has {names}, and of {layout} those of {missing} are missing"
     classes = len(folders.class_folders(root))
     return f"{root} has no CSV files, no folders train/, val/ and test/ and no caches" + (
         f", but {classes:,} folders with images: for images of your own, --data {root}" if classes else "")
@@ -136,30 +135,30 @@ def _rows(table: Path) -> list[_Row]:
 
 
 def _from_tables(root: Path, tables: dict[str, Path]) -> tuple[dict[str, dict[str, list[ImageFile]]], str]:
-    """The images of each split and label, and in words how they were found."""
+    """The images of each split and label, and where and by which names they were found, in words."""
     rows = {split: _rows(tables[split]) for split in SPLITS}
     index = _Files(root, {row.label for split in SPLITS for row in rows[split]})
     renamed, how = index.imagenet([row for split in SPLITS for row in rows[split] if not index.find(row)])
-    splits, places = {}, set()
+    splits, parents = {}, set()
     for split in SPLITS:
-        classes, faults, seen = {}, [], set()
+        classes, faults, used = {}, [], set()
         for row in rows[split]:
-            found = index.find(row) or renamed.get(row, [])
-            if len(found) != 1:
-                names = " or ".join(os.path.relpath(path, index.folder) for path in found)
+            paths = index.find(row) or renamed.get(row, [])
+            if len(paths) != 1:
+                names = " or ".join(os.path.relpath(path, index.folder) for path in paths)
                 what = f"may be {names}" if names else f"is not in {index.folder}"
                 faults.append(f"line {row.line}: {short(row.filename)} {what}")
-            elif found[0] in seen:
+            elif paths[0] in used:
                 faults.append(f"line {row.line}: {short(row.filename)} is there twice, so support and query images "
                               "could be the same")
             else:
-                seen.add(found[0])
-                places.add(found[0].parent)
-                classes.setdefault(row.label, []).append(images.image_file(found[0], row.filename))
+                used.add(paths[0])
+                parents.add(paths[0].parent)
+                classes.setdefault(row.label, []).append(images.image_file(paths[0], row.filename))
         listed(faults, f"{tables[split]}, {len(faults):,} of {len(rows[split]):,} images",
                "put the images there, or remove the lines")
         splits[split] = {label: classes[label] for label in sorted(classes)}
-    inside = "" if index.folder in places else "CLASS/"
+    inside = "" if index.folder in parents else "CLASS/"
     return splits, f"{CSV} with {os.path.relpath(index.folder, root)}/{inside}{how}"
 
 
@@ -171,7 +170,7 @@ def _parts(filename: str) -> tuple[str, str, str]:
 
 
 class _Files:
-    """The files in images/ and in its folders, by stem; without images/, in the folders that have the labels' names."""
+    """The files in images/ and its folders, by stem. Without images/, those in folders with the labels' names."""
 
     def __init__(self, root: Path, labels: set[str]):
         self.folder = root / "images" if (root / "images").is_dir() else root
@@ -186,24 +185,26 @@ class _Files:
                 self.paths.setdefault(_parts(entry.name)[1], []).append(Path(entry))
 
     def find(self, row: _Row) -> list[Path]:
-        """The files with the row's stem; of several, those in the folder that it names, or in its label's, or directly
-        in images/; of several, those with its extension.
+        """The files with the row's stem.
+
+        Of several, those in the folder that the row names, or in its label's, or directly in images/. Of several there,
+        those with its extension.
         """
         folder, stem, extension = _parts(row.filename)
-        found = self.paths.get(stem, [])
-        for place in (folder, row.label, self.folder.name):
-            found = [path for path in found if normal(path.parent.name) == place] or found
-        return [path for path in found if path.suffix.lower() == extension] or found
+        paths = self.paths.get(stem, [])
+        for parent in (folder, row.label, self.folder.name):
+            paths = [path for path in paths if normal(path.parent.name) == parent] or paths
+        return [path for path in paths if path.suffix.lower() == extension] or paths
 
     def imagenet(self, rows: list[_Row]) -> tuple[dict[_Row, list[Path]], str]:
         """Files with ImageNet's names, nXXXXXXXX_NUMBER.JPEG, for rows with names nXXXXXXXXNNNNNNNN.
 
-        In the CSV files of Ravi and Larochelle NNNNNNNN is a rank, from 1, among the numbers of the class's images, as
-        the tools that make miniImageNet from ImageNet take it. Others name the file whose number is NNNNNNNN. That
-        reading is taken which finds all images.
+        In the CSV files of Ravi and Larochelle NNNNNNNN is a rank, from 1, among the numbers of the class's images. The
+        tools that make miniImageNet from ImageNet read it so. Other CSV files give the file's own NUMBER. Whichever of
+        the two finds all images is used.
 
         Returns:
-            row -> files, and the reading in words.
+            row -> files, and which of the two it was, in words.
         Raises:
             UserError: both find all images, and not the same ones.
         """
@@ -213,20 +214,20 @@ class _Files:
                 numbered.setdefault(match[1], {})[int(match[2])] = paths
         ranked = {wnid: dict(enumerate((paths for _, paths in sorted(numbers.items())), start=1))
                   for wnid, numbers in numbered.items()}
-        wanted = {row: match for row in rows if (match := re.fullmatch(r"(n\d{8})(\d{8})", _parts(row.filename)[1]))}
-        readings = {}
-        for how, classes in (("number", numbered), ("rank", ranked)):
-            found = {row: classes.get(match[1], {}).get(int(match[2])) for row, match in wanted.items()}
-            if wanted and all(found.values()):
-                readings[how] = found
-        for row, paths in readings.get("number", {}).items():
-            if paths != (other := readings.get("rank", {row: paths})[row]):
-                raise UserError(f"{row.filename} of the CSV files can be {paths[0].name} (by its number) or "
-                                f"{other[0].name} (by its rank among the class's numbers); rename the files as in the "
-                                "CSV files")
-        for how, found in readings.items():
-            return found, f", ImageNet's names by {how}"
-        return {}, ""
+        matches = {row: match for row in rows if (match := re.fullmatch(r"(n\d{8})(\d{8})", _parts(row.filename)[1]))}
+        by_number, by_rank = (
+            {row: classes.get(match[1], {}).get(int(match[2])) for row, match in matches.items()}
+            for classes in (numbered, ranked))
+        number_fits, rank_fits = all(by_number.values()), all(by_rank.values())
+        if not matches or not (number_fits or rank_fits):
+            return {}, ""
+        if number_fits and rank_fits:
+            for row in matches:
+                if by_number[row] != by_rank[row]:
+                    raise UserError(f"{row.filename} of the CSV files can be {by_number[row][0].name} (by its number) "
+                                    f"or {by_rank[row][0].name} (by its rank among the class's numbers); rename the "
+                                    "files as in the CSV files")
+        return (by_number, ", ImageNet's names by number") if number_fits else (by_rank, ", ImageNet's names by rank")
 
 
 # ---- single tasks
@@ -236,8 +237,8 @@ class MiniImagenet(torch.utils.data.Dataset):
     """`batchsz` tasks of one split; item i is (support_x, support_y, query_x, query_y).
 
     support_x [n_way*k_shot, 3, resize, resize] and query_x [n_way*k_query, 3, resize, resize]
-    are normalised floats, the labels int64 in 0..n_way-1. An item depends on i and
-    `startidx` alone, so it is the same in every epoch and in every loader process.
+    are normalised floats, the labels int64 in 0..n_way-1. An item depends on nothing
+    but startidx + i, so it is the same in every epoch and in every loader process.
 
     Args:
         root: the data folder, as in `find`.
@@ -248,8 +249,8 @@ class MiniImagenet(torch.utils.data.Dataset):
         k_query: query images per class.
         resize: image size in pixels.
         startidx: the number of the first task: item i is task startidx + i, so that
-            `startidx=batchsz` gives the next `batchsz` tasks. (In the original it
-            numbered the classes before they were numbered again, without any effect.)
+            `startidx=batchsz` gives the next `batchsz` tasks. (In the original it had
+            no effect.)
         cache: as in `find`.
 
     Raises:
@@ -265,12 +266,12 @@ class MiniImagenet(torch.utils.data.Dataset):
         if min(n_way, k_shot, k_query) < 1:
             raise UserError(f"n_way {n_way}, k_shot {k_shot} and k_query {k_query} must be at least 1")
         images.check_request(mode, resize)
-        found = find(root, cache)
-        classes, least = found.sizes()[mode]
+        image_set = find(root, cache)
+        classes, least = image_set.sizes()[mode]
         if n_way > classes or k_shot + k_query > least:
             raise UserError(f"{n_way} classes of {k_shot} + {k_query} images are more than the {classes} classes of "
                             f"{least} images of the {mode} split; lower n_way, k_shot or k_query")
-        self.images, self.counts = found.load(mode, resize, CHANNELS), found.counts(mode)
+        self.images, self.counts = image_set.load(mode, resize, CHANNELS), image_set.counts(mode)
         self.batchsz, self.startidx = batchsz, startidx
         self.n_way, self.k_shot, self.k_query = n_way, k_shot, k_query
 

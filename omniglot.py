@@ -1,7 +1,7 @@
 """Omniglot: 1,623 handwritten characters of 50 alphabets, 20 drawings each (Lake et al., Science 2015).
 
 `find` looks for images_background and images_evaluation, folders or zip files, in the data folder and up to two
-folders below it. A zip file is read without unpacking it. What is absent is downloaded.
+folders below it. A zip file is read without unpacking it. A missing part is downloaded.
 """
 
 import functools
@@ -28,14 +28,14 @@ PARTS = {  # and the md5 sum of the official zip
     "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
 }
 SPLITS = {"train": 1100, "val": 100, "test": 423}  # characters
-VINYALS = {"train": 1028, "val": 172, "test": 423}  # the same, with --split vinyals
+VINYALS = {"train": 1028, "val": 172, "test": 423}  # characters, with --split vinyals
 VINYALS_VAL = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")  # its validation alphabets
 DRAWINGS = 20  # of each character
-SPLIT_SEED = 2015  # of the shuffle before the cut; its own: --seed never moves a class to another split
-TIMEOUT = 30.0  # seconds without a byte, after which a download is given up
+SPLIT_SEED = 2015  # of the shuffle before the cut; fixed, so that --seed never moves a class to another split
+TIMEOUT = 30.0  # seconds without a byte, after which a download fails
 
 CHANNELS = 1
-MEAN, STD = (0.0,), (1.0,)  # scaled to 0..1 and no more, as the original does
+MEAN, STD = (0.0,), (1.0,)  # scaled to 0..1 only, as in the original
 RESAMPLE = Image.Resampling.BICUBIC
 
 
@@ -58,14 +58,16 @@ def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffl
         UserError: no data and no download; a character or a drawing too many or too few; a file that can't be read.
     """
     root = Path(root)
-    absent = [part for part in PARTS if not _candidates(root, part)]
-    if absent:
-        _download(root, absent)
+    with reading(root, "name another folder with --root FOLDER"):
+        missing = [part for part in PARTS if not _candidates(root, part)]
+    if missing:
+        _download(root, missing)
     chosen, characters = [], {}
-    for part in PARTS:  # a half-unpacked folder loses to the whole zip file next to it
+    for part in PARTS:  # of several, the one with the most drawings: the zip file, not a half-unpacked folder
         drawings = {path: _drawings(path) for path in _candidates(root, part)}
-        chosen.append(max(drawings, key=lambda path: sum(map(len, drawings[path].values()))))
-        characters |= drawings[chosen[-1]]
+        path = max(drawings, key=lambda path: sum(map(len, drawings[path].values())))
+        chosen.append(path)
+        characters |= drawings[path]
     _check_counts(characters, chosen, root)
     names = split_names(characters, split)
     return ImageSet(
@@ -92,36 +94,39 @@ def split_names(names: Iterable[str], split: str = "shuffled") -> dict[str, list
 
 
 def _candidates(root: Path, part: str) -> list[Path]:
-    """Where a part lies, as a folder or a zip file: in `root` or up to two folders below it, nearest first."""
+    """The folders and zip files of a part, in `root` or up to two folders below it, nearest first."""
     return [path for depth in ("", "*/", "*/*/") for name in (part, f"{part}.zip")
             for path in sorted(root.glob(depth + name))]
 
 
 def _drawings(path: Path) -> dict[str, list[ImageFile]]:
-    """The drawings of each character, `<part>/<alphabet>/<character>/*.png`, in a folder or in a zip file, which stays
-    open; a zip file may have other folders around them.
+    """Character -> its drawings, <part>/<alphabet>/<character>/*.png in a folder or a zip file.
+
+    The zip file stays open. It may have other folders around <part>.
     """
     if path.suffix == ".zip":
         with reading(path, _where(path.parent), "is no whole zip file"):
             archive = zipfile.ZipFile(path)
-            files = [ImageFile("/".join(entry.filename.split("/")[-4:]), entry.file_size, entry.CRC,
+            files = [ImageFile("/".join(entry.filename.replace("\\", "/").split("/")[-4:]), entry.file_size, entry.CRC,
                                f"{path}/{entry.filename}", functools.partial(archive.read, entry))
                      for entry in archive.infolist()]
     else:
-        files = [images.image_file(file, file.relative_to(path.parent).as_posix()) for file in path.glob("*/*/*.png")]
+        files = [images.image_file(file, f"{path.name}/{alphabet.name}/{character.name}/{file.name}")
+                 for alphabet in images.subfolders(path) for character in images.subfolders(alphabet)
+                 for file in images.entries(character)]
     characters = {}
     for file in sorted(files, key=lambda file: file.name):
-        part, *_, name = file.name.split("/")
-        if part == path.stem and file.name.count("/") == 3 and name.endswith(".png") and not name.startswith("."):
+        part, *folders, name = file.name.split("/")
+        if part == path.stem and len(folders) == 2 and name.lower().endswith(".png") and not name.startswith("."):
             characters.setdefault(os.path.dirname(file.name), []).append(file)
     return characters
 
 
 def _check_counts(characters: dict[str, list[ImageFile]], chosen: list[Path], root: Path) -> None:
-    wanted = sum(SPLITS.values())
-    if len(characters) != wanted:
-        there = ", ".join(_described(path, characters) for path in chosen)
-        raise UserError(f"{root} holds {len(characters):,} characters ({there}) where Omniglot has {wanted:,}; "
+    expected = sum(SPLITS.values())
+    if len(characters) != expected:
+        counts = ", ".join(_described(path, characters) for path in chosen)
+        raise UserError(f"{root} holds {len(characters):,} characters ({counts}) where Omniglot has {expected:,}; "
                         f"{_where(root)}")
     for name, files in sorted(characters.items()):
         if len(files) != DRAWINGS:
@@ -130,11 +135,11 @@ def _check_counts(characters: dict[str, list[ImageFile]], chosen: list[Path], ro
 
 
 def _described(path: Path, characters: dict[str, list[ImageFile]]) -> str:
-    """How much of a part there is, and where nothing is, which files there are instead."""
+    """How many characters a part has; if none, which files it has instead."""
     if count := sum(name.startswith(path.stem) for name in characters):
         return f"{count:,} in {path.name}"
     others = Counter(file.suffix for file in path.rglob("*") if file.is_file())
-    return f"none in {path.name}, whose files are {', '.join(f'{n:,} {end}' for end, n in others.items()) or 'absent'}"
+    return f"none in {path.name}, whose files are {', '.join(f'{n:,} {end}' for end, n in others.items()) or 'others'}"
 
 
 def _where(root: Path, parts: Iterable[str] = PARTS) -> str:
@@ -142,15 +147,15 @@ def _where(root: Path, parts: Iterable[str] = PARTS) -> str:
     return f"put {zips} from {URL} into {root}, or use --synthetic, which needs no data"
 
 
-def _download(root: Path, absent: list[str]) -> None:
-    """Fetch the zips that are not there: under a temporary name, checked, then renamed."""
+def _download(root: Path, missing: list[str]) -> None:
+    """Fetch the zip files of missing parts: under a temporary name, then checked, then renamed."""
     from torchvision.datasets.utils import download_url  # as slow to import as torch, and needed once
 
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none and would wait for ever
     try:
         with locked(root / ".download.lock", remedy="name another folder with --root FOLDER"):
-            for part in absent:
+            for part in missing:
                 path, temporary = root / f"{part}.zip", root / f".{part}.zip.tmp"
                 if path.exists():  # another process has fetched it meanwhile
                     continue
@@ -163,8 +168,8 @@ def _download(root: Path, absent: list[str]) -> None:
     except UserError:
         raise
     except Exception as error:  # URLError, a timeout, HTTPException, RuntimeError: wrong md5, a full disk
-        there = "".join(f" ({part} is there)" for part in PARTS if part not in absent)
-        raise UserError(f"{' and '.join(absent)} of Omniglot: absent from {root}{there}, and can't be downloaded "
-                        f"({str(error) or type(error).__name__}); {_where(root, absent)}") from error
+        present = "".join(f" ({part} is there)" for part in PARTS if part not in missing)
+        raise UserError(f"{' and '.join(missing)} of Omniglot: absent from {root}{present}, and can't be downloaded "
+                        f"({str(error) or type(error).__name__}); {_where(root, missing)}") from error
     finally:
         socket.setdefaulttimeout(timeout)

@@ -12,6 +12,7 @@ from data_files import encode, photos, png, refused  # noqa: F401
 from PIL import Image
 
 import files
+import folders
 import images
 import miniimagenet
 import omniglot
@@ -19,6 +20,10 @@ import tasks
 
 
 def test_requests_that_can_not_be(photos):
+    for find, flag in ((omniglot.find, "--root"), (miniimagenet.find, "--synthetic"),
+                       (lambda root: folders.find(root, Image.Resampling.BILINEAR), "--data")):
+        with refused("long" * 100, flag):
+            find(photos / ("long" * 100))
     with refused("split", "'training'"):
         miniimagenet.load(photos, "training", 12)
     with refused("--imgsz"):
@@ -113,7 +118,7 @@ def promising(counts: list[int] | None = None) -> tasks.Dataset:
 
 @pytest.mark.parametrize("given, counts, words", [
     (PROMISED / 255, None, ["torch.float32", "must give uint8", "(255 * images)"]), (PROMISED.numpy(), None, ["uint8"]),
-    (PROMISED // 255, None, ["0 and 1 alone", "multiply them by 255"]),
+    (PROMISED // 255, None, ["only pixels 0 and 1", "multiply them by 255"]),
     (PROMISED[:2], None, ["[2, 4, 1, 8, 8]", "[3, 4, 1, 8, 8]", "make them agree"]), (PROMISED[:, :3], None, ["agree"]),
     (PROMISED[..., :7], None, ["agree"]), (PROMISED.expand(3, 4, 3, 8, 8), None, ["channels"]),
     (PROMISED, [4, 4, 3], ["3 classes of 4", "counts"]), (PROMISED, [4, 4], ["counts"])])

@@ -88,12 +88,12 @@ def test_layouts(photos, layout):
     """One layout gives the same images as every other, and one line says which it was."""
     change, words = LAYOUTS[layout]
     change(photos)
-    found = miniimagenet.find(photos)
-    assert words in found.summary and "\n" not in found.summary
+    image_set = miniimagenet.find(photos)
+    assert words in image_set.summary and "\n" not in image_set.summary
     assert reds(photos) == RED
     classes = [f"train {number}" if layout == "cache, labels" else f"class{number + 1}" for number in range(3)]
-    assert list(found.splits["train"]) == classes  # numbers alone mean nothing in another file
-    assert found.sizes() == dict.fromkeys(images.SPLITS, (3, 4))
+    assert list(image_set.splits["train"]) == classes  # numbers alone mean nothing in another file
+    assert image_set.sizes() == dict.fromkeys(images.SPLITS, (3, 4))
 
 
 def test_layouts_that_can_be_read_in_two_ways(photos):
@@ -180,8 +180,8 @@ def test_faults_are_named_in_one_line_that_leads_out(photos, fault):
 def test_all_bad_images_are_named_at_once(photos):
     for path in photos.glob("images/p*"):
         path.write_bytes(b"text" if path.name < "p1" else b"")
-    with refused("12 of the 12 images of miniimagenet train can't be used", "p02.png is none of", "p12.png is empty",
-                 "and 2 more; put the images there again"):
+    with refused("12 of the 12 images of the train split can't be used", "p02.png is none of", "p12.png is empty",
+                 "and 2 more; replace or convert them, or take them out of the CSV file"):
         miniimagenet.load(photos, "train", 12)
 
 
@@ -192,36 +192,36 @@ def test_an_image_in_two_splits_is_found_by_its_pixels(photos, monkeypatch, capf
     shutil.copy(photos / "images" / "p00.png", photos / "images" / "t21.png")
     pixels = np.asarray(Image.open(photos / "images" / "p01.png"))
     (photos / "images" / "t31.png").write_bytes(encode(pixels, "BMP"))  # another file, the same pixels
-    found = miniimagenet.find(photos)
-    found.load("train", 12, 3), found.load("val", 12, 3)
-    with refused("images, 2 in both train and test", "p00.png = t21.png", "p01.png = t31.png", "remove each from one"):
-        found.load("test", 12, 3)
+    image_set = miniimagenet.find(photos)
+    image_set.load("train", 12, 3), image_set.load("val", 12, 3)
+    with refused("2 images are in both train and test", "p00.png = t21.png", "p01.png = t31.png", "take each out of"):
+        image_set.load("test", 12, 3)
     lines = (photos / "test.csv").read_text().splitlines()
     (photos / "test.csv").write_text("\n".join(line for line in lines if line[:3] not in ("t21", "t31")))  # as advised
-    found = miniimagenet.find(photos)
-    assert [found.load(split, 12, 3).shape[1] for split in images.SPLITS] == [4, 4, 4]
-    assert found.counts("test") == [4, 2, 4] and found.counts("train") is None
+    image_set = miniimagenet.find(photos)
+    assert [image_set.load(split, 12, 3).shape[1] for split in images.SPLITS] == [4, 4, 4]
+    assert image_set.counts("test") == [4, 2, 4] and image_set.counts("train") is None
 
     (photos / "test.csv").write_text("\n".join(lines))
     monkeypatch.setattr(images, "SHARED", 0.2)  # ImageNet holds some photographs twice: a few are said and read
-    found = miniimagenet.find(photos)
-    found.load("test", 12, 3), found.load("train", 12, 3)
-    found.load("train", 12, 3)
-    assert capfd.readouterr().err.count("note: 2 in both test and train") == 1
+    image_set = miniimagenet.find(photos)
+    image_set.load("test", 12, 3), image_set.load("train", 12, 3)
+    image_set.load("train", 12, 3)
+    assert capfd.readouterr().err.count("note: 2 images are in both test and train") == 1
 
 
 def test_classes_of_unequal_size(photos):
     lines = (photos / "train.csv").read_text().splitlines()
     gone = "p12.png,class1", "p01.png,class2"
     (photos / "train.csv").write_text("\n".join(line for line in lines if line not in gone))
-    found = miniimagenet.find(photos)
-    assert "train 3 classes of 3 ('class1') to 4 images, val 3 classes of 4" in found.summary
-    assert found.sizes()["train"] == (3, 3) and found.counts("train") == [3, 3, 4]
-    data = found.load("train", 12, 3)
+    image_set = miniimagenet.find(photos)
+    assert "train 3 classes of 3 ('class1') to 4 images, val 3 classes of 4" in image_set.summary
+    assert image_set.sizes()["train"] == (3, 3) and image_set.counts("train") == [3, 3, 4]
+    data = image_set.load("train", 12, 3)
     assert data.shape == (3, 4, 3, 12, 12) and (data[:2, 3] == 0).all()
     (photos / "val.csv").write_text((photos / "val.csv").read_text().replace("v00.png,valclass3\n", ""))
-    found = miniimagenet.find(photos)
-    found.load("train", 12, 3), found.load("val", 12, 3)  # what both lack is no image that they share
+    image_set = miniimagenet.find(photos)
+    image_set.load("train", 12, 3), image_set.load("val", 12, 3)  # what both lack is no image that they share
     tasks = miniimagenet.MiniImagenet(photos, "train", 200, 2, 1, 2, 12)
     drawn = set(values(torch.cat([torch.cat(item[::2]) for item in tasks])).tolist())
     assert drawn == set(map(int, data[:, :, 0, 0, 0].unique())) - {0}  # each image, and never what isn't there
@@ -302,8 +302,8 @@ def test_dataset_that_is_too_small(photos, sizes, words):
 @pytest.mark.slow
 def test_real_photographs(tmp_path, capfd):
     root = real_data("MINIIMAGENET_ROOT")
-    found = miniimagenet.find(root, tmp_path)
-    splits = {split: found.load(split, 84, 3) for split in images.SPLITS}
+    image_set = miniimagenet.find(root, tmp_path)
+    splits = {split: image_set.load(split, 84, 3) for split in images.SPLITS}
     assert [len(data) for data in splits.values()] == [64, 16, 20]
     for split, data in splits.items():
         lines = (root / f"{split}.csv").read_text().split()[1:]

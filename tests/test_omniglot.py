@@ -36,6 +36,11 @@ PLACES = {  # where people have it: how it is written, words of the line that sa
         f"{name.split('/')[0]}/{name}": data for name, data in entries.items()}), "evaluation/images_ev"),
     "half unpacked, next to the zips": (lambda root, entries: (write_zips(root, entries), write_folders(
         root, dict(list(entries.items())[:7]))), "images_background.zip and images_evaluation.zip"),
+    "zips with backslashes": (lambda root, entries: write_zips(root, {
+        name.replace("/", "\\"): data for name, data in entries.items()}), ".zip"),
+    "upper case, and files that a notebook made": (lambda root, entries: write_folders(
+        root, {name.replace(".png", ".PNG"): data for name, data in entries.items()} | {
+            "images_background/Greek/.ipynb_checkpoints/0001_01-checkpoint.png": b""}), "from images_background and"),
     "macOS's files": (lambda root, entries: write_zips(root, entries | {
         name.replace("00", "._00", 1): b"" for name in entries} | {"__MACOSX/._x.png": b""}), ".zip"),
 }
@@ -45,8 +50,8 @@ PLACES = {  # where people have it: how it is written, words of the line that sa
 def test_omniglot_is_read_wherever_it_lies(tmp_path, small_omniglot, place):
     write, words = PLACES[place]
     write(tmp_path, small_omniglot)
-    found = omniglot.find(tmp_path)
-    assert words in found.summary and "train 3 classes of 4 images, val 1 classes of 4" in found.summary
+    summary = omniglot.find(tmp_path).summary
+    assert words in summary and "train 3 classes of 4 images, val 1 classes of 4" in summary
     names = omniglot.split_names({name.rpartition("/")[0] for name in small_omniglot})
     for split, count in omniglot.SPLITS.items():
         data = omniglot.load(tmp_path, split, 28, cache=tmp_path / "cache")
@@ -104,9 +109,9 @@ def test_damaged_zips(tmp_path, small_omniglot):
                            (flipped, "CRC")):
         path.write_bytes(damaged)
         with refused("images_background.zip", words, "--synthetic"):
-            found = omniglot.find(tmp_path)
+            image_set = omniglot.find(tmp_path)
             for split in omniglot.SPLITS:
-                found.load(split, 28, 1)
+                image_set.load(split, 28, 1)
     path.write_bytes(whole)
     assert omniglot.load(tmp_path, "train", 28).shape[0] == 3
 
@@ -198,8 +203,8 @@ def test_download_that_fails_leaves_nothing_half_and_leads_out(tmp_path, officia
 @pytest.mark.slow
 def test_real_omniglot(tmp_path, capfd):
     root = real_data("OMNIGLOT_ROOT")
-    found = omniglot.find(root, tmp_path)
-    splits = {split: found.load(split, 28, 1) for split in omniglot.SPLITS}
+    image_set = omniglot.find(root, tmp_path)
+    splits = {split: image_set.load(split, 28, 1) for split in omniglot.SPLITS}
     assert [tuple(data.shape) for data in splits.values()] == [
         (1100, 20, 1, 28, 28), (100, 20, 1, 28, 28), (423, 20, 1, 28, 28)]
     drawings = torch.cat([data.flatten(0, 1) for data in splits.values()]).flatten(1)
