@@ -1,7 +1,7 @@
 """Files written whole or not at all, locks, and errors that the user can fix.
 
-Every program here ends in one of two ways: it did its work, or it prints one
-line that says what is wrong and what to do, with exit status 2 (`run`).
+A program that can't do its work prints one line that says what is wrong and
+what to do, and ends with exit status 2 (`run`).
 """
 
 import argparse
@@ -22,24 +22,24 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-LONGEST = 2000  # characters of a message, whatever a file or an argument holds
+LONGEST = 2000  # characters of a message; names and arguments in it may be of any length
 
 
 class UserError(Exception):
-    """An error that the user can fix; its text is one line: what is wrong, where, what to do."""
+    """An error that the user can fix. Its text is one line: what is wrong, where, what to do."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are a UserError, one line, without the usage text."""
+    """An argparse parser whose errors are a UserError of one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help says what there is")
+        raise UserError(f"{message}; --help lists the flags")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130.
+    """Call `main`. A UserError becomes one line on stderr and exit status 2, Ctrl-C becomes status 130.
 
-    A character that a stream's encoding lacks is printed as "?".
+    A character that is missing in a stream's encoding is printed as "?".
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -53,11 +53,11 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)  # as a shell reports it
+        sys.exit(130)  # as shells report Ctrl-C
 
 
 def one_line(text: str) -> str:
-    """`text` with line ends and control characters spelled out: file names may hold any."""
+    """`text` with line ends and control characters, which file names may hold, as escape sequences."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
@@ -67,10 +67,10 @@ def short(text: str) -> str:
 
 
 def listed(faults: Sequence[str], what: str, remedy: str) -> None:
-    """Refuse all `faults` in one line: the first ten and how many more there are. Nothing if there are none.
+    """Refuse `faults`, if there are any, in one line.
 
     Raises:
-        UserError: `what`, the faults, `remedy`.
+        UserError: `what`, the first ten faults and the number of others, `remedy`.
     """
     if faults:
         more = f"; and {len(faults) - 10:,} more" if len(faults) > 10 else ""
@@ -79,10 +79,10 @@ def listed(faults: Sequence[str], what: str, remedy: str) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path | str, remedy: str = "", wrong: str = "can't be read", passed: tuple = ()) -> Iterator[None]:
-    """What goes wrong in the block becomes a UserError of one line: `path`, what is wrong with it, `remedy`.
+    """Turn an error in the block into a UserError of one line: `path`, what is wrong with it, `remedy`.
 
-    Libraries that parse a damaged file raise nearly anything, so all errors are taken but UserErrors, memory that
-    runs out and those `passed`.
+    Libraries raise nearly anything on a damaged file. So this takes every error but UserError, MemoryError and those
+    in `passed`.
     """
     try:
         yield
@@ -97,10 +97,10 @@ def reading(path: Path | str, remedy: str = "", wrong: str = "can't be read", pa
 
 
 def contents(path: Path, remedy: str) -> bytes:
-    """What the file `path` holds.
+    """The bytes of the file `path`.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it is missing.
         UserError: it can't be read; the line ends in `remedy`.
     """
     with reading(path, remedy, passed=(FileNotFoundError,)):
@@ -111,9 +111,8 @@ def contents(path: Path, remedy: str) -> bytes:
 def atomic(path: Path, mode: str = "wb", remedy: str = "free some space or name another folder") -> Iterator:
     """Open a temporary file in the folder of `path`; on success flush it to disk and rename it to `path`.
 
-    A reader never sees a half-written `path`, and a failure leaves neither a
-    half-written file nor the temporary one behind. A killed process leaves
-    `.<name>.????????.tmp`, which `remove_stale` finds.
+    A reader never sees a half-written `path`. An error leaves no file behind, a
+    killed process `.<name>.????????.tmp`, which `remove_stale` deletes.
 
     Raises:
         UserError: the folder can't be written or the disk is full; the line ends in `remedy`.
@@ -133,25 +132,25 @@ def atomic(path: Path, mode: str = "wb", remedy: str = "free some space or name 
 
 
 def remove_stale(folder: Path, pattern: str) -> None:
-    """Delete what killed `atomic` writes of files named like `pattern` left in `folder`.
+    """Delete the temporary files in `folder` of killed `atomic` writes to names that match `pattern`.
 
-    Call it only while holding the lock that their writers hold, or a running one loses its file.
+    Call it only while holding their writers' lock: it would delete a running writer's file too.
     """
     for leftover in Path(folder).glob(f".{pattern}.????????.tmp"):
         _remove(leftover)
 
 
 def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # gone already, or the disk takes no change any more
+    with contextlib.suppress(OSError):  # it is gone already, or the disk has become read-only
         path.unlink()
 
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True, remedy: str = "name another folder") -> Iterator[bool]:
-    """Hold the lock file `path`; the system releases it however the process ends.
+    """Hold the lock file `path`. The system releases it however the process ends.
 
-    Yields True, or False where the system or file system has no locks. With
-    `wait` a second process waits for the first, and says so in one line.
+    Yields True, or False if the system or file system has no locks. With `wait`
+    a second process says in one line that it waits for the first.
 
     Raises:
         UserError: the folder can't be written, or with `wait=False` another process holds the lock.
@@ -163,10 +162,10 @@ def locked(path: Path, wait: bool = True, remedy: str = "name another folder") -
     try:
         yield held
     finally:
-        if fcntl:  # removed while it is held: `_take_lock` sees that and opens a new one
+        if fcntl:  # removed while held: a waiting `_take_lock` sees that and opens a new one
             _remove(path)
         os.close(descriptor)
-        if not fcntl:  # Windows removes no file that a process has open, be it this one or the next holder
+        if not fcntl:  # Windows removes no file that a process, this one or the next holder, has open
             _remove(path)
 
 
@@ -181,7 +180,7 @@ def _take_lock(path: Path, wait: bool) -> tuple[int, bool]:
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor, held
         except FileNotFoundError:
-            pass  # the holder before has removed it meanwhile
+            pass  # the previous holder has just removed it
         except (BlockingIOError, PermissionError):
             if not wait:
                 os.close(descriptor)
@@ -194,7 +193,7 @@ def _take_lock(path: Path, wait: bool) -> tuple[int, bool]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Take the lock; False where there are none.
+    """Take the lock; False if the system or file system has none.
 
     Raises:
         BlockingIOError, PermissionError: another process holds it.
@@ -214,7 +213,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def progress(items: Iterable, what: str, total: int, unit: str) -> Iterator:
-    """`items`, with a bar on a terminal, else with a line every ten seconds; under two seconds without."""
+    """`items`, with a bar on a terminal, else with a line every ten seconds. Both begin after two seconds."""
     if sys.stderr.isatty():
         yield from tqdm(items, what, total, delay=2, unit=f" {unit}")
         return

@@ -59,7 +59,7 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
     if parts and any(map(class_folders, parts.values())):
         absent = ", ".join(f"{split}/" for split in NAMES if split not in parts)
         raise UserError(f"{top} has {', '.join(path.name for path in parts.values())} and no {absent}; add it, or put "
-                        "all class folders into one, to have them split here")
+                        "all class folders into one, to have them split automatically")
     if len(classes) < 3:
         loose = sum(map(is_image, images.entries(top)))
         raise UserError(f"{top} holds {len(classes)} class folders ({loose:,} images outside of any); put the images "

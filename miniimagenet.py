@@ -97,7 +97,7 @@ def _missing(root: Path) -> str:
         if parts:
             names = ", ".join(path.name for path in parts.values())
             missing = ", ".join(split for split in SPLITS if split not in parts)
-            return f"{root} has {names}, and of {layout} those of {missing} are missing"
+            return f"{root} has {names} but none for {missing} (needed: {layout})"
     classes = len(folders.class_folders(root))
     return f"{root} has no CSV files, no folders train/, val/ and test/ and no caches" + (
         f", but {classes:,} folders with images: for images of your own, --data {root}" if classes else "")

@@ -1,7 +1,7 @@
-"""Pickled images, opened without running code from them.
+"""Pickled images, read without running code from the pickle.
 
-The caches in which miniImageNet is passed on are dicts, in two forms: `image_data` uint8 [N, 84, 84, 3] with
-`class_dict` (class -> indices), or `data` with `labels` (one per image) and perhaps `catname2label`.
+miniImageNet's caches are dicts in two forms: `image_data` uint8 [N, 84, 84, 3] with `class_dict` (class -> indices), or
+`data` with `labels` (one per image) and perhaps `catname2label`.
 """
 
 import pickle
@@ -19,7 +19,7 @@ REMEDY = "put the cache file there again, or the images as folders train/, val/ 
 
 
 class _Type:
-    """Stands for numpy.dtype: a damaged pickle that sets a real one's state can crash Python."""
+    """Stands in for numpy.dtype: a damaged pickle that sets a real one's state can crash Python."""
 
     def __init__(self, code: str, *_):
         self.type = np.dtype(code)
@@ -30,45 +30,45 @@ class _Type:
 
 
 class _Array:
-    """Stands for numpy.ndarray; `value` is the array, or the list that an array of objects holds."""
+    """Stands in for numpy.ndarray. `value` is the array, or the list in an array of objects."""
 
     def __init__(self, *_):
         self.value = []
 
     def __setstate__(self, state: tuple) -> None:
-        *_, shape, kind, fortran, data = state
-        self.value = data if kind.type.hasobject else _array(data, kind, shape, "F" if fortran else "C")
+        *_, shape, dtype, fortran, data = state
+        self.value = data if dtype.type.hasobject else _array(data, dtype, shape, "F" if fortran else "C")
 
 
-def _array(data: bytes | str, kind: _Type, shape: Sequence[int] = (-1,), order: str = "C") -> np.ndarray:
+def _array(data: bytes | str, dtype: _Type, shape: Sequence[int] = (-1,), order: str = "C") -> np.ndarray:
     data = data.encode("latin1") if isinstance(data, str) else data  # from Python 2
-    return np.frombuffer(data, kind.type).reshape(shape, order=order)
+    return np.frombuffer(data, dtype.type).reshape(shape, order=order)
 
 
 def _plain(value: Any) -> Any:
     return value.value if isinstance(value, _Array) else value
 
 
-BUILT = {  # all that a pickle may call, and what is called instead
+REPLACED = {  # all functions that a pickle may name, and what is called in their place
     "ndarray": None, "dtype": _Type, "_reconstruct": _Array, "_frombuffer": _array,
-    "scalar": lambda kind, data: _array(data, kind).item(),
+    "scalar": lambda dtype, data: _array(data, dtype).item(),
     "encode": lambda text, _: text.encode("latin1"),  # bytes, in pickles of protocol 2
 }
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] in ("numpy", "_codecs") and name in BUILT:
-            return BUILT[name]
+        if module.split(".")[0] in ("numpy", "_codecs") and name in REPLACED:
+            return REPLACED[name]
         raise pickle.UnpicklingError(f"it would call {module}.{name}, and only arrays, dicts, lists, text and numbers "
                                      "are read")
 
 
 def classes(path: Path, split: str) -> dict[str, list[ImageFile]]:
-    """The images of each class of a cache file, in its order; classes sorted by name.
+    """Class -> its images, in the order of the cache file. Classes are sorted by name.
 
     Raises:
-        UserError: it holds anything but arrays, dicts, lists, tuples, text and numbers, or isn't of the two forms.
+        UserError: the file holds anything but arrays, dicts, lists, tuples, text and numbers, or has neither form.
     """
     with reading(path, REMEDY, "can't be opened"):
         status = path.stat()
@@ -77,7 +77,7 @@ def classes(path: Path, split: str) -> dict[str, list[ImageFile]]:
         try:
             with open(path, "rb") as file:
                 content = _Unpickler(file, encoding="latin1").load()  # of text from Python 2
-        except MemoryError as error:  # a damaged file states sizes that no memory holds
+        except MemoryError as error:  # a damaged file may give sizes that fit into no memory
             raise ValueError("it doesn't fit into memory") from error
         content = {key: _plain(value) for key, value in content.items()}
         if "image_data" in content and "class_dict" in content:
@@ -90,7 +90,7 @@ def classes(path: Path, split: str) -> dict[str, list[ImageFile]]:
             if len(content["labels"]) != len(pixels):
                 raise ValueError(f"{len(content['labels']):,} labels of {len(pixels):,} images")
             for index, label in enumerate(content["labels"]):
-                if isinstance(label, (int, np.integer)):  # a number means nothing outside its file
+                if isinstance(label, (int, np.integer)):  # the same number is another class in another split's file
                     label = names.get(label, f"{split} {label}")
                 members.setdefault(_label(label), []).append(index)
         else:

@@ -136,7 +136,7 @@ FAULTS = {  # what is wrong: how to make it so, the words that the line must hol
     "classes alone": (lambda root: image_folder(root) or [shutil.move(path, root) for path in (root / "val").iterdir()]
                       and [shutil.rmtree(root / split) for split in images.SPLITS],
                       ["no CSV files", "*-train.pkl", "3 folders with images", "--data"]),
-    "no csv": (lambda root: (root / "train.csv").unlink(), ["val.csv", "those of train are missing"]),
+    "no csv": (lambda root: (root / "train.csv").unlink(), ["val.csv but none for train (needed: train.csv"]),
     "no images folder": (lambda root: shutil.rmtree(root / "images"), ["images", "missing"]),
     "two caches": (lambda root: cached(root) or shutil.copy(root / "mini-imagenet-cache-val.pkl", root / "val.pickle"),
                    ["both of the val split", "move one away"]),
