@@ -33,7 +33,7 @@ def dataset(root: str, name: str | None, channels: int, mean: Sequence[float], s
 
 
 def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None = None) -> ImageSet:
-    """The images of `root`, by split and class. A folder around the class folders may have any name.
+    """The images of `root`, by split and class. Single folders around the class folders are entered.
 
     Args:
         resample: filter of the resize.
@@ -47,30 +47,32 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
                         "--data FOLDER")
     while True:
         parts, classes = split_folders(top), class_folders(top)
+        if len(parts) > 1 or classes:
+            break
         inner = [folder for folder in images.subfolders(top) if images.subfolders(folder)]
-        if len(parts) > 1 or classes or len(inner) != 1:
+        if len(inner) != 1:
             break
         top = Path(inner[0])
-    cache = Path(cache or Path(root) / ".cache")  # hidden: FOLDER/cache would be among the user's class folders
     if len(parts) == 3:
         layout = f"folders {', '.join(path.name for path in parts.values())} of class folders"
         splits = {split: class_folders(parts[split]) for split in parts}
-        return ImageSet("folders", layout, splits, resample, cache, REMEDY)
-    if parts and any(map(class_folders, parts.values())):
-        absent = ", ".join(f"{split}/" for split in NAMES if split not in parts)
-        raise UserError(f"{top} has {', '.join(path.name for path in parts.values())} and no {absent}; add it, or put "
+    elif parts and any(map(class_folders, parts.values())):
+        missing = ", ".join(f"{split}/" for split in NAMES if split not in parts)
+        raise UserError(f"{top} has {', '.join(path.name for path in parts.values())} and no {missing}; add it, or put "
                         "all class folders into one, to have them split automatically")
-    if len(classes) < 3:
+    elif len(classes) < 3:
         loose = sum(map(is_image, images.entries(top)))
         raise UserError(f"{top} holds {len(classes)} class folders ({loose:,} images outside of any); put the images "
                         f"of each class ({', '.join(EXTENSIONS)}) into a folder of its own in it, at least 3 classes")
-    names = sorted(classes)
-    random.Random(SPLIT_SEED).shuffle(names)
-    n_test, n_val = (max(1, round(len(names) * SHARES[split])) for split in ("test", "val"))
-    chosen = {"train": names[n_test + n_val:], "val": names[n_test:n_test + n_val], "test": names[:n_test]}
-    return ImageSet("folders", f"class folders, split by a shuffle of their names with seed {SPLIT_SEED}",
-                    {split: {label: classes[label] for label in sorted(chosen[split])} for split in chosen},
-                    resample, cache, REMEDY)
+    else:
+        layout = f"class folders, split by a shuffle of their names with seed {SPLIT_SEED}"
+        names = sorted(classes)
+        random.Random(SPLIT_SEED).shuffle(names)
+        n_test, n_val = (max(1, round(len(names) * SHARES[split])) for split in ("test", "val"))
+        cut = {"train": names[n_test + n_val:], "val": names[n_test:n_test + n_val], "test": names[:n_test]}
+        splits = {split: {label: classes[label] for label in sorted(cut[split])} for split in cut}
+    cache = Path(cache or Path(root) / ".cache")  # hidden: FOLDER/cache would be among the user's class folders
+    return ImageSet("folders", layout, splits, resample, cache, REMEDY)
 
 
 def split_folders(root: Path) -> dict[str, Path]:

@@ -64,7 +64,7 @@ class ImageSet:
     def __post_init__(self) -> None:
         for split, classes in self.splits.items():
             if not classes:
-                raise UserError(f"the {split} split has no images ({self.layout}); add images of some classes")
+                raise UserError(f"the {split} split has no class with images ({self.layout}); add some")
             listed([f"{short(label)} in {split}" for label, files in classes.items() if len(files) < 2],
                    "a task needs at least 2 images per class, and these classes have one",
                    "add images, or take the class out")

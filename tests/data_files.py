@@ -31,7 +31,7 @@ def encode(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> byt
 
 
 def real_data(variable: str) -> Path:
-    """The folder of the real data that the environment names; the test is skipped where it names none."""
+    """The folder of the real data that an environment variable names; without it the test is skipped."""
     if not os.environ.get(variable):
         pytest.skip(f"{variable} is unset: it names the folder of the real data")
     return Path(os.environ[variable])
@@ -82,7 +82,7 @@ def colour(split: str, label: int, number: int) -> tuple[int, int, int]:
 def write_photos(root: Path, classes: int = 3, count: int = 4, size: int = 20) -> list[str]:
     """Splits of `classes` classes of `count` PNG files in images/, and the CSV files -> the lines of train.csv.
 
-    The files' names mix the classes up, so that only the label column tells them apart: p<number><label>.png in train.
+    In the order of the file names, p<number><label>.png in train, the classes alternate.
     """
     (root / "images").mkdir(parents=True)
     for split, letter in (("test", "t"), ("val", "v"), ("train", "p")):
@@ -155,10 +155,10 @@ def cached(root: Path, form: str = "image_data", protocol: int = 4, pickler: typ
 def rename_images(root: Path, name) -> None:
     """Give image i of each class (from 0, in the CSV's order) the name that `name` (class, i) gives, in a folder."""
     for split in images.SPLITS:
-        lines, seen = ["filename,label"], Counter()
+        lines, counts = ["filename,label"], Counter()
         for old, label in rows(root, split):
-            new, listed = name(f"n0{sum(map(ord, label)):07}", seen[label])
-            seen[label] += 1
+            new, listed = name(f"n0{sum(map(ord, label)):07}", counts[label])
+            counts[label] += 1
             (root / "images" / old).rename(root / "images" / new)
             lines.append(f"{listed},{label}")
         (root / f"{split}.csv").write_text("\n".join(lines) + "\n")

@@ -83,6 +83,12 @@ def no_folders(root: Path) -> None:
     shutil.move(root.parent / "all/0.png", root)
 
 
+def name_apart(root: Path) -> None:
+    """Give the classes of each split names of their own."""
+    for path in list(root.glob("*/*")):
+        path.rename(path.with_name(f"{path.parent.name} {path.name}"))
+
+
 @pytest.mark.parametrize("make, words, remedy", [  # a fault, its line, what the line advises
     (lambda root: None, ["there is no folder", "--data FOLDER"], lambda root: write_classes(root, 3)),
     (lambda root: write_classes(root, 3) or (root / "class 0/0.png").rename(root / "class 0/a.WebP"),
@@ -93,15 +99,14 @@ def no_folders(root: Path) -> None:
      lambda root: write_classes(root, 5, name="more")),
     (no_folders, ["0 class folders (1 images outside of any)"], lambda root: write_classes(root, 3)),
     (split_folders("train", "test"), ["has train, test and no val/"],
-     lambda root: write_classes(root / "val", 3, name="other")
-     or [path.rename(path.with_name(f"test {path.name}")) for path in (root / "test").iterdir()]),
+     lambda root: write_classes(root / "val", 3, 1) or name_apart(root)),
+    (lambda root: split_folders("train", "test")(root) and (root / "val").mkdir(),
+     ["the val split has no class with images"], lambda root: write_classes(root / "val", 3, 1) or name_apart(root)),
     (split_folders("train", "val", "valid", "test"), ["two folders of one split", "valid", "move one away"],
-     lambda root: (root / "valid").rename(root.parent / "away")
-     and [path.rename(path.with_name(f"{path.parent.name} {path.name}")) for path in root.glob("*/*")]),
+     lambda root: (root / "valid").rename(root.parent / "away") and name_apart(root)),
     (lambda root: write_classes(root, 5, count=1), ["'class 0' in", "at least 2 images"],
      lambda root: shutil.rmtree(root / "class 0")),
-    (split_folders("train", "val", "test"), ["in both train and val", "'class 0'; 'class 1'; 'class 2'"],
-     lambda root: [path.rename(path.with_name(f"{path.parent.name} {path.name}")) for path in root.glob("*/*")]),
+    (split_folders("train", "val", "test"), ["in both train and val", "'class 0'; 'class 1'; 'class 2'"], name_apart),
 ])  # fmt: skip
 def test_faults_are_named_in_one_line_that_leads_out(tmp_path, make, words, remedy):
     make(tmp_path / "mine")

@@ -101,11 +101,11 @@ def test_what_is_no_image_is_refused():
 
 
 def test_what_takes_over_two_seconds_says_how_far_it_is(monkeypatch, capfd):
-    for items, seconds, said in ((3, 0.0, []), (30, 1.0, [3, 14, 25])):
+    for items, seconds, reported in ((3, 0.0, []), (30, 1.0, [3, 14, 25])):
         clock = iter(range(1000))
         monkeypatch.setattr(time, "monotonic", lambda: next(clock) * seconds)
         assert list(files.progress(range(items), "reading", items, "files")) == list(range(items))
-        assert capfd.readouterr().err.splitlines() == [f"reading: {done} of {items} files" for done in said]
+        assert capfd.readouterr().err.splitlines() == [f"reading: {done} of {items} files" for done in reported]
 
 
 PROMISED = torch.randint(256, (3, 4, 1, 8, 8), dtype=torch.uint8)
@@ -116,13 +116,13 @@ def promising(counts: list[int] | None = None) -> tasks.Dataset:
                          counts=lambda split: counts)
 
 
-@pytest.mark.parametrize("given, counts, words", [
+@pytest.mark.parametrize("loaded, counts, words", [
     (PROMISED / 255, None, ["torch.float32", "must give uint8", "(255 * images)"]), (PROMISED.numpy(), None, ["uint8"]),
     (PROMISED // 255, None, ["only pixels 0 and 1", "multiply them by 255"]),
     (PROMISED[:2], None, ["[2, 4, 1, 8, 8]", "[3, 4, 1, 8, 8]", "make them agree"]), (PROMISED[:, :3], None, ["agree"]),
     (PROMISED[..., :7], None, ["agree"]), (PROMISED.expand(3, 4, 3, 8, 8), None, ["channels"]),
     (PROMISED, [4, 4, 3], ["3 classes of 4", "counts"]), (PROMISED, [4, 4], ["counts"])])
-def test_a_dataset_that_breaks_its_promise(given, counts, words):
+def test_a_dataset_that_breaks_its_promise(loaded, counts, words):
     with refused("the train split of mine", *words):
-        images.check_images(given, promising(counts), "train", 8)
+        images.check_images(loaded, promising(counts), "train", 8)
     assert images.check_images(PROMISED, promising(), "train", 8) is PROMISED

@@ -154,20 +154,20 @@ def official(tmp_path, small_omniglot, monkeypatch) -> dict[str, bytes]:
     return bodies
 
 
-@pytest.mark.parametrize("there", [[], ["images_background.zip"]])
-def test_download_of_what_is_absent(tmp_path, official, monkeypatch, capfd, there):
+@pytest.mark.parametrize("present", [[], ["images_background.zip"]])
+def test_download_of_what_is_absent(tmp_path, official, monkeypatch, capfd, present):
     root = tmp_path / "deep" / "omniglot"
     root.mkdir(parents=True)
-    for name in there:
+    for name in present:
         (root / name).write_bytes(official[name])
     (root / ".images_evaluation.zip.tmp").write_bytes(b"what a killed download left")
-    with server({name: body for name, body in official.items() if name not in there}) as url:
+    with server({name: body for name, body in official.items() if name not in present}) as url:
         monkeypatch.setattr(omniglot, "URL", url)
         data = omniglot.load(root, "train", 28, cache=tmp_path / "cache")
     assert data.shape == (3, 4, 1, 28, 28)
     assert listing(root) == ["images_background.zip", "images_evaluation.zip"]
     assert all((root / name).read_bytes() == body for name, body in official.items())
-    assert socket.getdefaulttimeout() is None and capfd.readouterr().err.count("downloading ") == 2 - len(there)
+    assert socket.getdefaulttimeout() is None and capfd.readouterr().err.count("downloading ") == 2 - len(present)
     assert torch.equal(omniglot.load(root, "train", 28, cache=tmp_path / "cache"), data)  # needs no server
 
 
