@@ -13,12 +13,13 @@ from PIL import Image
 
 import images
 from files import UserError, listed
-from images import EXTENSIONS, FORMATS, ImageFile, ImageSet, is_image
+from images import FORMATS, ImageFile, ImageSet
 from tasks import Dataset
 
 SPLIT_SEED = 2015  # of the shuffle of the class names; fixed, so that --seed never moves a class to another split
 SHARES = {"train": 0.64, "val": 0.16, "test": 0.20}  # of the classes, as miniImageNet's
 REMEDY = "replace or convert them, or take them out"  # of images that can't be read
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp")
 OTHER_EXTENSIONS = (".webp", ".tif", ".tiff", ".avif", ".heic", ".ppm", ".pgm")  # refused, not silently left out
 NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
@@ -61,7 +62,7 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
         raise UserError(f"{top} has {', '.join(path.name for path in parts.values())} and no {missing}; add it, or put "
                         "all class folders into one, to have them split automatically")
     elif len(classes) < 3:
-        loose = sum(map(is_image, images.entries(top)))
+        loose = sum(file.name.lower().endswith(EXTENSIONS) for file in images.entries(top))
         raise UserError(f"{top} holds {len(classes)} class folders ({loose:,} images outside of any); put the images "
                         f"of each class ({', '.join(EXTENSIONS)}) into a folder of its own in it, at least 3 classes")
     else:
@@ -97,7 +98,7 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     classes, others = {}, []
     for entry in images.subfolders(folder):
         for file in images.entries(entry):
-            if is_image(file):
+            if file.name.lower().endswith(EXTENSIONS):
                 image = images.image_file(file, f"{folder.name}/{entry.name}/{file.name}")
                 classes.setdefault(images.normal(entry.name), []).append(image)
             elif file.name.lower().endswith(OTHER_EXTENSIONS):

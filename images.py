@@ -29,7 +29,6 @@ from tasks import Dataset
 
 SPLITS = ("train", "val", "test")
 FORMATS = ("JPEG", "PNG", "GIF", "BMP")  # few parsers, and none that starts a program, as PIL's for EPS does
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp")
 SYSTEM_FOLDERS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # in zips and on disks
 CACHE_VERSION = 2  # raised whenever the same files would give other pixels
 SHARED = 1e-3  # share of a split's images that may be in another too: ImageNet has some photographs twice
@@ -218,10 +217,6 @@ def entries(folder: Path | str) -> list[os.DirEntry]:
 def subfolders(folder: Path | str) -> list[os.DirEntry]:
     with reading(os.fspath(folder), "check the links in it"):  # is_dir raises an error for a link to itself
         return [entry for entry in entries(folder) if entry.is_dir()]
-
-
-def is_image(file: os.DirEntry) -> bool:
-    return file.name.lower().endswith(EXTENSIONS)
 
 
 def image_file(file: os.DirEntry | Path, name: str) -> ImageFile:
