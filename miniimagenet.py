@@ -173,6 +173,7 @@ class _Files:
     """The files in images/ and its folders, by stem. Without images/, those in folders with the labels' names."""
 
     def __init__(self, root: Path, labels: set[str]):
+        self.labels = labels
         self.folder = root / "images" if (root / "images").is_dir() else root
         inside = images.subfolders(self.folder)
         if self.folder == root:
@@ -185,13 +186,14 @@ class _Files:
                 self.paths.setdefault(_parts(entry.name)[1], []).append(Path(entry))
 
     def find(self, row: _Row) -> list[Path]:
-        """The files with the row's stem.
+        """The files with the row's stem, except in another label's folder.
 
         Of several, those in the folder that the row names, or in its label's, or directly in images/. Of several there,
         those with its extension.
         """
         folder, stem, extension = _parts(row.filename)
-        paths = self.paths.get(stem, [])
+        other_labels = self.labels - {row.label}
+        paths = [path for path in self.paths.get(stem, []) if normal(path.parent.name) not in other_labels]
         for parent in (folder, row.label, self.folder.name):
             paths = [path for path in paths if normal(path.parent.name) == parent] or paths
         return [path for path in paths if path.suffix.lower() == extension] or paths

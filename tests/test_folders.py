@@ -37,6 +37,7 @@ def test_classes_are_split_by_their_names_alone(tmp_path):
     write_classes(tmp_path / "mine", 10)
     (tmp_path / "mine/notes.txt").write_text("no image")
     (tmp_path / "mine/empty").mkdir()
+    (tmp_path / "mine/class 1/crops").mkdir()
     image_set = find(tmp_path / "mine")
     assert {split: list(classes) for split, classes in image_set.splits.items()} == {
         "train": ["class 0", "class 1", "class 2", "class 5", "class 6", "class 8"], "val": ["class 3", "class 4"],
@@ -100,8 +101,9 @@ def name_apart(root: Path) -> None:
     (no_folders, ["0 class folders (1 images outside of any)"], lambda root: write_classes(root, 3)),
     (split_folders("train", "test"), ["has train, test and no val/"],
      lambda root: write_classes(root / "val", 3, 1) or name_apart(root)),
-    (lambda root: split_folders("train", "test")(root) and (root / "val").mkdir(),
-     ["the val split has no class with images"], lambda root: write_classes(root / "val", 3, 1) or name_apart(root)),
+    (lambda root: split_folders("train")(root) and [(root / split).mkdir() for split in ("val", "test")],
+     ["the val split has no class with images"],
+     lambda root: [write_classes(root / split, 3, 1 + len(split)) for split in ("val", "test")] and name_apart(root)),
     (split_folders("train", "val", "valid", "test"), ["two folders of one split", "valid", "move one away"],
      lambda root: (root / "valid").rename(root.parent / "away") and name_apart(root)),
     (lambda root: write_classes(root, 5, count=1), ["'class 0' in", "at least 2 images"],

@@ -142,6 +142,9 @@ FAULTS = {  # what is wrong: how to make it so, the words that the line must hol
                    ["both of the val split", "move one away"]),
     "no column": (lambda root: edit(root, "label", "class"), ["no column label"]),
     "not UTF-8": (lambda root: (root / "train.csv").write_bytes(b"filename,label\n\xff\xfe.png,a\n"), ["UTF-8"]),
+    "only in another class": (lambda root: LAYOUTS["the same names in each class"][0](root) and
+                              [path.unlink() for path in root.glob("images/*/3.png") if path.parent.name != "class1"],
+                              ["train.csv, 2 of 12 images: line 5: '3.png' is not in"]),
     "text": (image(b"hello"), ["1 of the 12 images", "p00.png is none of JPEG"]),
     "cut": (image(encode(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8))[:1500]),
             ["p00.png can't be decoded"]),
