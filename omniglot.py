@@ -139,7 +139,8 @@ def _described(path: Path, characters: dict[str, list[ImageFile]]) -> str:
     if count := sum(name.startswith(path.stem) for name in characters):
         return f"{count:,} in {path.name}"
     others = Counter(file.suffix for file in path.rglob("*") if file.is_file())
-    return f"none in {path.name}, whose files are {', '.join(f'{n:,} {end}' for end, n in others.items()) or 'others'}"
+    files = ", ".join(f"{count:,} {suffix}" for suffix, count in others.items())
+    return f"none in {path.name}" + (f", whose files are {files}" if files else "")
 
 
 def _where(root: Path, parts: Iterable[str] = PARTS) -> str:

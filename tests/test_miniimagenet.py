@@ -60,6 +60,9 @@ LAYOUTS = {  # and words of the line that says what was found
     "the same names in each class": (
         lambda root: into_folders(root) or edit(root, r"[pvt](.).([.]png)", r"\1\2") or
         [path.rename(path.with_name(f"{path.name[1]}.png")) for path in root.glob("images/*/*.png")], "CLASS"),
+    "the same names in folders that only the CSV files name": (
+        lambda root: into_folders(root, "images/of {label}") or edit(root, r"[pvt](.).([.]png),(\S+)", r"of \3/\1\2,\3")
+        or [path.rename(path.with_name(f"{path.name[1]}.png")) for path in root.glob("images/*/*.png")], "CLASS"),
     "images/name in the CSV files": (lambda root: edit(root, "([pvt]..[.])", r"images/\1"), "images/:"),
     "absolute": (lambda root: edit(root, "([pvt]..[.])", rf"{root}/images/\1"), "images/:"),
     "backslashes": (lambda root: edit(root, "([pvt]..[.])", r"images\\\1"), "images/:"),
@@ -112,6 +115,9 @@ def test_files_that_two_names_fit(photos):
     (photos / "images" / "p00.txt").write_text("of several, the one with the extension of the CSV file")
     assert reds(photos) == RED
     (photos / "images" / "p00.txt").unlink()
+    (photos / "images" / "thumbs").mkdir()  # directly in images/ comes first
+    (photos / "images" / "thumbs" / "p00.png").write_bytes(b"")
+    assert reds(photos) == RED
     (photos / "images" / "p00.png").rename(photos / "images" / "p00.gif")
     (photos / "images" / "p00.bmp").write_bytes(b"")
     with refused("train.csv, 1 of 12 images: line 2: 'p00.png' may be p00.bmp or p00.gif"):
