@@ -271,7 +271,7 @@ class GraphedStep:
             except (RuntimeError, MemoryError) as error:
                 reason = str(error).partition("\n")[0] or "out of memory"
                 raise UserError(f"--cuda_graph: the step can't be captured here ({reason}); "
-                                "leave --cuda_graph out") from error
+                                "give --no-cuda_graph") from error
         self.graph.replay()
         self.maml.step += 1
         return self.result

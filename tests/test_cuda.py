@@ -81,8 +81,8 @@ def train(out: Path, *flags: str, launcher: tuple[str, ...] = ()) -> str:
     return log
 
 
-@pytest.mark.parametrize("flags", [[], ["--cuda_graph"], ["--precision", "tf32"], ["--task_chunk", "2"],
-                                   ["--cuda_graph", "--clip", "10"]])
+@pytest.mark.parametrize("flags", [[], ["--no-cuda_graph"], ["--precision", "tf32"], ["--task_chunk", "2"],
+                                   ["--clip", "10"]])
 def test_script(flags, tmp_path):
     train(tmp_path / "run", "--device", "cuda", *flags)
 
@@ -90,13 +90,13 @@ def test_script(flags, tmp_path):
 @pytest.mark.parametrize("flags", [[], ["--first_order", "--net", "original", "--clip", "10"]])
 def test_graph_changes_no_byte_of_the_log(flags, tmp_path):
     logs = {train(tmp_path / f"run{graph}", "--device", "cuda", "--deterministic", *flags, *graph)
-            for graph in ((), ("--cuda_graph",))}
+            for graph in ((), ("--no-cuda_graph",))}
     assert len(logs) == 1
 
 
 @two_gpus
 def test_the_second_gpu(tmp_path):
-    train(tmp_path / "run", "--device", "cuda:1", "--cuda_graph")
+    train(tmp_path / "run", "--device", "cuda:1")
 
 
 @two_gpus

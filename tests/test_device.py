@@ -241,7 +241,7 @@ def test_a_failed_capture_is_one_line_and_leaves_the_run_as_it_was(cuda, error, 
     before = [tensor.clone() for tensor in (*maml.state(), generator.get_state())]
     with pytest.raises(UserError) as line:
         graphed()
-    assert str(line.value) == f"--cuda_graph: the step can't be captured here ({reason}); leave --cuda_graph out"
+    assert str(line.value) == f"--cuda_graph: the step can't be captured here ({reason}); give --no-cuda_graph"
     assert maml.step == 1
     assert all(one.equal(other) for one, other in zip(before, (*maml.state(), generator.get_state()), strict=True))
 
