@@ -110,8 +110,14 @@ def write_json(path: Path, value: dict) -> None:
 
 def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
     """The result of a later test, named after its settings; what a killed test left there is removed."""
-    last = "" if args.test_weights == "best" else "-last"
-    path = run / f"test-{args.test_tasks}tasks-{result['test']['k_qry']}qry-{args.update_step_test}steps{last}.json"
+    name = f"test-{args.test_tasks}tasks-{args.k_qry_test}qry-{args.update_step_test}steps"
+    if args.test_weights == "last":
+        name += "-last"
+    if not args.transductive:
+        name += "-not-transductive"
+    if args.data != _args(run)["settings"].get("data"):  # images of other classes
+        name += f"-{Path(args.data).resolve().name}"
+    path = run / f"{name}.json"
     if devices.rank() == 0:
         with locked(run / ".test.lock", remedy=REMEDY):
             remove_stale(run, "test-*.json")

@@ -1,7 +1,7 @@
-"""The settings of a training run: its flags, a finished run's settings again, and what can't work refused.
+"""The settings of a training run: its flags, the settings of an earlier run, and checks.
 
     parse_args(...)   the command line; with --resume, --test and --from_args the settings of the run named there
-    check(...)        refuses, before any image is read, what can't work
+    check(...)        refuses settings that can't work, before any image is read
 """
 
 import argparse
@@ -17,14 +17,14 @@ from files import Parser, UserError, contents, reading
 from learner import Learner
 from tasks import Dataset
 
-MODES = ("resume", "test", "from_args")  # name the run that the other settings come from; they are no settings
-PLACE = ("root", "data", "cache", "device")  # where a run happens; no part of the experiment
-ABSENT = object()  # the value of a flag that is not on the command line
+MODES = ("resume", "test", "from_args")  # flags that name the run whose settings hold; not settings themselves
+PLACE = ("root", "data", "cache", "device")  # where a run happens; not part of the experiment
+UNSET = object()  # the value of a flag that is not on the command line
 SYNTHETIC = {"eval_tasks": 50, "test_tasks": 100}  # defaults with --synthetic: a first run ends in a minute or two
 LEAST = {"n_way": 2, "eval_tasks": 2, "test_tasks": 2, "nc_every": 0, "nc_every_late": 0, "keep_every": 0,
-         "save_every": 0, "task_chunk": 0, "seed": 0}  # of whole numbers; of the others 1
+         "save_every": 0, "task_chunk": 0, "seed": 0}  # smallest value of an integer flag, if not 1
 RATES = ("meta_lr", "update_lr")  # may not be 0
-MAY_CHANGE = {  # what may be given again
+MAY_CHANGE = {  # flags that may change a run's settings
     "resume": ("epoch", *PLACE, "save_every", "task_chunk", "cuda_graph", "tensorboard"),
     "test": ("k_qry", "k_qry_test", "update_step_test", "test_tasks", "test_weights", "transductive", "task_chunk",
              *PLACE),
@@ -44,21 +44,21 @@ def parse_args(description: str, defaults: dict, paper: dict, argv: Sequence[str
         UserError: unknown or malformed flags; a run that can't be read, or isn't of this script.
     """
     parser = _parser(description, defaults, paper, epoch_help)
-    absent = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), ABSENT))
-    given = {name: value for name, value in vars(parser.parse_args(argv, absent)).items() if value is not ABSENT}
-    if given.get("recipe") == "paper":
-        task = given.get("n_way", defaults["n_way"]), given.get("k_spt", defaults["k_spt"])
-        if task not in paper:
-            known = ", ".join(f"{way}-way {shot}-shot" for way, shot in paper)
-            raise UserError(f"--recipe paper: the paper has no {task[0]}-way {task[1]}-shot; there are {known}")
-        parser.set_defaults(**paper[task])
-    modes = [mode for mode in MODES if given.get(mode) is not None]
+    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), UNSET))
+    flags = {name: value for name, value in vars(parser.parse_args(argv, unset)).items() if value is not UNSET}
+    if flags.get("recipe") == "paper":
+        n_way, k_spt = flags.get("n_way", defaults["n_way"]), flags.get("k_spt", defaults["k_spt"])
+        if (n_way, k_spt) not in paper:
+            cases = ", ".join(f"{way}-way {shot}-shot" for way, shot in paper)
+            raise UserError(f"--recipe paper: the paper has no {n_way}-way {k_spt}-shot; there are {cases}")
+        parser.set_defaults(**paper[n_way, k_spt])
+    modes = [mode for mode in MODES if flags.get(mode) is not None]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other; give one")
     if modes:
-        return _of_a_run(modes[0], given, parser)
-    smaller = SYNTHETIC if given.get("synthetic") else {}
-    return argparse.Namespace(**vars(parser.parse_args([])) | smaller | given)
+        return _settings_of_run(modes[0], flags, parser)
+    fewer_tasks = SYNTHETIC if flags.get("synthetic") else {}
+    return argparse.Namespace(**vars(parser.parse_args([])) | fewer_tasks | flags)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -161,49 +161,49 @@ def _flags(names: Sequence[str]) -> str:
     return ", ".join(f"--{name}" for name in names)
 
 
-def _of_a_run(mode: str, given: dict, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The settings that a run's args.json holds, with those given again.
+def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The settings that a run's args.json holds, changed by the flags on the command line.
 
-    A file of an older version lacks the flags that came later: these take their defaults. A run is resumed only by
-    the version that began it, because a new flag's default need not be what the old code did.
+    A file of an older version lacks newer flags, which take their defaults. A run is resumed only by the version that
+    began it, because a new flag's default need not be what the old code did.
     """
-    path, what = Path(given[mode]), "the args.json of a run"
+    path, what = Path(flags[mode]), "the args.json of a run"
     if mode != "from_args":
         path, what = path / "args.json", "the folder of a run"
     defaults, recorded = vars(parser.parse_args([])), read_settings(path, f"--{mode} takes {what}")
-    unknown, absent = recorded.keys() - defaults.keys(), defaults.keys() - recorded.keys() - set(MODES)
+    different = recorded.keys() - defaults.keys()
     if mode == "resume":
-        unknown |= absent - set(MAY_CHANGE["resume"])
-    if unknown or recorded.get("script") != defaults["script"]:
-        which = ", ".join(sorted(unknown)) or f"script {recorded.get('script')}"
+        different |= defaults.keys() - recorded.keys() - {*MODES, *MAY_CHANGE["resume"]}
+    if different or recorded.get("script") != defaults["script"]:
+        which = ", ".join(sorted(different)) or f"script {recorded.get('script')}"
         raise UserError(f"{path} is not of this script and version ({which}); use the code that made the run")
     if "recipe" not in recorded and recorded.get("net") == "paper":
-        recorded["net"] = "conv_bn_relu"  # its name before the paper's own network was there
+        recorded["net"] = "conv_bn_relu"  # older versions called this network "paper"
     try:
         settings = vars(parser.parse_args(_as_flags(recorded, defaults)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    if given.get("recipe", settings["recipe"]) != settings["recipe"]:
+    if flags.get("recipe", settings["recipe"]) != settings["recipe"]:
         raise UserError(f"--recipe can't be set with --{mode}: the run's settings hold; give single flags")
     if mode == "from_args":
-        return argparse.Namespace(**settings | {"out": None} | given)
-    for name, value in given.items():
+        return argparse.Namespace(**settings | {"out": None} | flags)
+    for name, value in flags.items():
         if name not in MAY_CHANGE[mode] and name != mode and (name == "out" or value != settings[name]):
-            raise UserError(f"--{name} can't be set with --{mode}: the run's own holds; "
-                            f"there are {_flags(MAY_CHANGE[mode])}")
+            raise UserError(f"--{name} can't be set with --{mode}: the run's own value holds; "
+                            f"flags that may be set: {_flags(MAY_CHANGE[mode])}")
     if mode == "test":
         if settings["device"].startswith("cuda") and not torch.cuda.is_available():
             settings["device"] = "cpu"  # a run that was made on a GPU is tested anywhere
-        if "k_qry" in given:
-            given.setdefault("k_qry_test", given["k_qry"])
-        return argparse.Namespace(**settings | given)
-    steps, wanted = settings["epoch"], given.get("epoch", settings["epoch"])
-    if wanted < steps:
-        raise UserError(f"--epoch {wanted}: the run has {steps}; that may only grow")
-    if wanted != steps and settings["lr_schedule"] == "cosine":
-        raise UserError(f"--epoch {wanted}: the run's cosine ends at {steps}; "
+        queries = flags.get("k_qry_test", flags.get("k_qry", settings["k_qry_test"] or settings["k_qry"]))
+        one_query_set = {"k_qry": queries, "k_qry_test": queries, "nc_qry": None}  # a test measures no neural collapse
+        return argparse.Namespace(**settings | flags | one_query_set)
+    epoch, new_epoch = settings["epoch"], flags.get("epoch", settings["epoch"])
+    if new_epoch < epoch:
+        raise UserError(f"--epoch {new_epoch}: the run has {epoch}; that may only grow")
+    if new_epoch > epoch and settings["lr_schedule"] == "cosine":
+        raise UserError(f"--epoch {new_epoch}: the run's cosine ends at {epoch}; "
                         f"start a longer one with --from_args {path}")
-    return argparse.Namespace(**settings | given | {"out": given["resume"]})
+    return argparse.Namespace(**settings | flags | {"out": flags["resume"]})
 
 
 def read_settings(path: Path, takes: str) -> dict:
@@ -212,10 +212,10 @@ def read_settings(path: Path, takes: str) -> dict:
         return dict(json.loads(contents(path, takes))["settings"].items())
 
 
-def _as_flags(recorded: dict, defaults: dict) -> list[str]:
+def _as_flags(settings: dict, defaults: dict) -> list[str]:
     """The command line that gives these settings, so that a file is checked as strictly as a command line is."""
     flags = []
-    for name, value in recorded.items():
+    for name, value in settings.items():
         if name in MODES or name in ("script", "print_every") or value is None and defaults[name] is None:
             continue
         if isinstance(value, bool):
@@ -226,7 +226,7 @@ def _as_flags(recorded: dict, defaults: dict) -> list[str]:
 
 
 def recorded_settings(args: argparse.Namespace) -> dict:
-    """What args.json holds of them."""
+    """The settings that args.json holds."""
     return {name: value for name, value in vars(args).items() if name not in MODES}
 
 
@@ -244,28 +244,33 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     """Refuse settings that can't work, before any image is read; set `nc_qry` where it was not given.
 
     Returns:
-        The data's sizes: split -> (classes, images per class).
+        The sizes of the splits that are used, which is the test split alone with --test: (classes, images per class).
     Raises:
         UserError: one line that names the flag and what it can be.
     """
     for name, value in vars(args).items():
         least = LEAST.get(name, 1)
         if isinstance(value, int) and not isinstance(value, bool) and not least <= value < 2**31:
-            raise UserError(f"--{name} {value}: must be a whole number from {least}")
-        if isinstance(value, float) and not 0 <= value <= torch.finfo(torch.float32).max or name in RATES and not value:
-            raise UserError(f"--{name} {value}: must be a number above 0 that a float32 holds")
+            raise UserError(f"--{name} {value}: must be a whole number from {least} to {2**31 - 1}")
+        if isinstance(value, float):
+            bound = "above" if name in RATES else "from"
+            if not 0 <= value <= torch.finfo(torch.float32).max or bound == "above" and value == 0:
+                raise UserError(f"--{name} {value}: must be a number {bound} 0 that a float32 holds")
+    if args.synthetic and args.data is not None:
+        raise UserError(f"--data {args.data}: with --synthetic the images are generated; give --no-synthetic")
     if args.imgc != dataset.channels:
         raise UserError(f"--imgc {args.imgc}: {dataset.name} has {dataset.channels}")
     if meta_steps(args) < 1:
         raise UserError(f"--epoch {args.epoch}: fewer tasks than one meta-step takes; at least {args.task_num}")
-    if args.learner == "classifier" and (devices.size() > 1 or args.task_chunk):
+    tests_only = args.test is not None
+    if args.learner == "classifier" and not tests_only and (devices.size() > 1 or args.task_chunk):
         raise UserError("--learner classifier: batch norm is over all images of a step, so one process takes them "
                         "together; leave --task_chunk and torchrun out")
     if args.task_num % devices.size():
         raise UserError(f"--task_num {args.task_num}: {devices.size()} processes need a multiple of {devices.size()}")
     with torch.device("meta"):  # shapes alone: --n_way 1000000000 is refused below, and not by the memory
         _check_network(args, network)
-    sizes = dataset.sizes()
+    sizes = {split: size for split, size in dataset.sizes().items() if split == "test" or not tests_only}
     for split, (classes, images) in sizes.items():
         if args.n_way > classes:
             raise UserError(f"--n_way {args.n_way}: {dataset.name} has {classes} classes in its {split} split")
@@ -275,6 +280,9 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
                                 f"images per class in its {split} split; their sum can be at most that")
     if args.nc_qry is None:
         args.nc_qry = min(15, min(images for _, images in sizes.values()) - args.k_spt)
+    if args.nc_every and args.nc_qry < 2 and not tests_only:
+        raise UserError(f"--nc_qry {args.nc_qry}: within-class spread needs 2 query images per class; "
+                        f"change --nc_qry or --k_spt {args.k_spt}, or measure nothing with --nc_every 0")
     return sizes
 
 

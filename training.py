@@ -61,12 +61,13 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Cal
     devices.set_arithmetic(args.precision, args.deterministic)
     torch.manual_seed(args.seed)
     net, data = network(args), Data(args, dataset, device)
-    if args.learner == "classifier":
+    if args.learner == "classifier" and args.test is None:
         net.classes = nn.Linear(net.weights[net.classifier].shape[1], sizes["train"][0] * data.turns("train"))
     net.to(device)
     maml = Meta(net, args.update_lr, args.meta_lr, args.update_step, args.update_step_test, args.first_order,
-                args.nc_every, args.task_chunk, args.seed, args.nc_every_late, args.clip, args.skip_nonfinite,
-                args.learner, cosine_steps=meta_steps(args) if args.lr_schedule == "cosine" else 0)
+                args.nc_every, args.task_chunk, args.seed, args.nc_every_late if args.nc_every else 0, args.clip,
+                args.skip_nonfinite, args.learner,
+                cosine_steps=meta_steps(args) if args.lr_schedule == "cosine" else 0)
     if args.test is not None:
         run = Path(args.test)
         result = _test(maml, data, run, Signals())

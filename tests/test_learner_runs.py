@@ -5,8 +5,10 @@ import json
 import kill
 import pytest
 import torch
+from test_folders import write_classes
 from test_resume import TINY, refused, resume, small, stop_at  # noqa: F401
 
+import meta
 import miniimagenet_train
 import omniglot_train
 import settings
@@ -30,15 +32,18 @@ def test_stopped_and_resumed(flags, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("learner", ["maml", "protonet", "classifier"])
-def test_measuring_more_queries_changes_no_bit(learner, tmp_path):
-    weights = []
-    for name, measured in (("none", ["--nc_every", "0"]), ("all", ["--nc_every", "1", "--nc_qry", "3"])):
+def test_measuring_more_queries_changes_no_bit(learner, tmp_path, monkeypatch):
+    """--nc_every 0 measures nothing, whatever --nc_every_late (which --recipe paper sets) says."""
+    monkeypatch.setattr(meta, "LATE", 4)
+    weights, measured = [], []
+    for name, flags in (("none", ["--nc_every", "0", "--nc_every_late", "2"]), ("all", ["--nc_every", "1"])):
         out = tmp_path / name
-        omniglot_train.main([*TINY, "--k_qry", "1", "--learner", learner, *measured, "--out", str(out)])
+        omniglot_train.main([*TINY, "--k_qry", "1", "--learner", learner, *flags, "--nc_qry", "3", "--out", str(out)])
         weights.append(torch.load(out / "last.pt", weights_only=True)["weights"])
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        measured.append([row["step"] for row in rows if row.get("classes") == "train"])
     assert not kill.differences(*weights)
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert {row["step"] for row in rows if row["kind"] == "nc" and row["classes"] == "train"} == set(range(8))
+    assert measured == [[], list(range(8))]
 
 
 def test_weights_that_are_kept_and_tested(tmp_path):
@@ -48,8 +53,23 @@ def test_weights_that_are_kept_and_tested(tmp_path):
     result = json.loads((run / "result.json").read_text())
     assert result["last_step"] == 8 and result["test"]["inner_steps"] == result["test_nontransductive"]["inner_steps"]
     omniglot_train.main(["--test", str(run), "--test_weights", "best", "--k_qry", "3", "--no-transductive"])
-    again = json.loads((run / "test-6tasks-3qry-1steps.json").read_text())
+    again = json.loads((run / "test-6tasks-3qry-1steps-not-transductive.json").read_text())
     assert again["test"]["k_qry"] == 3 and again["best_step"] in (0, 3, 6, 8)
+
+
+def test_testing_on_other_images_needs_only_their_test_split(tmp_path):
+    """Fewer classes and images than the run was trained with."""
+    flags = "--device cpu --n_way 2 --k_qry 2 --task_num 1 --epoch 1 --eval_tasks 2 --test_tasks 2 --nc_every 0".split()
+    write_classes(tmp_path / "many", 12)
+    for split, classes, images in (("train", 1, 2), ("val", 1, 2), ("test", 2, 2)):
+        write_classes(tmp_path / "few" / split, classes, count=images, name=split)
+    run = tmp_path / "run"
+    omniglot_train.main([*flags, "--learner", "classifier", "--data", str(tmp_path / "many"), "--out", str(run)])
+    omniglot_train.main(["--test", str(run), "--data", str(tmp_path / "few"), "--k_qry_test", "1", "--task_chunk", "1"])
+    assert json.loads((run / "test-2tasks-1qry-10steps-few.json").read_text())["data"] == "images in few"
+    omniglot_train.main(["--test", str(run)])
+    again, result = (json.loads((run / name).read_text()) for name in ("test-2tasks-2qry-10steps.json", "result.json"))
+    assert again == result
 
 
 def test_recipes():

@@ -219,6 +219,10 @@ def test_without_posix_and_without_removing_open_files(tmp_path):
     *((omniglot_train, f"--{name} {value}", f"--{name} {value}: must be") for name, value in {
         "update_lr": -0.1, "meta_lr": "nan", "clip": "inf", "update_step": 0, "epoch": 0, "n_way": 1, "task_num": -4,
         "nc_every": -1, "eval_tasks": 1, "seed": 2**31}.items()),
+    (omniglot_train, "--clip -1", "--clip -1.0: must be a number from 0"),
+    (omniglot_train, "--update_lr 0", "--update_lr 0.0: must be a number above 0"),
+    (omniglot_train, "--synthetic --epoch 1 --nc_qry 1", "--nc_qry 1: within-class spread needs 2 query images"),
+    (omniglot_train, "--synthetic --epoch 1 --data mine", "--data mine: with --synthetic the images are generated"),
     (omniglot_train, "--device tpu7", "--device tpu7:"),
     (omniglot_train, "--epoch ten", "argument --epoch: invalid int value"),
     (omniglot_train, "--net resnet", "argument --net: invalid choice"),
