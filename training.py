@@ -7,14 +7,15 @@ A run writes its own folder:
     checkpoint.pt  the run's state, every --save_every steps and when it is stopped: --resume continues from it
     best.pt        weights with the best validation accuracy so far
     last.pt        weights after the last step; weights-STEP.pt at every --keep_every-th step
-    nonfinite.pt   where a loss was not finite: the weights and tasks that gave it
+    nonfinite.pt   weights and tasks of the step where a loss or gradient was not finite
     tensorboard/   the log's scalars, with --tensorboard
-    figure.png     neural collapse while it trained, as `python plot_nc.py RUN` draws it
-    result.json    test accuracy of the best weights, at the end
-    timing.json    minutes and memory, apart from what the seed determines
+    figure.png     neural collapse during training, as `python plot_nc.py RUN` draws it
+    result.json    test accuracy of the best weights, or of the last with --test_weights last
+    timing.json    minutes and memory, which the seed does not determine
+    test-*.json    results of later tests (--test)
 
-"step" is the number of meta-steps that the weights had seen. Everything in a checkpoint is as it was at the
-top of a step, before that step's validation: a run that resumes from it does and logs what the first one would have.
+"step" is the number of meta-steps that the weights had seen. A checkpoint holds the state at the top of a step, before
+that step's validation: a run that resumes from it does and logs what the stopped one would have.
 """
 
 import argparse
@@ -37,15 +38,15 @@ from learner import Learner
 from meta import Adapted, Meta, Step
 from record import Log, numbers, percent, say
 from settings import check, experiment, meta_steps, recorded_settings
-from tasks import Dataset, Sampler, cat, with_rotations
+from tasks import Dataset, Sampler, Tasks, cat, with_rotations
 
-VAL_SEED, TEST_SEED = 1, 2  # of the held-out tasks: the same for every run, so that runs compare on the same tasks
+VAL_SEED, TEST_SEED = 1, 2  # of the held-out tasks: the same in every run, so that runs can be compared
 DRAWN = 50  # held-out tasks drawn at once; another number gives other tasks
-CHECK_EVERY = 10  # steps on CUDA between two waits for the device, to see whether an update failed
+CHECK_EVERY = 10  # on CUDA, steps between two checks for signals and failed updates: a check waits for the device
 
 
 def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argparse.Namespace], Learner]) -> None:
-    """Train, validate and test as the settings say; resume a run, or test a finished one again."""
+    """Train, validate and test with these settings; with --resume continue a run, with --test test it again."""
     remedy = (f"lower --task_chunk (now {args.task_chunk or 'as fits the device'}) to hold fewer tasks at once, "
               f"or take another --device than {args.device}")
     with devices.memory_runs_out(remedy):
@@ -64,9 +65,10 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Cal
     if args.learner == "classifier" and args.test is None:
         net.classes = nn.Linear(net.weights[net.classifier].shape[1], sizes["train"][0] * data.turns("train"))
     net.to(device)
-    maml = Meta(net, args.update_lr, args.meta_lr, args.update_step, args.update_step_test, args.first_order,
-                args.nc_every, args.task_chunk, args.seed, args.nc_every_late if args.nc_every else 0, args.clip,
-                args.skip_nonfinite, args.learner,
+    maml = Meta(net, update_lr=args.update_lr, meta_lr=args.meta_lr, update_step=args.update_step,
+                update_step_test=args.update_step_test, first_order=args.first_order, nc_every=args.nc_every,
+                nc_every_late=args.nc_every_late if args.nc_every else 0, task_chunk=args.task_chunk, seed=args.seed,
+                clip=args.clip, skip_nonfinite=args.skip_nonfinite, learner=args.learner,
                 cosine_steps=meta_steps(args) if args.lr_schedule == "cosine" else 0)
     if args.test is not None:
         run = Path(args.test)
@@ -76,8 +78,9 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Cal
         if args.resume is not None and record.complete(out, args.epoch):
             return say(f"{out} is complete; more steps with a larger --epoch, another test with --test {out}")
         run = _Run(maml, data, sizes, out)
+        flags = ", ".join(f"{name}={value}" for name, value in recorded_settings(args).items())
         parameters = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
-        say(f"{', '.join(f'{name}={value}' for name, value in recorded_settings(args).items())}\n{net}\n"
+        say(f"{flags}\n{net}\n"
             f"Total trainable parameters: {parameters}\n"
             f"Data: {dataset.name}{dataset.found and f' ({dataset.found})'}. "
             f"{run.steps} meta-steps of {args.task_num} tasks on {args.device}, to {out}")
@@ -131,32 +134,33 @@ class _Run:
     """A training run: new, or restored from the checkpoint in its folder."""
 
     def __init__(self, maml: Meta, data: Data, sizes: dict, out: Path):
-        self.args, self.maml, self.data, self.out = data.args, maml, data, out
-        self.steps, self.device, self.signals = meta_steps(data.args), data.device, Signals()
+        args, dataset = data.args, data.dataset
+        self.args, self.maml, self.data, self.out = args, maml, data, out
+        self.steps, self.device, self.signals = meta_steps(args), data.device, Signals()
         self.best: dict | None = None  # what best.pt holds
         self.val_accuracy: float | None = None  # of the last validation
         self.log: Log | None = None
         self.minutes, self.log_bytes = 0.0, 0  # of the processes before this one
-        args, dataset, path = data.args, data.dataset, out / "checkpoint.pt"
-        again = f"python {args.script}.py --from_args {out / 'args.json'}"
-        remedy = f"put it back, or start again: {again}"
-        found = None if args.resume is None else checkpoint.read(path, self.device, remedy)
-        images, self.held_out = data.load("train"), data.load("val")
-        check_images(dataset.load("test"), dataset, "test", args.imgsz)  # its faults are said before training
-        self.sampler = data.sampler("train", images, args.seed)
-        replays = args.cuda_graph and self.device.type == "cuda" and images.is_cuda
-        self.meta_step = GraphedStep(maml, self.eager_step, self.sampler.generator) if replays else self.eager_step
-        described = {"name": dataset.name, "synthetic": args.synthetic, "splits": {
+        path = out / "checkpoint.pt"
+        remedy = f"put it back, or start again: python {args.script}.py --from_args {out / 'args.json'}"
+        saved = None if args.resume is None else checkpoint.read(path, self.device, remedy)
+        train_images, self.held_out = data.load("train"), data.load("val")
+        check_images(dataset.load("test"), dataset, "test", args.imgsz)  # a fault in them is reported before training
+        self.sampler = data.sampler("train", train_images, args.seed)
+        self.meta_step = self.eager_step
+        if args.cuda_graph and train_images.is_cuda:
+            self.meta_step = GraphedStep(maml, self.eager_step, self.sampler.generator)
+        description = {"name": dataset.name, "synthetic": args.synthetic, "splits": {
             split: {"classes": classes, "images_per_class": count} for split, (classes, count) in sizes.items()}}
         self.experiment = experiment(args) | {
-            "data": described, "device": self.device.type, "images on": images.device.type}
+            "data": description, "device": self.device.type, "images on": train_images.device.type}
         self.started = time.perf_counter()
-        if found is None:
-            self.save()  # before args.json, which makes the folder a run's: a run always has a checkpoint
-            record.write_args(out, recorded_settings(args), self.steps, described | {"found": dataset.found},
+        if saved is None:
+            self.save()  # before args.json: a folder with args.json is a run, and a run has a checkpoint
+            record.write_args(out, recorded_settings(args), self.steps, description | {"found": dataset.found},
                               self.device)
         else:
-            self.best, self.minutes, self.log_bytes = checkpoint.restore(path, found, self.experiment, maml,
+            self.best, self.minutes, self.log_bytes = checkpoint.restore(path, saved, self.experiment, maml,
                                                                          self.sampler, remedy)
             record.extend_run(out, args.epoch, self.steps)
             if self.best is not None:
@@ -179,20 +183,20 @@ class _Run:
     def loop(self) -> None:
         args, maml = self.args, self.maml
         for step in range(maml.step, self.steps):
-            checks = step % CHECK_EVERY == 0 or self.device.type == "cpu"
+            check = self.device.type == "cpu" or step % CHECK_EVERY == 0
+            show = step % args.print_every == 0
             if args.save_every and step % args.save_every == 0:
                 self.save()
-            if checks:
+            if check:
                 self.signals.check(self.device)
             if step % args.eval_every == 0:
                 self.validate()
             if args.keep_every and step % args.keep_every == 0:
                 self.keep(f"weights-{step}.pt")
-            shown = step % args.print_every == 0
-            seen = self.meta_step(shown)
-            if checks or shown or seen.metrics:
+            result = self.meta_step(every_step=show)
+            if check or show or result.metrics:
                 self.stop_if_not_finite()
-                self.report(step, seen, shown)
+                self.report(step, result, show)
             self.bar.update()
         self.save()
         self.validate()
@@ -200,23 +204,31 @@ class _Run:
 
     def eager_step(self, every_step: bool = False) -> Step:
         """Draw tasks and take one meta-step."""
-        index, apart = self.sampler.draw(self.args.task_num), self.sampler.nc_qry != self.sampler.k_qry
-        measured = self.sampler.gather(index, measured=True) if apart and self.maml.measures_next else None
-        return self.maml(self.sampler.gather(index), every_step, measured, index[0][..., 0].to(self.device))
+        index, tasks, classes = self.next_tasks()
+        measured = None
+        if self.maml.measures_next and self.sampler.nc_qry != self.sampler.k_qry:
+            measured = self.sampler.gather(index, measured=True)
+        return self.maml(tasks, every_step, measured, classes)
 
-    def report(self, step: int, seen: Step, shown: bool) -> None:
-        """Put a step's loss on the bar, its metrics into the log, and if `shown` its accuracy there and on screen."""
-        loss = seen.losses.mean()
-        self.bar.set_postfix(loss=f"{loss:.3f}", acc=f"{seen.accuracy[:, -1].mean():.3f}", refresh=False)
-        if shown:
+    def next_tasks(self) -> tuple[tuple[Tensor, Tensor], Tasks, Tensor]:
+        """Draw tasks: their index, the tasks, and the training class of each of their labels [T, n_way]."""
+        index = self.sampler.draw(self.args.task_num)
+        return index, self.sampler.gather(index), index[0][..., 0].to(self.device)
+
+    def report(self, step: int, result: Step, show: bool) -> None:
+        """Put a step's loss on the bar and its metrics into the log; with `show` log and print its accuracy."""
+        loss = result.losses.mean()
+        self.bar.set_postfix(loss=f"{loss:.3f}", acc=f"{result.accuracy[:, -1].mean():.3f}", refresh=False)
+        if show:
             skipped = {"skipped": self.skipped()} if self.args.skip_nonfinite else {}
-            self.log.add("train", step, loss=loss, acc=seen.accuracy.mean(0), **skipped)
-            say(f"step: {step} \ttraining acc: {percent(seen.accuracy.mean(0))}")
-        if seen.metrics:
-            self.log.metrics(step, "train", self.maml.net.blocks, seen.metrics)
+            accuracy = result.accuracy.mean(0)
+            self.log.add("train", step, loss=loss, acc=accuracy, **skipped)
+            say(f"step: {step} \ttraining acc: {percent(accuracy)}")
+        if result.metrics:
+            self.log.metrics(step, "train", self.maml.net.blocks, result.metrics)
 
     def save(self) -> None:
-        """Write a checkpoint: the log first, for it must never be shorter than a checkpoint says."""
+        """Write a checkpoint. The log is flushed first: it must never be shorter than the checkpoint says."""
         self.stop_if_not_finite()
         log_bytes = self.log.sync() if self.log else self.log_bytes
         checkpoint.save(self.out / "checkpoint.pt", self.maml, {
@@ -224,45 +236,49 @@ class _Run:
             "minutes": self.minutes_in_all(), "of": self.experiment})
 
     def stop_if_not_finite(self) -> None:
-        """Stop the run if an update since the last check was skipped, because something in it was not finite.
+        """Raise if an update since the last check was skipped, because a loss or a gradient was not finite.
 
-        The tasks of that step are drawn again and kept with the weights, which no later step has changed.
+        Later steps changed no weights, so the weights are still those of that step. Its tasks are drawn again.
+
+        Raises:
+            UserError: names the step and the tasks whose loss is not finite; nonfinite.pt holds weights and tasks.
         """
         args, path = self.args, self.out / "nonfinite.pt"
         if args.skip_nonfinite or not self.skipped():
             self.last_checked = self.maml.step, self.sampler.state
             return
-        step, (checked, self.sampler.state) = int(self.maml.updates), self.last_checked
+        step = int(self.maml.updates)  # the first whose update was skipped
+        checked, self.sampler.state = self.last_checked
         for _ in range(checked, step):
             self.sampler.draw(args.task_num)
-        index = self.sampler.draw(args.task_num)
-        tasks = self.sampler.gather(index)
-        losses = self.maml.losses(tasks, index[0][..., 0].to(self.device))
+        _, tasks, classes = self.next_tasks()
+        losses = self.maml.losses(tasks, classes)
         checkpoint.write(path, {"step": step, "weights": self.maml.net.state_dict(),
                                 "adam": self.maml.optimizer.state_dict(), "tasks": tasks._asdict(), "losses": losses})
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        what = f"the loss of task {', '.join(map(str, bad[:5]))}{', ...' * (len(bad) > 5)}" if bad else \
-            "the gradient, or its square in Adam's state,"
+        what = "the gradient, or its square in Adam's state,"
+        if bad:
+            what = f"the loss of task {', '.join(map(str, bad[:5]))}{', ...' * (len(bad) > 5)}"
         raise UserError(f"step {step}: {what} is not finite; its weights and tasks are in {path}. Lower --update_lr "
                         f"({args.update_lr}) or --meta_lr ({args.meta_lr}), clip the gradient with --clip, or skip "
                         f"such updates with --skip_nonfinite: "
                         f"python {args.script}.py --from_args {self.out / 'args.json'} --skip_nonfinite")
 
     def skipped(self) -> int:
-        """Updates that were skipped; it waits for the device."""
+        """How many updates were skipped; waits for the device."""
         return self.maml.step - int(self.maml.updates)
 
     def validate(self) -> None:
-        """Validate, log, keep the weights if they are the best yet. Stopped, it leaves everything as it was."""
+        """Validate, log, keep the weights if they are the best yet. If it is stopped, nothing has changed."""
         args, maml = self.args, self.maml
         self.stop_if_not_finite()
-        found = _evaluate(maml, self.data, "val", self.held_out, args.eval_tasks, VAL_SEED, self.signals,
-                          measure=args.nc_every > 0,
-                          nontransductive=() if args.transductive else range(args.update_step_test + 1))
-        mean, interval, nearest, _ = _accuracies(found, args.transductive)
-        self.log.add("val", maml.step, acc=mean, ci95=interval, tasks=len(found.accuracy), nearest_mean=nearest)
-        if found.metrics is not None:
-            self.log.metrics(maml.step, "heldout", maml.net.blocks, found.metrics)
+        adapted = _evaluate(maml, self.data, "val", self.held_out, args.eval_tasks, VAL_SEED, self.signals,
+                            measure=args.nc_every > 0,
+                            nontransductive=() if args.transductive else range(args.update_step_test + 1))
+        mean, interval, nearest, _ = _accuracies(adapted, args.transductive)
+        self.log.add("val", maml.step, acc=mean, ci95=interval, tasks=len(adapted.accuracy), nearest_mean=nearest)
+        if adapted.metrics is not None:
+            self.log.metrics(maml.step, "heldout", maml.net.blocks, adapted.metrics)
         self.val_accuracy = float(nearest[0] if args.learner in BASELINES else mean[-1])
         say(f"step: {maml.step} \tvalidation acc: {percent(mean)} (last ± {100 * interval[-1]:.1f}); "
             f"nearest support mean: {percent(nearest)}")
@@ -270,14 +286,14 @@ class _Run:
             self.best = self.keep("best.pt", val_accuracy=self.val_accuracy)
 
     def keep(self, name: str, **more: float) -> dict:
-        """Write the weights as they are now to a file of the run's folder; what it holds."""
+        """Write a copy of the weights to a file in the run's folder; returns what the file holds."""
         weights = {key: weight.clone() for key, weight in self.maml.net.state_dict().items()}
-        kept = {"weights": weights, "step": self.maml.step} | more
-        checkpoint.write(self.out / name, kept)
-        return kept
+        content = {"weights": weights, "step": self.maml.step} | more
+        checkpoint.write(self.out / name, content)
+        return content
 
     def test(self) -> None:
-        """Test the best weights; what is written last makes the run complete."""
+        """Test the weights. result.json is written last: it makes the run complete."""
         minutes = self.minutes_in_all()
         self.sampler = self.held_out = self.meta_step = None  # room for the test images
         result = _test(self.maml, self.data, self.out, self.signals)
@@ -297,7 +313,7 @@ class _Run:
 
 
 def held_out_tasks(sampler: Sampler, n_tasks: int, size: int) -> Iterator[tuple[int, tuple]]:
-    """The sampler's first `n_tasks` tasks, `size` at a time: the first one's number, and indices to gather."""
+    """The sampler's first `n_tasks` tasks, `size` at a time: the number of the first, and the indices to gather."""
     index = cat([sampler.draw(min(DRAWN, n_tasks - start)) for start in range(0, n_tasks, DRAWN)])
     for start in range(0, n_tasks, size):
         yield start, tuple(values[start:start + size] for values in index)
@@ -305,7 +321,7 @@ def held_out_tasks(sampler: Sampler, n_tasks: int, size: int) -> Iterator[tuple[
 
 def _evaluate(maml: Meta, data: Data, split: str, images: Tensor, n_tasks: int, seed: int, signals: Signals,
               measure: bool = False, nontransductive: Sequence[int] = ()) -> Adapted:
-    """`maml.finetune` of `n_tasks` tasks, the same for a seed on every device; as many at a time as in training."""
+    """`maml.finetune` on `n_tasks` tasks, as many at a time as in training. The seed gives the same on every device."""
     sampler = data.sampler(split, images, seed)
     results = []
     for i, (start, part) in enumerate(held_out_tasks(sampler, n_tasks, data.args.task_num)):
@@ -318,37 +334,38 @@ def _evaluate(maml: Meta, data: Data, split: str, images: Tensor, n_tasks: int, 
     return cat(devices.gather_lists(results))
 
 
-def _accuracies(found: Adapted, transductive: bool) -> list[Tensor]:
-    """After each inner step, [K+1]: mean accuracy over tasks and half of its 95% interval (normal); then the same two
-    of the nearest support mean."""
-    answers = found._asdict() if transductive else found.nontransductive
+def _accuracies(adapted: Adapted, transductive: bool) -> list[Tensor]:
+    """Mean accuracy over tasks and half its 95% interval (normal), then both for the nearest support mean; each [K+1],
+    or one value per inner step that was answered without transduction."""
+    answers = adapted._asdict() if transductive else adapted.nontransductive
     mean_and_se = [nc_metrics.mean_and_se(answers[name]) for name in ("accuracy", "nearest_mean")]
     return [values for mean, se in mean_and_se for values in (mean, 1.96 * se)]
 
 
 def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
     """Test accuracy of a run's best or last weights on the test classes, transductive and not: result.json."""
-    args, steps = data.args, range(data.args.update_step_test + 1)
+    args, last_step = data.args, data.args.update_step_test
+    all_steps = list(range(last_step + 1))
+    alone_steps = [0, last_step] if args.transductive else all_steps  # one query at a time takes long
     devices.wait()  # for the process that writes the weights
-    kept = checkpoint.load_weights(run / f"{args.test_weights}.pt", maml.net, data.device,
-                                   f"the run hasn't got there yet; continue it with --resume {run}", validated=True)
+    tested = checkpoint.load_weights(run / f"{args.test_weights}.pt", maml.net, data.device,
+                                     f"the run hasn't got there yet; continue it with --resume {run}", validated=True)
     say(f"testing on {args.test_tasks} tasks of the test classes")
-    alone = (0, steps[-1]) if args.transductive else steps
-    found = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, TEST_SEED, signals,
-                      nontransductive=alone)
-    results = {"data": data.dataset.name}
+    adapted = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, TEST_SEED, signals,
+                        nontransductive=alone_steps)
+    result = {"data": data.dataset.name}
     for name, transductive in (("test", True), ("test_nontransductive", False)):
-        values = dict(zip(("accuracy", "ci95", "nearest_mean", "nearest_mean_ci95"),
-                          _accuracies(found, transductive)))
-        queries = data.heldout_queries if transductive or not args.transductive else 1
-        results[name] = {key: numbers(value) for key, value in values.items()} | {
-            "inner_steps": list(steps if transductive else alone), "tasks": args.test_tasks, "n_way": args.n_way,
-            "k_spt": args.k_spt, "k_qry": queries}
+        mean, interval, nearest, nearest_interval = _accuracies(adapted, transductive)
+        steps = all_steps if transductive else alone_steps
+        queries = 1 if args.transductive and not transductive else data.heldout_queries
+        result[name] = {
+            "accuracy": numbers(mean), "ci95": numbers(interval), "nearest_mean": numbers(nearest),
+            "nearest_mean_ci95": numbers(nearest_interval), "inner_steps": steps, "tasks": args.test_tasks,
+            "n_way": args.n_way, "k_spt": args.k_spt, "k_qry": queries}
         how = "queries together" if transductive else "each query with the support set alone"
-        mean, interval, nearest, nearest_interval = (100 * value for value in values.values())
-        say(f"test accuracy on {data.dataset.name}, {args.n_way}-way {args.k_spt}-shot, {how}: after {steps[-1]} inner "
-            f"steps {mean[-1]:.2f}% ± {interval[-1]:.2f}, nearest support mean before them {nearest[0]:.2f}% ± "
-            f"{nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, {queries} queries per class, "
-            f"{args.test_weights} weights, of step {kept['step']})")
-        say(f"after {', '.join(map(str, results[name]['inner_steps']))} inner steps: {percent(values['accuracy'])}")
-    return results | {f"{args.test_weights}_step": kept["step"], "val_accuracy": numbers(kept["val_accuracy"])}
+        say(f"test accuracy on {data.dataset.name}, {args.n_way}-way {args.k_spt}-shot, {how}: after {last_step} inner "
+            f"steps {100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f}, nearest support mean before them "
+            f"{100 * nearest[0]:.2f}% ± {100 * nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, {queries} "
+            f"queries per class, {args.test_weights} weights, of step {tested['step']})")
+        say(f"after {', '.join(map(str, steps))} inner steps: {percent(mean)}")
+    return result | {f"{args.test_weights}_step": tested["step"], "val_accuracy": numbers(tested["val_accuracy"])}
