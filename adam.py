@@ -1,4 +1,4 @@
-"""The outer optimiser: Adam, whose step changes nothing where something in it is not finite.
+"""The outer optimiser: Adam, whose step changes nothing if a loss or gradient is not finite.
 
 Nothing here waits for the device, so a CUDA graph can hold the step.
 """
@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 
 class GuardedAdam:
-    """Adam with a clipped gradient, a rate that may fall, and steps that are skipped if they are not finite.
+    """Adam with a clipped gradient, an optional cosine schedule, and steps that are skipped if they are not finite.
 
     Args:
         weights: all on one device.
-        rate: Adam's.
+        rate: learning rate.
         cosine_steps: the rate falls from `rate` to 0 as half a cosine over so many updates; 0: it is constant.
         clip: bound of each value of the gradient; 0: none.
-        skip_nonfinite: after a step that is not finite, continue; else `halted` is set, and no step changes anything.
+        skip_nonfinite: continue after a step that is not finite; else `halted` is set, and no later step changes
+            anything.
 
-    `adam` is torch's optimiser. `updates` counts the steps that changed the weights. All but the settings is on the
-    weights' device.
+    `adam` is torch's optimiser. `updates` counts the steps that changed the weights. All tensors are on the weights'
+    device.
     """
 
     def __init__(self, weights: Iterable[nn.Parameter], rate: float, cosine_steps: int, clip: float,
@@ -31,7 +32,7 @@ class GuardedAdam:
         device = self.weights[0].device
         lr = torch.tensor(rate, device=device) if cosine_steps else rate  # a tensor may change within a graph
         self.adam = torch.optim.Adam(self.weights, lr, capturable=device.type == "cuda")
-        for weight in self.weights:  # as Adam itself makes it in its first step
+        for weight in self.weights:  # the state that Adam itself creates in its first step
             self.adam.state[weight] = {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(weight),
                                        "exp_avg_sq": torch.zeros_like(weight)}
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
@@ -55,9 +56,9 @@ class GuardedAdam:
         self.adam.step()
         squares = [self.adam.state[weight]["exp_avg_sq"] for weight in self.weights]
         finite = torch.cat([values.flatten() for values in (losses, *gradients, *squares)]).isfinite().all()
-        counts = finite & ~self.halted
+        keep = finite & ~self.halted
         for tensor, old in zip(changed, before):
-            torch.where(counts, tensor, old, out=tensor)
-        self.updates += counts
+            torch.where(keep, tensor, old, out=tensor)
+        self.updates += keep
         if not self.skip_nonfinite:
             self.halted |= ~finite

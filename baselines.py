@@ -1,7 +1,8 @@
 """What MAML is compared with: a prototypical network and an ordinary classifier, trained by the same loop.
 
-Both return the first three of what `meta.meta_gradient` returns. Neither has an inner loop. T tasks.
+Both return the first three values that `meta.meta_gradient` returns. Neither has an inner loop. T tasks.
 """
+
 import torch
 from torch import Tensor
 
@@ -25,12 +26,12 @@ def protonet_gradient(net: Learner, tasks: Tasks, classes: Tensor | None = None)
 
 
 def classifier_gradient(net: Learner, tasks: Tasks, classes: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-    """An ordinary classifier of all training classes, `net.classes`, on the images of all tasks as one batch.
+    """An ordinary classifier over all training classes, `net.classes`, on the images of all tasks as one batch.
 
-    Batch norm is over the whole batch, so the tasks must come in one piece.
+    Batch norm is over the whole batch, so all tasks of a meta-step must be passed together.
 
     Args:
-        classes: [T, n_way], which training class each label of a task stands for.
+        classes: [T, n_way], the training class of each label of a task.
     Returns:
         As `protonet_gradient`; a task's loss and accuracy are the means over its images.
     """

@@ -1,14 +1,14 @@
 """A run's state between two meta-steps, in one file: a resumed run continues from it bit for bit.
 
-    {"step": 500,                     meta-steps made
+    {"step": 500,                     meta-steps so far
      "updates": 500,                  Adam's updates, one per meta-step: fewer only with --skip_nonfinite
      "weights": {...}, "adam": {...}, state_dicts
      "generator", "cuda_generator", "tasks",    states of the generators: torch's own, and the training tasks'
      "best": {"weights", "step", "val_accuracy"} or None,    what best.pt holds
-     "log_bytes": 12345, "minutes": 1.5,        the log's size, and the time in training
-     "of": {...}}                      the experiment: its settings and data
+     "log_bytes": 12345, "minutes": 1.5,        size of the log, time in training
+     "of": {...}}                      the experiment: settings and data
 
-`torch.load(path, weights_only=True)` reads it: numbers and tensors, no code.
+It holds numbers and tensors, no code: `torch.load(path, weights_only=True)` reads it.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from tasks import Sampler, tree_map
 
 
 def write(path: Path, value: dict) -> None:
-    """Save `value` as torch.save does, whole or not at all; of several processes the first does."""
+    """Save `value` as torch.save does, whole or not at all; of several processes, only the first writes."""
     if devices.rank() > 0:
         return
     buffer = io.BytesIO()  # torch.save into a file can't report a full disk
@@ -40,7 +40,7 @@ def write(path: Path, value: dict) -> None:
 
 @contextlib.contextmanager
 def _using(path: Path, remedy: str) -> Iterator[None]:
-    """A UserError of one line if what `path` holds can't be used."""
+    """Raise a UserError, one line that ends in `remedy`, if the content of `path` can't be used."""
     try:
         yield
     except UserError:
@@ -52,7 +52,7 @@ def _using(path: Path, remedy: str) -> Iterator[None]:
 
 
 def read(path: Path, device: torch.device, remedy: str) -> dict:
-    """What `write` wrote; every byte is checked against the checksums in the file.
+    """Read what `write` wrote, and check every byte against the checksums in the file.
 
     Raises:
         UserError: it is missing, can't be read, or is damaged; the line ends in `remedy`.
@@ -67,26 +67,26 @@ def read(path: Path, device: torch.device, remedy: str) -> dict:
 
 
 def load_weights(path: Path, net: Learner, device: torch.device, remedy: str, validated: bool = False) -> dict:
-    """Puts the weights of best.pt, last.pt or weights-STEP.pt into `net`.
+    """Load the weights of best.pt, last.pt or weights-STEP.pt into `net`.
 
-    A classifier's layer of all training classes is left out where `net` has none.
+    The classifier's layer over all training classes is left out if `net` has none.
 
     Returns:
-        "step", the meta-steps that they had seen, and with `validated` "val_accuracy".
+        "step", the number of meta-steps that the weights had seen, and with `validated` "val_accuracy".
     Raises:
         UserError: the file is missing (the line ends in `remedy`), damaged, or of another network.
     """
     if not os.path.exists(path):
         raise UserError(f"{path} is missing: {remedy}")
-    kept = read(path, device, "train again")
+    saved = read(path, device, "train again")
     with _using(path, "train again"):
-        net.load_state_dict({name: weight for name, weight in kept["weights"].items()
+        net.load_state_dict({name: weight for name, weight in saved["weights"].items()
                              if net.classes is not None or not name.startswith("classes.")})
-        return {"step": int(kept["step"])} | ({"val_accuracy": float(kept["val_accuracy"])} if validated else {})
+        return {"step": int(saved["step"])} | ({"val_accuracy": float(saved["val_accuracy"])} if validated else {})
 
 
 def save(path: Path, maml: Meta, rest: dict) -> None:
-    """Write a checkpoint: `maml`, torch's own generators, and `rest`, which is what the loop knows."""
+    """Write a checkpoint: the state of `maml`, torch's own generators, and `rest`, the state of the training loop."""
     device = maml.updates.device
     write(path, {
         "step": maml.step,
@@ -98,33 +98,33 @@ def save(path: Path, maml: Meta, rest: dict) -> None:
     } | rest)
 
 
-def restore(path: Path, found: dict, experiment: dict, maml: Meta, sampler: Sampler,
+def restore(path: Path, saved: dict, experiment: dict, maml: Meta, sampler: Sampler,
             remedy: str) -> tuple[dict | None, float, int]:
-    """Put what `read` found into `maml`, the generators and `sampler`, bit for bit.
+    """Restore `maml`, the generators and `sampler` from `saved`, which `read` returned, bit for bit.
 
     Returns:
         What best.pt held, minutes of training, bytes of the log.
     Raises:
-        UserError: it is of another experiment, or its parts don't fit; the line ends in `remedy`.
+        UserError: `saved` is of another experiment, or its parts don't fit; the line ends in `remedy`.
     """
     with _using(path, remedy):
         for name, value in experiment.items():
-            saved = found["of"].get(name)
-            if repr(saved) != repr(value):
-                raise UserError(f"{path} is of a run with {name} {saved}, and here it is {value}; {remedy}")
-        step, updates, best = int(found["step"]), int(found["updates"]), found["best"]
+            other = saved["of"].get(name)
+            if repr(other) != repr(value):
+                raise UserError(f"{path} is of a run with {name} {other}, and here it is {value}; {remedy}")
+        step, updates, best = int(saved["step"]), int(saved["updates"]), saved["best"]
         if not 0 <= updates <= step < 2**31:
             raise ValueError("impossible counts")
         if best is not None:
             maml.net.load_state_dict(best["weights"])
             best = best | {"step": int(best["step"]), "val_accuracy": float(best["val_accuracy"])}
-        maml.net.load_state_dict(found["weights"])
-        tree_map(lambda own, saved: own.copy_(saved.view_as(own)), maml.optimizer.state_dict()["state"],
-                 found["adam"]["state"])  # its rate and other settings are the run's
+        maml.net.load_state_dict(saved["weights"])
+        tree_map(lambda own, value: own.copy_(value.view_as(own)), maml.optimizer.state_dict()["state"],
+                 saved["adam"]["state"])  # learning rate and other options are the run's settings
         maml.step = step
         maml.updates.fill_(updates)
-        sampler.state = found["tasks"].cpu()
-        torch.set_rng_state(found["generator"].cpu())
+        sampler.state = saved["tasks"].cpu()
+        torch.set_rng_state(saved["generator"].cpu())
         if maml.updates.is_cuda:
-            torch.cuda.set_rng_state(found["cuda_generator"].cpu(), maml.updates.device)
-        return best, float(found["minutes"]), int(found["log_bytes"])
+            torch.cuda.set_rng_state(saved["cuda_generator"].cpu(), maml.updates.device)
+        return best, float(saved["minutes"]), int(saved["log_bytes"])

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from meta import Meta, Step
 
 NO_LIMIT = 2**31 - 1
-CACHED = 5 * 2**19  # values of the largest activation of the tasks that a CPU takes together (10 MB)
-WARM_UP = 3  # steps before a capture, as torch.cuda.graph asks for: in the first steps libraries choose and allocate
+CACHED = 5 * 2**19  # on a CPU, values of the largest activation, of all tasks that go together (10 MB)
+WARM_UP = 3  # steps before a capture, as torch.cuda.graph needs: in the first ones libraries choose and allocate
 
 
 def select_device(name: str) -> torch.device:
@@ -60,7 +60,7 @@ def select_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What the GPU or the processor calls itself, for example "AMD EPYC"; the architecture if it has no name."""
+    """The name of the GPU or processor, for example "AMD EPYC"; the architecture if there is no name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -69,7 +69,7 @@ def device_name(device: torch.device) -> str:
 
 
 def set_arithmetic(precision: str, deterministic: bool) -> None:
-    """Set matrix products to float32 or tf32; if `deterministic`, take only CUDA kernels that repeat bit for bit.
+    """Set matrix products to float32 or tf32; if `deterministic`, use only CUDA kernels that repeat bit for bit.
 
     Call it before the first matrix product: cuBLAS reads its setting once.
     """
@@ -93,10 +93,10 @@ def keep_memory() -> None:
 
 @contextlib.contextmanager
 def memory_runs_out(remedy: str) -> Iterator[None]:
-    """Raise a UserError, one line that ends in `remedy`, where the device or the host has no memory left."""
+    """Raise a UserError, one line that ends in `remedy`, if the device or the host runs out of memory."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # the CPU's allocators have no class of their own
+    except (RuntimeError, MemoryError) as error:  # the CPU's allocators raise a plain RuntimeError
         words = "can't allocate memory", "bad_alloc", "out of memory"
         if isinstance(error, MemoryError) or any(part in str(error) for part in words):
             raise UserError(f"out of memory; {remedy}") from error
@@ -104,7 +104,7 @@ def memory_runs_out(remedy: str) -> Iterator[None]:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """Peak memory in GiB: of torch's allocator on CUDA, of the process on a CPU; None where the system doesn't tell."""
+    """Peak memory in GiB, of torch's allocator on CUDA, of the process on a CPU; None if the system doesn't say."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
     try:
@@ -118,11 +118,12 @@ def peak_memory(device: torch.device) -> float | None:
 def tasks_together(device: torch.device, values: int, most: int) -> int:
     """How many tasks go through the network together at most (benchmarks/README.md has the measurements).
 
-    A GPU takes all of them. On a CPU a task up to `most` is too little work per operation, and as many go together as
-    its cache holds; a larger one goes alone.
+    On a GPU all of them. On a CPU small tasks go together, as many as the cache holds, because one is too little work
+    per operation; large ones go one at a time.
 
     Args:
-        values: of a task's largest activation.
+        values: number of values of one task's largest activation.
+        most: values of the largest task that counts as small.
     """
     if device.type != "cpu":
         return NO_LIMIT
@@ -133,14 +134,14 @@ def tasks_together(device: torch.device, values: int, most: int) -> int:
 def processes(device: torch.device) -> Iterator[None]:
     """Join the other processes if torchrun started several: nccl between GPUs, gloo between CPUs.
 
-    After an error the group isn't left, for that could wait without end. torchrun ends the others with this process.
+    After an error the group isn't left, because that could wait forever. torchrun ends the others with this process.
     """
     if size() > 1:
         backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, device_id=gpu)
     try:
         yield
-    except Stopped:  # in all processes at once: they leave together
+    except Stopped:  # raised in all processes at once: they leave together
         _leave()
         raise
     _leave()
@@ -185,7 +186,7 @@ def add_up(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def largest(value: Tensor) -> Tensor:
-    """The elementwise maximum over the processes, any shape; with several processes `value` is overwritten by it."""
+    """The elementwise maximum over the processes, any shape; with several processes it overwrites `value`."""
     if size() > 1:
         dist.all_reduce(value, dist.ReduceOp.MAX)
     return value
@@ -208,18 +209,18 @@ def wait() -> None:
 
 
 class Stopped(SystemExit):
-    """A signal stopped the run; its code is 128 + the signal's number. No Exception: no handler of errors takes it."""
+    """A signal stopped the run; the exit code is 128 + its number. Not an Exception, so no error handler catches it."""
 
 
 class Signals:
-    """While it is entered, SIGTERM and Ctrl-C only set a flag, and `check` raises Stopped where nothing is lost.
+    """Within its context SIGTERM and Ctrl-C only set a flag; `check` raises Stopped, where nothing is lost.
 
-    A second signal ends the process on the spot. With several processes it is ignored, because launchers pass on to
-    the processes what these got already.
+    A second signal ends the process at once. With several processes it is ignored, because a launcher passes on a
+    signal that the processes have already received.
     """
 
     def __init__(self):
-        self.number = 0  # of the signal that came
+        self.number = 0  # of the signal that was received
 
     def __enter__(self) -> "Signals":
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -235,20 +236,20 @@ class Signals:
         self.number = number
 
     def check(self, device: torch.device) -> None:
-        """Raise Stopped if a signal came, here or in another process; of several processes all have to call it."""
+        """Raise Stopped if any process received a signal; with several processes, all have to call it."""
         number = self.number if size() == 1 else int(largest(torch.tensor(self.number, device=device)))
         if number:
             raise Stopped(128 + number)
 
 
 class GraphedStep:
-    """A meta-step that is captured as a CUDA graph once, and replayed wherever nothing but the update is wanted.
+    """A meta-step that is captured as a CUDA graph once, and replayed if only the update is needed.
 
     A step with every_step=True or with a measurement runs eagerly. A replay overwrites what the last replay returned.
 
     Args:
         maml: `state()` lists every tensor that a step changes in place, `step` counts the steps, and `measures_next`
-            tells whether the next one measures.
+            says whether the next one measures.
         step: step(every_step=False) draws tasks and takes one meta-step, all on the current CUDA device.
         generator: the CUDA generator that `step` draws tasks from.
     """
@@ -277,7 +278,7 @@ class GraphedStep:
         return self.result
 
     def _capture(self) -> "tuple[torch.cuda.CUDAGraph, Step]":
-        """Record one step: the graph, and the tensors that a replay writes its result into."""
+        """Capture one step: the graph, and the tensors that a replay writes its result into."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -286,7 +287,7 @@ class GraphedStep:
                 self.maml.step -= 1  # or a warm-up step might become one that measures
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        if torch.__version__ < (2, 14):  # from then on a capture finds its generators itself, and the call warns
+        if torch.__version__ < (2, 14):  # newer versions find the generators of a capture, and warn of this call
             graph.register_generator_state(self.generator)
         with torch.cuda.graph(graph):
             result = self.step()
@@ -294,7 +295,7 @@ class GraphedStep:
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
-        """Put `maml` and `generator` back afterwards: the training curve is the same with a graph and without."""
+        """Restore `maml` and `generator` afterwards, so that training is the same with a graph and without."""
         tensors, step, drawn = self.maml.state(), self.maml.step, self.generator.get_state()
         before = [tensor.detach().clone() for tensor in tensors]
         try:

@@ -1,10 +1,10 @@
-"""A trained model on images of one's own, in three lines.
+"""A trained model on your own images, in three lines.
 
     import predict
     model = predict.load("runs/RUN")
     labels = model.predict(support_images, support_labels, query_images)
 
-Images are file names, PIL images or uint8 arrays of any size. They become a network's input as in the run's training.
+Images are file names, PIL images or uint8 arrays of any size. They are resized and normalised as in training.
 """
 
 import python_version  # first: the others do not parse on an older Python  # noqa: F401, I001
@@ -39,29 +39,30 @@ from tasks import Dataset, Tasks, as_tasks, chunks
 Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
 SCRIPTS = {"omniglot_train": (omniglot_train, omniglot.RESAMPLE),
            "miniimagenet_train": (miniimagenet_train, miniimagenet.RESAMPLE)}
-TOGETHER = 64  # queries per forward pass, unless they are normalised together
+QUERIES_PER_PASS = 64  # unless all are normalised together
 
 
 def load(run: str | os.PathLike, weights: str | None = None, device: str = "cpu") -> "Model":
-    """The model that a run trained.
+    """Load the model that a run trained.
 
     Args:
         run: its folder, with args.json and the weights.
-        weights: "best", "last" or "weights-STEP"; None: those that the run tests (its --test_weights).
+        weights: "best", "last" or "weights-STEP"; None: those that the run tests (--test_weights).
         device: where to compute, as --device.
     Raises:
         UserError: one line, if the folder, the weights or the device can't be used.
     """
     script, args = settings_of(run, f"--device={device}")
-    where, net = select_device(args.device), script.network(args)
-    path = Path(run) / f"{(weights or args.test_weights).removesuffix('.pt')}.pt"
-    there = sorted(file.stem for file in Path(run).glob("*.pt") if file.stem.startswith(("best", "last", "weights")))
-    checkpoint.load_weights(path, net, where, f"weights can be {', '.join(there) or 'had once the run has some'}")
-    return Model(net.to(where), args, script.dataset(args))
+    torch_device, net = select_device(args.device), script.network(args)
+    name = (weights or args.test_weights).removesuffix(".pt")
+    names = sorted(file.stem for file in Path(run).glob("*.pt") if file.stem.startswith(("best", "last", "weights")))
+    remedy = f"weights can be {', '.join(names)}" if names else f"{run} has no weights yet"
+    checkpoint.load_weights(Path(run) / f"{name}.pt", net, torch_device, remedy)
+    return Model(net.to(torch_device), args, script.dataset(args))
 
 
 def settings_of(run: str | os.PathLike, *flags: str) -> tuple[ModuleType, argparse.Namespace]:
-    """The script that made a run, and the run's settings as for --test, with these flags changed.
+    """The script that a run was started with, and the run's settings as for --test, changed by `flags`.
 
     Raises:
         UserError: its args.json is missing, broken, or of another script.
@@ -69,18 +70,18 @@ def settings_of(run: str | os.PathLike, *flags: str) -> tuple[ModuleType, argpar
     path = Path(run) / "args.json"
     name = str(settings.read_settings(path, "name the folder of a run").get("script"))
     if name not in SCRIPTS:
-        raise UserError(f"{path} is of {name!r}, and there are {', '.join(SCRIPTS)}; use the code that made the run")
+        raise UserError(f"{path} is of {name!r}, not of {' or '.join(SCRIPTS)}; use the code that made the run")
     script, _ = SCRIPTS[name]
     return script, settings.parse_args("", script.DEFAULTS, script.PAPER, [f"--test={run}", *flags], epoch_help="")
 
 
 class Model:
-    """A trained network, and how its run adapts it and reads images.
+    """A trained network, with the settings by which its run adapts it and reads images.
 
     Args:
         net: with the trained weights.
         args: the run's settings.
-        dataset: whose mean and deviation normalise images; none of its own is read.
+        dataset: its mean and deviation normalise the images; its own images are not read.
     """
 
     def __init__(self, net: Learner, args: argparse.Namespace, dataset: Dataset):
@@ -92,23 +93,23 @@ class Model:
         """The label of each query image, after adaptation to the support set.
 
         MAML, ANIL and BOIL take the run's --update_step_test inner steps from the trained weights. ProtoNet and the
-        classifier take the label of the nearest support mean. Each query is normalised together with the support set
-        alone, so its answer does not depend on the other queries.
+        classifier answer with the label of the nearest support mean. Each query is normalised together with the
+        support set alone, so its answer does not depend on the other queries.
 
         Args:
             support_images: one or more of each class.
-            support_labels: n_way different ones, of any kind; the one that comes first takes the first output.
+            support_labels: one per image, n_way different ones; any hashable objects.
             query_images: any number.
-            transductive: normalise all queries together, as MAML's tests do. Answers then depend on the other queries.
-                They should be balanced over the classes; fewer than n_way queries are warned of.
+            transductive: normalise all queries together, as MAML's tests do. Answers then depend on the other queries,
+                which should be balanced over the classes; with fewer than n_way queries there is a warning.
         Raises:
             UserError: one line, if an image can't be read, or labels and images don't fit.
         """
         labels = [label.item() if isinstance(label, (Tensor, np.generic)) else label for label in support_labels]
         classes = {label: i for i, label in enumerate(dict.fromkeys(labels))}
         if len(classes) != self.args.n_way:
-            raise UserError(f"the support set has {len(classes)} different labels; this run's network tells "
-                            f"{self.args.n_way} apart")
+            raise UserError(f"the support set has {len(classes)} different labels; this run's network needs "
+                            f"{self.args.n_way}")
         if len(support_images) != len(labels):
             raise UserError(f"there are {len(support_images)} support images and {len(labels)} labels; give one each")
         x_spt, x_qry = self.pixels(support_images), self.pixels(query_images)
@@ -121,13 +122,14 @@ class Model:
                             0 if by_mean else self.args.update_step_test,
                             adapted=adapted_by(self.args.learner, self.net))
         names, answers, total = list(classes), [], x_qry.shape[1]
-        for part, in chunks(total if transductive else TOGETHER, total, x_qry[0]) if total else ():
-            logits, similarity, _ = scores(self.net, Tasks(x_spt, y_spt, part[None], y_spt), weights, transductive)
+        for queries, in chunks(total if transductive else QUERIES_PER_PASS, total, x_qry[0]) if total else ():
+            tasks = Tasks(x_spt, y_spt, queries[None], y_spt)  # the last, the queries' labels, is not used
+            logits, similarity, _ = scores(self.net, tasks, weights, transductive)
             answers += [names[i] for i in (similarity if by_mean else logits)[0].argmax(-1).tolist()]
         return answers
 
     def pixels(self, pictures: Sequence[Picture]) -> Tensor:
-        """The network's input, one task [1, N, c, h, w], as in training: resized, in 0..1, normalised (--pixels)."""
+        """The network's input, one task [1, N, c, h, w]: resized, scaled to 0..1 and normalised (--pixels)."""
         if isinstance(pictures, (str, os.PathLike, Image.Image)):
             raise UserError("a single image was given; give a list of images")
         size, (_, resample) = self.args.imgsz, SCRIPTS[self.args.script]
@@ -135,12 +137,12 @@ class Model:
         for i, picture in enumerate(pictures):
             images[i], _ = decode(*_content(picture, f"image {i}"), self.args.imgc, size, resample)
         device = next(self.net.parameters()).device
-        classes = torch.from_numpy(images).to(device)[None, None]  # all in one
-        return as_tasks(classes, len(images), self.dataset.mean, self.dataset.std).x_spt
+        one_class = torch.from_numpy(images).to(device)[None, None]  # [T, n_way, N, c, h, w]
+        return as_tasks(one_class, len(images), self.dataset.mean, self.dataset.std).x_spt
 
 
 def _content(picture: Picture, name: str) -> tuple[bytes | np.ndarray | Image.Image, str]:
-    """What `images.decode` takes, and what a message calls it."""
+    """What `images.decode` takes, and the name that messages use."""
     if isinstance(picture, Image.Image):
         return picture, name
     if isinstance(picture, (str, os.PathLike)):

@@ -1,4 +1,4 @@
-"""What a run writes and says: its folder, args.json, log.jsonl, JSON files, lines on the screen."""
+"""What a run writes and prints: its folder, args.json, log.jsonl, results, lines on the screen."""
 
 import argparse
 import contextlib
@@ -23,7 +23,7 @@ import device as devices
 import nc_metrics
 from files import UserError, atomic, locked, remove_stale
 
-WRITTEN = ("args.json", "*.pt", "figure.png", "result.json", "timing.json")
+WRITTEN = ("args.json", "*.pt", "figure.png", "result.json", "timing.json")  # files that are written whole
 PER_TASK = ("within", "between", "nc1", "cdnv", "directional_cdnv", "ncc_accuracy")  # what log.jsonl keeps per task
 REMEDY = "free some space or give rights there, then continue with --resume"
 
@@ -33,13 +33,13 @@ REMEDY = "free some space or give rights there, then continue with --resume"
 
 @contextlib.contextmanager
 def lock_run(args: argparse.Namespace) -> Iterator[Path]:
-    """The run's folder, locked. It is made if absent, and removed if nothing was written to it.
+    """The run's folder, locked. It is created if absent, and removed if nothing was written to it.
 
     Raises:
-        UserError: another process holds it, it can't be made, or a new run would overwrite the one there.
+        UserError: another process holds it, it can't be created, or it holds a run that a new one would overwrite.
     """
     name = f"{args.script}-{args.n_way}w{args.k_spt}s-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    name, *_ = devices.gather_lists([name])  # the first process's: the others may be a second later
+    name, *_ = devices.gather_lists([name])  # the first process's name: the others may be a second later
     out = Path(args.out or f"runs/{name}")
     if devices.rank() > 0:
         yield out
@@ -50,17 +50,17 @@ def lock_run(args: argparse.Namespace) -> Iterator[Path]:
             if args.resume is None and any(os.path.exists(out / file) for file in ("args.json", "log.jsonl")):
                 raise UserError(f"--out {out}: there is a run already; name another folder, or continue it: "
                                 f"--resume {out}")
-            for name in WRITTEN:
-                remove_stale(out, name)
+            for pattern in WRITTEN:
+                remove_stale(out, pattern)
             yield out
     finally:
-        with contextlib.suppress(OSError, ValueError):  # not empty; no name for a folder
+        with contextlib.suppress(OSError, ValueError):  # not empty; not a valid path
             for path in absent:
                 path.rmdir()
 
 
 def write_args(out: Path, settings: dict, steps: int, data: dict, device: torch.device) -> None:
-    """args.json: what the run is, before its first step."""
+    """Write args.json: settings, data, device and versions, before the first step."""
     write_json(out / "args.json", {
         "settings": settings,
         "meta_steps": steps,
@@ -87,10 +87,10 @@ def complete(out: Path, epoch: int) -> bool:
 
 
 def extend_run(out: Path, epoch: int, steps: int) -> None:
-    """Write a larger --epoch to args.json; the rest of it stays as at the run's first start."""
+    """Write a larger --epoch to args.json; the rest stays as when the run was first started."""
     recorded = _args(out)
     if recorded["settings"]["epoch"] != epoch and devices.rank() == 0:
-        for name in ("result.json", "timing.json"):  # first: with a result a run is complete
+        for name in ("result.json", "timing.json"):  # before args.json: a run with a result is complete
             (out / name).unlink(missing_ok=True)
         recorded["settings"]["epoch"], recorded["meta_steps"] = epoch, steps
         write_json(out / "args.json", recorded)
@@ -101,7 +101,7 @@ def _args(out: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Whole or not at all; of several processes the first writes."""
+    """Write `value`, whole or not at all; of several processes, only the first writes."""
     if devices.rank() == 0:
         with atomic(path, "w", remedy=REMEDY) as file:
             json.dump(value, file, indent=1)
@@ -109,7 +109,7 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
-    """The result of a later test, named after its settings; what a killed test left there is removed."""
+    """Write the result of a later test to a file named after its settings; remove what a killed test left."""
     name = f"test-{args.test_tasks}tasks-{args.k_qry_test}qry-{args.update_step_test}steps"
     if args.test_weights == "last":
         name += "-last"
@@ -126,9 +126,9 @@ def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
 
 
 def draw_figure(out: Path) -> None:
-    """figure.png, the run's traces as `python plot_nc.py RUN` draws them; of several processes the first draws.
+    """Draw the run's figure.png, as `python plot_nc.py RUN` does; of several processes, only the first draws.
 
-    A failure is said in one line and costs the run nothing else.
+    If drawing fails, one line says so, and the run continues.
     """
     if devices.rank() > 0:
         return
@@ -145,14 +145,13 @@ def draw_figure(out: Path) -> None:
 
 
 class Log:
-    """log.jsonl: one JSON object per line, handed to the system at once, so that a running run can be plotted.
+    """log.jsonl: one JSON object per line, written without a buffer, so that a running run can be plotted.
 
     Args:
-        path: of the file.
         keep: bytes of an existing log that stay; the rest is cut off. 0: a new log.
-        board: a TensorBoard writer (`tensorboard`), which gets the scalars too; None: there is none.
+        board: a TensorBoard writer (`tensorboard`) that gets the scalars too, or None.
     Raises:
-        UserError: it can't be written; or it is missing or shorter than `keep`.
+        UserError: the log can't be written; or it is missing or shorter than `keep`.
     """
 
     def __init__(self, path: Path, keep: int = 0, board=None):
@@ -161,7 +160,7 @@ class Log:
             self.file = open(os.devnull, "wb", buffering=0)
             return
         if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
-            raise UserError(f"{path} is not a file of its own; remove it")  # a link may lead out of the folder
+            raise UserError(f"{path} is not a regular file; remove it")  # a link may lead out of the folder
         size = os.path.getsize(path) if os.path.exists(path) else 0
         if size < keep:
             raise UserError(f"{path} is missing or cut: {size:,} of the {keep:,} bytes that the checkpoint counts; "
@@ -174,7 +173,7 @@ class Log:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:  # of a full disk too; some file systems say so only in fsync or close
+        except OSError as error:  # some file systems report a full disk only in fsync or close
             raise UserError(f"can't write {self.path}: {error.strerror}; {REMEDY}") from error
 
     def __enter__(self) -> "Log":
@@ -200,20 +199,20 @@ class Log:
             if value is not None:
                 self.board.add_scalar(name, value, step)
 
-    def metrics(self, step: int, classes: str, layers: list[str], found: dict) -> None:
-        """One "nc" line: what `summary` says of every metric, one value per layer; per task on held-out classes."""
-        models = summary(found)
+    def metrics(self, step: int, classes: str, layers: list[str], metrics: dict) -> None:
+        """Add an "nc" line: the `summary` of the metrics, one value per layer; per task only on held-out classes."""
+        models = summary(metrics)
         if classes == "train":
             del models["per_task"]
-        self.add("nc", step, classes=classes, tasks=len(found["meta"]["within"]), layers=layers, **models)
+        self.add("nc", step, classes=classes, tasks=len(metrics["meta"]["within"]), layers=layers, **models)
         if classes == "train":
             traces = [models[model][name]["mean"][-2] for model in ("meta", "finetuned")
                       for name in ("within", "between")]
-            said = "step: {} \ttraces of {}: meta within {:.4g} between {:.4g}, finetuned within {:.4g} between {:.4g}"
-            say(said.format(step, layers[-2], *(math.nan if t is None else t for t in traces)))
+            line = "step: {} \ttraces of {}: meta within {:.4g} between {:.4g}, finetuned within {:.4g} between {:.4g}"
+            say(line.format(step, layers[-2], *(math.nan if trace is None else trace for trace in traces)))
 
     def sync(self) -> int:
-        """Wait until it is on the disk; its size in bytes."""
+        """Flush the log to the disk; returns its size in bytes."""
         if devices.rank() > 0:
             return 0
         with self._writing():
@@ -222,7 +221,7 @@ class Log:
 
 
 def _scalars(line: dict) -> dict[str, float | None]:
-    """What TensorBoard shows of a line of the log: the loss, accuracy after adaptation, relative within traces."""
+    """The scalars of a line of the log for TensorBoard: loss, accuracy after adaptation, relative within traces."""
     match line["kind"]:
         case "train":
             return {"train/loss": line["loss"], "train/accuracy": line["acc"][-1]}
@@ -235,7 +234,7 @@ def _scalars(line: dict) -> dict[str, float | None]:
 
 
 def tensorboard(out: Path, step: int):
-    """A writer of scalars to OUT/tensorboard, from `step` on; None, said in one line, without the package."""
+    """A writer of scalars to OUT/tensorboard, from `step` on; without the package None, and a line that says so."""
     if devices.rank() > 0:
         return None
     try:
@@ -243,26 +242,26 @@ def tensorboard(out: Path, step: int):
     except ImportError:
         say("--tensorboard: the package is not installed (python -m pip install tensorboard); log.jsonl has the same")
         return None
-    return SummaryWriter(str(out / "tensorboard"), purge_step=step)  # what a stopped run wrote after it is dropped
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step)  # hides what a stopped run wrote from there on
 
 
-def summary(found: dict, input_layer: int = -2) -> dict:
+def summary(metrics: dict, input_layer: int = -2) -> dict:
     """Each model's metrics [T, L] as {"mean": [...], "se": [...]} over tasks.
 
-    "per_task" keeps the values of each task at the classifier's input, for intervals over tasks.
+    "per_task" holds each task's values at `input_layer`, the classifier's input, for intervals over tasks.
     """
     def over_tasks(values: Tensor) -> dict:
         mean, se = nc_metrics.mean_and_se(values)
         return {"mean": numbers(mean), "se": numbers(se, 3)}
 
-    per_task = {model: {name: numbers(found[model][name][:, input_layer], 4) for name in PER_TASK}
-                for model in ("meta", "finetuned") if model in found}
+    per_task = {model: {name: numbers(metrics[model][name][:, input_layer], 4) for name in PER_TASK}
+                for model in ("meta", "finetuned") if model in metrics}
     return {model: {name: over_tasks(values) for name, values in entries.items()}
-            for model, entries in found.items()} | {"per_task": per_task}
+            for model, entries in metrics.items()} | {"per_task": per_task}
 
 
 def numbers(values, digits: int = 6):
-    """Tensors to lists, rounded to significant digits; what is not a number to None, for JSON has none."""
+    """Tensors as lists, rounded to significant digits; NaN and infinity as None, because JSON has neither."""
     if isinstance(values, Tensor):
         values = values.tolist()
     if isinstance(values, list):
@@ -276,7 +275,7 @@ def numbers(values, digits: int = 6):
 
 
 def say(text: str) -> None:
-    """Print a line, above the bar where there is one; of several processes only the first speaks."""
+    """Print a line, above the progress bar if there is one; of several processes, only the first prints."""
     if devices.rank() == 0:
         (tqdm.write if sys.stderr.isatty() else print)(text)
         sys.stdout.flush()
@@ -294,7 +293,7 @@ class _Lines(tqdm):
 
 
 def progress(steps: int, done: int) -> tqdm:
-    """A bar on a terminal, else a line every ten seconds; `done` of the `steps` were made before this process."""
+    """A bar on a terminal, else a line every ten seconds; `done` of the `steps` were taken before this process."""
     common = {"total": steps, "initial": done, "miniters": 1, "disable": devices.rank() > 0}
     if sys.stderr.isatty():
         return tqdm(unit="step", dynamic_ncols=True, **common)

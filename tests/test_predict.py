@@ -137,7 +137,7 @@ def test_an_older_run_without_the_newer_settings(tmp_path, runs):
     (lambda run, model, four: predict.load(run.parent), "args.json: No such file"),
     (lambda run, model, four: predict.load(run, "weights-9"), "weights can be best, last, weights-0, weights-1"),
     (lambda run, model, four: predict.load(run, device="mps"), "--device mps"),
-    (lambda run, model, four: model.predict(four, [0, 1, 1, 1], four), "2 different labels; this run's network tells"),
+    (lambda run, model, four: model.predict(four, [0, 1, 1, 1], four), "2 different labels; this run's network needs"),
     (lambda run, model, four: model.predict(four[:3], LABELS, four), "3 support images and 4 labels"),
     (lambda run, model, four: model.predict(four, LABELS, "query.png"), "give a list"),
     (lambda run, model, four: model.predict(four, LABELS, [run / "absent.png"]), "absent.png: No such file"),
