@@ -73,11 +73,11 @@ def dataset(args: argparse.Namespace) -> Dataset:
                                args.cache)
 
     def name() -> str:
-        real = found.sizes() == {"train": (64, 600), "val": (16, 600), "test": (20, 600)}
+        real = photos.sizes() == {"train": (64, 600), "val": (16, 600), "test": (20, 600)}
         return args.data_name or ("miniImageNet" if real else "photos in the miniImageNet layout")
 
-    found = images.dataset(lambda: miniimagenet.find(args.root, args.cache), name, *common, args.imgsz)
-    return found
+    photos = images.dataset(lambda: miniimagenet.find(args.root, args.cache), name, *common, args.imgsz)
+    return photos
 
 
 def main(argv: Sequence[str] | None = None) -> None:

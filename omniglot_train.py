@@ -41,7 +41,7 @@ PAPER = {  # Finn, Abbeel, Levine 2017, appendix A.1, and the paper's code
 
 
 def layers(args: argparse.Namespace) -> Config:
-    """Three convolutions of stride 2 and one of 2x2, 64 filters each, then a linear layer; the paper's: see below."""
+    """Four convolutions of 64 filters, each with batch norm and relu, then a linear layer."""
     if args.net == "paper":  # four padded convolutions of stride 2, then the mean over the last 2 x 2
         blocks = [[("conv2d", [64, channels, 3, 3, 2, "same"]), ("bn_shift", [64]), ("relu", [True])]
                   for channels in (args.imgc, 64, 64, 64)]
@@ -74,9 +74,9 @@ def dataset(args: argparse.Namespace) -> Dataset:
                                args.cache)
     sizes = {split: (classes, omniglot.DRAWINGS)
              for split, classes in (omniglot.VINYALS if args.split == "vinyals" else omniglot.SPLITS).items()}
-    found = images.dataset(lambda: omniglot.find(args.root, args.cache, args.split),
-                           lambda: args.data_name or "Omniglot", *common, args.imgsz)
-    return replace(found, sizes=lambda: sizes)  # known before anything is downloaded
+    characters = images.dataset(lambda: omniglot.find(args.root, args.cache, args.split),
+                                lambda: args.data_name or "Omniglot", *common, args.imgsz)
+    return replace(characters, sizes=lambda: sizes)  # known before anything is downloaded
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -69,7 +69,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     recipes = (f"  {way}-way {shot}-shot: {' '.join(_as_flags(values, values))}"
                for (way, shot), values in paper.items())
     parser = Parser(description=description, formatter_class=_Help, allow_abbrev=False,
-                    epilog="\n".join(["what --recipe paper sets (flags given with it override it):", *recipes]))
+                    epilog="\n".join(["what --recipe paper sets (other flags override it):", *recipes]))
 
     def flag(name: str, default, text: str, **options):
         default = defaults.get(name, default)
@@ -80,9 +80,9 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     def choice(name: str, default: bool, text: str):
         flag(name, default, text, action=argparse.BooleanOptionalAction)
 
-    flag("recipe", "original", "settings to start from: those of this code's original, or of MAML's paper (at the end "
-         "of this help)", choices=["original", "paper"])
-    flag("learner", "maml", "anil: the inner loop adapts the last layer alone; boil: all but the last; protonet: a "
+    flag("recipe", "original", "defaults of the other flags: those of this code's original, or of MAML's paper (listed "
+         "at the end)", choices=["original", "paper"])
+    flag("learner", "maml", "anil: the inner loop adapts only the last layer; boil: all but the last; protonet: a "
          "prototypical network; classifier: one over all training classes. The last two train without an inner loop",
          choices=["maml", "anil", "boil", *BASELINES])
     flag("epoch", None, epoch_help)
@@ -90,8 +90,8 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("k_spt", None, "support images per class (k-shot)")
     flag("k_qry", None, "query images per class")
     flag("k_qry_test", None, "query images per class in validation and testing; K_QRY if not given", type=int)
-    flag("nc_qry", None, "query images per class that neural collapse is measured on; 15 if not given, or what a class "
-         "has", type=int)
+    flag("nc_qry", None, "query images per class that neural collapse is measured on; 15 if not given, or as many as a "
+         "class has", type=int)
     flag("imgsz", None, "images are resized to this square, pixels")
     flag("imgc", None, "channels of an image")
     flag("task_num", None, "tasks per meta-step (the meta-batch)")
@@ -102,7 +102,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
          choices=["constant", "cosine"])
     flag("update_step", None, "inner steps in training")
     flag("update_step_test", None, "inner steps in validation and testing")
-    choice("first_order", False, "take the inner gradients as constants (first-order MAML)")
+    choice("first_order", False, "treat the inner gradients as constants (first-order MAML)")
     flag("net", "conv_bn_relu", "original: blocks of conv, relu, batch norm; conv_bn_relu: the same in that order; "
          "paper: the network and initial weights of the paper's code (padded, batch norm without scale)",
          choices=["original", "conv_bn_relu", "paper"])
@@ -112,17 +112,17 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
         choice("rotations", None, "in training, each class of a task is turned by a random multiple of 90 degrees")
         choice("rotate_heldout", False, "the same in validation and testing")
     choice("random_labels", False, "put the training images into classes at random: a control with nothing to learn")
-    choice("transductive", True, "validate, and choose the best weights, with batch norm by the whole query set; "
-           "otherwise each query is normalised together with the support set alone. A test has both, the second of one "
-           "query per class if this is not given")
-    flag("clip", 0.0, "the outer gradient is clipped to -CLIP..CLIP, value by value; the paper's code clips the sum "
-         "over the 5 * 15 queries, per shot, at 10: 0.133 here in 1-shot, 0.667 in 5-shot; 0: not at all")
+    choice("transductive", True, "validate, and choose the best weights, with batch norm over the whole query set; "
+           "--no-transductive: each query is normalised together with the support set alone. A test reports both; the "
+           "second is of one query per class, or of all with --no-transductive")
+    flag("clip", 0.0, "clip each value of the outer gradient to -CLIP..CLIP; 0: none. The paper's code sums the loss "
+         "over 75 queries, divides by K_SPT and clips at 10: 0.133 here in 1-shot, 0.667 in 5-shot")
     choice("skip_nonfinite", False, "skip an update whose loss or gradient is not finite, and count it, "
            "instead of stopping there")
     flag("root", None, "folder of the data")
-    flag("data", None, "images of your own instead: a folder of class folders, or of train/, val/ and test/ with class "
+    flag("data", None, "your own images instead: a folder of class folders, or of train/, val/ and test/ with class "
          "folders; IMGC 1 or 3 makes them greyscale or colour", metavar="FOLDER")
-    flag("data_name", None, "what logs and figures call the data, if not by its own name")
+    flag("data_name", None, "name of the data in logs and figures, instead of its own")
     if "split" in defaults:
         flag("split", None, "which characters are for training, validation and testing: shuffled = a fixed shuffle of "
              "all, vinyals = the alphabets of Vinyals et al. (2016)", choices=["shuffled", "vinyals"])
@@ -130,18 +130,17 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     choice("synthetic", False, "train on generated images, with no data at all, and evaluate on fewer tasks")
     flag("out", None, "folder of the run; runs/SCRIPT-<n>w<k>s-seed<seed>-<time> if not given")
     flag("task_chunk", 0, "tasks in memory together at most: less memory, the same result; 0: as fits the device")
-    choice("cuda_graph", True, "on CUDA, capture the training step once and replay it: the same result, sooner")
+    choice("cuda_graph", True, "on CUDA, capture the training step once and replay it: the same result, faster")
     flag("precision", "float32", "of matrix products: tf32 (CUDA) is faster and coarser",
          choices=["float32", "tf32"])
-    choice("deterministic", False, "on CUDA, only kernels that give the same bits every time; a CPU always does")
+    choice("deterministic", False, "on CUDA, only kernels that repeat bit for bit, as a CPU always does")
     flag("seed", 222, "of the initial weights and the training tasks")
     flag("device", "cuda" if torch.cuda.is_available() else "cpu", "where to compute: cpu, cuda, cuda:1, ...")
     flag("nc_every", 100, "meta-steps between two neural-collapse measurements on training tasks; 0: none at all")
     flag("nc_every_late", None, "the same from meta-step 7,500 on; NC_EVERY if not given", type=int)
     flag("eval_every", 500, "meta-steps between two validations, with metrics on the same held-out tasks")
-    fewer = {name: f"with --synthetic {number} if not given" for name, number in SYNTHETIC.items()}
-    flag("eval_tasks", 100, f"tasks of a validation, always the same; {fewer['eval_tasks']}")
-    flag("test_tasks", 600, f"tasks of the test at the end; {fewer['test_tasks']}")
+    flag("eval_tasks", 100, f"tasks of a validation, always the same; with --synthetic {SYNTHETIC['eval_tasks']}")
+    flag("test_tasks", 600, f"tasks of the test at the end; with --synthetic {SYNTHETIC['test_tasks']}")
     flag("test_weights", "best", "weights that are tested: of the best validation, or after the last step",
          choices=["best", "last"])
     flag("keep_every", 0, "meta-steps between two copies of the weights that are kept, weights-STEP.pt; 0: none")
@@ -151,7 +150,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
          "changed, and EPOCH may only grow", metavar="RUN_FOLDER")
     flag("test", None, f"test a finished run again, on its own settings; {_flags(MAY_CHANGE['test'])} may be changed",
          metavar="RUN_FOLDER")
-    flag("from_args", None, "repeat a run, in a new folder; flags that are given change it",
+    flag("from_args", None, "repeat a run in a new folder; other flags change its settings",
          metavar="RUN_FOLDER/args.json")
     parser.set_defaults(script=defaults["script"], print_every=defaults["print_every"])
     return parser
