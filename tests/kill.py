@@ -75,13 +75,13 @@ def start(arguments: list[str], said: Path, change: int | None = None) -> int:
 
 def state(run: Path) -> dict:
     """All that two runs of one seed share: log, result, weights, Adam, generators. Minutes may differ."""
-    found = torch.load(run / "checkpoint.pt", weights_only=True)
-    found.pop("minutes")
-    found["best.pt"] = torch.load(run / "best.pt", weights_only=True)
+    shared = torch.load(run / "checkpoint.pt", weights_only=True)
+    del shared["minutes"]
+    shared["best.pt"] = torch.load(run / "best.pt", weights_only=True)
     for name in ("log.jsonl", "result.json"):
-        found[name] = (run / name).read_bytes()
-    found["files"] = sorted(path.name for path in run.iterdir())
-    return found
+        shared[name] = (run / name).read_bytes()
+    shared["files"] = sorted(path.name for path in run.iterdir())
+    return shared
 
 
 def differences(one, two, where: str = "") -> list[str]:

@@ -1,12 +1,13 @@
 """Runs of every learner and recipe: stopped and resumed, measured or not, they end with the same bits."""
 
 import json
+import os
 
 import kill
 import pytest
 import torch
 from test_folders import write_classes
-from test_resume import TINY, refused, resume, small, stop_at  # noqa: F401
+from test_resume import TINY, refused, resume, small, stop_at, train, whole  # noqa: F401
 
 import meta
 import miniimagenet_train
@@ -70,6 +71,21 @@ def test_testing_on_other_images_needs_only_their_test_split(tmp_path):
     omniglot_train.main(["--test", str(run)])
     again, result = (json.loads((run / name).read_text()) for name in ("test-2tasks-2qry-10steps.json", "result.json"))
     assert again == result
+
+
+@pytest.mark.slow
+def test_flags_reach_meta_and_torch(tmp_path, monkeypatch, whole):
+    """--clip, --deterministic, --nc_every_late."""
+    monkeypatch.setattr(meta, "LATE", 4)
+    train(tmp_path / "clipped", "--clip", "1e-4")
+    run = train(tmp_path / "run", "--clip", "1e4", "--deterministic", "--nc_every", "1", "--nc_every_late", "3")
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    one, two, none = (kill.state(folder)["weights"] for folder in (tmp_path / "clipped", run, whole))
+    assert kill.differences(one, none) and not kill.differences(two, none)
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row.get("classes") == "train"] == [0, 1, 2, 3, 6]
+    train(tmp_path / "other", "--epoch", "1")
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_recipes():

@@ -1,7 +1,6 @@
 """A run can be stopped at any moment and continues as if nothing had happened; what prevents it is one line."""
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -15,7 +14,6 @@ import pytest
 import torch
 
 import checkpoint
-import meta
 import omniglot_train
 import record
 import synthetic
@@ -23,7 +21,6 @@ import training
 from device import Signals, Stopped
 from files import UserError, locked
 from meta import Meta
-from tasks import Sampler, Tasks
 
 TINY = ("--synthetic --device cpu --task_num 2 --n_way 2 --k_qry 2 --update_step 1 --update_step_test 1 --epoch 8 "
         "--eval_every 3 --eval_tasks 6 --test_tasks 6 --nc_every 2 --save_every 2").split()
@@ -183,8 +180,8 @@ def test_a_longer_run_is_the_longer_run(whole, tmp_path, monkeypatch, capsys):
 
 def test_resuming_takes_the_runs_own_flags_and_where_it_happens(stopped, whole, tmp_path):
     """A half-written line of the log is cut off; minutes add up."""
-    found = checkpoint.read(stopped / "checkpoint.pt", CPU, "")
-    checkpoint.write(stopped / "checkpoint.pt", found | {"minutes": 60.0})
+    saved = checkpoint.read(stopped / "checkpoint.pt", CPU, "")
+    checkpoint.write(stopped / "checkpoint.pt", saved | {"minutes": 60.0})
     with (stopped / "log.jsonl").open("a") as log:
         log.write('{"kind": "train", "step": 5, "lo')
     resume(stopped, *TINY, "--save_every", "3", "--cuda_graph", "--root", "x", "--cache", str(tmp_path / "cache"))
@@ -275,16 +272,16 @@ class Code:
 
 
 @pytest.mark.parametrize("change, line", [
-    (lambda found: {"weights": found["weights"], "step": 3, "val_accuracy": 0.5}, "is damaged, or not of this program"),
-    (lambda found: found | {"best": Code()}, "is damaged, or not of this program"),
-    (lambda found: found | {"step": -1}, "is damaged, or not of this program"),
-    (lambda found: found | {"of": found["of"] | {"update_lr": 0.1}}, "is of a run with update_lr 0.1, and here it is"),
-    (lambda found: found | {"of": found["of"] | {"device": "cuda"}}, "is of a run with device cuda, and here it is"),
-    (lambda found: found | {"weights": {name: weight[:1] for name, weight in found["weights"].items()}}, "is damaged"),
-    (lambda found: found | {"adam": {"state": {i: values | {"exp_avg": torch.zeros(3)} for i, values in
-                                               found["adam"]["state"].items()}}}, "is damaged"),
-    (lambda found: found | {"tasks": torch.zeros(3)}, "is damaged"),
-    (lambda found: found | {"log_bytes": 10**9}, "log.jsonl is missing or cut"),
+    (lambda saved: {"weights": saved["weights"], "step": 3, "val_accuracy": 0.5}, "is damaged, or not of this program"),
+    (lambda saved: saved | {"best": Code()}, "is damaged, or not of this program"),
+    (lambda saved: saved | {"step": -1}, "is damaged, or not of this program"),
+    (lambda saved: saved | {"of": saved["of"] | {"update_lr": 0.1}}, "is of a run with update_lr 0.1, and here it is"),
+    (lambda saved: saved | {"of": saved["of"] | {"device": "cuda"}}, "is of a run with device cuda, and here it is"),
+    (lambda saved: saved | {"weights": {name: weight[:1] for name, weight in saved["weights"].items()}}, "is damaged"),
+    (lambda saved: saved | {"adam": {"state": {i: values | {"exp_avg": torch.zeros(3)} for i, values in
+                                               saved["adam"]["state"].items()}}}, "is damaged"),
+    (lambda saved: saved | {"tasks": torch.zeros(3)}, "is damaged"),
+    (lambda saved: saved | {"log_bytes": 10**9}, "log.jsonl is missing or cut"),
 ])
 def test_a_foreign_checkpoint_is_refused(change, line, stopped, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -319,134 +316,3 @@ def test_a_folder_in_use_is_refused(stopped, tmp_path, monkeypatch):
         train(new)
     assert ended.value.code == 7
     assert sorted(path.name for path in new.iterdir()) == ["args.json", "best.pt", "checkpoint.pt", "log.jsonl"]
-
-
-# ---- no space, no right, no memory
-
-
-@contextlib.contextmanager
-def limit(kind: str, bound: int):
-    """A soft limit of this process."""
-    resource = pytest.importorskip("resource")
-    kind = getattr(resource, f"RLIMIT_{kind}")
-    soft, hard = resource.getrlimit(kind)
-    resource.setrlimit(kind, (bound, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(kind, (soft, hard))
-
-
-@pytest.mark.slow
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, whole):
-    size = (whole / "checkpoint.pt").stat().st_size
-    run = train(tmp_path / "run", "--epoch", "2")
-    good = (run / "checkpoint.pt").read_bytes()
-    with limit("FSIZE", size - 1000):
-        assert "checkpoint.pt: File too large; free some space" in refused("--resume", str(run), "--epoch", "8")
-    assert (run / "checkpoint.pt").read_bytes() == good
-    assert not list(run.glob(".*"))
-    resume(run)
-    same(run, whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("call, name", [(0, "checkpoint.pt"), (1, "args.json"), (2, "log.jsonl"), (4, "best.pt")])
-def test_a_disk_that_is_full_only_when_it_is_flushed(call, name, tmp_path, monkeypatch, whole):
-    """As over a network and with quotas: fsync fails once."""
-    calls, original, run = iter(range(1000)), os.fsync, tmp_path / "run"
-
-    def full(descriptor: int) -> None:
-        if next(calls) == call:
-            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-        original(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        said = refused(*TINY, "--out", str(run))
-    assert said.startswith(f"can't write {run / name}: {os.strerror(errno.EDQUOT)}; free some space")
-    assert not run.exists() or not list(run.glob(".*"))
-    if call > 1:
-        resume(run)
-        same(run, whole)
-
-
-@pytest.mark.parametrize("out", ["file/run", "file", "a\0b", "x" * 300])
-def test_folders_that_can_be_none(out, tmp_path):
-    (tmp_path / "file").write_text("here")
-    assert "name another" in refused(*TINY, "--out", str(tmp_path / out))
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_out_of_memory_names_the_flag(tmp_path):
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    with limit("AS", used + 2**28):
-        large = ["--task_num", "50", "--n_way", "3", "--k_spt", "2", "--update_step", "50"]
-        said = refused(*TINY, *large, "--out", str(tmp_path / "big"))
-    assert said == ("out of memory; lower --task_chunk (now as fits the device) to hold fewer tasks at once, "
-                    "or take another --device than cpu")
-
-
-# ---- numbers
-
-
-def break_tasks(monkeypatch, step: int, task: int) -> None:
-    """One pixel of one task isn't a number; its loss isn't, then."""
-    calls, original = iter(range(1000)), Sampler.gather
-
-    def broken(sampler, *args, **options) -> Tasks:
-        tasks = original(sampler, *args, **options)
-        if sampler.turns > 1 and not options and drawn.setdefault(tasks.x_qry.sum().item(), next(calls)) == step:
-            tasks.x_qry[task, 0] = float("nan")
-        return tasks
-
-    drawn = {}  # tasks drawn again are the same ones
-    monkeypatch.setattr(Sampler, "gather", broken)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, stopped):
-    run = tmp_path / "new"
-    with monkeypatch.context() as patch:
-        break_tasks(patch, 5, 1)
-        said = refused(*TINY, "--out", str(run))
-    assert said.startswith(f"step 5: the loss of task 1 is not finite; its weights and tasks are in {run}/nonfinite.pt")
-    for flag in ("--update_lr (0.4)", "--meta_lr (0.001)", "--clip", "--skip_nonfinite", f"_args {run}/args.json"):
-        assert flag in said
-    found, reached = (checkpoint.read(path, CPU, "") for path in (run / "nonfinite.pt", stopped / "checkpoint.pt"))
-    assert found["step"] == 5 and found["losses"].isfinite().tolist() == [True, False]
-    assert found["tasks"]["x_qry"].isnan().any()
-    for part in ("weights", "adam"):
-        assert not kill.differences(found[part], reached[part])
-    steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
-    assert max(steps) == 4  # nothing of the step that failed
-
-
-@pytest.mark.slow
-def test_skipping_continues_and_counts(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    break_tasks(monkeypatch, 5, 1)
-    train(run, "--skip_nonfinite")
-    assert json.loads((run / "result.json").read_text())["skipped_updates"] == 1
-    found = checkpoint.read(run / "checkpoint.pt", CPU, "")
-    assert (found["step"], found["updates"]) == (8, 7)
-
-
-def test_a_learning_rate_that_is_too_high(tmp_path):
-    said = refused(*TINY, "--update_lr", "1e38", "--out", str(tmp_path / "run"))
-    assert said.startswith("step 0: ") and "is not finite" in said and "--update_lr (1e+38)" in said
-    assert said in refused("--resume", str(tmp_path / "run"))  # again and again
-
-
-@pytest.mark.slow
-def test_flags_reach_meta_and_torch(tmp_path, monkeypatch, whole):
-    """--clip, --deterministic, --nc_every_late."""
-    monkeypatch.setattr(meta, "LATE", 4)
-    train(tmp_path / "clipped", "--clip", "1e-4")
-    run = train(tmp_path / "run", "--clip", "1e4", "--deterministic", "--nc_every", "1", "--nc_every_late", "3")
-    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    one, two, none = (kill.state(folder)["weights"] for folder in (tmp_path / "clipped", run, whole))
-    assert kill.differences(one, none) and not kill.differences(two, none)
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if row.get("classes") == "train"] == [0, 1, 2, 3, 6]
-    train(tmp_path / "other", "--epoch", "1")
-    assert not torch.are_deterministic_algorithms_enabled()

@@ -1,0 +1,133 @@
+"""A run that fails says why in one line: a full disk, no memory, numbers that are not finite. It can be resumed."""
+
+import contextlib
+import errno
+import json
+import os
+from pathlib import Path
+
+import kill
+import pytest
+import torch
+from test_resume import TINY, refused, resume, same, small, stopped, stopped_once, train, whole  # noqa: F401
+
+import checkpoint
+from tasks import Sampler, Tasks
+
+CPU = torch.device("cpu")
+
+
+# ---- no space, no right, no memory
+
+
+@contextlib.contextmanager
+def limit(kind: str, bound: int):
+    """A soft limit of this process."""
+    resource = pytest.importorskip("resource")
+    kind = getattr(resource, f"RLIMIT_{kind}")
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (bound, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, whole):
+    size = (whole / "checkpoint.pt").stat().st_size
+    run = train(tmp_path / "run", "--epoch", "2")
+    good = (run / "checkpoint.pt").read_bytes()
+    with limit("FSIZE", size - 1000):
+        assert "checkpoint.pt: File too large; free some space" in refused("--resume", str(run), "--epoch", "8")
+    assert (run / "checkpoint.pt").read_bytes() == good
+    assert not list(run.glob(".*"))
+    resume(run)
+    same(run, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call, name", [(0, "checkpoint.pt"), (1, "args.json"), (2, "log.jsonl"), (4, "best.pt")])
+def test_a_disk_that_is_full_only_when_it_is_flushed(call, name, tmp_path, monkeypatch, whole):
+    """As over a network and with quotas: fsync fails once."""
+    calls, original, run = iter(range(1000)), os.fsync, tmp_path / "run"
+
+    def full(descriptor: int) -> None:
+        if next(calls) == call:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        original(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        said = refused(*TINY, "--out", str(run))
+    assert said.startswith(f"can't write {run / name}: {os.strerror(errno.EDQUOT)}; free some space")
+    assert not run.exists() or not list(run.glob(".*"))
+    if call > 1:
+        resume(run)
+        same(run, whole)
+
+
+@pytest.mark.parametrize("out", ["file/run", "file", "a\0b", "x" * 300])
+def test_folders_that_can_be_none(out, tmp_path):
+    (tmp_path / "file").write_text("here")
+    assert "name another" in refused(*TINY, "--out", str(tmp_path / out))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_out_of_memory_names_the_flag(tmp_path):
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    with limit("AS", used + 2**28):
+        large = ["--task_num", "50", "--n_way", "3", "--k_spt", "2", "--update_step", "50"]
+        said = refused(*TINY, *large, "--out", str(tmp_path / "big"))
+    assert said == ("out of memory; lower --task_chunk (now as fits the device) to hold fewer tasks at once, "
+                    "or take another --device than cpu")
+
+
+# ---- numbers
+
+
+def break_tasks(monkeypatch, step: int, task: int) -> None:
+    """One pixel of one task isn't a number; its loss isn't, then."""
+    calls, original = iter(range(1000)), Sampler.gather
+
+    def broken(sampler, *args, **options) -> Tasks:
+        tasks = original(sampler, *args, **options)
+        if sampler.turns > 1 and not options and drawn.setdefault(tasks.x_qry.sum().item(), next(calls)) == step:
+            tasks.x_qry[task, 0] = float("nan")
+        return tasks
+
+    drawn = {}  # tasks drawn again are the same ones
+    monkeypatch.setattr(Sampler, "gather", broken)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, stopped):
+    run = tmp_path / "new"
+    with monkeypatch.context() as patch:
+        break_tasks(patch, 5, 1)
+        said = refused(*TINY, "--out", str(run))
+    assert said.startswith(f"step 5: the loss of task 1 is not finite; its weights and tasks are in {run}/nonfinite.pt")
+    for flag in ("--update_lr (0.4)", "--meta_lr (0.001)", "--clip", "--skip_nonfinite", f"_args {run}/args.json"):
+        assert flag in said
+    failed, before = (checkpoint.read(path, CPU, "") for path in (run / "nonfinite.pt", stopped / "checkpoint.pt"))
+    assert failed["step"] == 5 and failed["losses"].isfinite().tolist() == [True, False]
+    assert failed["tasks"]["x_qry"].isnan().any()
+    for part in ("weights", "adam"):
+        assert not kill.differences(failed[part], before[part])
+    steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert max(steps) == 4  # nothing of the step that failed
+
+
+@pytest.mark.slow
+def test_skipping_continues_and_counts(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    break_tasks(monkeypatch, 5, 1)
+    train(run, "--skip_nonfinite")
+    assert json.loads((run / "result.json").read_text())["skipped_updates"] == 1
+    saved = checkpoint.read(run / "checkpoint.pt", CPU, "")
+    assert (saved["step"], saved["updates"]) == (8, 7)
+
+
+def test_a_learning_rate_that_is_too_high(tmp_path):
+    said = refused(*TINY, "--update_lr", "1e38", "--out", str(tmp_path / "run"))
+    assert said.startswith("step 0: ") and "is not finite" in said and "--update_lr (1e+38)" in said
+    assert said in refused("--resume", str(tmp_path / "run"))  # again and again
