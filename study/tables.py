@@ -318,11 +318,18 @@ def tests(study: Study) -> str:
             cells = [over(lambda after, k=k: number(after.get(k, (None,))[0]), 100)(runs) for k in inner]
             spread = fixed(max(100 * after[max(after)][1] for after in runs), 2)
             first = study[name][0]
-            published = PUBLISHED.get((first.data, first.settings["n_way"], first.settings["k_spt"]), "")
             kind = [str(len(runs)), f"{first.arguments['meta_steps']:,}", str(queries), "yes" if transductive else "no"]
-            rows.append([SETTINGS[name].label, *kind, *cells, spread, published])
+            rows.append([SETTINGS[name].label, *kind, *cells, spread, published(first)])
     header = ["", "seeds", "meta-steps", "queries per class", "transductive", *(f"inner steps: {k}, %" for k in inner)]
     return table([*header, "± over tasks", "published"], rows) if rows else ""
+
+
+def published(run: Run) -> str:
+    """MAML's published accuracy on the run's tasks; "" if there is none, or if MAML did not train on the true labels."""
+    settings = run.settings
+    if settings["learner"] != "maml" or settings["random_labels"]:
+        return ""
+    return PUBLISHED.get((run.data, settings["n_way"], settings["k_spt"]), "")
 
 
 def machine(run: Run) -> str:
@@ -349,7 +356,7 @@ def runs(study: Study, columns: Sequence[str] = ()) -> str:
             "each seed, classifier, ± over tasks": "<br>".join(
                 f"{run.settings['seed']}: {fixed(100 * test['accuracy'][-1], 2)} ± {fixed(100 * test['ci95'][-1], 2)}"
                 for run, test in zip(group, tests)),
-            "published": PUBLISHED.get((run.data, test["n_way"], test["k_spt"]), ""),
+            "published": published(run),
             "minutes": " to ".join(map(str, dict.fromkeys((minutes[0], minutes[-1])))),
             "machine": "; ".join(dict.fromkeys(map(machine, group))),
         })  # fmt: skip

@@ -280,6 +280,17 @@ def test_a_long_run_and_its_tests(home):
     assert rows[2][5:11] == ["20.0", "90.0", "98.5", "–", "–", "0.20"]
 
 
+@pytest.mark.parametrize("options, expected", [
+    ({}, "98.7 ± 0.4 / 98.3 ± 0.5"), ({"first_order": True, "k_spt": 5}, "99.9 ± 0.1 / 99.2 ± 0.2"),
+    ({"learner": "anil"}, ""), ({"random_labels": True}, ""), ({"name": "my photographs"}, ""),
+])  # fmt: skip
+def test_published_is_maml_with_true_labels(options, expected, tmp_path):
+    nc_logs.write_run(tmp_path / "paper-omniglot-5w1s-seed1", **options)
+    for table in (tables.runs, tables.accuracies, tables.tests):
+        header, _, row, *_ = (line[2:-2].split(" | ") for line in table(Study(tmp_path)).split("\n"))
+        assert dict(zip(header, row))["published"] == expected
+
+
 def test_a_setting_whose_runs_differ_is_refused(tmp_path):
     nc_logs.write_run(tmp_path / "omniglot-5w1s-seed1")
     nc_logs.write_run(tmp_path / "omniglot-5w1s-seed2", seed=2, k_spt=5)
