@@ -7,7 +7,7 @@
     python plot_nc.py RUN RUN --figure metrics another figure, into the first RUN; other settings in other colours
 
 A RUN is a run's folder, or its log next to args.json. The meta model has the weights before adaptation, the finetuned
-one those after the inner steps. study/figures.py draws; nothing here needs torch.
+one those after the inner steps. study/figures.py and study/report.py draw; nothing here needs torch.
 """
 
 import python_version  # first: the others do not parse on an older Python  # noqa: F401, I001
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import matplotlib
 
-from study import figures
+from study import figures, report
 from study.logs import HOME, Parser, Study, UserError, one_line, read_groups, run_program
 
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def draw(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
-    """Draw the runs that the command line names, or the study's; say what was written.
+    """Draw the runs that the command line names, or the report's figures; print what was written.
 
     Raises:
         UserError: a run can't be read or drawn.
@@ -46,14 +46,15 @@ def draw(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
         matplotlib.rcParams.update(figures.STYLE)
         if options.runs:
             groups = read_groups(options.runs)
-            for run, *_ in groups if options.layer else ():
-                if options.layer not in run.layers:
+            for run, *_ in groups:
+                if options.layer and options.layer not in run.layers:
                     raise UserError(f"no layer {options.layer!r} in {run.path}; there are: {', '.join(run.layers)}")
             name = "result.png" if options.figure == "traces" else f"{options.figure}.png"
-            drawn = {options.output or groups[0][0].path / name: figures.ANY[options.figure](groups, options.layer)}
+            path = options.output or groups[0][0].path / name
+            figure_of_path = {path: figures.ANY[options.figure](groups, options.layer)}
         else:
-            drawn = {home / name: figure for name, figure in figures.report(Study(home / "res")).items()}
-        for path, figure in drawn.items():
+            figure_of_path = {home / name: figure for name, figure in report.figures(Study(home / "res")).items()}
+        for path, figure in figure_of_path.items():
             figures.save(figure, path)
             print(one_line(f"wrote {path}"))
 

@@ -1,23 +1,23 @@
-"""One number of a run, and its interval: over seeds by Student's t, over the tasks of a seed by bootstrap.
+"""Single numbers of a run, and their intervals: over seeds by Student's t, over the tasks of a seed by bootstrap.
 
 "The end" of a run is the mean over the measurements of the last tenth of training. Held-out tasks are the same at every
-measurement and for every seed, so an interval over seeds does not cover their choice: `over_tasks` does.
+measurement and for every seed, so an interval over seeds does not cover their choice; `share_over_tasks` does.
+
+A number is of held-out tasks and at the classifier's input if nothing else is said.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from study.logs import Run, Series, UserError, number
 
-END_SHARE = 0.1  # the part of training, at its end, whose measurements are averaged
-HIDDEN = -2      # the classifier's input: layers are named, or counted as in a list
-LATE = 1_000     # meta-steps: correlations and drops are of the checkpoints from here on, past the steep beginning
-
-MISSING = "–"  # what stands for a number that is not defined or not logged
+END_SHARE = 0.1  # the last part of training, whose measurements are averaged
+HIDDEN = -2      # the classifier's input; a layer is a name, or an index into the run's layers
+LATE = 1_000     # correlations and drops use the checkpoints from this meta-step on, after the steep beginning
 
 # 97.5% points of Student's t for 1..10 degrees of freedom; beyond them the last one, which is slightly too wide.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -29,41 +29,6 @@ class Estimate(NamedTuple):
     mean: float
     low: float
     high: float
-
-
-# ---- numbers as text
-
-
-def written(estimate: Estimate) -> str:
-    """ "0.352 ± 0.021", or "0.78 [0.48, 0.91]" if not symmetric, to two digits of the half-width, one if above 35."""
-    mean, low, high = estimate
-    half = (high - low) / 2
-    if not half > 1e-9 * abs(mean):  # a single seed, or rounding alone
-        return short(mean)
-    decimals = 1 - math.floor(math.log10(half))
-    decimals = min(max(decimals - (half * 10**decimals > 35), 0), 4)
-    mean_text, low_text, high_text, half_text = (fixed(value, decimals) for value in (mean, low, high, half))
-    symmetric = math.isclose(mean - low, high - mean, rel_tol=1e-6)
-    return f"{mean_text} ± {half_text}" if symmetric else f"{mean_text} [{low_text}, {high_text}]"
-
-
-def short(value: float) -> str:
-    """Two significant digits, or one decimal."""
-    if not math.isfinite(value):
-        return MISSING
-    return fixed(value, max(1 - math.floor(math.log10(abs(value))), 1) if value else 1)
-
-
-def fixed(value: float, decimals: int) -> str:
-    return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "\N{MINUS SIGN}")
-
-
-def correlated(estimate: Estimate) -> str:
-    """A correlation and its interval, to two decimals."""
-    if not math.isfinite(estimate.mean):
-        return MISSING
-    mean, low, high = (fixed(value, 2) if math.isfinite(value) else MISSING for value in estimate)
-    return mean if low == MISSING else f"{mean} [{low}, {high}]"
 
 
 # ---- intervals
@@ -80,50 +45,45 @@ def over_seeds(values: Sequence[float]) -> Estimate:
 
 
 def correlations_over_seeds(values: Sequence[float]) -> Estimate:
-    """The same for correlations, through Fisher's z, which keeps the interval within -1 and 1."""
+    """Mean and t interval of correlations by Fisher's z, which keeps the interval within -1 and 1."""
     with np.errstate(divide="ignore"):
         return Estimate(*map(math.tanh, over_seeds(np.arctanh(np.array(values, float)))))
 
 
-def bootstrap(values: np.ndarray, draws: int = 2000) -> Estimate:
-    """Mean over tasks [T] and the 95% percentile interval of resampled means; the same at every call."""
-    values = np.asarray(values, float)
-    drawn = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    return Estimate(float(values.mean()), *map(float, np.percentile(values[drawn].mean(1), (2.5, 97.5))))
+def share_over_tasks(run: Run) -> float:
+    """Half of the 95% interval over held-out tasks of the adapted relative within trace at the end of one run.
 
-
-def over_tasks(run: Run, model: str, metric: str) -> float:
-    """Half of the 95% interval over held-out tasks, at the end of one run, at the classifier's input.
-
-    By bootstrap of the logged values of each task, where the log has them; else 1.96 standard errors.
+    The percentile interval of 2,000 resampled means, if the log has the traces of each task; else 1.96 standard errors.
     """
-    names = ("within", "between") if metric == "relative_within" else (metric,)
-    rows = [row.get("per_task", {}).get(model, {})
+    rows = [row.get("per_task", {}).get("finetuned", {})
             for step, row in run.rows["heldout"].items() if step >= end_from(run)]
-    if rows and all(name in row for row in rows for name in names):
-        values = np.array([[row[name] for row in rows] for name in names], float)  # [1 or 2, steps, tasks]
-        values = values[0] / values.sum(0) if metric == "relative_within" else values[0]
-        _, low, high = bootstrap(values.mean(0))  # the same tasks at every measurement
-        return (high - low) / 2
-    logged_series = series(run, "heldout", model, metric)
-    return 1.96 * float(logged_series.se[logged_series.steps >= end_from(run)].mean())
+    if not rows or any(trace not in row for row in rows for trace in ("within", "between")):
+        steps, _, se = series(run, "heldout", "finetuned", "relative_within")
+        return 1.96 * mean_at_end(run, steps, se)
+    traces = np.array([[row[trace] for row in rows] for trace in ("within", "between")], float)  # [2, S, T]
+    shares = within_share(traces).mean(0)  # [T], as the tasks are the same at every measurement
+    drawn = np.random.default_rng(0).integers(len(shares), size=(2_000, len(shares)))
+    low, high = np.percentile(shares[drawn].mean(1), (2.5, 97.5))
+    return float(high - low) / 2
 
 
 # ---- numbers of one run
 
 
 def end_from(run: Run) -> float:
-    """The meta-step from which on a measurement counts to the end."""
+    """The meta-step from which on measurements belong to the end."""
     return (1 - END_SHARE) * run.last_step
 
 
 def series(run: Run, split: str, model: str, metric: str, layer: int | str = HIDDEN) -> Series:
-    """As logged, but "cdnv_unbiased" is `unbiased_cdnv` of the mean CDNV: defined near noise, and in older logs."""
-    layer = layer if isinstance(layer, str) else run.layers[max(layer, -len(run.layers))]
-    if metric == "cdnv_unbiased":
-        steps, mean, se = run.series(split, model, "cdnv", layer)
-        return Series(steps, unbiased_cdnv(mean, run.queries), se * unbiased_cdnv(mean, run.queries) / mean)
-    return run.series(split, model, metric, layer)
+    """A logged metric; "cdnv_unbiased" is `unbiased_cdnv` of the mean CDNV, so that older logs have it too."""
+    if isinstance(layer, int):
+        layer = run.layers[max(layer, -len(run.layers))]
+    if metric != "cdnv_unbiased":
+        return run.series(split, model, metric, layer)
+    steps, mean, se = run.series(split, model, "cdnv", layer)
+    unbiased = unbiased_cdnv(mean, run.queries)
+    return Series(steps, unbiased, se * unbiased / mean)
 
 
 def logged(run: Run, model: str, metric: str) -> bool:
@@ -131,92 +91,98 @@ def logged(run: Run, model: str, metric: str) -> bool:
 
 
 def unbiased_cdnv(measured: np.ndarray, queries: int) -> np.ndarray:
-    """CDNV without the bias of means over few queries, to first order; nan where noise is all there is.
+    """CDNV without the bias of means over few queries, to first order; nan if all is noise.
 
-    Means of n samples shorten the spread by (n-1)/n and lengthen a squared distance d by 2v/n, so that V = v/d is
+    Means of n samples reduce the variance v by (n-1)/n and increase a squared distance d by 2v/n. So V = v/d is
     measured as m = V (n-1)/n / (1 + 2V/n). Solved for V.
     """
-    left = queries - 1 - 2 * np.asarray(measured, float)
-    return queries * measured / np.where(left > 0, left, np.nan)
+    denominator = queries - 1 - 2 * np.asarray(measured, float)
+    return queries * measured / np.where(denominator > 0, denominator, np.nan)
 
 
-def at(run: Run, split: str, model: str, metric: str, step: int, layer: int | str = HIDDEN) -> float:
-    """The metric at a measured step.
+def untrained(run: Run, model: str, metric: str, layer: int | str = HIDDEN) -> float:
+    """The measurement at step 0.
 
     Raises:
         UserError: nothing was measured then.
     """
-    logged_series = series(run, split, model, metric, layer)
-    if step not in logged_series.steps:
-        raise UserError(f"{run.path} has no measurement ({split}) at step {step}; train it from the start")
-    return float(logged_series.mean[logged_series.steps == step][0])
-
-
-def untrained(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
-    return at(run, split, model, metric, 0, layer)
+    steps, mean, _ = series(run, "heldout", model, metric, layer)
+    if 0 not in steps:
+        raise UserError(f"{run.path} has no measurement (heldout) at step 0; train it from the start")
+    return float(mean[steps == 0][0])
 
 
 def end(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
-    """The mean over the measurements of the last tenth of training; nan without any."""
-    logged_series = series(run, split, model, metric, layer)
-    used = logged_series.mean[logged_series.steps >= end_from(run)]
-    return float(used.mean()) if len(used) else math.nan
+    """The mean over the measurements of the last tenth of training; nan if there are none."""
+    steps, mean, _ = series(run, split, model, metric, layer)
+    return mean_at_end(run, steps, mean)
 
 
-def growth(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
+def mean_at_end(run: Run, steps: np.ndarray, values: np.ndarray) -> float:
+    """Mean of the values [S] measured in the last tenth of training; nan if there are none."""
+    late = values[steps >= end_from(run)]
+    return float(late.mean()) if len(late) else math.nan
+
+
+def growth(run: Run, model: str, metric: str) -> float:
     """The end as a multiple of the untrained network."""
-    return end(run, model, metric, layer, split) / untrained(run, model, metric, layer, split)
+    return end(run, model, metric) / untrained(run, model, metric)
 
 
-def lowest(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
+def lowest(run: Run, model: str, metric: str) -> float:
     """The smallest value of the run as a multiple of the untrained network's."""
-    logged_series = series(run, split, model, metric, layer)
-    return float(logged_series.mean.min()) / untrained(run, model, metric, layer, split)
+    return float(series(run, "heldout", model, metric).mean.min()) / untrained(run, model, metric)
 
 
-def adapted_minus_meta(run: Run, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
-    return end(run, "finetuned", metric, layer, split) - end(run, "meta", metric, layer, split)
+def adapted_minus_meta(run: Run, metric: str, layer: int | str = HIDDEN) -> float:
+    return end(run, "finetuned", metric, layer) - end(run, "meta", metric, layer)
 
 
-def heldout_minus_train(run: Run, model: str, metric: str, layer: int | str = HIDDEN) -> float:
-    return end(run, model, metric, layer) - end(run, model, metric, layer, "train")
-
-
-def nearest_mean(run: Run, model: str) -> float:
-    """Accuracy of the nearest support mean at the classifier's input, at the end, on held-out tasks."""
-    return end(run, model, "ncc_accuracy")
+def heldout_minus_train(run: Run, model: str, metric: str) -> float:
+    return end(run, model, metric) - end(run, model, metric, split="train")
 
 
 def matched_dimension(run: Run, model: str) -> float:
-    """`matching_dimension` of the ETF error at the end, on held-out tasks."""
+    """`matching_dimension` of the ETF error at the end."""
     return matching_dimension(end(run, model, "etf_error"), run.settings["n_way"])
 
 
 def accuracy_at_end(run: Run, inner_step: int, split: str = "heldout") -> float:
     """Query accuracy of the classifier after so many inner steps; -1: after the last one."""
     steps, values = run.along_inner_loop(split, "accuracy")
-    late = values[steps >= end_from(run)]
-    return float(late[:, inner_step].mean()) if len(late) else math.nan
+    return mean_at_end(run, steps, values[:, inner_step]) if len(steps) else math.nan
 
 
-def logit_share(run: Run, model: str, suffix: str, step: int | None) -> float:
-    """within / (within + between) of the mean traces of the logits, training tasks, at a step; None: at the end.
+def logit_traces(run: Run, model: str, suffix: str) -> tuple[np.ndarray, np.ndarray]:
+    """Meta-steps [S], and the traces of the logits within and between classes, training tasks [2, S].
 
-    With the suffix "_original", of what the original took for the traces; with "", of the traces by label.
+    By label with the suffix ""; with "_original", what the original took for them.
     """
-    names = f"within{suffix}", f"between{suffix}"
-    within, between = (end(run, model, name, -1, "train") if step is None else at(run, "train", model, name, step, -1)
-                       for name in names)  # fmt: skip
-    return within / (within + between)
+    within, between = (series(run, "train", model, trace + suffix, -1) for trace in ("within", "between"))
+    return within.steps, np.array([within.mean, between.mean])
+
+
+def within_share(traces: np.ndarray | Sequence) -> np.ndarray:
+    """within / (within + between): [2, ...] -> [...]."""
+    return traces[0] / (traces[0] + traces[1])
+
+
+def logit_share_change(run: Run, model: str, suffix: str, start: int) -> float:
+    """Change of the relative within trace of the logits, from the measurement nearest to step `start` to the end."""
+    steps, traces = logit_traces(run, model, suffix)
+    start_traces = traces[:, np.abs(steps - start).argmin()]
+    end_traces = [mean_at_end(run, steps, trace) for trace in traces]
+    return float(within_share(end_traces) - within_share(start_traces))
 
 
 # ---- collapse against accuracy
 
 
-def held_out_error(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Meta-steps and the error of the adapted classifier on held-out tasks."""
+def late_error(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Meta-steps from LATE on, and the error of the adapted classifier on held-out tasks then: [S], [S]."""
     steps, values = run.along_inner_loop("heldout", "accuracy")
-    return steps, 1 - values[:, -1]
+    late = steps >= LATE
+    return steps[late], 1 - values[late, -1]
 
 
 def detrended(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -226,45 +192,44 @@ def detrended(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def smoothed(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Each point the mean of the defined ones within 10% of its step: [S], [S] -> [S]."""
+    """Each value becomes the mean of the defined ones within 10% of its step: [S], [S] -> [S]."""
     defined = np.isfinite(values)
     near = (np.abs(steps[:, None] - steps) <= 0.1 * steps[:, None]) & defined
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(defined, near @ np.where(defined, values, 0) / near.sum(1), np.nan)
 
 
-def residuals(run: Run, model: str, metric: str, layer: int | str, first: int = LATE) -> tuple[np.ndarray, np.ndarray]:
-    """Log metric and log held-out error from meta-step `first` on, each minus its trend; empty if undefined."""
-    steps, error = held_out_error(run)
+def residuals(run: Run, model: str, metric: str, layer: int | str) -> tuple[np.ndarray, np.ndarray]:
+    """Log metric and log held-out error from meta-step LATE on, each minus its trend; empty if undefined."""
+    steps, error = late_error(run)
     metric_steps, values, _ = series(run, "heldout", model, metric, layer)
-    used = steps >= max(first, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        pair = [np.log(one[used]) for one in (values, error)]
-    if used.sum() < 4 or not np.isfinite(pair).all():  # a line fits two points of three; 0 has no logarithm
+        logs = np.log([values[metric_steps >= LATE], error])
+    if len(steps) < 4 or not np.isfinite(logs).all():  # three points are too few for a trend; 0 has no logarithm
         return np.empty(0), np.empty(0)
-    return detrended(steps[used], pair[0]), detrended(steps[used], pair[1])
+    return detrended(steps, logs[0]), detrended(steps, logs[1])
 
 
-def correlation(run: Run, model: str, metric: str, layer: int | str, first: int = LATE) -> float:
-    """Of these residuals: whether a checkpoint more collapsed than its neighbours is more accurate too."""
-    x, y = residuals(run, model, metric, layer, first)
+def correlation(run: Run, model: str, metric: str, layer: int | str) -> float:
+    """Of the `residuals`: positive if checkpoints less collapsed than their neighbours are less accurate."""
+    x, y = residuals(run, model, metric, layer)
     with np.errstate(invalid="ignore", divide="ignore"):
         return float(np.corrcoef(x, y)[0, 1]) if len(x) else math.nan
 
 
-def error_spread(run: Run, first: int = LATE) -> float:
-    """Standard deviation of log held-out error minus its trend: 0.1 is a tenth of the error."""
-    steps, error = held_out_error(run)
-    used = steps >= max(first, 1)
-    if used.sum() < 4 or not error[used].all():
+def error_spread(run: Run) -> float:
+    """Standard deviation of log held-out error minus its trend, from meta-step LATE on: 0.1 is a tenth of the error."""
+    steps, error = late_error(run)
+    if len(steps) < 4 or not error.all():
         return math.nan
-    return float(np.sqrt((detrended(steps[used], np.log(error[used])) ** 2).sum() / (used.sum() - 2)))
+    deviations = detrended(steps, np.log(error))
+    return float(np.sqrt((deviations**2).sum() / (len(steps) - 2)))
 
 
-def largest_drop(run: Run, first: int = LATE) -> float:
-    """The largest drop of held-out accuracy from one checkpoint to the next."""
-    steps, error = held_out_error(run)
-    return float(np.diff(error[steps >= first]).max()) if (steps >= first).sum() > 1 else math.nan
+def largest_drop(run: Run) -> float:
+    """The largest drop of held-out accuracy from one checkpoint to the next, from meta-step LATE on."""
+    _, error = late_error(run)
+    return float(np.diff(error).max()) if len(error) > 1 else math.nan
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
@@ -280,15 +245,9 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 # ---- of saved weights (controls.json, result.json), else of the log
 
 
-def control_of(run: Run, kind: str) -> dict | None:
-    """What controls.json has under the name `kind`, or the first name that begins with it."""
-    controls = run.controls()
-    return controls.get(kind) or next((controls[name] for name in controls if name.startswith(kind)), None)
-
-
 def measured(run: Run, model: str, metric: str, kind: str = "final") -> float:
-    """At the classifier's input, on the test tasks of controls.json; without it, of the log's held-out tasks."""
-    if control := control_of(run, kind):
+    """On the test tasks of the control `kind` in controls.json; without it, from the log, of held-out tasks."""
+    if control := run.controls().get(kind):
         values = control.get(model, {}).get("cdnv" if metric == "cdnv_unbiased" else metric, {}).get("mean") or [None]
         value = number(values[max(len(values) - 2, 0)])
         queries = int(kind.split()[1]) if kind.startswith("queries") else run.queries
@@ -297,34 +256,29 @@ def measured(run: Run, model: str, metric: str, kind: str = "final") -> float:
     return value_of(run, model, metric) if value_of and logged(run, model, metric) else math.nan
 
 
-def dimension(run: Run, model: str, kind: str = "final") -> float:
-    """Participation ratio of the means of all test classes, if controls.json has it; else matched to the ETF error."""
-    value = (control_of(run, kind) or {}).get("effective_dimension")
-    if value is not None:
-        return number(value.get(model) if isinstance(value, dict) else value)
-    return matching_dimension(measured(run, model, "etf_error", kind), run.settings["n_way"])
+def dimension(run: Run, kind: str = "final") -> float:
+    """Participation ratio of the means of all test classes before adaptation; without controls.json, matched to NC2."""
+    if control := run.controls().get(kind):
+        return number(control["effective_dimension"]["meta"])
+    return matching_dimension(measured(run, "meta", "etf_error", kind), run.settings["n_way"])
 
 
-def tested(key: str, place: int, transductive: bool = True, kind: str = "final",
-           control: bool = False) -> Callable[[Run], float]:
-    """Accuracy ("accuracy" or "nearest_mean") before (0) or after (-1) adaptation.
+def accuracy_in(test: dict | None, key: str, place: int) -> float:
+    """A test's "accuracy" or "nearest_mean" before (0) or after (-1) adaptation; nan if it has none."""
+    return number(((test or {}).get(key) or [None])[place])
 
-    Of result.json; with another `kind` than "final", or `control`, of controls.json, which is transductive.
-    """
-    def value(run: Run) -> float:
-        if kind == "final" and not control:
-            test = run.file("result.json").get("test" if transductive else "test_nontransductive")
-        else:
-            test = control_of(run, kind) if transductive else None
-        return number(((test or {}).get(key) or [None])[place])
 
-    return value
+def tested(run: Run, key: str, place: int, transductive: bool = True) -> float:
+    """`accuracy_in` the test of result.json."""
+    name = "test" if transductive else "test_nontransductive"
+    return accuracy_in(run.file("result.json").get(name), key, place)
 
 
 def own_accuracy(run: Run, transductive: bool = True) -> float:
-    """By the learner's own rule: the nearest support mean without adaptation, or the adapted classifier."""
-    by_mean = run.settings["learner"] in ("protonet", "classifier")
-    return tested(*(("nearest_mean", 0) if by_mean else ("accuracy", -1)), transductive)(run)
+    """Test accuracy by the learner's own rule: nearest support mean before adaptation, or adapted classifier."""
+    if run.settings["learner"] in ("protonet", "classifier"):
+        return tested(run, "nearest_mean", 0, transductive)
+    return tested(run, "accuracy", -1, transductive)
 
 
 # ---- references
@@ -336,9 +290,9 @@ def noise_share(n_way: int, queries: int) -> float:
 
 
 @functools.cache
-def random_etf_errors(n_way: int, largest: int = 64) -> np.ndarray:
-    """Mean ETF error of n_way random Gaussian directions in d dimensions, for d = 1 .. largest."""
-    samples = np.random.default_rng(0).standard_normal((max(50_000 // n_way**2, 100), n_way, largest))
+def random_etf_errors(n_way: int) -> np.ndarray:
+    """Mean ETF error of n_way random Gaussian directions in d dimensions, for d = 1 .. 64: [64]."""
+    samples = np.random.default_rng(0).standard_normal((max(50_000 // n_way**2, 100), n_way, 64))
     centred = samples - samples.mean(1, keepdims=True)
     grams = np.cumsum(centred[:, :, None, :] * centred[:, None, :, :], -1)  # [draws, C, C, d]
     grams = grams / np.sqrt((grams**2).sum((1, 2), keepdims=True))
@@ -347,7 +301,7 @@ def random_etf_errors(n_way: int, largest: int = 64) -> np.ndarray:
 
 
 def matching_dimension(etf_error: float, n_way: int) -> float:
-    """The dimension in which as many random directions have this ETF error: what NC2 says in one number."""
+    """The dimension in which n_way random directions have this ETF error; nan beyond 1 to 64 dimensions."""
     errors = random_etf_errors(n_way)
     if not errors[-1] <= etf_error <= errors[0]:
         return math.nan

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -94,9 +94,9 @@ class Series(NamedTuple):
 
 @dataclass(eq=False)
 class Run:
-    """A training run: its folder, args.json, and the rows of its log by kind ("train", "heldout", "val") and step.
+    """A training run: its folder, args.json, and the log's measurements by split ("train", "heldout") and step.
 
-    Methods raise UserError where the log lacks what they are asked for.
+    Methods raise UserError if the log lacks what they are asked for.
     """
 
     path: Path
@@ -105,7 +105,7 @@ class Run:
 
     @functools.cached_property
     def settings(self) -> dict:
-        """The settings, with the defaults of those that older runs do not have."""
+        """The settings, with defaults for those that older runs lack."""
         older = {"learner": "maml", "recipe": "original", "first_order": False, "nc_qry": None, "split": "shuffled",
                  "random_labels": False}  # fmt: skip
         return older | self.arguments["settings"]
@@ -126,11 +126,11 @@ class Run:
     @functools.cached_property
     def layers(self) -> list[str]:
         """Names of the measured layers, first to last."""
-        measured = self.rows["train"] or self.rows["heldout"]
-        if not measured:
+        rows = self.rows["train"] or self.rows["heldout"]
+        if not rows:
             why = "it ran with --nc_every 0" if self.settings.get("nc_every") == 0 else "it stopped before the first"
             raise UserError(f"{self.path} holds no neural-collapse measurement: {why}; train it with --nc_every 100")
-        layers = next(iter(measured.values())).get("layers")
+        layers = next(iter(rows.values())).get("layers")
         if not isinstance(layers, list) or not layers:
             raise UserError(f"{self.path}: a measurement names no layers; its log is broken")
         return list(map(str, layers))
@@ -141,7 +141,7 @@ class Run:
         return self.layers[max(len(self.layers) - 2, 0)]
 
     def has(self, split: str, model: str, metric: str) -> bool:
-        """Whether every measurement has the metric: logs from before it existed do not."""
+        """Whether every measurement has the metric; logs older than the metric lack it."""
         rows = self.rows[split].values()
         return bool(rows) and all(isinstance(row.get(model), dict) and metric in row[model] for row in rows)
 
@@ -156,11 +156,11 @@ class Run:
             except BROKEN as error:
                 raise UserError(f"{self.path}: the measurement ({split}) at step {step} lacks {model} {metric} of "
                                 f"{layer}; its log is incomplete") from error  # fmt: skip
-        return Series(*(np.array(column) for column in zip(*points)) if points else np.empty((3, 0)))
+        return Series(*map(np.array, zip(*points))) if points else Series(*np.empty((3, 0)))
 
     @functools.cache
     def along_inner_loop(self, split: str, quantity: str, layer: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Meta-steps [S], and "accuracy" or a trace before and after each inner step [S, K+1]: mean over tasks."""
+        """Meta-steps [S], and the mean over tasks of "accuracy" or a trace after 0 to K inner steps [S, K+1]."""
         rows = sorted(self.rows[split].items())
         try:
             means = [[number(value if layer is None else value[row["layers"].index(layer)])
@@ -179,12 +179,12 @@ class Run:
             raise UserError(f"{self.path / name} is damaged; take it from the run's folder again") from error
 
     def controls(self) -> dict:
-        """What controls.json measured of the saved weights, by name of the control; empty without that file."""
+        """What controls.json measured, by control; empty without that file."""
         return self.file("controls.json") if (self.path / "controls.json").exists() else {}
 
 
 def number(value: Any) -> float:
-    """A logged value; nan for null and for what a figure cannot show."""
+    """A logged value; nan for null and for numbers too large to draw."""
     value = math.nan if value is None else float(value)
     return value if abs(value) < 1e100 else math.nan
 
@@ -200,60 +200,55 @@ def read_run(path: Path) -> Run:
         path = next((path / name for name in ("log.jsonl", "log.jsonl.gz") if (path / name).exists()), path / "log")
     if not os.path.isfile(path):
         raise UserError(f"no run at {path}; name the folder that a training script wrote, or its log")
-    place = path.parent / "args.json"
+    args_path = path.parent / "args.json"
+    content = read_bytes(args_path, "keep it next to its log: it says what data and settings the run had")
     try:
-        arguments = json.loads(read_bytes(place, "keep it next to its log: it says what data and settings the run had"))
+        arguments = json.loads(content)
         str(arguments["data"]["name"]), [arguments["settings"][name] + 0 for name in ("n_way", "k_spt", "k_qry")]
     except BROKEN as error:
-        raise UserError(f"{place} isn't a run's args.json: {type(error).__name__}: {error}; take it from the run's "
+        raise UserError(f"{args_path} isn't a run's args.json: {type(error).__name__}: {error}; take it from the run's "
                         "folder again") from error  # fmt: skip
-    return Run(path.parent, arguments, _grouped(path, read_log(path)))
+    return Run(path.parent, arguments, read_log(path))
 
 
-def read_log(path: Path) -> list[dict]:
-    """The rows of a log. A half-written last line, of a run that was stopped, is ignored with a note.
+def read_log(path: Path) -> dict[str, dict[int, dict]]:
+    """The measurements of a log by split and step; of a repeated step the last.
+
+    A half-written last line, which a stopped run may leave, is ignored with a note.
 
     Raises:
-        UserError: it can't be read, or another line isn't a JSON object.
+        UserError: the log can't be read, another line isn't a JSON object, or a measurement has no step.
     """
     content = read_bytes(path, "name a run's folder or its log")
     try:
         content = gzip.decompress(content) if path.suffix == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"can't read {path}: {error}; copy it again") from error
-    rows, lines = [], [(i, line) for i, line in enumerate(content.split(b"\n"), 1) if line.strip()]
-    for i, line in lines:
+    lines = [(line_number, line) for line_number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+    rows: dict[str, dict[int, dict]] = {"train": {}, "heldout": {}}
+    for line_number, line in lines:
         try:
             row = json.loads(line)
         except BROKEN:
-            if i == lines[-1][0]:
-                print(f"note: {one_line(str(path))}, line {i}: half-written, ignored", file=sys.stderr)
+            if line_number == lines[-1][0]:
+                print(f"note: {one_line(str(path))}, line {line_number}: half-written, ignored", file=sys.stderr)
                 break
             row = None
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {i}: not a JSON object; correct or remove that line")
-        rows.append(row)
-    return rows
-
-
-def _grouped(path: Path, rows: Sequence[dict]) -> dict[str, dict[int, dict]]:
-    """Measurements and validations by kind and step; of a repeated step the last."""
-    groups: dict[str, dict[int, dict]] = {"train": {}, "heldout": {}, "val": {}}
-    for row in rows:
-        kind = row.get("classes") if row.get("kind") == "nc" else row.get("kind") if row.get("kind") == "val" else None
-        if kind in ("train", "heldout", "val"):
-            step = row.get("step")
+            raise UserError(f"{path}, line {line_number}: not a JSON object; correct or remove that line")
+        split, step = row.get("classes"), row.get("step")
+        if row.get("kind") == "nc" and split in ("train", "heldout"):
             if type(step) is not int or not 0 <= step < 2**31:
-                raise UserError(f"{path}: a measurement or validation has no step; its log is broken")
-            groups[kind][step] = row
-    return groups
+                raise UserError(f"{path}: a measurement has no step; its log is broken")
+            rows[split][step] = row
+    return rows
 
 
 # ---- several runs
 
 
 def read_groups(paths: Sequence[Path]) -> list[list[Run]]:
-    """Runs grouped by setting and data set: each group holds the seeds of one setting, in the order named.
+    """Runs grouped by setting and data set: each group holds the seeds of one setting, in the given order.
 
     Raises:
         UserError: a run can't be read, or a seed comes twice in a setting.
@@ -270,7 +265,7 @@ def read_groups(paths: Sequence[Path]) -> list[list[Run]]:
 
 
 def differing(run: Run, other: Run) -> list[str]:
-    """The settings in which the experiments differ."""
+    """Names of the settings in which two runs are different experiments."""
     names = sorted({*run.settings, *other.settings} - NOT_COMPARED)
     different = [name for name in names if run.settings.get(name) != other.settings.get(name)]
     return ["data"] * (run.data != other.data) + different
@@ -300,10 +295,18 @@ class Study:
             raise UserError(f"{one.path} and {other.path} differ in {what}; rename one: -seedN is for seeds")
         return groups[0] if groups else []
 
+    def groups(self, names: Iterable[str]) -> list[list[Run]]:
+        """The seeds of each of these settings that has a run."""
+        return [self[name] for name in names if self[name]]
+
 
 def describe(run: Run) -> str:
-    """What a setting is called: "5-way 1-shot, second order", with learner and network where they are not the usual."""
+    """A name for the run's setting: "5-way 1-shot, second order", with learner and network if not the default."""
     settings = run.settings
-    words = [f"{settings['n_way']}-way {settings['k_spt']}-shot", str(settings["learner"])]
-    words[1:] = words[1:] * (words[1] != "maml") + ["first order" if settings["first_order"] else "second order"]
-    return one_line(", ".join(words + ["original network"] * (settings.get("net") == "original")))[:100]
+    words = [f"{settings['n_way']}-way {settings['k_spt']}-shot"]
+    if settings["learner"] != "maml":
+        words.append(str(settings["learner"]))
+    words.append("first order" if settings["first_order"] else "second order")
+    if settings.get("net") == "original":
+        words.append("original network")
+    return one_line(", ".join(words))[:100]

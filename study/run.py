@@ -20,54 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from study.design import SETTINGS
 from study.logs import HOME, Parser, UserError, run_program, write_bytes
 
 RESULTS = ("result.json", "timing.json")  # what a finished run has
 KEPT = ("best.pt", "last.pt")  # weights, where the run left them
 ROOTS = {"omniglot_train.py": "omniglot/", "miniimagenet_train.py": "miniimagenet/"}  # the scripts' defaults
 POLL_SECONDS = 1.0
-
-
-class Setting(NamedTuple):
-    """A setting of the study: its runs are NAME-seed1, ...; tables and figures call it by its label."""
-
-    name: str
-    label: str
-    flags: str
-    seeds: tuple[int, ...] = (1, 2, 3)
-    script: str = "omniglot_train.py"
-
-
-_SEED = "--task_num 8 --epoch 6000 --nc_every 30 --eval_every 250"
-_PHOTOS = ("--data_name 'Tiny ImageNet in the miniImageNet layout' --task_num 2 --nc_every 30 --eval_every 150 "
-           "--eval_tasks 50")  # fmt: skip
-_LONG = "--recipe paper --eval_every 1000 --keep_every 10000 --save_every 5000"
-_CONTRAST = "--recipe paper --epoch 10000 --nc_every 100 --eval_every 1000 --save_every 5000"
-_IN_LAYOUT = "tinyimagenet-in-miniimagenet-layout-5w5s"
-SETTINGS = {setting.name: setting for setting in (
-    Setting("omniglot-5w1s", "1-shot, second order", _SEED),
-    Setting("omniglot-5w5s", "5-shot, second order", f"{_SEED} --k_spt 5"),
-    Setting("omniglot-5w1s-first-order-original", "1-shot, first order, original network",
-            f"{_SEED} --first_order --net original"),
-    Setting("omniglot-5w1s-original", "1-shot, second order, original network", f"{_SEED} --net original"),
-    Setting("omniglot-5w1s-first-order", "1-shot, first order", f"{_SEED} --first_order"),
-    Setting(_IN_LAYOUT, "photographs, 5-shot, second order", f"{_PHOTOS} --epoch 1200", (1,), "miniimagenet_train.py"),
-    Setting(f"{_IN_LAYOUT}-first-order-original", "photographs, 5-shot, first order, original network",
-            f"{_PHOTOS} --epoch 2000 --first_order --net original", (1,), "miniimagenet_train.py"),
-    Setting("contrast-maml", "MAML, second order", _CONTRAST),
-    Setting("contrast-first-order", "MAML, first order", f"{_CONTRAST} --first_order"),
-    Setting("contrast-anil", "ANIL", f"{_CONTRAST} --learner anil"),
-    Setting("contrast-boil", "BOIL", f"{_CONTRAST} --learner boil"),
-    Setting("contrast-protonet", "ProtoNet", f"{_CONTRAST} --learner protonet"),
-    Setting("contrast-classifier", "classifier", f"{_CONTRAST} --learner classifier"),
-    Setting("random-labels", "MAML, labels at random",
-            "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
-    Setting("paper-omniglot-5w1s", "paper's recipe, 5-way 1-shot", _LONG),
-    Setting("paper-omniglot-5w1s-first-order", "paper's recipe, 5-way 1-shot, first order",
-            f"{_LONG} --first_order --epoch 20000", (1,)),
-    Setting("paper-omniglot-5w5s", "paper's recipe, 5-way 5-shot", f"{_LONG} --k_spt 5 --epoch 10000", (1,)),
-    Setting("paper-omniglot-20w1s", "paper's recipe, 20-way 1-shot", f"{_LONG} --n_way 20", (1,)),
-)}  # fmt: skip
 
 
 class Job(NamedTuple):

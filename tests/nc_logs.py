@@ -1,11 +1,7 @@
-"""Runs as the training scripts leave them, with curves that the tests choose: no training, no torch.
-
-    python tests/nc_logs.py FOLDER     three seeds of settings of the study, to try the figures and tables on
-"""
+"""Runs as the training scripts leave them, with curves that the tests choose: no training, no torch."""
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +9,9 @@ import numpy as np
 
 LAYERS = ["block1", "block2", "block3", "block4", "logits"]
 INNER_STEPS = 5
-PER_TASK = {"within": 0.1, "between": -0.1, "nc1": 0.1}  # relative deviations of the values of single tasks
+PER_TASK = {"within": 0.1, "between": -0.1}  # the largest relative deviation of a task from the mean
 
-# Each metric's value on permuted labels, before training, and where it ends, at the last hidden layer.
+# At the last hidden layer: with permuted labels, before training, at the end.
 METRICS = {
     "within": (20.0, 19.0, 30.0), "between": (1.0, 2.6, 60.0),
     "relative_within": (0.946, 0.88, 0.34), "nc1": (6.9, 0.63, 0.15), "cdnv": (7.0, 3.2, 0.31),
@@ -26,63 +22,55 @@ METRICS = {
 
 
 def usual(model: str, metric: str, layer: int, step: int, classes: str) -> float:
-    """A plausible value: metrics move from start to end as training goes on, deeper layers more, meta a little less."""
-    name = metric.removesuffix("_null")
-    null, start, end = METRICS[name]
-    if metric != name:
+    """A plausible value: metrics move from start to end, deeper layers and the adapted model further."""
+    null, start, end = METRICS[metric.removesuffix("_null")]
+    if metric.endswith("_null"):
         return null
     moved = (1 - math.exp(-step / 400)) * (layer + 1) / 4 * (1.0 if model == "finetuned" else 0.9)
     moved = min(moved, 1.1) * (0.97 if classes == "heldout" else 1.0)
-    return start * (end / start) ** moved if start > 0 and end > 0 else start + moved * (end - start)
+    return start * (end / start) ** moved
 
 
 def nc_row(step: int, classes: str = "train", value: Callable = usual, tasks: int = 8,
            noise: Callable[[], float] = lambda: 0.0) -> dict:
-    """One measurement; `value(model, metric, layer, step, classes)` gives each mean, `noise` a relative error."""
+    """A measurement; `value(model, metric, layer, step, classes)` gives the means, `noise` their relative errors."""
 
     def summary(mean: list) -> dict:
         return {"mean": mean, "se": [None if m is None else 0.02 * abs(m) for m in mean]}
 
     def metric(model: str, name: str) -> dict:
-        layers = range(len(LAYERS))
-        means = [value(model, name, layer, step, classes) * (1 + noise()) for layer in layers]
-        if name.startswith("self_duality"):
-            means = [means[layer] if layer == len(LAYERS) - 2 else None for layer in layers]
+        means = [value(model, name, layer, step, classes) * (1 + noise()) for layer in range(len(LAYERS))]
+        if name.startswith("self_duality"):  # defined at the classifier's input alone
+            means = [None, None, None, means[3], None]
         return summary(means)
 
     names = [name + suffix for name in METRICS for suffix in ("", "_null")]
     models = {model: {name: metric(model, name) for name in names} for model in ("meta", "finetuned")}
-    for values in models.values():  # the original took part of the spread between classes for spread within
+    for values in models.values():  # the original mistook part of the spread between classes for spread within
         mixed = values["between"]["mean"][-1] / 2
         for name, sign in (("within", 1), ("between", -1)):
             values[f"{name}_original"] = summary([None] * 4 + [values[name]["mean"][-1] + sign * mixed])
-    ends = {name: [models[model][name]["mean"] for model in ("meta", "finetuned")] for name in ("within", "between")}
-    share = np.linspace(0, 1, INNER_STEPS + 1)
-    inner = {name: [[a + s * (b - a) for a, b in zip(*pair)] for s in share] for name, pair in ends.items()}
     best = models["finetuned"]["ncc_accuracy"]["mean"][-2]
-    accuracy = [best / 4] + [best * (1 - 0.1 / k) for k in range(1, INNER_STEPS + 1)]
+    inner = {"accuracy": [best / 4] + [best * (1 - 0.1 / k) for k in range(1, INNER_STEPS + 1)]}
+    for name in ("within", "between"):
+        before, after = (np.array(models[model][name]["mean"]) for model in ("meta", "finetuned"))
+        inner[name] = [list(before + share * (after - before)) for share in np.linspace(0, 1, INNER_STEPS + 1)]
     spread = np.linspace(-1, 1, tasks)
     per_task = {model: {name: list(values[name]["mean"][-2] * (1 + part * spread)) for name, part in PER_TASK.items()}
                 for model, values in models.items()}  # fmt: skip
     return {
         "kind": "nc", "step": step, "classes": classes, "tasks": tasks, "layers": LAYERS, **models,
         "per_task": per_task,
-        "inner": {name: {"mean": rows, "se": [[0.02 * v for v in row] for row in rows]} for name, rows in inner.items()}
-        | {"accuracy": {"mean": accuracy, "se": [0.01] * len(accuracy)}},
+        "inner": {name: {"mean": means} for name, means in inner.items()},
     }  # fmt: skip
 
 
-def val_row(step: int, accuracy: float) -> dict:
-    return {"kind": "val", "step": step, "acc": [0.2] + [accuracy] * 10, "ci95": [0.01] * 11, "tasks": 100}
-
-
 def log(steps: int = 600, every: int = 30, eval_every: int = 250, **options) -> list[dict]:
-    """The log of a run of so many meta-steps, measured as the study's."""
+    """The log of a run, measured as in the study."""
     rows = []
     for step in range(steps + 1):
         if step % eval_every == 0 or step == steps:
-            row = nc_row(step, "heldout", tasks=100, **options)
-            rows += [val_row(step, row["inner"]["accuracy"]["mean"][-1]), row]
+            rows.append(nc_row(step, "heldout", tasks=100, **options))
         if step % every == 0 and step < steps:
             rows.append(nc_row(step, **options))
     return rows
@@ -99,10 +87,10 @@ def write_run(folder: Path, rows: list[dict] | None = None, name: str = "Omniglo
     test = {"accuracy": [0.2] + [accuracy] * 10, "ci95": [0.01] + [0.006] * 10, "inner_steps": list(range(11)),
             "nearest_mean": [accuracy + 0.02] * 11, "tasks": 600, "n_way": settings["n_way"],
             "k_spt": settings["k_spt"], "k_qry": settings["k_qry"]}  # fmt: skip
-    apart = test | {"accuracy": [0.2] + [accuracy - 0.05] * 10, "nearest_mean": [accuracy - 0.04] * 11}
+    one_by_one = test | {"accuracy": [0.2] + [accuracy - 0.05] * 10, "nearest_mean": [accuracy - 0.04] * 11}
     for file, content in {
         "args.json": args, "timing.json": {"training_minutes": 50.5, "meta_steps": settings["epoch"]},
-        "result.json": {"data": name, "test": test, "test_nontransductive": apart, "best_step": settings["epoch"]},
+        "result.json": {"data": name, "test": test, "test_nontransductive": one_by_one, "best_step": settings["epoch"]},
     }.items():  # fmt: skip
         (folder / file).write_text(json.dumps(content))
     rows = log(120) if rows is None else rows
@@ -113,10 +101,10 @@ def write_run(folder: Path, rows: list[dict] | None = None, name: str = "Omniglo
 def write_controls(folder: Path, scale: float = 1.0) -> None:
     """controls.json of a run: the trained weights, the untrained network and raw pixels, which have one layer."""
     def control(step: int, layers: int) -> dict:
-        row = nc_row(step, "heldout", tasks=600)
-        found = {model: {name: {part: [scale * x if x else x for x in values[part][:layers]] for part in ("mean", "se")}
-                         for name, values in row[model].items()} for model in ("meta", "finetuned")}  # fmt: skip
-        return {"tasks": 600, **found, "accuracy": [0.2, 0.5], "nearest_mean": [0.4, 0.5], "effective_dimension": 17.5}
+        row = nc_row(step, "heldout")
+        metrics = {model: {name: {"mean": [x and scale * x for x in values["mean"][:layers]]}
+                           for name, values in row[model].items()} for model in ("meta", "finetuned")}  # fmt: skip
+        return metrics | {"accuracy": [0.2, 0.5], "nearest_mean": [0.4, 0.5], "effective_dimension": {"meta": 17.5}}
 
     kinds = {"final": (600, 5), "untrained": (0, 5), "pixels": (0, 1)}
     (folder / "controls.json").write_text(json.dumps({kind: control(*sizes) for kind, sizes in kinds.items()}))
@@ -129,16 +117,12 @@ LEARNERS = {f"contrast-{learner}": {"learner": learner, "recipe": "paper", "nc_q
 LONG = {"paper-omniglot-5w1s": {"recipe": "paper", "nc_qry": 15, "k_qry": 1}}
 
 
-def write_study(folder: Path, settings: dict[str, dict] = STUDY, steps: int = 6000, seeds: int = 3,
-                spread: float = 0.03, every: int = 30) -> None:
-    """Seeds of some settings, with relative errors of `spread`."""
+def write_study(folder: Path, settings: dict[str, dict] = STUDY, steps: int = 300, seeds: int = 3,
+                every: int = 30) -> None:
+    """Seeds of some settings, with relative errors of 3%."""
     for index, (name, options) in enumerate(settings.items()):
         for seed in range(1, seeds + 1):
             generator = np.random.default_rng(10 * index + seed)
-            rows = log(steps, every, noise=lambda: spread * generator.standard_normal())
+            rows = log(steps, every, noise=lambda: 0.03 * generator.standard_normal())
             write_run(folder / f"{name}-seed{seed}", rows, epoch=steps, seed=seed,
                       accuracy=0.9 + index / 100 + seed / 1000, **options)
-
-
-if __name__ == "__main__":
-    write_study(Path(sys.argv[1]), STUDY | LEARNERS | LONG)

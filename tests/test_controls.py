@@ -104,6 +104,6 @@ def test_controls(tmp_path):
     assert list(again) == list(found) and again["untrained"]["tasks"] == 2 and again["final"] == found["final"]
     read = read_run(run)
     assert effects.measured(read, "meta", "relative_within") == found["final"]["meta"]["relative_within"]["mean"][-2]
-    assert effects.measured(read, "meta", "nc1", "pixel") == found["pixels"]["meta"]["nc1"]["mean"][0]
-    assert effects.dimension(read, "meta", "untrained") == again["untrained"]["effective_dimension"]["meta"]
-    assert effects.tested("nearest_mean", 0, kind="pixel")(read) == found["pixels"]["nearest_mean"][0]
+    assert effects.measured(read, "meta", "nc1", "pixels") == found["pixels"]["meta"]["nc1"]["mean"][0]
+    assert effects.dimension(read, "untrained") == again["untrained"]["effective_dimension"]["meta"]
+    assert effects.accuracy_in(read.controls()["pixels"], "nearest_mean", 0) == found["pixels"]["nearest_mean"][0]

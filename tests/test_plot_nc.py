@@ -14,7 +14,8 @@ from nc_logs import write_run
 from PIL import Image
 
 import plot_nc
-from study import effects, figures, logs, tables
+from study import effects, figures, logs, report
+from study.design import MODELS
 from study.logs import UserError
 
 PROJECT = Path(plot_nc.__file__).parent
@@ -65,7 +66,7 @@ def test_every_figure_of_any_run_is_small_and_the_same_twice(name, tmp_path):
 def test_no_argument_redraws_the_figures_of_the_runs_that_are_there(tmp_path, capsys):
     with pytest.raises(UserError, match="no run of the study"):
         plot_nc.draw([], home=tmp_path)
-    nc_logs.write_study(tmp_path / "res", steps=300, seeds=2)
+    nc_logs.write_study(tmp_path / "res", seeds=2)
     plot_nc.draw([], home=tmp_path)
     first = {path.name for path in tmp_path.rglob("*.png")}
     nc_logs.write_study(tmp_path / "res", nc_logs.LEARNERS | nc_logs.LONG, steps=120, seeds=2)
@@ -123,9 +124,9 @@ def test_smoothing_averages_the_measurements_within_a_tenth_of_each_step():
 
 
 def test_the_readme_figure_shows_what_its_panels_say(tmp_path):
-    nc_logs.write_study(tmp_path, steps=300, seeds=3)
+    nc_logs.write_study(tmp_path, seeds=3)
     study = logs.Study(tmp_path)
-    share, traces, by_layer = figures.result(study).axes
+    share, traces, by_layer = report.result(study).axes
     rows = [row for row in nc_logs.log(300) if row.get("classes") == "train"]
     ratio = rows[-1]["finetuned"]["between"]["mean"][-2] / rows[0]["finetuned"]["within"]["mean"][-2]
     assert any(values[-1] == pytest.approx(ratio, rel=0.1) for _, values in drawn(traces))
@@ -133,7 +134,7 @@ def test_the_readme_figure_shows_what_its_panels_say(tmp_path):
     assert not any("raw pixels" in text.get_text() for text in share.texts)
     assert {len(values) for _, values in drawn(by_layer)} == {5}
     nc_logs.write_controls(tmp_path / "omniglot-5w1s-seed1")
-    share, *_ = figures.result(logs.Study(tmp_path)).axes
+    share, *_ = report.result(logs.Study(tmp_path)).axes
     assert any("raw pixels" in text.get_text() for text in share.texts)
 
 
@@ -157,7 +158,7 @@ def test_metrics_that_are_undefined_everywhere(name, tmp_path):
 @pytest.mark.parametrize("name", figures.ANY)
 def test_a_run_without_a_measurement(name, tmp_path):
     for nc_every, words in ((0, "it ran with --nc_every 0"), (30, "it stopped before the first")):
-        run = write_run(tmp_path / "run", [nc_logs.val_row(0, 0.5)], nc_every=nc_every)
+        run = write_run(tmp_path / "run", [{"kind": "val", "step": 0}], nc_every=nc_every)
         assert words in refused(run, "--figure", name)
 
 
@@ -219,4 +220,4 @@ def test_other_refusals(tmp_path):
 
 def test_a_data_set_whose_name_looks_like_mathematics(tmp_path):
     plot_nc.draw([str(write_run(tmp_path / "run", name="$x^$"))])
-    assert tables.MODELS.keys() == figures.STYLES.keys()
+    assert MODELS.keys() == figures.STYLES.keys()

@@ -23,7 +23,9 @@ import miniimagenet_train
 import omniglot_train
 import settings
 from study import effects, run, tables
+from study.design import MAIN, SETTINGS
 from study.logs import HOME, Study, UserError, read_groups, read_run
+from study.markdown import written
 
 T = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182}  # by number of seeds: 97.5% points, from a printed table
 COMMITTED = Study(HOME / "res")
@@ -58,55 +60,72 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), half
 
 
-def off_line(x: list[float], y: list[float]) -> list[float]:
+def growth(folder: Path) -> float:
+    return end(folder, "finetuned", "between", -2) / value(rows_of(folder, "heldout")[0], "finetuned", "between", -2)
+
+
+def adaptation(folder: Path) -> float:
+    return end(folder, "finetuned", "nc1", 1) - end(folder, "meta", "nc1", 1)
+
+
+def gap(folder: Path) -> float:
+    return end(folder, "meta", "relative_within", -2) - end(folder, "meta", "relative_within", -2, "train")
+
+
+def accuracy(folder: Path) -> float:
+    return statistics.fmean(row["inner"]["accuracy"]["mean"][1] for row in late(folder, "train"))
+
+
+def original(folder: Path) -> float:
+    (first,) = (row for row in rows_of(folder, "train") if row["step"] == 90)
+    names = "within_original", "between_original"
+    start = [value(first, "meta", name, -1) for name in names]
+    stop = [end(folder, "meta", name, -1, "train") for name in names]
+    return stop[0] / sum(stop) - start[0] / sum(start)
+
+
+def checkpoints(folder: Path) -> tuple[list[dict], list[float]]:
+    """The measurements on held-out tasks from step 1,000 on, and their errors."""
+    rows = [row for row in rows_of(folder, "heldout") if row["step"] >= 1_000]
+    return rows, [1 - row["inner"]["accuracy"]["mean"][-1] for row in rows]
+
+
+def off_line(rows: list[dict], values: list[float]) -> list[float]:
+    x, y = [math.log(row["step"]) for row in rows], list(map(math.log, values))
     slope, intercept = statistics.linear_regression(x, y)
     return [b - intercept - slope * a for a, b in zip(x, y)]
 
 
-def plain(name: str, folder: Path) -> float:
-    """Numbers of one run, by the name that `NUMBERS` gives them."""
-    first = rows_of(folder, "heldout")[0]
-    if name == "growth":
-        return end(folder, "finetuned", "between", -2) / value(first, "finetuned", "between", -2)
-    if name == "adaptation":
-        return end(folder, "finetuned", "nc1", 1) - end(folder, "meta", "nc1", 1)
-    if name == "gap":
-        return end(folder, "meta", "relative_within", -2) - end(folder, "meta", "relative_within", -2, "train")
-    if name == "accuracy":
-        return statistics.fmean(row["inner"]["accuracy"]["mean"][1] for row in late(folder, "train"))
-    if name == "original":
-        within, between = (end(folder, "meta", f"{trace}_original", -1, "train") for trace in ("within", "between"))
-        return within / (within + between)
-    kept = [row for row in rows_of(folder, "heldout") if row["step"] >= 1_000]
-    errors = [1 - row["inner"]["accuracy"]["mean"][-1] for row in kept]
-    if name == "drop":
-        return max(b - a for a, b in zip(errors, errors[1:]))
-    steps = [math.log(row["step"]) for row in kept]
-    left = off_line(steps, [math.log(error) for error in errors])
-    if name == "spread":
-        return math.sqrt(sum(x * x for x in left) / (len(left) - 2))
-    collapse = off_line(steps, [math.log(value(row, "finetuned", "cdnv", 2)) for row in kept])
-    return statistics.correlation(collapse, left)
+def drop(folder: Path) -> float:
+    _, errors = checkpoints(folder)
+    return max(b - a for a, b in zip(errors, errors[1:]))
 
 
-NUMBERS = {
-    "growth": lambda one: effects.growth(one, "finetuned", "between"),
-    "adaptation": lambda one: effects.adapted_minus_meta(one, "nc1", 1),
-    "gap": lambda one: effects.heldout_minus_train(one, "meta", "relative_within"),
-    "accuracy": lambda one: effects.accuracy_at_end(one, 1, "train"),
-    "original": lambda one: effects.logit_share(one, "meta", "_original", None),
-    "drop": effects.largest_drop,
-    "spread": effects.error_spread,
-    "correlation": lambda one: effects.correlation(one, "finetuned", "cdnv", 2),
-}
+def spread(folder: Path) -> float:
+    residuals = off_line(*checkpoints(folder))
+    return math.sqrt(sum(x * x for x in residuals) / (len(residuals) - 2))
 
 
-@pytest.mark.parametrize("setting", tables.MAIN)
-@pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_of_the_committed_runs_recomputed(name, setting):
+def correlation(folder: Path) -> float:
+    rows, errors = checkpoints(folder)
+    cdnv = [value(row, "finetuned", "cdnv", 2) for row in rows]
+    return statistics.correlation(off_line(rows, cdnv), off_line(rows, errors))
+
+
+@pytest.mark.parametrize("setting", MAIN)
+@pytest.mark.parametrize("plain, of_study", [
+    (growth, lambda one: effects.growth(one, "finetuned", "between")),
+    (adaptation, lambda one: effects.adapted_minus_meta(one, "nc1", 1)),
+    (gap, lambda one: effects.heldout_minus_train(one, "meta", "relative_within")),
+    (accuracy, lambda one: effects.accuracy_at_end(one, 1, "train")),
+    (original, lambda one: effects.logit_share_change(one, "meta", "_original", 100)),
+    (drop, effects.largest_drop), (spread, effects.error_spread),
+    (correlation, lambda one: effects.correlation(one, "finetuned", "cdnv", 2)),
+])  # fmt: skip
+def test_numbers_of_the_committed_runs_recomputed(plain, of_study, setting):
     runs = COMMITTED[setting]
-    expected = [plain(name, one.path) for one in runs]
-    assert [NUMBERS[name](one) for one in runs] == pytest.approx(expected)
+    expected = [plain(one.path) for one in runs]
+    assert [of_study(one) for one in runs] == pytest.approx(expected)
     mean, low, high = effects.over_seeds(expected)
     assert (mean, (high - low) / 2) == pytest.approx(interval(expected), rel=1e-3)
 
@@ -121,25 +140,18 @@ def test_correlations_over_seeds_go_through_fishers_z():
     assert all(map(math.isnan, effects.over_seeds([0.5])[1:]))
 
 
-def test_the_bootstrap_has_the_width_of_a_normal_interval():
-    values = np.random.default_rng(1).normal(3, 2, 400)
-    mean, low, high = effects.bootstrap(values)
-    assert mean == pytest.approx(values.mean())
-    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.06)
-
-
 def test_the_interval_over_tasks_uses_their_values_or_else_the_standard_error(tmp_path):
     log = nc_logs.log(120)
     one = read_run(nc_logs.write_run(tmp_path / "with", log))
-    within, between = (np.array(late(one.path, "heldout")[0]["per_task"]["meta"][name])
-                       for name in ("within", "between"))
-    for metric, values in (("within", within), ("relative_within", within / (within + between))):
-        assert effects.over_tasks(one, "meta", metric) == pytest.approx(1.96 * values.std() / 10, rel=0.06)
+    traces = late(one.path, "heldout")[0]["per_task"]["finetuned"]
+    shares = [within / (within + between) for within, between in zip(traces["within"], traces["between"])]
+    expected = 1.96 * statistics.pstdev(shares) / math.sqrt(len(shares))
+    assert effects.share_over_tasks(one) == pytest.approx(expected, rel=0.06)
     for row in log:
-        row.pop("per_task", None)
+        row.pop("per_task")
     one = read_run(nc_logs.write_run(tmp_path / "without", log))
-    expected = 1.96 * 0.02 * end(one.path, "meta", "relative_within", -2)
-    assert effects.over_tasks(one, "meta", "relative_within") == pytest.approx(expected)
+    expected = 1.96 * 0.02 * end(one.path, "finetuned", "relative_within", -2)
+    assert effects.share_over_tasks(one) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("true", [0.2, 1.0, 3.0])
@@ -174,14 +186,15 @@ def test_spearman(x, y, expected):
 
 
 @pytest.mark.parametrize("cdnv", [0.0, math.nan])
-def test_what_has_no_logarithm_has_no_correlation(cdnv, tmp_path):
+def test_what_has_no_logarithm_or_three_checkpoints_has_no_correlation(cdnv, tmp_path):
     def odd(model: str, metric: str, layer: int, step: int, classes: str) -> float:
         return cdnv if metric == "cdnv" and step == 1_500 else nc_logs.usual(model, metric, layer, step, classes)
 
-    one = read_run(nc_logs.write_run(tmp_path / "run", nc_logs.log(2_000, 500, value=odd)))
-    assert math.isnan(effects.correlation(one, "finetuned", "cdnv", "block4"))
-    assert math.isfinite(effects.correlation(one, "finetuned", "nc1", "block4"))
-    assert math.isnan(effects.correlation(one, "finetuned", "nc1", "block4", first=1_500)), "three checkpoints"
+    four, three = (read_run(nc_logs.write_run(tmp_path / f"{last}", nc_logs.log(last, 500, value=odd)))
+                   for last in (1_750, 1_500))  # fmt: skip
+    assert math.isnan(effects.correlation(four, "finetuned", "cdnv", "block4"))
+    assert math.isfinite(effects.correlation(four, "finetuned", "nc1", "block4"))
+    assert math.isnan(effects.correlation(three, "finetuned", "nc1", "block4"))
 
 
 @pytest.mark.parametrize("estimate, text", [
@@ -192,7 +205,7 @@ def test_what_has_no_logarithm_has_no_correlation(cdnv, tmp_path):
     ((0.8, 0.5, 0.9), "0.80 [0.50, 0.90]"),
 ])  # fmt: skip
 def test_a_number_has_the_digits_that_its_interval_carries(estimate, text):
-    assert effects.written(effects.Estimate(*estimate)) == text
+    assert written(effects.Estimate(*estimate)) == text
 
 
 # ---- tables
@@ -207,7 +220,7 @@ def test_the_tables_of_both_pages_are_what_the_logs_give():
 @pytest.fixture
 def home(tmp_path):
     """A project of which only the two pages and res/ exist."""
-    nc_logs.write_study(tmp_path / "res", steps=300, every=60)
+    nc_logs.write_study(tmp_path / "res", every=60)
     nc_logs.write_study(tmp_path / "res", nc_logs.LEARNERS | nc_logs.LONG, steps=120, every=60)
     (tmp_path / "study").mkdir()
     for page, names in (("README.md", ["collapse"]), ("study/README.md", tables.TABLES)):
@@ -221,24 +234,22 @@ def test_check_names_the_first_number_that_differs_and_writes_nothing(home):
     tables.main(["--check"], home)
     page = home / "study" / "README.md"
     text = page.read_text()
-    for cell in ("3.4 ± ", "0.9"):
-        changed = text.replace(cell, "0.1", 1) if cell in text else text.replace("0.", "1.", 1)
-        page.write_text(changed)
-        with pytest.raises(UserError, match=r"study/README.md, table \w+, row .*, column .*: .* and the logs give"):
-            tables.main(["--check"], home)
-        assert page.read_text() == changed
+    page.write_text(changed := text.replace("| seeds | 3 |", "| seeds | 4 |", 1))
+    words = "study/README.md, table collapse, row 'seeds', column '1-shot, second order': '4', and the logs give '3'"
+    with pytest.raises(UserError, match=words):
+        tables.main(["--check"], home)
+    assert page.read_text() == changed
+    page.write_text(text.replace("table: runs", "table: none"))
+    with pytest.raises(UserError, match="there is no table 'none'"):
+        tables.main([], home)
     page.write_text(text)
     log = home / "res" / "omniglot-5w5s-seed2" / "log.jsonl"
-    with gzip.open(log.with_suffix(".jsonl.gz"), "wb") as file:
-        file.write(log.read_bytes())
+    log.with_suffix(".jsonl.gz").write_bytes(gzip.compress(log.read_bytes()))
     log.unlink()
     tables.main(["--check"], home)  # a compressed log is the same log
     shutil.rmtree(log.parent)
     with pytest.raises(UserError, match="README.md, table collapse, .*'3', and the logs give '2'"):
         tables.main(["--check"], home)
-    page.write_text(text.replace("table: runs", "table: none"))
-    with pytest.raises(UserError, match="there is no table 'none'"):
-        tables.main([], home)
 
 
 def test_learners_are_compared_with_controls_where_there_are_any(home):
@@ -263,8 +274,8 @@ def test_the_unbiased_cdnv_of_a_control_knows_its_queries(tmp_path):
     one = read_run(nc_logs.write_run(tmp_path, k_qry=15))
     kinds, measured = ("final", "queries 5", "queries 1"), {"meta": {"cdnv": {"mean": [None, 0.4, 1.0]}}}
     (tmp_path / "controls.json").write_text(json.dumps(dict.fromkeys(kinds, measured)))
-    found = [effects.measured(one, "meta", "cdnv_unbiased", kind) for kind in kinds]
-    assert found == pytest.approx([15 * 0.4 / (14 - 0.8), 5 * 0.4 / (4 - 0.8), math.nan], nan_ok=True)
+    unbiased = [effects.measured(one, "meta", "cdnv_unbiased", kind) for kind in kinds]
+    assert unbiased == pytest.approx([15 * 0.4 / (14 - 0.8), 5 * 0.4 / (4 - 0.8), math.nan], nan_ok=True)
 
 
 def test_a_long_run_and_its_tests(home):
@@ -377,7 +388,7 @@ def test_collected_files_name_no_place_and_no_time(place, capsys):
     assert f"{SETTING}-seed2: not finished, left out" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", run.SETTINGS)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_every_command_is_one_that_its_script_takes(name, tmp_path):
     (job, *_) = run.jobs_of([name], None, tmp_path)
     script, *flags = job.command("data")

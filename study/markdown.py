@@ -1,0 +1,59 @@
+"""Numbers as text, and tables in Markdown."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from study.effects import Estimate, over_seeds
+from study.logs import Run
+
+MISSING = "–"  # stands for a number that is undefined or not logged
+
+Cell = Callable[[list[Run]], str]  # the text of a cell, from the seeds of a setting
+
+
+def fixed(value: float, decimals: int) -> str:
+    if not math.isfinite(value):
+        return MISSING
+    return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "\N{MINUS SIGN}")  # + 0.0: no negative zero
+
+
+def short(value: float) -> str:
+    """Two significant digits, but at least one decimal."""
+    magnitude = math.floor(math.log10(abs(value))) if value and math.isfinite(value) else 0
+    return fixed(value, max(1 - magnitude, 1))
+
+
+def written(estimate: Estimate) -> str:
+    """ "0.352 ± 0.021", or "0.78 [0.48, 0.91]" if not symmetric.
+
+    To two digits of the half-width, to one if these are above 35, and to four decimals at most.
+    """
+    mean, low, high = estimate
+    half = (high - low) / 2
+    if not half > 1e-9 * abs(mean):  # a single seed, or rounding errors alone
+        return short(mean)
+    decimals = 1 - math.floor(math.log10(half))
+    if half * 10**decimals > 35:
+        decimals -= 1
+    decimals = min(max(decimals, 0), 4)
+    if math.isclose(mean - low, high - mean, rel_tol=1e-6):
+        return f"{fixed(mean, decimals)} ± {fixed(half, decimals)}"
+    return f"{fixed(mean, decimals)} [{fixed(low, decimals)}, {fixed(high, decimals)}]"
+
+
+def correlated(estimate: Estimate) -> str:
+    """A correlation and its interval, to two decimals."""
+    mean, low, high = (fixed(value, 2) for value in estimate)
+    return mean if low == MISSING else f"{mean} [{low}, {high}]"
+
+
+def over(value: Callable[..., float], scale: float = 1, **options) -> Cell:
+    """A cell: `scale` times value(run, **options), mean and interval over seeds."""
+    return lambda runs: written(over_seeds([scale * value(run, **options) for run in runs]))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; "" if it has no rows."""
+    if not rows:
+        return ""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))

@@ -1,0 +1,186 @@
+"""The figures of README.md and study/README.md: the study in, matplotlib figures out."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from study import effects
+from study.design import LEARNERS, LONG, MAIN, PHOTOGRAPHS
+from study.figures import (
+    ANY,
+    GREY,
+    LABELS,
+    LOGARITHMIC,
+    SPLITS,
+    STYLES,
+    WIDTH,
+    Group,
+    colours,
+    draw,
+    fit,
+    frame,
+    key,
+    keys,
+    of_accuracy,
+    of_metric,
+    reference,
+    step_axis,
+    zoom_on_accuracy,
+)
+from study.logs import Run, Study, UserError
+from study.markdown import correlated
+
+
+def result(study: Study) -> Figure:
+    """The figure of README.md: the share within classes, the two traces, the share by layer."""
+    groups = study.groups(MAIN)
+    run = groups[0][0]
+    figure = Figure(figsize=(WIDTH, 3.1))
+    figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.03)
+    first, second, third = figure.subplots(1, 3)
+
+    def by_layer(group: Group, value: Callable, model: str, colour: str) -> None:
+        means = np.mean([[value(run, model, "relative_within", name) for name in run.layers] for run in group], 0)
+        third.plot(range(1, len(means) + 1), means, color=colour, linestyle=STYLES[model], marker="o", markersize=3)
+
+    for group, colour, _ in colours(groups):
+        for model, style in STYLES.items():
+            draw(first, group, of_metric("train", model, "relative_within"), colour, style, smooth=True)
+            by_layer(group, effects.end, model, colour)
+        for trace, style in (("between", "-"), ("within", ":")):
+            draw(second, group, functools.partial(relative_to_start, trace=trace), colour, style, smooth=True)
+    for model in STYLES:
+        by_layer(groups[0], effects.untrained, model, GREY)
+    reference(first, effects.noise_share(run.settings["n_way"], run.queries), "permuted labels")
+    pixels = effects.measured(run, "meta", "relative_within", "pixels")
+    if math.isfinite(pixels):
+        reference(first, pixels, "raw pixels")
+    first.legend(handles=keys(groups, models=True), loc="lower left", fontsize=7.5, handlelength=1.8,
+                 labelspacing=0.25, borderaxespad=0.1)  # fmt: skip
+    second.legend(handles=[key("between classes"), key("within classes", linestyle=":")], loc="upper left")
+    third.text(3, 0.9, "untrained (1-shot)", ha="center", fontsize=8, color=GREY)
+    first.set(title="A  Last hidden layer, training tasks", ylabel="within / (within + between)", ylim=(0, 1.02))
+    second.set(title="B  Same layer, adapted", ylabel="trace / within trace at step 0", ylim=(0, None))
+    third.set(title="C  By layer, held-out classes, end", ylim=(0, 1.02), xticks=range(1, len(run.layers) + 1),
+              xticklabels=["block 1", *map(str, range(2, len(run.layers))), "logits"])  # fmt: skip
+    for axes in (first, second):
+        step_axis(axes, groups)
+    return figure
+
+
+def relative_to_start(run: Run, trace: str) -> tuple[np.ndarray, np.ndarray]:
+    """A trace of the adapted model on training tasks as a multiple of the within trace at the first step."""
+    steps, mean, _ = effects.series(run, "train", "finetuned", trace)
+    return steps, mean / effects.series(run, "train", "finetuned", "within").mean[0]
+
+
+def correlation(study: Study) -> Figure:
+    """Log CDNV at block 3 and log held-out error, each minus its trend: a point per checkpoint, a shape per seed."""
+    layer = "block3"
+    groups = study.groups(MAIN)
+    figure = Figure(figsize=(WIDTH, 2.9))
+    figure.set_layout_engine("constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(groups), sharex=True, sharey=True))
+    for axes, (group, colour, title) in zip(panels, colours(groups)):
+        for run, marker in zip(group, "o^sDv"):
+            axes.scatter(*effects.residuals(run, "finetuned", "cdnv", layer), s=14, color=colour, marker=marker,
+                         alpha=0.75, linewidths=0)  # fmt: skip
+        r = effects.correlations_over_seeds([effects.correlation(run, "finetuned", "cdnv", layer) for run in group])
+        axes.set(title=title, xlabel="log CDNV minus its trend")
+        axes.text(0.03, 0.97, f"r = {correlated(r)}", transform=axes.transAxes, va="top")
+    panels[0].set_ylabel("log held-out error minus its trend")
+    return figure
+
+
+def original(study: Study) -> Figure:
+    """The relative within trace of the same logits, by label and as the original took it, before adaptation."""
+    groups = study.groups((*MAIN, *PHOTOGRAPHS))
+    legend = [key("by label (in the setting's colour)"),
+              key("class means over consecutive rows, as the original", GREY, linestyle=STYLES["meta"])]  # fmt: skip
+    figure, (panels,) = frame(1, len(groups), 2.3, legend, sharey=True)
+
+    def share(run: Run, suffix: str) -> tuple[np.ndarray, np.ndarray]:
+        steps, traces = effects.logit_traces(run, "meta", suffix)
+        return steps, effects.within_share(traces)
+
+    for axes, (group, colour, title) in zip(panels, colours(groups)):
+        draw(axes, group, functools.partial(share, suffix=""), colour, smooth=True)
+        draw(axes, group, functools.partial(share, suffix="_original"), GREY, STYLES["meta"], smooth=True)
+        axes.set(ylim=(0, 1))
+        axes.set_title(title.replace(", ", ",\n", 2), fontsize=8)
+        step_axis(axes, [group])
+    panels[0].set_ylabel("relative within trace, logits")
+    return figure
+
+
+def learners(study: Study) -> Figure:
+    """What adaptation does to each learner: the share within classes and accuracy, before it and after; and nc1."""
+    groups = study.groups(LEARNERS)
+    figure = Figure(figsize=(WIDTH, 3.0))
+    figure.set_layout_engine("constrained", w_pad=0.04)
+    share, right, ranked = figure.subplots(1, 3)
+
+    def change(axes: Axes, before: Callable, after: Callable, scale: float = 1) -> None:
+        """A row per learner: open points before adaptation, filled ones after, a line between their means."""
+        for row, (group, colour, _) in enumerate(colours(groups)):
+            values = np.array([[scale * before(run), scale * after(run)] for run in group])
+            axes.plot(values.mean(0), [row, row], color=colour, linewidth=1.2)
+            for column, fill in enumerate(("white", colour)):
+                axes.scatter(values[:, column], [row] * len(group), s=26, edgecolors=colour, color=fill, zorder=3)
+        axes.set(yticks=range(len(groups)), ylim=(len(groups) - 0.5, -0.5))
+
+    nearest_mean = functools.partial(effects.tested, key="nearest_mean", place=0)
+    adapted_classifier = functools.partial(effects.tested, key="accuracy", place=-1)
+    change(share, *(functools.partial(effects.measured, model=model, metric="relative_within")
+                    for model in ("meta", "finetuned")))  # fmt: skip
+    change(right, nearest_mean, adapted_classifier, 100)
+    share.set_yticklabels([name for _, _, name in colours(groups)])
+    right.set_yticklabels([])
+    for group, colour, _ in colours(groups):
+        ranked.scatter([effects.measured(run, "meta", "nc1") for run in group],
+                       [100 * nearest_mean(run) for run in group], color=colour, s=26)  # fmt: skip
+    share.set(title="A  Within / (within + between)", xlim=(0, 0.8))
+    right.set(title="B  Test accuracy, %")
+    ranked.set(title="C  Before adaptation", xscale="log", ylabel="nearest support mean, %")
+    ranked.set_xlabel(LABELS["nc1"])
+    ranked.minorticks_off()
+    ranked.set_xticks([0.1, 0.2, 0.4], ["0.1", "0.2", "0.4"])
+    share.legend(handles=[key("before adaptation", GREY, marker="o", markerfacecolor="white", linestyle=""),
+                          key("adapted", GREY, marker="o", linestyle="")], loc="lower left", fontsize=7.5)
+    return figure
+
+
+def length(study: Study) -> Figure:
+    """The paper's recipe to its end: collapse on training and held-out classes, and accuracy."""
+    groups = study.groups(LONG)
+    legend = keys(groups, key("training classes"), key("held-out classes", linestyle=":"))
+    figure, (panels,) = frame(1, 3, 2.6, legend)
+    titles = "relative within trace, adapted", LABELS["nc1"], "accuracy, adapted, %"
+    for axes, metric, title in zip(panels, ("relative_within", "nc1", None), titles):
+        for group, colour, _ in colours(groups):
+            for split, style in SPLITS.items():
+                curve = of_metric(split, "finetuned", metric) if metric else of_accuracy(split)
+                draw(axes, group, curve, colour, style, smooth=split == "train")
+        axes.set_title(title)
+        fit(axes, metric in LOGARITHMIC)
+        step_axis(axes, groups)
+    zoom_on_accuracy(panels[2])
+    return figure
+
+
+def figures(study: Study) -> dict[str, Figure]:
+    """Every figure of README.md and study/README.md whose runs are there, by its file."""
+    main = study.groups(MAIN)
+    if not main:
+        raise UserError(f"no run of the study in {study.folder}; run python -m study.run, and then with --collect")
+    drawn = {name: draw_figure(main) for name, draw_figure in ANY.items() if name != "traces"}
+    drawn |= {"correlation": correlation(study), "original": original(study)}
+    if study.groups(LEARNERS):
+        drawn["learners"] = learners(study)
+    if study.groups(LONG):
+        drawn["length"] = length(study)
+    return {"result.png": result(study)} | {f"res/{name}.png": figure for name, figure in drawn.items()}

@@ -1,0 +1,86 @@
+"""The tables of what was trained and what it reached, next to MAML's published accuracy."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from study import effects
+from study.design import LONG, SETTINGS, label
+from study.logs import Run, Study, describe, number
+from study.markdown import fixed, over, table
+
+# In percent, MAML / first-order MAML: Finn, Abbeel, Levine 2017; first order on Omniglot: Nichol et al. 2018.
+PUBLISHED = {("Omniglot", 5, 1): "98.7 ± 0.4 / 98.3 ± 0.5", ("Omniglot", 5, 5): "99.9 ± 0.1 / 99.2 ± 0.2",
+             ("Omniglot", 20, 1): "95.8 ± 0.3 / 89.4 ± 0.5", ("Omniglot", 20, 5): "98.9 ± 0.2 / 97.9 ± 0.1",
+             ("miniImageNet", 5, 1): "48.70 ± 1.84 / 48.07 ± 1.75",
+             ("miniImageNet", 5, 5): "63.11 ± 0.92 / 63.15 ± 0.91"}  # fmt: skip
+INNER_STEPS = (0, 1, 3, 5, 10)  # shown of a test
+
+
+def published(run: Run) -> str:
+    """MAML's published accuracy on the run's tasks; "" for other data, other learners and labels at random."""
+    settings = run.settings
+    if settings["learner"] != "maml" or settings["random_labels"]:
+        return ""
+    return PUBLISHED.get((run.data, settings["n_way"], settings["k_spt"]), "")
+
+
+def tests(study: Study) -> str:
+    """Every test of the paper's recipe, by queries and batch norm, after a few inner steps."""
+    rows = []
+    for group in study.groups(LONG):
+        results: dict[tuple, dict[Path, dict]] = {}  # queries, transductive -> run -> inner step -> accuracy, interval
+        for run in group:
+            for file in ("result.json", *(path.name for path in sorted(run.path.glob("test-*.json")))):
+                for key in ("test", "test_nontransductive"):
+                    if test := run.file(file).get(key):
+                        of_runs = results.setdefault((test["k_qry"], key == "test"), {})
+                        after = of_runs.setdefault(run.path, {})
+                        after |= zip(test["inner_steps"], zip(test["accuracy"], test["ci95"]))
+        for (queries, transductive), of_runs in sorted(results.items()):
+            tested = list(of_runs.values())
+            accuracies = [over(lambda after, step=step: number(after.get(step, (None,))[0]), 100)(tested)
+                          for step in INNER_STEPS]  # fmt: skip
+            over_tasks = fixed(max(100 * after[max(after)][1] for after in tested), 2)
+            rows.append([label(group[0]), str(len(tested)), f"{group[0].arguments['meta_steps']:,}", str(queries),
+                         "yes" if transductive else "no", *accuracies, over_tasks, published(group[0])])  # fmt: skip
+    return table(["", "seeds", "meta-steps", "queries per class", "transductive",
+                  *(f"inner steps: {step}, %" for step in INNER_STEPS), "± over tasks", "published"], rows)  # fmt: skip
+
+
+def machine(run: Run) -> str:
+    device = run.arguments["device"]
+    if device["type"] != "cpu":
+        return device["name"]
+    return f"{device['name']}, {device['threads']} thread{'s' if device['threads'] > 1 else ''}"
+
+
+def runs(study: Study, columns: Sequence[str] = ()) -> str:
+    """Every run: what was trained, how long it took, what it reached; some columns of the study's settings, or all."""
+    rows = []
+    others = () if columns else sorted(study.paths.keys() - SETTINGS.keys())
+    for group in study.groups((*SETTINGS, *others)):
+        run, tests = group[0], [run.file("result.json")["test"] for run in group]
+        minutes = sorted(round(run.file("timing.json")["training_minutes"]) for run in group)
+        in_study = run.path.name.rpartition("-seed")[0] in SETTINGS
+        rows.append({
+            "": label(run) if in_study else f"{run.data}, {describe(run)}",
+            "recipe": run.settings["recipe"],
+            "meta-steps x tasks": f"{run.arguments['meta_steps']:,} x {run.settings['task_num']}",
+            "queries per class; inner steps": f"{tests[0]['k_qry']}; {tests[0]['inner_steps'][-1]}",
+            "test accuracy, %": over(effects.own_accuracy, 100)(group),
+            "not transductive, %": over(effects.own_accuracy, 100, transductive=False)(group),
+            "each seed, classifier, ± over tasks": "<br>".join(
+                f"{run.settings['seed']}: {fixed(100 * test['accuracy'][-1], 2)} ± {fixed(100 * test['ci95'][-1], 2)}"
+                for run, test in zip(group, tests)),
+            "published": published(run),
+            "minutes": " to ".join(map(str, dict.fromkeys((minutes[0], minutes[-1])))),
+            "machine": "; ".join(dict.fromkeys(map(machine, group))),
+        })  # fmt: skip
+    columns = columns or list(*rows[:1])
+    return table(columns, [[row[column] for column in columns] for row in rows])
+
+
+def accuracies(study: Study) -> str:
+    """The same of the study's settings, narrower, for README.md."""
+    return runs(study, ("", "recipe", "meta-steps x tasks", "queries per class; inner steps", "test accuracy, %",
+                        "not transductive, %", "published"))  # fmt: skip
