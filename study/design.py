@@ -1,4 +1,4 @@
-"""The study's design: the settings that it trains, and which of them a table or figure compares."""
+"""The settings that the study trains, and the groups of them that its tables and figures compare."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from study.logs import Run, describe
 
 
 class Setting(NamedTuple):
-    """A setting of the study: its runs are NAME-seed1, ...; tables and figures call it by its label."""
+    """A setting of the study. Its runs are NAME-seed1, NAME-seed2, ...; tables and figures show its label."""
 
     name: str
     label: str
@@ -46,12 +46,12 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("paper-omniglot-20w1s", "paper's recipe, 20-way 1-shot", f"{_LONG} --n_way 20", (1,)),
 )}  # fmt: skip
 
-# What the tables and figures compare.
 MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
 PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
+
 MODELS = {"meta": "before adaptation", "finetuned": "adapted"}
 
 

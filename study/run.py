@@ -1,9 +1,9 @@
-"""Trains every run of the study; what is finished is skipped, what was stopped is resumed.
+"""Trains the study's runs: skips finished ones, resumes stopped ones.
 
-    python -m study.run --jobs 2                all of it into runs/study, two runs at a time
+    python -m study.run --jobs 2                 all of them into runs/study, two at a time
     python -m study.run omniglot-5w1s --seeds 1  one setting, one seed
-    python -m study.run --dry_run                the commands alone
-    python -m study.run --collect                copy what finished runs left to res/
+    python -m study.run --dry_run                print the commands
+    python -m study.run --collect                copy finished runs to res/
 
 After --collect, `python plot_nc.py` redraws the figures and `python -m study.tables` rewrites the tables.
 """
@@ -23,8 +23,8 @@ from typing import NamedTuple
 from study.design import SETTINGS
 from study.logs import HOME, Parser, UserError, run_program, write_bytes
 
-RESULTS = ("result.json", "timing.json")  # what a finished run has
-KEPT = ("best.pt", "last.pt")  # weights, where the run left them
+RESULTS = ("result.json", "timing.json")  # a finished run has both
+WEIGHTS = ("best.pt", "last.pt")  # a finished run has one or both
 ROOTS = {"omniglot_train.py": "omniglot/", "miniimagenet_train.py": "miniimagenet/"}  # the scripts' defaults
 POLL_SECONDS = 1.0
 
@@ -41,34 +41,33 @@ class Job(NamedTuple):
         return all((self.folder / name).exists() for name in RESULTS)
 
     def command(self, root: str) -> list[str]:
-        place = ["--root", root]
         if (self.folder / "args.json").exists():
-            return [self.script, "--resume", str(self.folder), *place]
-        return [self.script, *self.flags, "--out", str(self.folder), *place]
+            return [self.script, "--resume", str(self.folder), "--root", root]
+        return [self.script, *self.flags, "--out", str(self.folder), "--root", root]
 
 
 def jobs_of(names: Sequence[str], seeds: Sequence[int] | None, out_root: Path) -> list[Job]:
-    """The first seed of every setting, then the second: an interrupted study has something of each.
+    """The first seed of every setting, then the second: an interrupted study has some runs of each.
 
     Raises:
-        UserError: a name is not one of the study's.
+        UserError: a name is not a setting of the study.
     """
     for name in names:
         if name not in SETTINGS:
             raise UserError(f"no setting {name!r} in the study; there are: {', '.join(SETTINGS)}")
-    wanted = [(seed, SETTINGS[name]) for name in names or SETTINGS for seed in seeds or SETTINGS[name].seeds]
+    runs = [(seed, SETTINGS[name]) for name in names or SETTINGS for seed in seeds or SETTINGS[name].seeds]
+    runs.sort(key=lambda pair: pair[0])
     return [Job(out_root / f"{setting.name}-seed{seed}", setting.script,
-                (*shlex.split(setting.flags), "--seed", str(seed)))
-            for seed, setting in sorted(wanted, key=lambda pair: pair[0])]  # fmt: skip
+                (*shlex.split(setting.flags), "--seed", str(seed))) for seed, setting in runs]  # fmt: skip
 
 
 def run_all(jobs: Sequence[Job], at_once: int, threads: int, roots: dict[str, str]) -> None:
-    """Run the jobs that aren't finished, so many at once; their output goes to FOLDER.txt.
+    """Run the unfinished jobs, `at_once` at a time; their output goes to FOLDER.txt.
 
-    If stopped, it stops them, and each leaves a checkpoint.
+    If this process is stopped, it stops them, and each leaves a checkpoint.
 
     Raises:
-        UserError: a run failed; the others are run all the same.
+        UserError: a run failed; the others were run nevertheless.
     """
     waiting = [job for job in jobs if not job.finished]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished", flush=True)
@@ -90,7 +89,8 @@ def run_all(jobs: Sequence[Job], at_once: int, threads: int, roots: dict[str, st
             for process in [process for process in running if process.poll() is not None]:
                 job = running.pop(process)
                 print(f"{job.folder.name}: {'finished' if job.finished else 'failed'}", flush=True)
-                failed += [] if job.finished else [job]
+                if not job.finished:
+                    failed.append(job)
     finally:
         for process in running:
             process.terminate()
@@ -103,7 +103,7 @@ def run_all(jobs: Sequence[Job], at_once: int, threads: int, roots: dict[str, st
 def collect(jobs: Sequence[Job], results: Path) -> None:
     """Copy the log (compressed), settings, results and weights of every finished run to `results`/NAME-seedS.
 
-    The same run gives the same bytes: the compressed log carries no time, args.json no folder of this machine.
+    The same run gives the same bytes: the compressed log has no time stamp, args.json no folder of this machine.
     """
     for job in jobs:
         if not job.finished:
@@ -113,7 +113,7 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
         arguments["settings"] |= {"root": ROOTS[job.script], "cache": None, "out": None}
         copies = {"log.jsonl.gz": gzip.compress((job.folder / "log.jsonl").read_bytes(), mtime=0),
                   "args.json": (json.dumps(arguments, indent=1) + "\n").encode()}  # fmt: skip
-        others = [*RESULTS, *KEPT, *(path.name for path in job.folder.glob("test-*.json"))]
+        others = [*RESULTS, *WEIGHTS, *(path.name for path in job.folder.glob("test-*.json"))]
         copies |= {name: (job.folder / name).read_bytes() for name in others if (job.folder / name).exists()}
         for name, content in copies.items():
             write_bytes(results / job.folder.name / name, content)
@@ -129,8 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out_root", type=Path, default=Path("runs/study"), help="folder of the runs' folders")
     parser.add_argument("--omniglot", default=ROOTS["omniglot_train.py"], metavar="ROOT", help="folder of its data")
     parser.add_argument("--photographs", default=ROOTS["miniimagenet_train.py"], metavar="ROOT", help="the same")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands of what isn't finished")
-    parser.add_argument("--collect", action="store_true", help="copy what finished runs left to res/, run nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands of unfinished runs")
+    parser.add_argument("--collect", action="store_true", help="copy finished runs to res/, run nothing")
     options = parser.parse_args(arguments)
     if min(options.jobs, options.threads) < 1:
         raise UserError("--jobs and --threads must be at least 1")

@@ -4,7 +4,7 @@
     python -m study.tables --check     exit with status 1, naming the first number that differs from the logs
     python -m study.tables collapse    print one table
 
-A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. A table without runs in res/ says so.
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. A table whose runs are not in res/ says so.
 """
 
 import functools
@@ -24,7 +24,6 @@ from study.run_tables import accuracies, runs, tests
 METRICS = {"relative_within": "relative within trace", "nc1": "tr(S_W S_B⁺)/C", "cdnv_unbiased": "CDNV, unbiased",
            "directional_cdnv": "directional CDNV", "etf_error": "ETF error"}  # fmt: skip
 NAMED_LAYERS = tuple(zip(range(-5, 0), ("block 1", "block 2", "block 3", "block 4", "logits")))
-
 RULES = {"nearest support mean": ("nearest_mean", 0), "nearest support mean, adapted": ("nearest_mean", -1),
          "classifier, adapted": ("accuracy", -1)}  # key and inner step in a test's results  # fmt: skip
 LENGTHS = (0, 1_000, 6_000, 20_000, 40_000, 60_000)  # meta-steps shown of a long run

@@ -65,7 +65,7 @@ def nc_row(step: int, classes: str = "train", value: Callable = usual, tasks: in
     }  # fmt: skip
 
 
-def log(steps: int = 600, every: int = 30, eval_every: int = 250, **options) -> list[dict]:
+def log(steps: int = 120, every: int = 30, eval_every: int = 250, **options) -> list[dict]:
     """The log of a run, measured as in the study."""
     rows = []
     for step in range(steps + 1):
@@ -93,7 +93,7 @@ def write_run(folder: Path, rows: list[dict] | None = None, name: str = "Omniglo
         "result.json": {"data": name, "test": test, "test_nontransductive": one_by_one, "best_step": settings["epoch"]},
     }.items():  # fmt: skip
         (folder / file).write_text(json.dumps(content))
-    rows = log(120) if rows is None else rows
+    rows = log() if rows is None else rows
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -117,12 +117,11 @@ LEARNERS = {f"contrast-{learner}": {"learner": learner, "recipe": "paper", "nc_q
 LONG = {"paper-omniglot-5w1s": {"recipe": "paper", "nc_qry": 15, "k_qry": 1}}
 
 
-def write_study(folder: Path, settings: dict[str, dict] = STUDY, steps: int = 300, seeds: int = 3,
-                every: int = 30) -> None:
+def write_study(folder: Path, settings: dict[str, dict] = STUDY, seeds: int = 3) -> None:
     """Seeds of some settings, with relative errors of 3%."""
     for index, (name, options) in enumerate(settings.items()):
         for seed in range(1, seeds + 1):
             generator = np.random.default_rng(10 * index + seed)
-            rows = log(steps, every, noise=lambda: 0.03 * generator.standard_normal())
-            write_run(folder / f"{name}-seed{seed}", rows, epoch=steps, seed=seed,
-                      accuracy=0.9 + index / 100 + seed / 1000, **options)
+            rows = log(noise=lambda: 0.03 * generator.standard_normal())
+            write_run(folder / f"{name}-seed{seed}", rows, seed=seed, accuracy=0.9 + index / 100 + seed / 1000,
+                      **options)

@@ -15,22 +15,15 @@ from PIL import Image
 
 import plot_nc
 from study import effects, figures, logs, report
-from study.design import MODELS
 from study.logs import UserError
 
 PROJECT = Path(plot_nc.__file__).parent
 
 
-def group(folder: Path, seeds: int = 1, log: list[dict] | None = None, **settings) -> list[logs.Run]:
-    runs = [write_run(folder / str(seed), log or nc_logs.log(300), seed=seed, **settings) for seed in range(seeds)]
-    (found,) = logs.read_groups(runs)
-    return found
-
-
 def refused(*arguments: object) -> str:
     """The one line of a refusal."""
     with pytest.raises(UserError) as caught:
-        plot_nc.draw([str(argument) for argument in arguments])
+        plot_nc.draw(list(map(str, arguments)))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -63,13 +56,13 @@ def test_every_figure_of_any_run_is_small_and_the_same_twice(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_argument_redraws_the_figures_of_the_runs_that_are_there(tmp_path, capsys):
+def test_no_argument_redraws_the_figures_of_the_runs_that_are_there(tmp_path):
     with pytest.raises(UserError, match="no run of the study"):
         plot_nc.draw([], home=tmp_path)
     nc_logs.write_study(tmp_path / "res", seeds=2)
     plot_nc.draw([], home=tmp_path)
     first = {path.name for path in tmp_path.rglob("*.png")}
-    nc_logs.write_study(tmp_path / "res", nc_logs.LEARNERS | nc_logs.LONG, steps=120, seeds=2)
+    nc_logs.write_study(tmp_path / "res", nc_logs.LEARNERS | nc_logs.LONG, seeds=2)
     plot_nc.draw([], home=tmp_path)
     then = {path.name for path in tmp_path.rglob("*.png")}
     assert "result.png" in first and then - first == {"learners.png", "length.png"}
@@ -81,7 +74,7 @@ def test_other_settings_are_drawn_in_other_colours_and_not_averaged(tmp_path):
     runs = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2),
             write_run(tmp_path / "c", first_order=True)]
     groups = logs.read_groups(runs)
-    assert [len(found) for found in groups] == [2, 1]
+    assert list(map(len, groups)) == [2, 1]
     assert len({colour for _, colour, _ in figures.colours(groups)}) == 2
     assert "the seeds of one setting" in refused(*runs)
     assert "seed of another run" in refused(runs[0], write_run(tmp_path / "again", seed=1))
@@ -91,21 +84,20 @@ def test_other_settings_are_drawn_in_other_colours_and_not_averaged(tmp_path):
 
 
 def test_lines_of_a_single_run_are_its_log(tmp_path):
-    (run,) = found = group(tmp_path)
-    figure = figures.metrics([found], "block2")
-    rows = [row for row in nc_logs.log(300) if row.get("classes") == "heldout"]
+    groups = logs.read_groups([write_run(tmp_path, nc_logs.log(300))])
+    rows = [row for row in nc_logs.log(300) if row["classes"] == "heldout"]
+    nc1 = drawn(figures.metrics(groups, "block2").axes[1])
     for model in ("finetuned", "meta"):
-        expected = ([row["step"] for row in rows], [row[model]["nc1"]["mean"][1] for row in rows])
-        assert expected in drawn(figure.axes[1])
-    held_out = [row["inner"]["accuracy"]["mean"][-1] * 100 for row in rows]
-    assert any(values == pytest.approx(held_out) for _, values in drawn(figures.accuracy([found]).axes[0]))
+        assert ([row["step"] for row in rows], [row[model]["nc1"]["mean"][1] for row in rows]) in nc1
+    accuracies = [row["inner"]["accuracy"]["mean"][-1] * 100 for row in rows]
+    assert any(values == pytest.approx(accuracies) for _, values in drawn(figures.accuracy(groups).axes[0]))
 
 
 def test_the_thick_line_is_the_mean_at_the_steps_that_all_seeds_have(tmp_path):
-    paths = [write_run(tmp_path / "a", nc_logs.log(300), seed=1), write_run(tmp_path / "b", nc_logs.log(120), seed=2)]
-    (found,) = logs.read_groups(paths)
+    (group,) = logs.read_groups([write_run(tmp_path / "a", nc_logs.log(300), seed=1),
+                                 write_run(tmp_path / "b", nc_logs.log(120), seed=2)])  # fmt: skip
     axes = figures.Figure().subplots()
-    figures.draw(axes, found, lambda run: (
+    figures.draw(axes, group, lambda run: (
         np.array(sorted(run.rows["train"])), np.full(len(run.rows["train"]), run.settings["seed"])), "k")
     *seeds, (steps, mean) = drawn(axes)
     assert [len(x) for x, _ in seeds] == [10, 4]
@@ -116,18 +108,17 @@ def test_smoothing_averages_the_measurements_within_a_tenth_of_each_step():
     steps = np.arange(1, 1_201, 31)
     values = np.random.default_rng(0).normal(5, 1, len(steps))
     values[20] = np.nan
-    found = effects.smoothed(steps, values)
+    smoothed = effects.smoothed(steps, values)
     for i, step in enumerate(steps):
         near = [value for other, value in zip(steps, values)
                 if 0.9 * step <= other <= 1.1 * step and not math.isnan(value)]
-        assert found[i] == pytest.approx(math.nan if i == 20 else sum(near) / len(near), nan_ok=True)
+        assert smoothed[i] == pytest.approx(math.nan if i == 20 else sum(near) / len(near), nan_ok=True)
 
 
 def test_the_readme_figure_shows_what_its_panels_say(tmp_path):
-    nc_logs.write_study(tmp_path, seeds=3)
-    study = logs.Study(tmp_path)
-    share, traces, by_layer = report.result(study).axes
-    rows = [row for row in nc_logs.log(300) if row.get("classes") == "train"]
+    nc_logs.write_study(tmp_path)
+    share, traces, by_layer = report.result(logs.Study(tmp_path)).axes
+    rows = [row for row in nc_logs.log() if row["classes"] == "train"]
     ratio = rows[-1]["finetuned"]["between"]["mean"][-2] / rows[0]["finetuned"]["within"]["mean"][-2]
     assert any(values[-1] == pytest.approx(ratio, rel=0.1) for _, values in drawn(traces))
     assert any(values == pytest.approx([14 / 14.8] * 2) for _, values in drawn(share)), "the permuted labels"
@@ -148,7 +139,7 @@ def undefined(model: str, metric: str, layer: int, step: int, classes: str) -> f
 
 @pytest.mark.parametrize("name", figures.ANY)
 def test_metrics_that_are_undefined_everywhere(name, tmp_path):
-    log = json.loads(json.dumps(nc_logs.log(120, value=undefined)).replace("NaN", "null"))
+    log = json.loads(json.dumps(nc_logs.log(value=undefined)).replace("NaN", "null"))
     plot_nc.draw([str(write_run(tmp_path / "run", log, k_qry=1)), "--figure", name])
     figure = figures.ANY[name](logs.read_groups([tmp_path / "run"]))
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
@@ -168,7 +159,7 @@ def test_an_error_is_one_line_on_stderr(tmp_path):
 
 
 def test_a_run_without_held_out_tasks(tmp_path):
-    run = write_run(tmp_path / "run", [row for row in nc_logs.log(120) if row.get("classes") == "train"])
+    run = write_run(tmp_path / "run", [row for row in nc_logs.log() if row["classes"] == "train"])
     for name in ("traces", "metrics", "layers"):
         plot_nc.draw([str(run), "--figure", name])
     assert "no measurement on held-out tasks" in refused(run, "--figure", "accuracy")
@@ -183,8 +174,7 @@ def test_a_run_without_held_out_tasks(tmp_path):
 def test_an_incomplete_measurement_is_named(change, words, tmp_path):
     log = nc_logs.log(60)
     for row in log:
-        if row.get("kind") == "nc":
-            change(row)
+        change(row)
     assert words in refused(write_run(tmp_path / "run", log), "--layer", "logits")
 
 
@@ -220,4 +210,3 @@ def test_other_refusals(tmp_path):
 
 def test_a_data_set_whose_name_looks_like_mathematics(tmp_path):
     plot_nc.draw([str(write_run(tmp_path / "run", name="$x^$"))])
-    assert MODELS.keys() == figures.STYLES.keys()

@@ -27,7 +27,6 @@ from study.design import MAIN, SETTINGS
 from study.logs import HOME, Study, UserError, read_groups, read_run
 from study.markdown import written
 
-T = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182}  # by number of seeds: 97.5% points, from a printed table
 COMMITTED = Study(HOME / "res")
 
 
@@ -47,8 +46,8 @@ def value(row: dict, model: str, metric: str, layer: int) -> float:
 
 
 def late(folder: Path, split: str) -> list[dict]:
-    last = max(row["step"] for kind in ("train", "heldout") for row in rows_of(folder, kind))
-    return [row for row in rows_of(folder, split) if row["step"] >= 0.9 * last]
+    last_step = rows_of(folder, "heldout")[-1]["step"]
+    return [row for row in rows_of(folder, split) if row["step"] >= 0.9 * last_step]
 
 
 def end(folder: Path, model: str, metric: str, layer: int, split: str = "heldout") -> float:
@@ -56,24 +55,8 @@ def end(folder: Path, model: str, metric: str, layer: int, split: str = "heldout
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    half = T[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values), half
-
-
-def growth(folder: Path) -> float:
-    return end(folder, "finetuned", "between", -2) / value(rows_of(folder, "heldout")[0], "finetuned", "between", -2)
-
-
-def adaptation(folder: Path) -> float:
-    return end(folder, "finetuned", "nc1", 1) - end(folder, "meta", "nc1", 1)
-
-
-def gap(folder: Path) -> float:
-    return end(folder, "meta", "relative_within", -2) - end(folder, "meta", "relative_within", -2, "train")
-
-
-def accuracy(folder: Path) -> float:
-    return statistics.fmean(row["inner"]["accuracy"]["mean"][1] for row in late(folder, "train"))
+    """Mean of three seeds and half of the t interval, its 97.5% point from a printed table."""
+    return statistics.fmean(values), 4.303 * statistics.stdev(values) / math.sqrt(3)
 
 
 def original(folder: Path) -> float:
@@ -114,10 +97,14 @@ def correlation(folder: Path) -> float:
 
 @pytest.mark.parametrize("setting", MAIN)
 @pytest.mark.parametrize("plain, of_study", [
-    (growth, lambda one: effects.growth(one, "finetuned", "between")),
-    (adaptation, lambda one: effects.adapted_minus_meta(one, "nc1", 1)),
-    (gap, lambda one: effects.heldout_minus_train(one, "meta", "relative_within")),
-    (accuracy, lambda one: effects.accuracy_at_end(one, 1, "train")),
+    (lambda path: end(path, "finetuned", "within", -2) / value(rows_of(path, "heldout")[0], "finetuned", "within", -2),
+     lambda one: effects.growth(one, "finetuned", "within")),
+    (lambda path: end(path, "finetuned", "nc1", 1) - end(path, "meta", "nc1", 1),
+     lambda one: effects.adapted_minus_meta(one, "nc1", 1)),
+    (lambda path: end(path, "meta", "relative_within", -2) - end(path, "meta", "relative_within", -2, "train"),
+     lambda one: effects.heldout_minus_train(one, "meta", "relative_within")),
+    (lambda path: statistics.fmean(row["inner"]["accuracy"]["mean"][1] for row in late(path, "train")),
+     lambda one: effects.accuracy_at_end(one, 1, "train")),
     (original, lambda one: effects.logit_share_change(one, "meta", "_original", 100)),
     (drop, effects.largest_drop), (spread, effects.error_spread),
     (correlation, lambda one: effects.correlation(one, "finetuned", "cdnv", 2)),
@@ -141,7 +128,7 @@ def test_correlations_over_seeds_go_through_fishers_z():
 
 
 def test_the_interval_over_tasks_uses_their_values_or_else_the_standard_error(tmp_path):
-    log = nc_logs.log(120)
+    log = nc_logs.log()
     one = read_run(nc_logs.write_run(tmp_path / "with", log))
     traces = late(one.path, "heldout")[0]["per_task"]["finetuned"]
     shares = [within / (within + between) for within, between in zip(traces["within"], traces["between"])]
@@ -220,8 +207,7 @@ def test_the_tables_of_both_pages_are_what_the_logs_give():
 @pytest.fixture
 def home(tmp_path):
     """A project of which only the two pages and res/ exist."""
-    nc_logs.write_study(tmp_path / "res", every=60)
-    nc_logs.write_study(tmp_path / "res", nc_logs.LEARNERS | nc_logs.LONG, steps=120, every=60)
+    nc_logs.write_study(tmp_path / "res", nc_logs.STUDY | nc_logs.LEARNERS | nc_logs.LONG)
     (tmp_path / "study").mkdir()
     for page, names in (("README.md", ["collapse"]), ("study/README.md", tables.TABLES)):
         (tmp_path / page).write_text("Before.\n" + "".join(
