@@ -268,6 +268,21 @@ def accuracy_in(test: dict | None, key: str, place: int) -> float:
     return number(((test or {}).get(key) or [None])[place])
 
 
+def five_shot_share(run: Run, samples: str, inner_step: int) -> float:
+    """Unbiased relative within trace of "query" or "support" features after so many inner steps, of the mean traces.
+
+    Of the control "5-shot"; nan without it. Unbiased as in `nc_metrics.unbiased_traces`.
+    """
+    inner = run.controls().get("5-shot", {}).get("inner")
+    if inner is None:
+        return math.nan
+    images, prefix = (15, "") if samples == "query" else (5, "support_")
+    within, between = (inner[f"{prefix}{trace}"]["mean"][inner_step][HIDDEN] for trace in ("within", "between"))
+    error, n_way = within / (images - 1), run.settings["n_way"]  # the squared standard error of a class mean
+    within, between = within + error, between - error * (n_way - 1) / n_way
+    return within / (within + between)
+
+
 def tested(run: Run, key: str, place: int, transductive: bool = True) -> float:
     """`accuracy_in` the test of result.json."""
     name = "test" if transductive else "test_nontransductive"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from study import effects
-from study.design import LONG, SETTINGS, label
+from study.design import LEARNERS, LONG, SETTINGS, label
 from study.logs import Run, Study, describe, number
 from study.markdown import fixed, over, table
 
@@ -54,11 +54,11 @@ def machine(run: Run) -> str:
     return f"{device['name']}, {device['threads']} thread{'s' if device['threads'] > 1 else ''}"
 
 
-def runs(study: Study, columns: Sequence[str] = ()) -> str:
-    """Every run: what was trained, how long it took, what it reached; some columns of the study's settings, or all."""
+def runs(study: Study, names: Sequence[str] = (), columns: Sequence[str] = ()) -> str:
+    """What was trained, how long it took, what it reached: all runs and columns, or those named."""
     rows = []
-    others = () if columns else sorted(study.paths.keys() - SETTINGS.keys())
-    for group in study.groups((*SETTINGS, *others)):
+    names = names or (*SETTINGS, *sorted(study.paths.keys() - SETTINGS.keys()))
+    for group in study.groups(names):
         run, tests = group[0], [run.file("result.json")["test"] for run in group]
         minutes = sorted(round(run.file("timing.json")["training_minutes"]) for run in group)
         in_study = run.path.name.rpartition("-seed")[0] in SETTINGS
@@ -81,6 +81,7 @@ def runs(study: Study, columns: Sequence[str] = ()) -> str:
 
 
 def accuracies(study: Study) -> str:
-    """The same of the study's settings, narrower, for README.md."""
-    return runs(study, ("", "recipe", "meta-steps x tasks", "queries per class; inner steps", "test accuracy, %",
-                        "not transductive, %", "published"))  # fmt: skip
+    """The same, narrower, of the recipes' own runs, for README.md."""
+    names = [name for name in SETTINGS if name not in (*LEARNERS, "random-labels")]
+    return runs(study, names, ("", "recipe", "meta-steps x tasks", "queries per class; inner steps", "test accuracy, %",
+                               "not transductive, %", "published"))  # fmt: skip

@@ -26,6 +26,7 @@ METRICS = {"relative_within": "relative within trace", "nc1": "tr(S_W S_B⁺)/C"
 NAMED_LAYERS = tuple(zip(range(-5, 0), ("block 1", "block 2", "block 3", "block 4", "logits")))
 RULES = {"nearest support mean": ("nearest_mean", 0), "nearest support mean, adapted": ("nearest_mean", -1),
          "classifier, adapted": ("accuracy", -1)}  # key and inner step in a test's results  # fmt: skip
+ZEROED = "classifier at zero"  # a control
 LENGTHS = (0, 1_000, 6_000, 20_000, 40_000, 60_000)  # meta-steps shown of a long run
 
 
@@ -286,9 +287,28 @@ def controls(study: Study) -> str:
     return table(["", "control", "seeds", *METRICS.values(), "dimension", *(f"{name}, %" for name in RULES)], rows)
 
 
+def adaptation(study: Study) -> str:
+    """What the inner loop does to query and support features, and what it does with a zero classifier."""
+    def accuracy_of(kind: str) -> Cell:
+        return over(lambda run: effects.accuracy_in(run.controls().get(kind), "accuracy", -1), 100)
+
+    share = functools.partial(over, effects.measured, metric="relative_within")
+    rows = [("relative within trace, before adaptation", share(model="meta")),
+            ("adapted", share(model="finetuned")),
+            ("adapted, from a zero classifier", share(model="finetuned", kind=ZEROED)),
+            ("classifier, adapted, %", accuracy_of("final")),
+            ("classifier, adapted, from a zero classifier, %", accuracy_of(ZEROED))]  # fmt: skip
+    rows += [(f"5-shot, unbiased: {samples} features, {when}",
+              over(effects.five_shot_share, samples=samples, inner_step=inner_step))
+             for samples in ("query", "support") for inner_step, when in ((0, "before adaptation"), (-1, "adapted"))]
+    names = [group[0].path.name.rpartition("-seed")[0] for group in study.groups((*LEARNERS, *LONG))
+             if all(ZEROED in run.controls() for run in group)]  # fmt: skip
+    return compared(study, names, rows)
+
+
 TABLES: dict[str, Callable[[Study], str]] = {function.__name__: function for function in (
     contrast, accuracies, collapse, accuracy, layers, inner_steps, correlation, original, cells, learners,
-    ranking, length, tests, controls, runs)}
+    ranking, adaptation, length, tests, controls, runs)}
 
 
 # ---- the program
