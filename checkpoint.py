@@ -6,7 +6,7 @@
      "generator", "cuda_generator", "tasks",    states of the generators: torch's own, and the training tasks'
      "best": {"weights", "step", "val_accuracy"} or None,    what best.pt holds
      "log_bytes": 12345, "minutes": 1.5,        size of the log, time in training
-     "of": {...}}                      the experiment: settings and data
+     "experiment": {...}}              settings and data
 
 It holds numbers and tensors, no code: `torch.load(path, weights_only=True)` reads it.
 """
@@ -109,7 +109,7 @@ def restore(path: Path, saved: dict, experiment: dict, maml: Meta, sampler: Samp
     """
     with _using(path, remedy):
         for name, value in experiment.items():
-            other = saved["of"].get(name)
+            other = saved["experiment"].get(name)
             if repr(other) != repr(value):
                 raise UserError(f"{path} is of a run with {name} {other}, and here it is {value}; {remedy}")
         step, updates, best = int(saved["step"]), int(saved["updates"]), saved["best"]

@@ -233,7 +233,7 @@ class _Run:
         log_bytes = self.log.sync() if self.log else self.log_bytes
         checkpoint.save(self.out / "checkpoint.pt", self.maml, {
             "tasks": self.sampler.state, "best": self.best, "log_bytes": log_bytes,
-            "minutes": self.minutes_in_all(), "of": self.experiment})
+            "minutes": self.minutes_in_all(), "experiment": self.experiment})
 
     def stop_if_not_finite(self) -> None:
         """Raise if an update since the last check was skipped, because a loss or a gradient was not finite.

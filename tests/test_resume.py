@@ -275,8 +275,10 @@ class Code:
     (lambda saved: {"weights": saved["weights"], "step": 3, "val_accuracy": 0.5}, "is damaged, or not of this program"),
     (lambda saved: saved | {"best": Code()}, "is damaged, or not of this program"),
     (lambda saved: saved | {"step": -1}, "is damaged, or not of this program"),
-    (lambda saved: saved | {"of": saved["of"] | {"update_lr": 0.1}}, "is of a run with update_lr 0.1, and here it is"),
-    (lambda saved: saved | {"of": saved["of"] | {"device": "cuda"}}, "is of a run with device cuda, and here it is"),
+    (lambda saved: saved | {"experiment": saved["experiment"] | {"update_lr": 0.1}},
+     "is of a run with update_lr 0.1, and here it is"),
+    (lambda saved: saved | {"experiment": saved["experiment"] | {"device": "cuda"}},
+     "is of a run with device cuda, and here it is"),
     (lambda saved: saved | {"weights": {name: weight[:1] for name, weight in saved["weights"].items()}}, "is damaged"),
     (lambda saved: saved | {"adam": {"state": {i: values | {"exp_avg": torch.zeros(3)} for i, values in
                                                saved["adam"]["state"].items()}}}, "is damaged"),
