@@ -246,8 +246,16 @@ class Code:
         return os.mkdir, ("run-by-a-pickle",)
 
 
+class SameName:
+    """Pickled as a call of a function that has the name of an allowed one."""
+
+    def __reduce__(self):
+        return encode, ("text", "latin1")
+
+
 @pytest.mark.parametrize("change, words", [
-    ({"extra": Code()}, "mkdir"), ({"extra": np.array([Code()], object)}, "mkdir"), ({"image_data": Path("x")}, "path"),
+    ({"extra": SameName()}, "data_files.encode"), ({"extra": Code()}, "mkdir"),
+    ({"extra": np.array([Code()], object)}, "mkdir"), ({"image_data": Path("x")}, "path"),
     ({"image_data": np.zeros((12, 8, 8, 3))}, "is float64 [8, 8, 3]"),
     ({"image_data": np.zeros((12, 3, 8, 8), np.uint8)}, "not uint8 [height, width, 3]"),
     ({"class_dict": {"a": [0, 99]}}, "one of 12 that isn't there"),
