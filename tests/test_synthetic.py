@@ -60,6 +60,13 @@ def test_every_image_differs_also_from_those_of_another_seed(kind):
     assert len({image.numpy().tobytes() for image in both.flatten(0, 1)}) == 800
 
 
+def test_the_images_stay_the_same_from_version_to_version(kind):
+    make, _, images = kind
+    mean, spread = images.float().mean(), images.float().std(1).mean()  # spread: of a pixel within a class
+    expected = (232.12, 35.77) if make is synthetic.characters else (121.44, 53.83)
+    assert (mean.item(), spread.item()) == pytest.approx(expected, abs=0.05)
+
+
 def test_few_shot_is_learnable_and_not_trivial(kind):
     make, size, images = kind
     assert 0.5 < nearest_mean_accuracy(images.flatten(2) / 255) < 0.9
