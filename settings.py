@@ -295,8 +295,8 @@ def _check_network(args: argparse.Namespace, network: Callable[[argparse.Namespa
 
     net = built(args.imgsz)
     if isinstance(net, ValueError):
-        another_does = any(isinstance(built(size), Learner) for size in (28, 84, 4 * args.imgsz))
-        raise UserError(f"{f'--imgsz {args.imgsz}' if another_does else 'layers'}: {net}") from net
+        other_size_works = any(isinstance(built(size), Learner) for size in (28, 84, 4 * args.imgsz))
+        raise UserError(f"{f'--imgsz {args.imgsz}' if other_size_works else 'layers'}: {net}") from net
     last = net.config[-1][0] if net.config else "missing"
     if last != "linear":
         raise UserError(f"layers: the last layer is {last}; it must be linear, ('linear', [args.n_way, features])")

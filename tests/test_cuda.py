@@ -1,6 +1,6 @@
 """On a GPU: a replayed step and an eager one train the same, and both as on a CPU. Skipped where there is no GPU.
 
-`take_steps` also runs on a CPU, with a graph that is a pretence: test_device.py.
+test_device.py runs `take_steps` on a CPU, with a fake graph.
 """
 
 import json

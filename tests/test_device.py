@@ -1,4 +1,4 @@
-"""device.py without a GPU: torch.cuda and torch.distributed are replaced by pretences that fail as the real ones do."""
+"""device.py without a GPU: torch.cuda and torch.distributed are replaced by fakes that fail as the real ones do."""
 
 import contextlib
 import itertools
@@ -172,13 +172,13 @@ def test_the_group_is_left_together_and_not_after_an_error(n_processes, device, 
 # ---- a CUDA graph
 
 
-class Pretence:
+class FakeGraphs:
     """torch.cuda's graphs on a CPU. A capture runs the step, and a replay runs it again into the captured tensors."""
 
     def __init__(self, monkeypatch):
         self.take, self.maml, self.captures = None, None, 0
         self.fails: Exception | None = None  # what the end of a capture raises
-        pretence = self
+        fake = self
 
         class Stream:
             def wait_stream(self, _):
@@ -189,19 +189,19 @@ class Pretence:
                 pass
 
             def replay(self):
-                step = pretence.maml.step
-                for old, new in zip(tree_leaves(pretence.captured), tree_leaves(pretence.take())):
+                step = fake.maml.step
+                for old, new in zip(tree_leaves(fake.captured), tree_leaves(fake.take())):
                     if isinstance(old, Tensor):
                         old.copy_(new)
-                pretence.maml.step = step  # a replay runs no Python
+                fake.maml.step = step  # a replay runs no Python
 
         @contextlib.contextmanager
         def graph(_):
-            pretence.captures += 1
+            fake.captures += 1
             yield
-            if pretence.fails:
-                raise pretence.fails
-            pretence.captured = pretence.latest
+            if fake.fails:
+                raise fake.fails
+            fake.captured = fake.latest
 
         for name, value in {"CUDAGraph": Graph, "graph": graph, "Stream": Stream, "current_stream": Stream,
                             "stream": lambda _: contextlib.nullcontext(), "synchronize": lambda: None}.items():
@@ -217,8 +217,8 @@ class Pretence:
 
 
 @pytest.fixture
-def cuda(monkeypatch) -> Pretence:
-    return Pretence(monkeypatch)
+def cuda(monkeypatch) -> FakeGraphs:
+    return FakeGraphs(monkeypatch)
 
 
 @pytest.mark.parametrize("when, error, reason", [

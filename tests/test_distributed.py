@@ -37,13 +37,13 @@ def torchrun(*command: str) -> str:
 
 
 @pytest.mark.slow
-def test_weights_and_what_was_seen(tmp_path):
+def test_weights_and_results_of_each_step(tmp_path):
     two_processes.main(str(tmp_path / "one.pt"))
     torchrun(two_processes.__file__, str(tmp_path / "two.pt"))
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     for name, weight in one["weights"].items():
         assert name.endswith("conv2d_bias") or torch.allclose(weight, two["weights"][name], rtol=1e-7, atol=1e-10), name
-    torch.testing.assert_close(one["seen"], two["seen"], rtol=1e-6, atol=1e-9, equal_nan=True)
+    torch.testing.assert_close(one["steps"], two["steps"], rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
 @pytest.mark.slow

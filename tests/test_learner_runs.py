@@ -13,6 +13,9 @@ import meta
 import miniimagenet_train
 import omniglot_train
 import settings
+import synthetic
+from meta import Meta
+from tasks import with_rotations
 
 FLAGS = {"anil": ["--learner", "anil"], "boil": ["--learner", "boil"], "protonet": ["--learner", "protonet"],
          "classifier": ["--learner", "classifier"], "cosine": ["--lr_schedule", "cosine"],
@@ -40,11 +43,31 @@ def test_measuring_more_queries_changes_no_bit(learner, tmp_path, monkeypatch):
     for name, flags in (("none", ["--nc_every", "0", "--nc_every_late", "2"]), ("all", ["--nc_every", "1"])):
         out = tmp_path / name
         omniglot_train.main([*TINY, "--k_qry", "1", "--learner", learner, *flags, "--nc_qry", "3", "--out", str(out)])
-        weights.append(torch.load(out / "last.pt", weights_only=True)["weights"])
+        last = torch.load(out / "last.pt", weights_only=True)
+        weights.append(last["weights"])
         rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         measured.append([row["step"] for row in rows if row.get("classes") == "train"])
+        *_, validation = (row for row in rows if row["kind"] == "val")
+        own_rule = validation["acc"][-1] if learner == "maml" else validation["nearest_mean"][0]
+        assert last["val_accuracy"] == pytest.approx(own_rule, abs=1e-5)
     assert not kill.differences(*weights)
     assert measured == [[], list(range(8))]
+
+
+def test_the_classifier_learns_the_training_class_of_each_label(tmp_path, monkeypatch):
+    steps, forward = [], Meta.forward
+
+    def watched(maml, tasks, every_step, measured, classes):
+        steps.append((tasks, classes))
+        return forward(maml, tasks, every_step, measured, classes)
+
+    monkeypatch.setattr(Meta, "forward", watched)
+    train(tmp_path / "run", "--learner", "classifier", "--epoch", "2", "--nc_every", "0")
+    images = with_rotations(synthetic.load_characters("train", 28)) / 255
+    for tasks, classes in steps:
+        for task in range(2):
+            for image, label in zip(tasks.x_qry[task], tasks.y_qry[task]):
+                assert (images[classes[task, label]] == image).flatten(1).all(1).any()
 
 
 def test_weights_that_are_kept_and_tested(tmp_path):
@@ -53,9 +76,14 @@ def test_weights_that_are_kept_and_tested(tmp_path):
     assert sorted(path.name for path in run.glob("weights-*.pt")) == ["weights-0.pt", "weights-3.pt", "weights-6.pt"]
     result = json.loads((run / "result.json").read_text())
     assert result["last_step"] == 8 and result["test"]["inner_steps"] == result["test_nontransductive"]["inner_steps"]
-    omniglot_train.main(["--test", str(run), "--test_weights", "best", "--k_qry", "3", "--no-transductive"])
-    again = json.loads((run / "test-6tasks-3qry-1steps-not-transductive.json").read_text())
-    assert again["test"]["k_qry"] == 3 and again["best_step"] in (0, 3, 6, 8)
+    again = ["--test", str(run), "--no-transductive"]
+    omniglot_train.main([*again, "--test_weights", "best", "--k_qry", "3", "--update_step_test", "2"])
+    best = json.loads((run / "test-6tasks-3qry-2steps-not-transductive.json").read_text())
+    assert best["test"]["k_qry"] == 3 and best["best_step"] in (0, 3, 6, 8)
+    assert best["test_nontransductive"]["inner_steps"] == [0, 1, 2]
+    omniglot_train.main([*again, "--k_qry", "1"])  # a transductive test answers the first query of each class alone
+    last = json.loads((run / "test-6tasks-1qry-1steps-last-not-transductive.json").read_text())
+    assert last["test_nontransductive"] == result["test_nontransductive"]
 
 
 def test_testing_on_other_images_needs_only_their_test_split(tmp_path):

@@ -35,6 +35,7 @@ def runs(tmp_path_factory):
         for name, flags in {"maml": ["--pixels", "inverted", "--test_weights", "last"],
                             "classifier": ["--learner", "classifier"]}.items():
             omniglot_train.main([*FLAGS, *flags, "--out", str(folder / name)])
+    shutil.copy(folder / "maml/weights-0.pt", folder / "maml/best.pt")  # best and last differ
     for learner in ("anil", "boil", "protonet"):  # the same network
         shutil.copytree(folder / "maml", folder / learner)
         change_settings(folder / learner, learner=learner)
@@ -78,16 +79,17 @@ def answers(model, support, queries, learner):
 @pytest.mark.parametrize("learner", ["maml", "anil", "boil", "protonet", "classifier"])
 def test_each_query_is_answered_with_the_support_set_alone(runs, images, learner):
     model = predict.load(runs / learner)
-    found = model.predict(images[:4], LABELS, images[4:])
+    labels = model.predict(images[:4], LABELS, images[4:])
     x = as_input(images, inverted=learner != "classifier")
     names = ["ka", 7, ("x",)]
-    assert found == [names[i] for i in answers(model, x[:4], x[4:], learner).argmax(1)]
-    assert found == [model.predict(images[:4], LABELS, [image])[0] for image in images[4:]]
+    assert labels == [names[i] for i in answers(model, x[:4], x[4:], learner).argmax(1)]
+    assert labels == [model.predict(images[:4], LABELS, [image])[0] for image in images[4:]]
     assert model.predict(images[:4], LABELS, []) == []
 
 
-def test_queries_together(runs, images):
+def test_queries_together(runs, images, monkeypatch):
     """As MAML's tests: the logits of all queries in one batch."""
+    monkeypatch.setattr(predict, "QUERIES_PER_PASS", 2)
     model = predict.load(runs / "maml")
     model.args.update_step_test = 0
     expected = [["ka", 7, ("x",)][i] for i in model.net(as_input(images[4:], inverted=True)).argmax(1)]

@@ -21,15 +21,15 @@ def main(path: str) -> None:
     maml = Meta(net, nc_every=2)
     images = synthetic.characters(8, 6, 28, seed=0)
     generator = torch.Generator().manual_seed(1)
-    seen = []
+    steps = []
     with devices.processes(torch.device("cpu")):
         check_exchanges()
         for _ in range(3):
             tasks = sample_tasks(images, 4, 5, 1, 3, generator)
             step = maml(tasks._replace(x_spt=tasks.x_spt.double(), x_qry=tasks.x_qry.double()), every_step=True)
-            seen.append({"losses": step.losses, "accuracy": step.accuracy, "metrics": step.metrics or {}})
+            steps.append({"losses": step.losses, "accuracy": step.accuracy, "metrics": step.metrics or {}})
         if devices.rank() == 0:
-            torch.save({"weights": net.state_dict(), "seen": seen}, path)
+            torch.save({"weights": net.state_dict(), "steps": steps}, path)
 
 
 def check_exchanges() -> None:
