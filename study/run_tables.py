@@ -30,9 +30,10 @@ def tests(study: Study) -> str:
     for group in study.groups(LONG):
         results: dict[tuple, dict[Path, dict]] = {}  # queries, transductive -> run -> inner step -> accuracy, interval
         for run in group:
-            for file in ("result.json", *(path.name for path in sorted(run.path.glob("test-*.json")))):
+            files = ["result.json", *(path.name for path in sorted(run.path.glob("test-*.json")))]
+            for result in [result for result in map(run.file, files) if result["data"] == run.data]:
                 for key in ("test", "test_nontransductive"):
-                    if test := run.file(file).get(key):
+                    if test := result.get(key):
                         of_runs = results.setdefault((test["k_qry"], key == "test"), {})
                         after = of_runs.setdefault(run.path, {})
                         after |= zip(test["inner_steps"], zip(test["accuracy"], test["ci95"]))

@@ -265,10 +265,13 @@ def test_the_unbiased_cdnv_of_a_control_knows_its_queries(tmp_path):
 
 
 def test_a_long_run_and_its_tests(home):
-    later = {"test": {"accuracy": [0.2, 0.9, 0.95, 0.985], "ci95": [0.002] * 4, "k_qry": 5, "n_way": 5, "k_spt": 1,
-                      "inner_steps": [0, 1, 2, 3], "tasks": 600}}
-    (home / "res" / "paper-omniglot-5w1s-seed1" / "test-600tasks-5qry-3steps.json").write_text(json.dumps(later))
     study = Study(home / "res")
+    run = study["paper-omniglot-5w1s"][0]
+    later = {"data": run.data, "test": {"accuracy": [0.2, 0.9, 0.95, 0.985], "ci95": [0.002] * 4, "k_qry": 5,
+                                        "n_way": 5, "k_spt": 1, "inner_steps": [0, 1, 2, 3], "tasks": 600}}
+    (run.path / "test-600tasks-5qry-3steps.json").write_text(json.dumps(later))
+    later["test"]["k_qry"] = 7  # on other images: not a test of the run's classes
+    (run.path / "test-600tasks-7qry-3steps-mine.json").write_text(json.dumps(later | {"data": "my images"}))
     assert [row.split(" | ")[1] for row in tables.length(study).split("\n")[4:]] == ["0"]
     rows = [row.strip("| ").split(" | ") for row in tables.tests(study).split("\n")[2:]]
     steps = rows[0][2]
