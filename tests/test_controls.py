@@ -81,12 +81,16 @@ def test_controls(tmp_path):
     assert found["queries 5"]["meta"]["relative_within"]["mean"][-2] == pytest.approx(within, 1e-4)
     assert found["queries 1"]["meta"]["within"]["mean"] == [None] * 5 and found["queries 1"]["accuracy"][-1] >= 0
     args.k_spt = 5
-    five = training.Data(args, script.dataset(args), torch.device("cpu")).sampler("test", images, training.TEST_SEED)(4)
-    traces = found["5-shot"]["inner"]
-    for x, y, name in ((five.x_qry, five.y_qry, ""), (five.x_spt, five.y_spt, "support_")):
+    data = training.Data(args, script.dataset(args), torch.device("cpu"))
+    five_shot = data.sampler("test", images, training.TEST_SEED)(4)
+    traces, read = found["5-shot"]["inner"], read_run(run)
+    for x, y, samples, name in ((five_shot.x_qry, five_shot.y_qry, "query", "within"),
+                                (five_shot.x_spt, five_shot.y_spt, "support", "support_within")):
         features = nets["final"](x, features=True)[1][-2]
         within, _ = nc_metrics.covariance_traces(features, y, 3)
-        assert traces[f"{name}within"]["mean"][0][-2] == pytest.approx(within.mean().item(), 1e-4)
+        assert traces[name]["mean"][0][-2] == pytest.approx(within.mean().item(), 1e-4)
+        within, between = (trace.mean().item() for trace in nc_metrics.unbiased_traces(features, y, 3))
+        assert effects.five_shot_share(read, samples, 0) == pytest.approx(within / (within + between), 1e-4)
     assert len(traces["support_within"]["mean"]) == 2 and "support" in found["5-shot"]
     each = torch.stack([nets["final"](torch.cat([tasks.x_spt, query[:, None]], 1), features=True)[1][-2]
                         for query in tasks.x_qry.unbind(1)], 1)  # [T, 45, 4, D]
