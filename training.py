@@ -47,8 +47,10 @@ CHECK_EVERY = 10  # on CUDA, steps between two checks for signals and failed upd
 
 def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argparse.Namespace], Learner]) -> None:
     """Train, validate and test with these settings; with --resume continue a run, with --test test it again."""
-    remedy = (f"lower --task_chunk (now {args.task_chunk or 'as fits the device'}) to hold fewer tasks at once, "
-              f"or take another --device than {args.device}")
+    fewer = f"--task_chunk (now {args.task_chunk or 'as fits the device'})"
+    if args.learner == "classifier" and args.test is None:
+        fewer = f"--task_num (now {args.task_num})"
+    remedy = f"lower {fewer} to hold fewer tasks at once, or take another --device than {args.device}"
     with devices.memory_runs_out(remedy):
         device = devices.select_device(args.device)
         sizes = check(args, dataset, network)

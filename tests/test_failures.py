@@ -74,13 +74,14 @@ def test_folders_that_can_be_none(out, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_out_of_memory_names_the_flag(tmp_path):
+@pytest.mark.parametrize("large, flag", [
+    ("--task_num 50 --n_way 3 --k_spt 2 --update_step 50", "--task_chunk (now as fits the device)"),
+    ("--task_num 3000 --learner classifier", "--task_num (now 3000)")])
+def test_out_of_memory_names_the_flag(large, flag, tmp_path):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     with limit("AS", used + 2**28):
-        large = ["--task_num", "50", "--n_way", "3", "--k_spt", "2", "--update_step", "50"]
-        said = refused(*TINY, *large, "--out", str(tmp_path / "big"))
-    assert said == ("out of memory; lower --task_chunk (now as fits the device) to hold fewer tasks at once, "
-                    "or take another --device than cpu")
+        said = refused(*TINY, *large.split(), "--out", str(tmp_path / "big"))
+    assert said == f"out of memory; lower {flag} to hold fewer tasks at once, or take another --device than cpu"
 
 
 # ---- numbers
