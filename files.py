@@ -46,6 +46,7 @@ def run(main: Callable[[], None]) -> None:
             stream.reconfigure(errors="replace")
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         line = one_line(str(error))
         if len(line) > LONGEST:
@@ -54,6 +55,9 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # as shells report Ctrl-C
+    except BrokenPipeError:  # a pipe's reader, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush would fail
+        sys.exit(141)
 
 
 def one_line(text: str) -> str:

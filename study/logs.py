@@ -50,12 +50,16 @@ def run_program(main: Callable[[], None], status: int = 2) -> None:
             stream.reconfigure(errors="replace")  # "±" on an ASCII terminal
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         line = one_line(str(error))
         print(f"error: {line if len(line) < 2000 else line[:990] + ' ... ' + line[-990:]}", file=sys.stderr)
         sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # a pipe's reader, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush would fail
+        sys.exit(141)
 
 
 def one_line(text: str) -> str:

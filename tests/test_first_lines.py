@@ -1,6 +1,7 @@
-"""What is refused before anything is read: an old Python, and networks of one's own that can't be trained."""
+"""How programs end: an old Python, a pipe without a reader, and networks of one's own that can't be trained."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,16 @@ def test_what_it_says():
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     said = "error: this is Python 3.9, and 3.10 or later is needed; install that\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
+@pytest.mark.parametrize("command", [
+    ["-m", "study.tables", "contrast"], ["-c", "import files; files.run(lambda: print(1))"]])
+def test_a_pipe_whose_reader_has_ended_is_no_error(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, *command], cwd=PROJECT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("change, flags, line", [
