@@ -75,6 +75,7 @@ NC1 = ("tr(S_W S_B⁺)/C, adapted", from_untrained("finetuned", "nc1"))
 CDNV = ("CDNV, unbiased, adapted", from_untrained("finetuned", "cdnv_unbiased"))
 NEAREST_MEAN = ("nearest support mean before adaptation, %",
                 over(effects.end, 100, model="meta", metric="ncc_accuracy"))  # fmt: skip
+DEVIATION = ("deviation of log error from its trend, from step 1,000", over(effects.error_spread))
 
 
 def collapse(study: Study) -> str:
@@ -113,7 +114,7 @@ def accuracy(study: Study) -> str:
         ("difference, points", over(difference, 100)),
         ("classifier, adapted, training tasks, %", over(effects.accuracy_at_end, 100, inner_step=-1, split="train")),
         ("largest drop between checkpoints from step 1,000, points", over(effects.largest_drop, 100)),
-        ("deviation of log error from its trend, from step 1,000", over(effects.error_spread)),
+        DEVIATION,
     ])  # fmt: skip
 
 
@@ -170,7 +171,7 @@ def original(study: Study) -> str:
 def cells(study: Study) -> str:
     """Order by network, the seed's recipe."""
     return compared(study, CELLS, [("test accuracy, %", over(effects.own_accuracy, 100)), SHARE, *TRACES, CDNV, NC1,
-                                   NEAREST_MEAN])  # fmt: skip
+                                   NEAREST_MEAN, DEVIATION])  # fmt: skip
 
 
 # ---- learners, long runs, controls
