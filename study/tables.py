@@ -279,13 +279,12 @@ def length(study: Study) -> str:
 
 
 def controls(study: Study) -> str:
-    """Every control of the long runs that have controls.json, before adaptation, over their seeds."""
-    rows = []
-    for group in study.groups(LONG):
-        for kind in dict.fromkeys(kind for run in group for kind in run.controls()):
-            runs = [run for run in group if kind in run.controls()]
-            rows.append([label(group[0]), kind, *before_adaptation(runs, kind), *control_accuracies(runs, kind)])
-    return table(["", "control", "seeds", *METRICS.values(), "dimension", *(f"{name}, %" for name in RULES)], rows)
+    """Every control of each long run that has controls.json, before adaptation: controls compare within a seed."""
+    rows = [[label(run), kind, str(run.settings["seed"]), *before_adaptation([run], kind)[1:],
+             *control_accuracies([run], kind)]
+            for group in study.groups(LONG) for kind in dict.fromkeys(kind for run in group for kind in run.controls())
+            for run in group if kind in run.controls()]  # fmt: skip
+    return table(["", "control", "seed", *METRICS.values(), "dimension", *(f"{name}, %" for name in RULES)], rows)
 
 
 def adaptation(study: Study) -> str:
