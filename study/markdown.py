@@ -48,8 +48,14 @@ def correlated(estimate: Estimate) -> str:
 
 
 def over(value: Callable[..., float], scale: float = 1, **options) -> Cell:
-    """A cell: `scale` times value(run, **options), mean and interval over seeds."""
-    return lambda runs: written(over_seeds([scale * value(run, **options) for run in runs]))
+    """A cell: `scale` times value(run, **options), mean and interval over seeds; of two seeds both values."""
+    def cell(runs: list[Run]) -> str:
+        values = [scale * value(run, **options) for run in runs]
+        if len(values) == 2 and all(map(math.isfinite, values)):  # a t interval would be far wider
+            return ", ".join(map(short, values))
+        return written(over_seeds(values))
+
+    return cell
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -25,7 +25,7 @@ import settings
 from study import effects, run, tables
 from study.design import MAIN, SETTINGS
 from study.logs import HOME, Study, UserError, read_groups, read_run
-from study.markdown import written
+from study.markdown import over, written
 
 COMMITTED = Study(HOME / "res")
 
@@ -193,6 +193,11 @@ def test_what_has_no_logarithm_or_three_checkpoints_has_no_correlation(cdnv, tmp
 ])  # fmt: skip
 def test_a_number_has_the_digits_that_its_interval_carries(estimate, text):
     assert written(effects.Estimate(*estimate)) == text
+
+
+def test_a_cell_has_both_values_of_two_seeds_and_the_interval_of_three():
+    cell = over(lambda seed: 10.0 * seed, 0.1)
+    assert [cell(seeds) for seeds in ([2], [2, 3], [2, math.nan], [1, 2, 3])] == ["2.0", "2.0, 3.0", "–", "2.0 ± 2.5"]
 
 
 # ---- tables
