@@ -16,7 +16,7 @@ The tasks are those of the run's test. The controls, each with all metrics and a
     batch norm by the support set                 the same, by statistics without the query
 
 "effective_dimension" is that of the means of all test classes at the classifier's input. For it, one image of every
-class goes through the network together, upright, whatever the control. Metrics that are undefined are null.
+class goes through the network together, upright, in all controls. Metrics that are undefined are null.
 """
 
 import python_version  # first: the others do not parse on an older Python  # noqa: F401, I001
@@ -37,21 +37,12 @@ import nc_metrics
 import predict
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
 from files import Parser, UserError, atomic, progress, run
-from learner import SHIFT_EPS, Learner, Weights, apply_layer
-from measuring import (
-    accuracies,
-    accuracy,
-    class_means,
-    collapse_metrics,
-    permuted_labels,
-    scores,
-    squared_distances,
-)
+from learner import Learner, Weights
+from measuring import accuracies, accuracy, class_means, collapse_metrics, permuted_labels, scores, squared_distances
 from meta import Adapted, Meta, adapt
 from record import REMEDY, numbers, say, summary
 from settings import check
 from tasks import Dataset, Tasks, as_tasks, cat
-from taskwise import EPS
 from training import TEST_SEED, Data, held_out_tasks
 
 QUERIES = 15  # per class, if nothing else is said
@@ -93,13 +84,14 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     untrained = script.network(args).to(device)
     pixels = Learner([("flatten", []), ("linear", [args.n_way, math.prod(untrained.input_shape)])],
                      args.imgc, args.imgsz).to(device)  # its classifier is not used
-    usual = min(QUERIES, most)
+    usual = args.k_spt, min(QUERIES, most)  # support and query images per class
     wanted = {"final": (final, together, usual), "untrained": (untrained, together, usual),
               "classifier at zero": (with_zero_classifier(final), together, usual),
               "pixels": (pixels, not_adapted, usual)}
-    wanted |= {f"queries {queries}": (final, together, queries) for queries in (1, 5, 19) if queries <= most}
+    wanted |= {f"queries {queries}": (final, together, (args.k_spt, queries))
+               for queries in (1, 5, 19) if queries <= most}
     if args.k_spt != SHOTS < most + args.k_spt:
-        wanted[f"{SHOTS}-shot"] = final, together, min(QUERIES, most + args.k_spt - SHOTS)
+        wanted[f"{SHOTS}-shot"] = final, together, (SHOTS, min(QUERIES, most + args.k_spt - SHOTS))
     wanted[ALONE] = final, partial(not_transductive, score=partial(scores, transductive=False)), usual
     wanted[BY_SUPPORT] = final, partial(not_transductive, score=scores_by_support), usual
     if not wanted.keys() >= set(only or ()):
@@ -107,8 +99,8 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     wanted = {name: wanted[name] for name in only or wanted}
     data = Data(argparse.Namespace(**vars(args)), dataset, device)
     images, dimensions, written = data.load("test"), {}, {}
-    for name, (net, function, data.args.k_qry_test) in wanted.items():
-        data.args.k_spt = SHOTS if name == f"{SHOTS}-shot" else args.k_spt
+    for name, (net, function, sizes) in wanted.items():
+        data.args.k_spt, data.args.k_qry_test = sizes
         maml = Meta(net, args.update_lr, update_step=args.update_step, update_step_test=args.update_step_test,
                     task_chunk=args.task_chunk, seed=args.seed, learner=args.learner)
         batches = math.ceil(args.test_tasks / args.task_num)
@@ -170,22 +162,11 @@ def not_transductive(maml: Meta, tasks: Tasks, null_seed: int, score: Callable) 
 
 def scores_by_support(net: Learner, tasks: Tasks, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
     """As `measuring.scores`; batch norm's statistics are those of the support set, for the queries too."""
-    n_support, weights = tasks.x_spt.shape[1], net.per_task(weights, len(tasks.x_spt))
-    h = torch.cat([tasks.x_spt, tasks.x_qry], 1).permute(0, 1, 3, 4, 2).contiguous()  # [T, N_spt + N_qry, h, w, c]
-    for i, (name, params) in enumerate(net.config):
-        features = h.flatten(2)  # of the last layer in the end, which is linear
-        names = (f"{i}_{name}_weight", f"{i}_{name}_bias")
-        own = [weights[name] for name in names if name in weights]
-        if name in ("bn", "bn_shift"):
-            axes = tuple(range(1, h.dim() - 1))
-            variance, mean = torch.var_mean(h[:, :n_support], axes, correction=0, keepdim=True)
-            *scale, shift = (values.view(mean.shape) for values in own)
-            h = (h - mean) * (variance + (EPS if scale else SHIFT_EPS)).rsqrt() * (scale[0] if scale else 1) + shift
-        else:
-            h = apply_layer(name, params, h, own)
-    means = class_means(features[:, :n_support], tasks.y_spt, h.shape[-1])
-    query = features[:, n_support:]
-    return h[:, n_support:], -squared_distances(query, means), query
+    n_support = tasks.x_spt.shape[1]
+    logits, layers = net(torch.cat([tasks.x_spt, tasks.x_qry], 1), weights, features=True, first=n_support)
+    support, query = layers[-2].split([n_support, tasks.x_qry.shape[1]], 1)
+    means = class_means(support, tasks.y_spt, logits.shape[-1])
+    return logits[:, n_support:], -squared_distances(query, means), query
 
 
 def dimension(net: Learner, images: Tensor, dataset: Dataset) -> Tensor:

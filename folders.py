@@ -26,7 +26,7 @@ NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), 
 
 def dataset(root: str, name: str | None, channels: int, mean: Sequence[float], std: Sequence[float], imgsz: int,
             resample: Image.Resampling, cache: str | None) -> Dataset:
-    """Your own images, for `training.train`; `channels` is 1 (greyscale) or 3 (colour), whatever the files have."""
+    """Your own images, for `training.train`; `channels` is 1 (greyscale) or 3 (colour), for files of either kind."""
     if channels not in (1, 3):
         raise UserError(f"--imgc {channels}: images are read as greyscale (1) or colour (3)")
     return images.dataset(lambda: find(root, resample, cache), lambda: name or f"images in {Path(root).resolve().name}",

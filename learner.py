@@ -102,7 +102,8 @@ class Learner(nn.Module):
         """Names of the weights that an inner loop may adapt."""
         return [name for name in self.weights if "_bn_shift_" not in name]
 
-    def forward(self, x: Tensor, weights: Weights | None = None, features: bool = False, groups: int = 1):
+    def forward(self, x: Tensor, weights: Weights | None = None, features: bool = False, groups: int = 1,
+                first: int | None = None):
         """Logits of a batch of images, or of a batch of tasks.
 
         Args:
@@ -112,6 +113,7 @@ class Learner(nn.Module):
                 and last the logits: a list of [N, D] or [T, N, D], in the order of `blocks`. A feature's position
                 in D is that of the memory (channels last), not torch's flatten.
             groups: batch norm's statistics are of N / groups consecutive images instead of all N of a task.
+            first: they are of the first so many images of a group, and normalise all of it.
         Returns:
             Logits [N, n_way] or [T, N, n_way]; with features, (logits, list).
         """
@@ -124,7 +126,7 @@ class Learner(nn.Module):
             if name in BLOCK_STARTS and i > 0:
                 layers.append(h.flatten(2))
             names = (f"{i}_{name}_weight", f"{i}_{name}_bias")
-            h = apply_layer(name, params, h, [weights[own] for own in names if own in weights], groups)
+            h = apply_layer(name, params, h, [weights[own] for own in names if own in weights], groups, first)
         layers.append(h.flatten(2))
         if x.dim() == 4:
             layers = [values[0] for values in layers]
@@ -188,7 +190,8 @@ def _initial_weights(name: str, params: Sequence, fill: Callable) -> dict[str, T
     return {"bias": torch.zeros(params[0])} if name == "bn_shift" else {}
 
 
-def apply_layer(name: str, params: Sequence, h: Tensor, own: list[Tensor], groups: int = 1) -> Tensor:
+def apply_layer(name: str, params: Sequence, h: Tensor, own: list[Tensor], groups: int = 1,
+                first: int | None = None) -> Tensor:
     """One layer on all tasks: h is [T, N, h, w, c] or [T, N, features], `own` its weights, each [T, ...]."""
     match name:
         case "conv2d":
@@ -202,7 +205,8 @@ def apply_layer(name: str, params: Sequence, h: Tensor, own: list[Tensor], group
         case "bn" | "bn_shift":
             own = [weight.repeat_interleave(groups, 0) for weight in own] if groups > 1 else own
             scale, shift, eps = (*own, taskwise.EPS) if name == "bn" else (None, *own, SHIFT_EPS)
-            return taskwise.batch_norm(h.reshape(len(h) * groups, -1, *h.shape[2:]), scale, shift, eps).view(h.shape)
+            grouped = h.reshape(len(h) * groups, -1, *h.shape[2:])
+            return taskwise.batch_norm(grouped, scale, shift, eps, first).view(h.shape)
         case "relu":
             return F.relu(h)  # in place, autograd would refuse views
         case "leakyrelu":

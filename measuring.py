@@ -126,7 +126,7 @@ def collapse_metrics(net: Learner, tasks: Tasks, trajectory: Sequence[Weights],
     metrics, inner = {}, []
     for k, weights in enumerate(trajectory):
         logits, query_layers = net(tasks.x_qry, weights, features=True)
-        _, support_layers = net(tasks.x_spt, weights, features=True)
+        support_layers = net(tasks.x_spt, weights, features=True)[1] if several or k in (0, last) else []
         query, support = (query_layers, tasks.y_qry), (support_layers, tasks.y_spt)
         rest = n_way, weights[net.classifier]
         if k in (0, last):

@@ -40,7 +40,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: in
     return _Conv.apply(x, weight, bias, stride, before)
 
 
-def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor, eps: float = EPS) -> Tensor:
+def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor, eps: float = EPS, first: int | None = None) -> Tensor:
     """Normalise by the batch's own statistics, task by task (transductive, as in MAML).
 
     Args:
@@ -48,9 +48,15 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor, eps: float = EPS)
         weight: the scale, [T, c]; None: no scale.
         bias: [T, c].
         eps: added to the variance.
+        first: the statistics are those of the first so many samples; of all N if None.
     Returns:
         As x.
     """
+    if first is not None:
+        axes = tuple(range(1, x.dim() - 1))
+        variance, mean = torch.var_mean(x[:, :first], axes, correction=0, keepdim=True)
+        xhat = (x - mean) * (variance + eps).rsqrt()
+        return (xhat if weight is None else xhat * weight.view(mean.shape)) + bias.view(mean.shape)
     return _BatchNorm.apply(x, torch.ones_like(bias) if weight is None else weight, bias, eps)
 
 

@@ -279,8 +279,7 @@ def five_shot_share(run: Run, samples: str, inner_step: int) -> float:
     images, prefix = (15, "") if samples == "query" else (5, "support_")
     within, between = (inner[f"{prefix}{trace}"]["mean"][inner_step][HIDDEN] for trace in ("within", "between"))
     error, n_way = within / (images - 1), run.settings["n_way"]  # the squared standard error of a class mean
-    within, between = within + error, between - error * (n_way - 1) / n_way
-    return within / (within + between)
+    return within_share([within + error, between - error * (n_way - 1) / n_way])
 
 
 def tested(run: Run, key: str, place: int, transductive: bool = True) -> float:

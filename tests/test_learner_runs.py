@@ -37,7 +37,7 @@ def test_stopped_and_resumed(flags, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("learner", ["maml", "protonet", "classifier"])
 def test_measuring_more_queries_changes_no_bit(learner, tmp_path, monkeypatch):
-    """--nc_every 0 measures nothing, whatever --nc_every_late (which --recipe paper sets) says."""
+    """--nc_every 0 measures nothing, also with an --nc_every_late, which --recipe paper sets."""
     monkeypatch.setattr(meta, "LATE", 4)
     weights, measured = [], []
     for name, flags in (("none", ["--nc_every", "0", "--nc_every_late", "2"]), ("all", ["--nc_every", "1"])):
