@@ -10,12 +10,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
-import numpy
-import PIL
 import torch
-import torchvision
 from torch import Tensor
 from tqdm import tqdm
 
@@ -67,7 +65,7 @@ def write_args(out: Path, settings: dict, steps: int, data: dict, device: torch.
         "data": data,
         "device": {"type": device.type, "name": devices.device_name(device), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "torchvision": torchvision.__version__, "numpy": numpy.__version__, "pillow": PIL.__version__},
+                     **{name: metadata.version(name) for name in ("torchvision", "numpy", "pillow")}},
         "git_commit": _commit(),
     })
 
