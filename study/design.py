@@ -39,6 +39,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("contrast-classifier", "classifier", f"{_CONTRAST} --learner classifier"),
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
+    Setting("small-step", "MAML, inner step of 0.4", f"{_CONTRAST} --update_lr 0.4", (1,)),
     Setting("paper-omniglot-5w1s", "paper's recipe, 5-way 1-shot", _LONG),
     Setting("paper-omniglot-5w1s-first-order", "paper's recipe, 5-way 1-shot, first order",
             f"{_LONG} --first_order --epoch 20000", (1,)),
@@ -50,6 +51,7 @@ MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
 PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
+TRAINED_CONTROLS = ("random-labels", "small-step")
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
 MODELS = {"meta": "before adaptation", "finetuned": "adapted"}

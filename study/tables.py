@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from study import effects
-from study.design import CELLS, LEARNERS, LONG, MAIN, MODELS, PHOTOGRAPHS, label
+from study.design import CELLS, LEARNERS, LONG, MAIN, MODELS, PHOTOGRAPHS, TRAINED_CONTROLS, label
 from study.logs import HOME, Parser, Run, Study, UserError, run_program, write_bytes
 from study.markdown import MISSING, Cell, correlated, fixed, over, table
 from study.run_tables import accuracies, runs, tests
@@ -212,7 +212,7 @@ def learners(study: Study) -> str:
     with_pixels = [run for group in study.groups((*LEARNERS, *LONG)) for run in group if "pixels" in run.controls()]
     rows = [row("raw pixels", [run], "pixels") for run in with_pixels[:1]]
     rows += [row("untrained", groups[0], "untrained")]
-    rows += [row(label(group[0]), group) for group in study.groups(("random-labels", *LEARNERS))]
+    rows += [row(label(group[0]), group) for group in study.groups((*TRAINED_CONTROLS, *LEARNERS))]
     accuracies = [f"{name}, %{how}" for how in ("", ", not transductive") for name in RULES]
     return table(["", "seeds", *METRICS.values(), "dimension", "relative within trace, adapted",
                   "between trace / untrained", "within trace / untrained", *accuracies], rows)  # fmt: skip
