@@ -20,6 +20,7 @@ _PHOTOS = ("--data_name 'Tiny ImageNet in the miniImageNet layout' --task_num 2 
            "--eval_tasks 50")  # fmt: skip
 _LONG = "--recipe paper --eval_every 1000 --keep_every 10000 --save_every 5000"
 _CONTRAST = "--recipe paper --epoch 10000 --nc_every 100 --eval_every 1000 --save_every 5000"
+_ONE_CHANGE = "--recipe paper --epoch 5000 --nc_every 100 --eval_every 1000 --save_every 5000"
 _IN_LAYOUT = "tinyimagenet-in-miniimagenet-layout-5w5s"
 SETTINGS = {setting.name: setting for setting in (
     Setting("omniglot-5w1s", "1-shot, second order", _SEED),
@@ -39,7 +40,9 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("contrast-classifier", "classifier", f"{_CONTRAST} --learner classifier"),
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
-    Setting("small-step", "MAML, inner step of 0.4", f"{_CONTRAST} --update_lr 0.4", (1,)),
+    Setting("small-step", "1 inner step of 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1,)),
+    Setting("five-steps", "5 inner steps of 0.4", f"{_ONE_CHANGE} --update_lr 0.4 --update_step 5", (1,)),
+    Setting("other-network", "the original recipe's network", f"{_ONE_CHANGE} --net conv_bn_relu", (1,)),
     Setting("paper-omniglot-5w1s", "paper's recipe, 5-way 1-shot", _LONG),
     Setting("paper-omniglot-5w1s-first-order", "paper's recipe, 5-way 1-shot, first order",
             f"{_LONG} --first_order --epoch 20000", (1,)),
@@ -51,7 +54,7 @@ MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
 PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
-TRAINED_CONTROLS = ("random-labels", "small-step")
+CHANGES = ("contrast-maml", "small-step", "five-steps", "other-network")  # of the paper's recipe, one at a time
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
 MODELS = {"meta": "before adaptation", "finetuned": "adapted"}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from study import effects
-from study.design import LEARNERS, LONG, SETTINGS, TRAINED_CONTROLS, label
+from study.design import CHANGES, LEARNERS, LONG, SETTINGS, label
 from study.logs import Run, Study, describe, number
 from study.markdown import fixed, over, table
 
@@ -83,6 +83,6 @@ def runs(study: Study, names: Sequence[str] = (), columns: Sequence[str] = ()) -
 
 def accuracies(study: Study) -> str:
     """The same, narrower, of the recipes' own runs, for README.md."""
-    names = [name for name in SETTINGS if name not in (*LEARNERS, *TRAINED_CONTROLS)]
+    names = [name for name in SETTINGS if name not in (*LEARNERS, *CHANGES, "random-labels")]
     return runs(study, names, ("", "recipe", "meta-steps x tasks", "queries per class; inner steps", "test accuracy, %",
                                "not transductive, %", "published"))  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from study import effects
-from study.design import CELLS, LEARNERS, LONG, MAIN, MODELS, PHOTOGRAPHS, TRAINED_CONTROLS, label
+from study.design import CELLS, CHANGES, LEARNERS, LONG, MAIN, MODELS, PHOTOGRAPHS, label
 from study.logs import HOME, Parser, Run, Study, UserError, run_program, write_bytes
 from study.markdown import MISSING, Cell, correlated, fixed, over, table
 from study.run_tables import accuracies, runs, tests
@@ -212,7 +212,7 @@ def learners(study: Study) -> str:
     with_pixels = [run for group in study.groups((*LEARNERS, *LONG)) for run in group if "pixels" in run.controls()]
     rows = [row("raw pixels", [run], "pixels") for run in with_pixels[:1]]
     rows += [row("untrained", groups[0], "untrained")]
-    rows += [row(label(group[0]), group) for group in study.groups((*TRAINED_CONTROLS, *LEARNERS))]
+    rows += [row(label(group[0]), group) for group in study.groups(("random-labels", *LEARNERS))]
     accuracies = [f"{name}, %{how}" for how in ("", ", not transductive") for name in RULES]
     return table(["", "seeds", *METRICS.values(), "dimension", "relative within trace, adapted",
                   "between trace / untrained", "within trace / untrained", *accuracies], rows)  # fmt: skip
@@ -254,17 +254,28 @@ def ranking(study: Study) -> str:
     return table(["Spearman correlation with higher accuracy by", *header], rows)
 
 
+def nearest(run: Run, split: str, metric: str, step: int, model: str = "finetuned") -> float:
+    """A metric, or accuracy in percent, at the measurement nearest to the meta-step."""
+    if metric == "accuracy":
+        steps, values = run.along_inner_loop(split, "accuracy")
+        values = 100 * values[:, -1]
+    else:
+        steps, values, _ = effects.series(run, split, model, metric)
+    return float(values[np.abs(steps - step).argmin()])
+
+
+def changes(study: Study) -> str:
+    """The paper's recipe, and the same with one thing changed, after equally many meta-steps."""
+    at = functools.partial(over, nearest, split="heldout", step=5_000)
+    rows = [(f"{name}, {when}", at(100 if metric == "ncc_accuracy" else 1, metric=metric, model=model))
+            for metric, name in {"relative_within": "relative within trace", "nc1": METRICS["nc1"],
+                                 "ncc_accuracy": "nearest support mean, %"}.items()
+            for model, when in MODELS.items()]  # fmt: skip
+    return compared(study, CHANGES, [*rows, ("classifier, adapted, %", at(metric="accuracy"))])
+
+
 def length(study: Study) -> str:
     """The long runs at a few meta-steps, adapted."""
-    def nearest(run: Run, split: str, metric: str, step: int) -> float:
-        """The value at the measurement nearest to the step."""
-        if metric == "accuracy":
-            steps, values = run.along_inner_loop(split, "accuracy")
-            values = 100 * values[:, -1]
-        else:
-            steps, values, _ = effects.series(run, split, "finetuned", metric)
-        return float(values[np.abs(steps - step).argmin()])
-
     names = {name: METRICS.get(name, "accuracy, %") for name in (*METRICS, "accuracy") if name != "directional_cdnv"}
     rows = []
     for group in study.groups(LONG):
@@ -308,7 +319,7 @@ def adaptation(study: Study) -> str:
 
 TABLES: dict[str, Callable[[Study], str]] = {function.__name__: function for function in (
     contrast, accuracies, collapse, accuracy, layers, inner_steps, correlation, original, cells, learners,
-    ranking, adaptation, length, tests, controls, runs)}
+    ranking, adaptation, changes, length, tests, controls, runs)}
 
 
 # ---- the program
