@@ -101,6 +101,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     images, dimensions, written = data.load("test"), {}, {}
     for name, (net, function, sizes) in wanted.items():
         data.args.k_spt, data.args.k_qry_test = sizes
+        data.args.nc_qry = sizes[1]  # or more are drawn than a class may have
         maml = Meta(net, args.update_lr, update_step=args.update_step, update_step_test=args.update_step_test,
                     task_chunk=args.task_chunk, seed=args.seed, learner=args.learner)
         batches = math.ceil(args.test_tasks / args.task_num)

@@ -248,6 +248,10 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str, channels: int, img
     with reading(name, wrong="can't be decoded"):
         try:
             with _open(data) as image:
+                if image.mode == "F":  # convert() would clip 0..1 to black
+                    raise ValueError("floats; give 8 bits in 0..255")
+                if not all(image.size):
+                    raise ValueError("it has no pixels")
                 image = _opaque(_upright(image)).convert("RGB" if channels == 3 else "L")
         except UnidentifiedImageError as error:
             raise UserError(f"{name} is none of {', '.join(FORMATS)}") from error

@@ -64,7 +64,7 @@ class Learner(nn.Module):
 
     def __init__(self, config: Config, imgc: int, imgsz: int, initial: Mapping[str, Callable] | None = None):
         super().__init__()
-        self.config = [(name, list(params)) for name, params in config]
+        self.config = [(name, list(params) if isinstance(params, Iterable) else [params]) for name, params in config]
         self.input_shape = (imgc, imgsz, imgsz)
         self.shapes: list[list[int]] = []  # [c, h, w] or [features] after each layer
         self.weights = nn.ParameterDict()
@@ -75,7 +75,7 @@ class Learner(nn.Module):
                 _check(name, params, shape)
                 own = _initial_weights(name, params, (initial or {}).get(name, nn.init.kaiming_normal_))
                 shape = _output_shape(name, params, shape, own.values())
-            except (ValueError, RuntimeError, ArithmeticError) as error:
+            except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
                 raise ValueError(f"layer {i}, {name}{tuple(params)}, after {tuple(shape)}: {error}") from error
             for kind, weight in own.items():
                 self.weights[f"{i}_{name}_{kind}"] = nn.Parameter(weight)

@@ -82,7 +82,7 @@ def dataset(args: argparse.Namespace) -> Dataset:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = settings.parse_args("MAML on miniImageNet, with neural collapse measured on the way.", DEFAULTS, PAPER, argv,
-                               epoch_help="tasks in all, in epochs of 10,000 (divide by --task_num for meta-steps)")
+                               epoch_help="tasks in all (divide by --task_num for meta-steps)")
     training.train(args, dataset(args), network)
 
 

@@ -463,5 +463,8 @@ def _classes(name: str, labels: Array, n_samples: int) -> tuple[np.ndarray, Tens
     if y.dtype.kind in "biuf" and y.shape[1] > 1 and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
         y = y.argmax(1)[:, None]   # one-hot: rows in sorted order would reverse the classes
     y = y[:, 0] if y.shape[1] == 1 else y.astype(str) if y.dtype == object else y
-    classes, index = np.unique(y, axis=None if y.ndim == 1 else 0, return_inverse=True)
+    try:
+        classes, index = np.unique(y, axis=None if y.ndim == 1 else 0, return_inverse=True)
+    except TypeError as error:
+        raise ValueError(f"{name} can't be sorted: {error}") from error
     return classes, torch.from_numpy(index.reshape(-1))

@@ -130,7 +130,8 @@ class Model:
 
     def pixels(self, pictures: Sequence[Picture]) -> Tensor:
         """The network's input, one task [1, N, c, h, w]: resized, scaled to 0..1 and normalised (--pixels)."""
-        if isinstance(pictures, (str, os.PathLike, Image.Image)):
+        shape = getattr(pictures, "shape", ())
+        if isinstance(pictures, (str, os.PathLike, Image.Image)) or len(shape) == 2 or shape[2:] == (3,):
             raise UserError("a single image was given; give a list of images")
         size, (_, resample) = self.args.imgsz, SCRIPTS[self.args.script]
         images = np.zeros((len(pictures), self.args.imgc, size, size), np.uint8)

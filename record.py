@@ -88,10 +88,16 @@ def extend_run(out: Path, epoch: int, steps: int) -> None:
     """Write a larger --epoch to args.json; the rest stays as when the run was first started."""
     recorded = _args(out)
     if recorded["settings"]["epoch"] != epoch and devices.rank() == 0:
-        for name in ("result.json", "timing.json"):  # before args.json: a run with a result is complete
-            (out / name).unlink(missing_ok=True)
+        # before args.json: a run with a result is complete. The others are of the shorter run's weights
+        for path in (out / "result.json", out / "timing.json", out / "controls.json", *out.glob("test-*.json")):
+            path.unlink(missing_ok=True)
         recorded["settings"]["epoch"], recorded["meta_steps"] = epoch, steps
         write_json(out / "args.json", recorded)
+
+
+def data_name(out: Path) -> str:
+    """The name that the run's data had when it was started."""
+    return str(_args(out).get("data", {}).get("name"))
 
 
 def _args(out: Path) -> dict:

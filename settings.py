@@ -174,7 +174,8 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
     if mode == "resume":
         different |= defaults.keys() - recorded.keys() - {*MODES, *MAY_CHANGE["resume"]}
     if different or recorded.get("script") != defaults["script"]:
-        which = ", ".join(sorted(different)) or f"script {recorded.get('script')}"
+        other = recorded.get("script") != defaults["script"]
+        which = f"script {recorded.get('script')}" if other else ", ".join(sorted(different))
         raise UserError(f"{path} is not of this script and version ({which}); use the code that made the run")
     if "recipe" not in recorded and recorded.get("net") == "paper":
         recorded["net"] = "conv_bn_relu"  # older versions called this network "paper"

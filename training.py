@@ -21,6 +21,7 @@ that step's validation: a run that resumes from it does and logs what the stoppe
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -91,7 +92,8 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Cal
                 run.train()
                 run.test()
             except Stopped:
-                say(f"stopped at step {maml.step}; resume with: python {args.script}.py --resume {out}")
+                where = f'"{out}"' if " " in str(out) else out
+                say(f"stopped at step {maml.step}; resume with: python {args.script}.py --resume {where}")
                 raise
 
 
@@ -146,6 +148,9 @@ class _Run:
         path = out / "checkpoint.pt"
         remedy = f"put it back, or start again: python {args.script}.py --from_args {out / 'args.json'}"
         saved = None if args.resume is None else checkpoint.read(path, self.device, remedy)
+        if saved is not None and args.data is not None:  # the folder may have another name now
+            name = record.data_name(out)
+            dataset = data.dataset = replace(dataset, called=lambda: name)
         train_images, self.held_out = data.load("train"), data.load("val")
         check_images(dataset.load("test"), dataset, "test", args.imgsz)  # a fault in them is reported before training
         self.sampler = data.sampler("train", train_images, args.seed)

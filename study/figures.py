@@ -19,7 +19,7 @@ from PIL import Image
 
 from study import effects
 from study.design import MODELS, label
-from study.logs import Run, UserError, describe, write_bytes
+from study.logs import Run, UserError, describe, one_line, write_bytes
 
 Group = list[Run]  # the seeds of a setting
 Curve = Callable[[Run], tuple]  # steps, values and optionally half of a 95% interval over tasks, each [S]
@@ -49,8 +49,11 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def colours(groups: Sequence[Group]) -> list[tuple[Group, str, str]]:
-    """Each group with its colour and its name in the legend."""
-    return [(group, PALETTE[i % len(PALETTE)], label(group[0])) for i, group in enumerate(groups)]
+    """Each group with its colour and its name in the legend; where several have one name, with a folder's name."""
+    names = [label(group[0]) for group in groups]
+    folders = [one_line(group[0].path.resolve().name).replace("$", r"\$") for group in groups]
+    names = [f"{name} ({folder})" if names.count(name) > 1 else name for name, folder in zip(names, folders)]
+    return [(group, PALETTE[i % len(PALETTE)], names[i]) for i, group in enumerate(groups)]
 
 
 def draw(axes: Axes, group: Group, curve: Curve, colour: str, style="-", smooth: bool = False) -> None:
@@ -136,12 +139,14 @@ def keys(groups: Sequence[Group], *others: Line2D, models: bool = False) -> list
 
 def frame(rows: int, columns: int, height: float, legend: Sequence[Line2D], **options) -> tuple[Figure, np.ndarray]:
     """A figure of rows x columns panels with one legend below them."""
-    per_row = min(len(legend), 4)
-    below = 0.08 + 0.19 * math.ceil(len(legend) / per_row)
-    figure = Figure(figsize=(WIDTH, height + below))
+    for per_row in range(min(len(legend), 4), 0, -1):
+        below = 0.08 + 0.19 * math.ceil(len(legend) / per_row)
+        figure = Figure(figsize=(WIDTH, height + below))
+        drawn = figure.legend(handles=legend, loc="lower center", ncols=per_row)
+        if drawn.get_window_extent().width <= figure.bbox.width:
+            break
     share = below / (height + below)
     figure.set_layout_engine("constrained", rect=(0.003, share, 0.994, 1 - share))
-    figure.legend(handles=legend, loc="lower center", ncols=per_row)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
@@ -238,8 +243,9 @@ def layers(groups: Sequence[Group], layer: str | None = None) -> Figure:
 
 def accuracy(groups: Sequence[Group], layer: str | None = None) -> Figure:
     """Accuracy on held-out tasks: by the adapted classifier, and by the nearest support mean before adaptation."""
-    if groups[0][0].layers and common_split(groups) != "heldout":
-        raise UserError(f"{groups[0][0].path} has no measurement on held-out tasks; let it run to its first validation")
+    for run in [run for group in groups for run in group]:
+        if run.layers and not run.rows["heldout"]:
+            raise UserError(f"{run.path} has no measurement on held-out tasks; let it run to its first validation")
     before = key("nearest support mean, before adaptation", linestyle=STYLES["meta"])
     figure, ((axes,),) = frame(1, 1, 2.9, keys(groups, key("adapted classifier"), before))
     for group, colour, _ in colours(groups):

@@ -132,8 +132,9 @@ class Run:
         """Names of the measured layers, first to last."""
         rows = self.rows["train"] or self.rows["heldout"]
         if not rows:
-            why = "it ran with --nc_every 0" if self.settings.get("nc_every") == 0 else "it stopped before the first"
-            raise UserError(f"{self.path} holds no neural-collapse measurement: {why}; train it with --nc_every 100")
+            why = ("it stopped before the first; continue it with --resume" if self.settings.get("nc_every")
+                   else "it ran with --nc_every 0; train it with --nc_every 100")
+            raise UserError(f"{self.path} holds no neural-collapse measurement: {why}")
         layers = next(iter(rows.values())).get("layers")
         if not isinstance(layers, list) or not layers:
             raise UserError(f"{self.path}: a measurement names no layers; its log is broken")
@@ -202,7 +203,7 @@ def read_run(path: Path) -> Run:
     path = Path(path)
     if os.path.isdir(path):
         path = next((path / name for name in ("log.jsonl", "log.jsonl.gz") if (path / name).exists()), path / "log")
-    if not os.path.isfile(path):
+    if not os.path.isfile(path) or path.suffix == ".json":
         raise UserError(f"no run at {path}; name the folder that a training script wrote, or its log")
     args_path = path.parent / "args.json"
     content = read_bytes(args_path, "keep it next to its log: it says what data and settings the run had")
@@ -310,7 +311,8 @@ def describe(run: Run) -> str:
     words = [f"{settings['n_way']}-way {settings['k_spt']}-shot"]
     if settings["learner"] != "maml":
         words.append(str(settings["learner"]))
-    words.append("first order" if settings["first_order"] else "second order")
+    if settings["learner"] not in ("protonet", "classifier"):  # these train without an inner loop
+        words.append("first order" if settings["first_order"] else "second order")
     if settings.get("net") == "original":
         words.append("original network")
     return one_line(", ".join(words))[:100]

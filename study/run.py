@@ -55,7 +55,8 @@ def jobs_of(names: Sequence[str], seeds: Sequence[int] | None, out_root: Path) -
     for name in names:
         if name not in SETTINGS:
             raise UserError(f"no setting {name!r} in the study; there are: {', '.join(SETTINGS)}")
-    runs = [(seed, SETTINGS[name]) for name in names or SETTINGS for seed in seeds or SETTINGS[name].seeds]
+    runs = [(seed, SETTINGS[name]) for name in dict.fromkeys(names or SETTINGS)
+            for seed in dict.fromkeys(seeds or SETTINGS[name].seeds)]  # fmt: skip
     runs.sort(key=lambda pair: pair[0])
     return [Job(out_root / f"{setting.name}-seed{seed}", setting.script,
                 (*shlex.split(setting.flags), "--seed", str(seed))) for seed, setting in runs]  # fmt: skip
@@ -132,6 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry_run", action="store_true", help="print the commands of unfinished runs")
     parser.add_argument("--collect", action="store_true", help="copy finished runs to res/, run nothing")
     options = parser.parse_args(arguments)
+    if options.collect and options.dry_run:
+        raise UserError("--collect and --dry_run exclude each other; give one")
     if min(options.jobs, options.threads) < 1:
         raise UserError("--jobs and --threads must be at least 1")
     jobs = jobs_of(options.names, options.seeds, options.out_root)

@@ -367,6 +367,8 @@ def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
     parser.add_argument("names", nargs="*", metavar="TABLE", help=f"print these tables instead: {', '.join(TABLES)}")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 at the first number that differs")
     options = parser.parse_args(arguments)
+    if options.names and options.check:
+        raise UserError("--check is of the tables in both pages; leave the names out")
     study = Study(home / "res")
     for name in options.names:
         print(body_of(study, name, "command line"))

@@ -10,6 +10,7 @@ import controls
 import nc_metrics
 import omniglot_train
 import predict
+import synthetic
 import training
 from study import effects
 from study.logs import read_run
@@ -111,3 +112,11 @@ def test_controls(tmp_path):
     assert effects.measured(read, "meta", "nc1", "pixels") == found["pixels"]["meta"]["nc1"]["mean"][0]
     assert effects.dimension(read, "untrained") == again["untrained"]["effective_dimension"]["meta"]
     assert effects.accuracy_in(read.controls()["pixels"], "nearest_mean", 0) == found["pixels"]["nearest_mean"][0]
+
+
+def test_classes_of_fewer_images_than_five_shots_and_the_usual_queries(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "CHARACTER_IMAGES", 17)
+    run = str(tmp_path / "run")
+    omniglot_train.main([*FLAGS, "--out", run])
+    controls.main([run, "--tasks", "2", "--only", "5-shot", "queries 5"])
+    assert list(json.loads((tmp_path / "run/controls.json").read_text())) == ["5-shot", "queries 5"]

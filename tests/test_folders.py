@@ -130,6 +130,15 @@ def test_training_on_images_of_ones_own(tmp_path, script, flags, capsys):
     assert data["found"] in capsys.readouterr().out
 
 
+def test_resuming_after_the_folder_got_another_name(tmp_path):
+    write_classes(tmp_path / "pictures", 12)
+    out = str(tmp_path / "run")
+    omniglot_train.main([*TINY, "--data", str(tmp_path / "pictures"), "--out", out])
+    (tmp_path / "pictures").rename(tmp_path / "renamed")
+    omniglot_train.main(["--resume", out, "--data", str(tmp_path / "renamed"), "--epoch", "2"])
+    assert json.loads((tmp_path / "run/result.json").read_text())["data"] == "images in pictures"
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--k_qry", "9"], ["--k_spt 1 --k_qry 9", "4 images"]), (["--n_way", "9"], ["--n_way 9", "8 classes"]),
     (["--imgc", "2"], ["--imgc 2"])])

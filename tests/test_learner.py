@@ -161,6 +161,8 @@ def test_initial_weights():
     ([("linear", [5, 192])], r"layer 0, linear.*takes \[192\], not \[3, 8, 8\]"),
     ([FLAT, ("max_pool2d", [2, 2, 0])], r"layer 1, max_pool2d.*takes an image"),
     ([FLAT, ("mean", [])], r"layer 1, mean.*takes an image"),
+    ([FLAT, ("linear", [5, 192.0])], r"layer 1, linear"), ([("conv2d", [4, 3, 3, 3, 2.0, 0])], r"layer 0, conv2d"),
+    ([("bn", 3), ("tanh", None)], r"layer 1, tanh.*\[\]"),
     ([("reshape", [5, 5])], r"layer 0, reshape.*invalid for input"),
     ([("conv2d", [4, 3, 3, 3, 0, 0])], r"layer 0, conv2d"), ([("max_pool2d", [2, 0, 0])], r"layer 0, max_pool2d"),
 ])

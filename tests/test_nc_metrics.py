@@ -360,6 +360,7 @@ def test_measure_features_takes_labels_and_features_of_any_form(form):
     (lambda h, y: {"features": h[:-1]}, "12.* for 11 samples"), (lambda h, y: {"features": h[:, 0]}, "must be .N, D."),
     (lambda h, y: {"features": np.where(h == h[4, 2], math.nan, h)}, "finite; row 4"),
     (lambda h, y: {"labels": 0 * y}, "single class"), (lambda h, y: {"labels": np.arange(12)}, "one sample"),
+    (lambda h, y: {"labels": np.array(["a", *y[1:]], object)}, "labels can't be sorted"),
     (lambda h, y: {"labels": [None, *y[1:]]}, "None"), (lambda h, y: {"support_features": None}, "need"),
     (lambda h, y: {"logits": np.ones((12, 4))}, "logits must be .12, 3."),
     (lambda h, y: {"support_features": None, "support_labels": None}, "support set"),

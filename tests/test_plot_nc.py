@@ -162,7 +162,18 @@ def test_a_run_without_held_out_tasks(tmp_path):
     run = write_run(tmp_path / "run", [row for row in nc_logs.log() if row["classes"] == "train"])
     for name in ("traces", "metrics", "layers"):
         plot_nc.draw([str(run), "--figure", name])
-    assert "no measurement on held-out tasks" in refused(run, "--figure", "accuracy")
+    whole = write_run(tmp_path / "whole", n_way=3)
+    assert f"{run} has no measurement on held-out tasks" in refused(whole, run, "--figure", "accuracy")
+
+
+def test_settings_of_one_name_have_their_folders_in_a_legend_that_fits(tmp_path):
+    runs = [write_run(tmp_path / name, recipe=name, net="original", first_order=True, learner="boil")
+            for name in ("one $", "two $")]  # fmt: skip
+    figure = figures.metrics(logs.read_groups(runs))
+    legend, = figure.legends
+    assert [text.get_text().endswith(f"({run.name})".replace("$", r"\$"))
+            for text, run in zip(legend.get_texts(), runs)] == [True, True]  # fmt: skip
+    assert legend.get_window_extent().width <= figure.bbox.width
 
 
 @pytest.mark.parametrize("change, words", [
@@ -196,7 +207,7 @@ def test_a_log_itself_compressed_or_half_written(tmp_path, capsys):
 
 def test_other_refusals(tmp_path):
     run = write_run(tmp_path / "run")
-    assert "no run at" in refused(tmp_path / "nowhere")
+    assert "no run at" in refused(tmp_path / "nowhere") and "no run at" in refused(run / "args.json")
     assert "no layer 'block9'" in refused(run, "--layer", "block9")
     assert "ends in .png" in refused(run, "-o", tmp_path / "x.pdf")
     assert "name a RUN" in refused("-o", tmp_path / "x.png")

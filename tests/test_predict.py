@@ -145,7 +145,10 @@ def test_an_older_run_without_the_newer_settings(tmp_path, runs):
     (lambda run, model, four: model.predict(four, LABELS, [run / "absent.png"]), "absent.png: No such file"),
     (lambda run, model, four: model.predict(four, LABELS, [run / "args.json"]), "args.json is none of JPEG"),
     (lambda run, model, four: model.predict(four, LABELS, [four[0] / 255]), "is float64 [40, 30]; give uint8"),
-    (lambda run, model, four: model.predict(four, LABELS, [four[0][:0]]), "image 0 is empty")])
+    (lambda run, model, four: model.predict(four, LABELS, [four[0][:0]]), "image 0 is empty"),
+    (lambda run, model, four: model.predict(four, LABELS, [four[0][:, :0]]), "image 0 can't be decoded (it has no pix"),
+    (lambda run, model, four: model.predict(four, LABELS, np.stack([four[0]] * 3, 2)), "a single image was given"),
+    (lambda run, model, four: model.predict(four, LABELS, [Image.fromarray(four[0] / np.float32(255))]), "floats")])
 def test_errors(runs, images, wrong, said):
     with refused(said):
         wrong(runs / "maml", predict.load(runs / "maml"), images[:4])

@@ -166,11 +166,15 @@ def test_killed_before_its_first_step(begun, whole, tmp_path, monkeypatch):
 def test_a_longer_run_is_the_longer_run(whole, tmp_path, monkeypatch, capsys):
     run = train(tmp_path / "run", "--epoch", "4")
     short = (run / "result.json").read_bytes()
+    others = [run / name for name in ("controls.json", "test-2tasks-2qry-1steps.json")]
+    for path in others:
+        path.write_text("{}")
     resume(run)
+    assert all(path.exists() for path in others)
     assert f"{run} is complete" in capsys.readouterr().out
     assert (run / "result.json").read_bytes() == short
     stop_at(monkeypatch, run, "forward", 2, flags=["--resume", str(run), "--epoch", "8"])
-    assert not (run / "result.json").exists()
+    assert not any(path.exists() for path in (run / "result.json", *others))
     resume(run)
     same(run, whole)
     one, two = (json.loads((folder / "args.json").read_text()) for folder in (run, whole))
@@ -231,6 +235,7 @@ def test_from_args_repeats_a_run_and_so_does_a_file_of_an_older_version(whole, t
 @pytest.mark.parametrize("mode, settings, line", [
     ("resume", {"colour": 1}, "not of this script and version (colour)"),
     ("test", {"script": "miniimagenet_train"}, "not of this script and version (script miniimagenet_train)"),
+    ("test", {"script": "miniimagenet_train", "colour": 1}, "and version (script miniimagenet_train)"),
     ("from_args", {"net": "resnet"}, "argument --net: invalid choice"),
     ("resume", {"epoch": None}, "argument --epoch: invalid int value"),
     ("test", {"seed": [1]}, "argument --seed: invalid int value"),

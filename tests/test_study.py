@@ -237,6 +237,8 @@ def test_check_names_the_first_number_that_differs_and_writes_nothing(home):
     log = home / "res" / "omniglot-5w5s-seed2" / "log.jsonl"
     log.with_suffix(".jsonl.gz").write_bytes(gzip.compress(log.read_bytes()))
     log.unlink()
+    with pytest.raises(UserError, match="leave the names out"):
+        tables.main(["--check", "runs"], home)
     tables.main(["--check"], home)  # a compressed log is the same log
     shutil.rmtree(log.parent)
     with pytest.raises(UserError, match="README.md, table collapse, .*'3', and the logs give '2'"):
@@ -392,8 +394,9 @@ def test_every_command_is_one_that_its_script_takes(name, tmp_path):
 
 
 def test_refusals(place, capsys):
-    for arguments, words in ((["omniglot"], "no setting 'omniglot' in the study"), (["--jobs", "0"], "at least 1")):
+    for arguments, words in ((["omniglot"], "no setting 'omniglot' in the study"), (["--jobs", "0"], "at least 1"),
+                             (["--collect", "--dry_run"], "exclude each other")):
         with pytest.raises(UserError, match=words):
             run.main(arguments)
-    run.main([SETTING, "--dry_run"])
+    run.main([SETTING, SETTING, "--dry_run"])
     assert capsys.readouterr().out.count("python omniglot_train.py") == 3 and not (place / "runs").exists()
