@@ -11,21 +11,21 @@
 It holds numbers and tensors, no code: `torch.load(path, weights_only=True)` reads it.
 """
 
-import contextlib
 import io
 import os
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 import device as devices
 import record
-from files import UserError, atomic, contents
+from files import UserError, atomic, reading
 from learner import Learner
 from meta import Meta
 from tasks import Sampler, tree_map
+
+UNUSABLE = "is damaged, or not of this program, run or network"  # a file that can't be used
 
 
 def write(path: Path, value: dict) -> None:
@@ -38,27 +38,14 @@ def write(path: Path, value: dict) -> None:
         file.write(buffer.getbuffer())
 
 
-@contextlib.contextmanager
-def _using(path: Path, remedy: str) -> Iterator[None]:
-    """Raise a UserError, one line that ends in `remedy`, if the content of `path` can't be used."""
-    try:
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; {remedy}") from error
-    except Exception as error:  # damage makes zipfile, pickle and torch raise nearly anything
-        raise UserError(f"{path} is damaged, or not of this program, run or network; {remedy}") from error
-
-
 def read(path: Path, device: torch.device, remedy: str) -> dict:
     """Read what `write` wrote, and check every byte against the checksums in the file.
 
     Raises:
         UserError: it is missing, can't be read, or is damaged; the line ends in `remedy`.
     """
-    with _using(path, remedy):
-        data = io.BytesIO(contents(path, remedy))
+    with reading(path, remedy, UNUSABLE):
+        data = io.BytesIO(path.read_bytes())
         with zipfile.ZipFile(data) as archive:
             if archive.testzip():  # torch.load doesn't look at the checksums
                 raise ValueError("wrong checksum")
@@ -79,7 +66,7 @@ def load_weights(path: Path, net: Learner, device: torch.device, remedy: str, va
     if not os.path.exists(path):
         raise UserError(f"{path} is missing: {remedy}")
     saved = read(path, device, "train again")
-    with _using(path, "train again"):
+    with reading(path, "train again", UNUSABLE):
         net.load_state_dict({name: weight for name, weight in saved["weights"].items()
                              if net.classes is not None or not name.startswith("classes.")})
         return {"step": int(saved["step"])} | ({"val_accuracy": float(saved["val_accuracy"])} if validated else {})
@@ -107,7 +94,7 @@ def restore(path: Path, saved: dict, experiment: dict, maml: Meta, sampler: Samp
     Raises:
         UserError: `saved` is of another experiment, or its parts don't fit; the line ends in `remedy`.
     """
-    with _using(path, remedy):
+    with reading(path, remedy, UNUSABLE):
         for name, value in experiment.items():
             other = saved["experiment"].get(name)
             if repr(other) != repr(value):

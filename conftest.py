@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "tests")]
+pytest_plugins = ["data_files"]  # its fixtures
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -185,13 +185,6 @@ def add_up(tensors: list[Tensor]) -> list[Tensor]:
     return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
 
 
-def largest(value: Tensor) -> Tensor:
-    """The elementwise maximum over the processes, any shape; with several processes it overwrites `value`."""
-    if size() > 1:
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-    return value
-
-
 def gather_lists(own: list) -> list:
     """All items in order, their tensors on the CPU, in every process; process r had items r, r + P, r + 2 P, ..."""
     own = tree_map(lambda values: values.cpu(), own)  # received tensors would be on the sender's GPU
@@ -237,9 +230,11 @@ class Signals:
 
     def check(self, device: torch.device) -> None:
         """Raise Stopped if any process received a signal; with several processes, all have to call it."""
-        number = self.number if size() == 1 else int(largest(torch.tensor(self.number, device=device)))
+        number = torch.tensor(self.number, device=device if size() > 1 else "cpu")
+        if size() > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
         if number:
-            raise Stopped(128 + number)
+            raise Stopped(128 + int(number))
 
 
 class GraphedStep:

@@ -82,33 +82,22 @@ def listed(faults: Sequence[str], what: str, remedy: str) -> None:
 
 
 @contextlib.contextmanager
-def reading(path: Path | str, remedy: str = "", wrong: str = "can't be read", passed: tuple = ()) -> Iterator[None]:
+def reading(path: Path | str, remedy: str = "", wrong: str = "can't be read") -> Iterator[None]:
     """Turn an error in the block into a UserError of one line: `path`, what is wrong with it, `remedy`.
 
-    Libraries raise nearly anything on a damaged file. So this takes every error but UserError, MemoryError and those
-    in `passed`.
+    Libraries raise nearly anything on a damaged file. So this takes every error but UserError and MemoryError.
     """
     try:
         yield
-    except (UserError, MemoryError, *passed):
+    except (UserError, MemoryError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             line = f"can't read {path}: {error.strerror}"
         else:
-            line = f"{path} {wrong} ({str(error) or type(error).__name__})"
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            line = f"{path} {wrong} ({reason})"
         raise UserError(f"{line}; {remedy}" if remedy else line) from error
-
-
-def contents(path: Path, remedy: str) -> bytes:
-    """The bytes of the file `path`.
-
-    Raises:
-        FileNotFoundError: it is missing.
-        UserError: it can't be read; the line ends in `remedy`.
-    """
-    with reading(path, remedy, passed=(FileNotFoundError,)):
-        return Path(path).read_bytes()
 
 
 @contextlib.contextmanager
@@ -150,54 +139,36 @@ def _remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = True, remedy: str = "name another folder") -> Iterator[bool]:
-    """Hold the lock file `path`. The system releases it however the process ends.
-
-    Yields True, or False if the system or file system has no locks. With `wait`
-    a second process says in one line that it waits for the first.
+def locked(path: Path, remedy: str = "name another folder") -> Iterator[None]:
+    """Hold the lock file `path`, where the system and file system have locks; released however the process ends.
 
     Raises:
-        UserError: the folder can't be written, or with `wait=False` another process holds the lock.
+        UserError: the folder can't be written, or another process holds the lock.
     """
     try:
-        descriptor, held = _take_lock(path, wait)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except (OSError, ValueError) as error:  # ValueError: a character that no path can hold
         raise UserError(f"can't write in {path.parent}: {getattr(error, 'strerror', error)}; {remedy}") from error
     try:
-        yield held
+        _lock(descriptor)
+        if not os.path.exists(path) or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            raise BlockingIOError  # its holder has just removed it
+    except (BlockingIOError, PermissionError):
+        os.close(descriptor)
+        raise UserError(f"{path.parent} is in use by another process; name another folder") from None
+    try:
+        yield
     finally:
-        if fcntl:  # removed while held: a waiting `_take_lock` sees that and opens a new one
+        if fcntl:  # removed while held, or another process might hold what is removed
             _remove(path)
         os.close(descriptor)
         if not fcntl:  # Windows removes no file that a process, this one or the next holder, has open
             _remove(path)
 
 
-def _take_lock(path: Path, wait: bool) -> tuple[int, bool]:
-    """The open lock file, and whether this process holds it."""
-    waiting = False
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            held = _lock(descriptor)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor, held
-        except FileNotFoundError:
-            pass  # the previous holder has just removed it
-        except (BlockingIOError, PermissionError):
-            if not wait:
-                os.close(descriptor)
-                raise UserError(f"{path.parent} is in use by another process; name another folder") from None
-            if not waiting:
-                print(f"waiting for another process that works in {path.parent}", file=sys.stderr, flush=True)
-            waiting = True
-            time.sleep(0.05)
-        os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    """Take the lock; False if the system or file system has none.
+def _lock(descriptor: int) -> None:
+    """Take the lock, if there are locks: some network file systems have none.
 
     Raises:
         BlockingIOError, PermissionError: another process holds it.
@@ -211,9 +182,8 @@ def _lock(descriptor: int) -> bool:
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
     except (BlockingIOError, PermissionError):
         raise
-    except (OSError, ImportError):  # some network file systems have none
-        return False
-    return True
+    except (OSError, ImportError):
+        pass
 
 
 def progress(items: Iterable, what: str, total: int, unit: str) -> Iterator:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from files import UserError, atomic, listed, locked, progress, reading, remove_stale, short
+from files import UserError, atomic, listed, progress, reading, short
 from tasks import Dataset
 
 SPLITS = ("train", "val", "test")
@@ -115,18 +115,12 @@ class ImageSet:
 
     def _build_cache(self, path: Path, classes: Sequence[Sequence[ImageFile]], split: str,
                      shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        remedy = "free some space, or name another folder with --cache FOLDER"
-        with locked(path.parent / ".cache.lock", remedy=remedy) as alone:
-            if cached := _read_cache(path):  # another process has built it
-                return cached
-            if path.exists():
-                _say(f"the cache {path} is damaged: building it again")
-            if alone:
-                remove_stale(path.parent, f"{self.name}-*px-*.npy")
+        if os.path.exists(path):
+            _say(f"the cache {path} is damaged: building it again")
+        with atomic(path, remedy="free some space, or name another folder with --cache FOLDER") as file:
             images, hashes = decode_all(classes, f"the {split} split", shape, self.resample, self.remedy)
-            with atomic(path, remedy=remedy) as file:
-                np.save(file, images)
-                np.save(file, hashes)
+            np.save(file, images)
+            np.save(file, hashes)
         return images, hashes
 
     def _check_shared(self, split: str, hashes: np.ndarray) -> None:
@@ -181,7 +175,7 @@ def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int)
     Raises:
         UserError: they are not uint8 [class, image, c, imgsz, imgsz] in 0..255, or don't agree with sizes and counts.
     """
-    where = f"the {split} split of {dataset.name}"
+    where = f"the {split} split of {dataset.name()}"
     (classes, least), counts = dataset.sizes()[split], dataset.counts(split)
     expected = (classes, max(counts) if counts else least, dataset.channels, imgsz, imgsz)
     if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:

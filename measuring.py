@@ -36,12 +36,6 @@ def squared_distances(features: Tensor, means: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def query_accuracy(net: Learner, tasks: Tasks, trajectory: Sequence[Weights]) -> Tensor:
-    """Query accuracy with each set of weights, [T, K+1]."""
-    return torch.stack([accuracy(net(tasks.x_qry, weights), tasks.y_qry) for weights in trajectory], 1)
-
-
-@torch.no_grad()
 def accuracies(net: Learner, tasks: Tasks, trajectory: Sequence[Weights], transductive: bool = True) -> dict:
     """Query accuracy with each set of weights, by the classifier and by the nearest support mean of its input.
 

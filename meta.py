@@ -24,7 +24,7 @@ from adam import GuardedAdam
 from baselines import BASELINES
 from device import NO_LIMIT
 from learner import Learner, Weights
-from measuring import accuracies, accuracy, collapse_metrics, cross_entropy, one_by_one, permuted_labels, query_accuracy
+from measuring import accuracies, accuracy, collapse_metrics, cross_entropy, one_by_one, permuted_labels
 from tasks import Tasks, cat, chunked, chunks, tree_map
 
 LATE = 7_500  # meta-steps: the original's first figure covers them, and measures more often than its second
@@ -168,7 +168,7 @@ class Meta:
             gradient, losses, right, trajectory = self._gradient(tasks, classes, query, self.first_order)
             if trajectory is None and (every_step or measured):
                 trajectory = self._adapt(tasks, self.update_step)
-            right = self._chunked(query_accuracy, query, tasks, trajectory) if every_step else right[:, None]
+            right = self._chunked(accuracies, query, tasks, trajectory)["accuracy"] if every_step else right[:, None]
             gradients.append(gradient)
             steps.append(Step(losses, right, self._metrics(query, measured, trajectory, null)))
         step = tree_map(devices.gather, cat(steps))

@@ -34,12 +34,6 @@ CSV, FOLDERS, PICKLES = "train.csv, val.csv and test.csv", "folders train/, val/
 PICKLE = r"(?i)(?:.*[-_])?(?<!train_phase_)(train|val|test)(?:idation|_phase_train)?\.(?:pkl|pickle)"
 
 
-def load(root: str | Path, split: str, imgsz: int, cache: str | Path | None = None) -> torch.Tensor:
-    """The photographs of one split: uint8 [class, image, 3, imgsz, imgsz], RGB. Errors as `find`, `ImageSet.load`."""
-    images.check_request(split, imgsz)
-    return find(root, cache).load(split, imgsz, CHANNELS)
-
-
 def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
     """All photographs, by split and class. Classes are in the order of their labels, images in the CSV's or by name.
 

@@ -10,7 +10,6 @@
 import python_version  # first: the others do not parse on an older Python  # noqa: F401, I001
 
 import argparse
-import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -40,20 +39,15 @@ PAPER = {  # Finn, Abbeel, Levine 2017, appendix A.1, and the paper's code; epoc
 
 def layers(args: argparse.Namespace) -> Config:
     """Four 3x3 convolutions of 32 filters, each followed by a max-pool, then a linear layer."""
-    if args.net == "paper":  # padded, and every pool halves
-        blocks = [[("conv2d", [32, channels, 3, 3, 1, "same"]), ("bn_shift", [32]), ("relu", [True]),
-                   ("max_pool2d", [2, 2, 0])] for channels in (args.imgc, 32, 32, 32)]
-        blocks = sum(blocks, [])
-        features = math.prod(output_shape(blocks, args.imgc, args.imgsz))
-        return [*blocks, ("flatten", []), ("linear", [args.n_way, features])]
-    after = [("bn", [32]), ("relu", [True])]
+    paper = args.net == "paper"  # padded, and every pool halves
+    after = [("bn_shift" if paper else "bn", [32]), ("relu", [True])]
     if args.net == "original":
         after.reverse()
     blocks = []
-    for channels, stride in ((args.imgc, 2), (32, 2), (32, 2), (32, 1)):
-        blocks += [("conv2d", [32, channels, 3, 3, 1, 0]), *after, ("max_pool2d", [2, stride, 0])]
-    features = math.prod(output_shape(blocks, args.imgc, args.imgsz))
-    return blocks + [("flatten", []), ("linear", [args.n_way, features])]
+    for channels, stride in ((args.imgc, 2), (32, 2), (32, 2), (32, 2 if paper else 1)):
+        blocks += [("conv2d", [32, channels, 3, 3, 1, "same" if paper else 0]), *after, ("max_pool2d", [2, stride, 0])]
+    blocks.append(("flatten", []))
+    return [*blocks, ("linear", [args.n_way, *output_shape(blocks, args.imgc, args.imgsz)])]
 
 
 def network(args: argparse.Namespace) -> Learner:

@@ -15,11 +15,10 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 import images
-from files import UserError, locked, reading
+from files import UserError, reading
 from images import ImageFile, ImageSet
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
@@ -39,14 +38,8 @@ MEAN, STD = (0.0,), (1.0,)  # scaled to 0..1 only, as in the original
 RESAMPLE = Image.Resampling.BICUBIC
 
 
-def load(root: str | Path, split: str, imgsz: int, cache: str | Path | None = None) -> torch.Tensor:
-    """The characters of one split: uint8 [class, 20, 1, imgsz, imgsz], paper 255, ink 0. Errors as `find`."""
-    images.check_request(split, imgsz)
-    return find(root, cache).load(split, imgsz, CHANNELS)
-
-
 def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffled") -> ImageSet:
-    """All drawings, found in `root` or downloaded into it.
+    """All drawings, found in `root` or downloaded into it; paper is 255, ink 0.
 
     Which character is in which split depends on the characters' names alone.
 
@@ -155,19 +148,14 @@ def _download(root: Path, missing: list[str]) -> None:
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none and would wait for ever
     try:
-        with locked(root / ".download.lock", remedy="name another folder with --root FOLDER"):
-            for part in missing:
-                path, temporary = root / f"{part}.zip", root / f".{part}.zip.tmp"
-                if path.exists():  # another process has fetched it meanwhile
-                    continue
-                print(f"downloading {URL}/{path.name}", file=sys.stderr, flush=True)
-                try:
-                    download_url(f"{URL}/{path.name}", root, temporary.name, PARTS[part])
-                    temporary.replace(path)
-                finally:
-                    temporary.unlink(missing_ok=True)
-    except UserError:
-        raise
+        for part in missing:
+            path, temporary = root / f"{part}.zip", root / f".{part}.zip.{os.getpid()}.tmp"
+            print(f"downloading {URL}/{path.name}", file=sys.stderr, flush=True)
+            try:
+                download_url(f"{URL}/{path.name}", root, temporary.name, PARTS[part])
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
     except Exception as error:  # URLError, a timeout, HTTPException, RuntimeError: wrong md5, a full disk
         present = "".join(f" ({part} is there)" for part in PARTS if part not in missing)
         raise UserError(f"{' and '.join(missing)} of Omniglot: absent from {root}{present}, and can't be downloaded "

@@ -10,7 +10,6 @@
 import python_version  # first: the others do not parse on an older Python  # noqa: F401, I001
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -42,18 +41,15 @@ PAPER = {  # Finn, Abbeel, Levine 2017, appendix A.1, and the paper's code
 
 def layers(args: argparse.Namespace) -> Config:
     """Four convolutions of 64 filters, each with batch norm and relu, then a linear layer."""
-    if args.net == "paper":  # four padded convolutions of stride 2, then the mean over the last 2 x 2
-        blocks = [[("conv2d", [64, channels, 3, 3, 2, "same"]), ("bn_shift", [64]), ("relu", [True])]
-                  for channels in (args.imgc, 64, 64, 64)]
-        return [*sum(blocks, []), ("mean", []), ("linear", [args.n_way, 64])]
-    after = [("bn", [64]), ("relu", [True])]
+    paper = args.net == "paper"  # padded, and the mean over the last 2 x 2
+    after = [("bn_shift" if paper else "bn", [64]), ("relu", [True])]
     if args.net == "original":
         after.reverse()
     blocks = []
-    for channels, kernel, stride in ((args.imgc, 3, 2), (64, 3, 2), (64, 3, 2), (64, 2, 1)):
-        blocks += [("conv2d", [64, channels, kernel, kernel, stride, 0]), *after]
-    features = math.prod(output_shape(blocks, args.imgc, args.imgsz))
-    return blocks + [("flatten", []), ("linear", [args.n_way, features])]
+    for channels, kernel, stride in ((args.imgc, 3, 2), (64, 3, 2), (64, 3, 2), (64, 3, 2) if paper else (64, 2, 1)):
+        blocks += [("conv2d", [64, channels, kernel, kernel, stride, "same" if paper else 0]), *after]
+    blocks.append(("mean" if paper else "flatten", []))
+    return [*blocks, ("linear", [args.n_way, *output_shape(blocks, args.imgc, args.imgsz)])]
 
 
 def network(args: argparse.Namespace) -> Learner:

@@ -53,7 +53,7 @@ def draw(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
             path = options.output or groups[0][0].path / name
             figure_of_path = {path: figures.ANY[options.figure](groups, options.layer)}
         else:
-            figure_of_path = {home / name: figure for name, figure in report.figures(Study(home / "res")).items()}
+            figure_of_path = {home / name: figure for name, figure in report.all_figures(Study(home / "res")).items()}
         for path, figure in figure_of_path.items():
             figures.save(figure, path)
             print(one_line(f"wrote {path}"))

@@ -44,7 +44,7 @@ def lock_run(args: argparse.Namespace) -> Iterator[Path]:
         return
     absent = [path for path in (out, *out.parents) if not os.path.exists(path)]
     try:
-        with locked(out / ".run.lock", wait=False, remedy="give rights there or name another folder with --out"):
+        with locked(out / ".run.lock", "give rights there or name another folder with --out"):
             if args.resume is None and any(os.path.exists(out / file) for file in ("args.json", "log.jsonl")):
                 raise UserError(f"--out {out}: there is a run already; name another folder, or continue it: "
                                 f"--resume {out}")
@@ -123,9 +123,8 @@ def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
         name += f"-{Path(args.data).resolve().name}"
     path = run / f"{name}.json"
     if devices.rank() == 0:
-        with locked(run / ".test.lock", remedy=REMEDY):
-            remove_stale(run, "test-*.json")
-            write_json(path, result)
+        remove_stale(run, "test-*.json")
+        write_json(path, result)
     say(f"written to {path}")
 
 

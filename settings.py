@@ -13,7 +13,7 @@ import torch
 
 import device as devices
 from baselines import BASELINES
-from files import Parser, UserError, contents, reading
+from files import Parser, UserError, reading
 from learner import Learner
 from tasks import Dataset
 
@@ -209,7 +209,7 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
 def read_settings(path: Path, takes: str) -> dict:
     """What `path` holds under "settings"."""
     with reading(path, takes, "is not what a run writes"):
-        return dict(json.loads(contents(path, takes))["settings"].items())
+        return dict(json.loads(path.read_bytes())["settings"].items())
 
 
 def _as_flags(settings: dict, defaults: dict) -> list[str]:
@@ -259,7 +259,7 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     if args.synthetic and args.data is not None:
         raise UserError(f"--data {args.data}: with --synthetic the images are generated; give --no-synthetic")
     if args.imgc != dataset.channels:
-        raise UserError(f"--imgc {args.imgc}: {dataset.name} has {dataset.channels}")
+        raise UserError(f"--imgc {args.imgc}: {dataset.name()} has {dataset.channels}")
     if meta_steps(args) < 1:
         raise UserError(f"--epoch {args.epoch}: fewer tasks than one meta-step takes; at least {args.task_num}")
     tests_only = args.test is not None
@@ -273,10 +273,10 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     sizes = {split: size for split, size in dataset.sizes().items() if split == "test" or not tests_only}
     for split, (classes, images) in sizes.items():
         if args.n_way > classes:
-            raise UserError(f"--n_way {args.n_way}: {dataset.name} has {classes} classes in its {split} split")
+            raise UserError(f"--n_way {args.n_way}: {dataset.name()} has {classes} classes in its {split} split")
         for name in ("k_qry", "k_qry_test", "nc_qry"):
             if args.k_spt + (getattr(args, name) or 0) > images:
-                raise UserError(f"--k_spt {args.k_spt} --{name} {getattr(args, name)}: {dataset.name} has {images} "
+                raise UserError(f"--k_spt {args.k_spt} --{name} {getattr(args, name)}: {dataset.name()} has {images} "
                                 f"images per class in its {split} split; their sum can be at most that")
     if args.nc_qry is None:
         args.nc_qry = min(15, min(images for _, images in sizes.values()) - args.k_spt)
@@ -288,16 +288,10 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
 
 def _check_network(args: argparse.Namespace, network: Callable[[argparse.Namespace], Learner]) -> None:
     """Refuse `layers` that can't be built, or that don't end in one output per class."""
-    def built(imgsz: int) -> Learner | ValueError:
-        try:
-            return network(argparse.Namespace(**vars(args) | {"imgsz": imgsz}))
-        except ValueError as error:
-            return error
-
-    net = built(args.imgsz)
-    if isinstance(net, ValueError):
-        other_size_works = any(isinstance(built(size), Learner) for size in (28, 84, 4 * args.imgsz))
-        raise UserError(f"{f'--imgsz {args.imgsz}' if other_size_works else 'layers'}: {net}") from net
+    try:
+        net = network(args)
+    except ValueError as error:
+        raise UserError(f"layers at --imgsz {args.imgsz}: {error}") from error
     last = net.config[-1][0] if net.config else "missing"
     if last != "linear":
         raise UserError(f"layers: the last layer is {last}; it must be linear, ('linear', [args.n_way, features])")

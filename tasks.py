@@ -26,22 +26,14 @@ class Tasks(NamedTuple):
 class Dataset:
     """Where a script's images come from."""
 
-    called: Callable[[], str]  # name in logs and figures; may look at the sizes
+    name: Callable[[], str]  # in logs and figures; may look at the sizes
     channels: int
     mean: Sequence[float]  # per channel, of images scaled to 0..1
     std: Sequence[float]
     sizes: Callable[[], dict[str, tuple[int, int]]]  # split -> (classes, images of the smallest); reads no image
     load: Callable[[str], Tensor]  # split -> uint8 [class, image, c, h, w]
-    layout: Callable[[], str] = str  # where and how the images were found, in words
+    found: Callable[[], str] = str  # where and how the images were found, in words
     counts: Callable[[str], Sequence[int] | None] = lambda split: None  # images per class, where they are unequal
-
-    @property
-    def name(self) -> str:
-        return self.called()
-
-    @property
-    def found(self) -> str:
-        return self.layout()
 
 
 # ---- trees: tensors in dicts, lists and tuples

@@ -85,7 +85,7 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Cal
         parameters = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
         say(f"{flags}\n{net}\n"
             f"Total trainable parameters: {parameters}\n"
-            f"Data: {dataset.name}{dataset.found and f' ({dataset.found})'}. "
+            f"Data: {dataset.name()}{dataset.found() and f' ({dataset.found()})'}. "
             f"{run.steps} meta-steps of {args.task_num} tasks on {args.device}, to {out}")
         with run.signals:
             try:
@@ -103,9 +103,18 @@ class Data:
     def __init__(self, args: argparse.Namespace, dataset: Dataset, device: torch.device):
         self.args, self.dataset, self.device = args, dataset, device
 
+    def read(self, split: str) -> Tensor:
+        """uint8 [class, image, c, h, w] on the host; of several processes, the first decodes the images for all."""
+        if devices.rank() > 0:
+            devices.wait()
+        images = check_images(self.dataset.load(split), self.dataset, split, self.args.imgsz)
+        if devices.rank() == 0:
+            devices.wait()
+        return images
+
     def load(self, split: str) -> Tensor:
         """uint8 [class, image, c, h, w] on the device, or on the host where it would take over half of what is free."""
-        images = check_images(self.dataset.load(split), self.dataset, split, self.args.imgsz)
+        images = self.read(split)
         if self.args.random_labels and split == "train":
             if self.dataset.counts(split):
                 raise UserError("--random_labels needs classes with equally many images")
@@ -150,21 +159,21 @@ class _Run:
         saved = None if args.resume is None else checkpoint.read(path, self.device, remedy)
         if saved is not None and args.data is not None:  # the folder may have another name now
             name = record.data_name(out)
-            dataset = data.dataset = replace(dataset, called=lambda: name)
+            dataset = data.dataset = replace(dataset, name=lambda: name)
         train_images, self.held_out = data.load("train"), data.load("val")
-        check_images(dataset.load("test"), dataset, "test", args.imgsz)  # a fault in them is reported before training
+        data.read("test")  # a fault in them is reported before training
         self.sampler = data.sampler("train", train_images, args.seed)
         self.meta_step = self.eager_step
         if args.cuda_graph and train_images.is_cuda:
             self.meta_step = GraphedStep(maml, self.eager_step, self.sampler.generator)
-        description = {"name": dataset.name, "synthetic": args.synthetic, "splits": {
+        description = {"name": dataset.name(), "synthetic": args.synthetic, "splits": {
             split: {"classes": classes, "images_per_class": count} for split, (classes, count) in sizes.items()}}
         self.experiment = experiment(args) | {
             "data": description, "device": self.device.type, "images on": train_images.device.type}
         self.started = time.perf_counter()
         if saved is None:
             self.save()  # before args.json: a folder with args.json is a run, and a run has a checkpoint
-            record.write_args(out, recorded_settings(args), self.steps, description | {"found": dataset.found},
+            record.write_args(out, recorded_settings(args), self.steps, description | {"found": dataset.found()},
                               self.device)
         else:
             self.best, self.minutes, self.log_bytes = checkpoint.restore(path, saved, self.experiment, maml,
@@ -180,7 +189,7 @@ class _Run:
         with Log(self.out / "log.jsonl", self.log_bytes, board) as self.log, \
                 record.progress(self.steps, self.maml.step) as self.bar:
             if not self.log_bytes:
-                self.log.add("run", 0, data=self.data.dataset.name)
+                self.log.add("run", 0, data=self.data.dataset.name())
             try:
                 self.loop()
             except Stopped:
@@ -360,7 +369,7 @@ def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
     say(f"testing on {args.test_tasks} tasks of the test classes")
     adapted = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, TEST_SEED, signals,
                         nontransductive=alone_steps)
-    result = {"data": data.dataset.name}
+    result = {"data": data.dataset.name()}
     for name, transductive in (("test", True), ("test_nontransductive", False)):
         mean, interval, nearest, nearest_interval = _accuracies(adapted, transductive)
         steps = all_steps if transductive else alone_steps
@@ -370,7 +379,7 @@ def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
             "nearest_mean_ci95": numbers(nearest_interval), "inner_steps": steps, "tasks": args.test_tasks,
             "n_way": args.n_way, "k_spt": args.k_spt, "k_qry": queries}
         how = "queries together" if transductive else "each query with the support set alone"
-        say(f"test accuracy on {data.dataset.name}, {args.n_way}-way {args.k_spt}-shot, {how}: after {last_step} inner "
+        say(f"test accuracy on {result['data']}, {args.n_way}-way {args.k_spt}-shot, {how}: after {last_step} inner "
             f"steps {100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f}, nearest support mean before them "
             f"{100 * nearest[0]:.2f}% ± {100 * nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, {queries} "
             f"queries per class, {args.test_weights} weights, of step {tested['step']})")

@@ -8,29 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from study import effects
+from study import effects, figures
 from study.design import LEARNERS, LONG, MAIN, PHOTOGRAPHS
-from study.figures import (
-    ANY,
-    GREY,
-    LABELS,
-    LOGARITHMIC,
-    SPLITS,
-    STYLES,
-    WIDTH,
-    Group,
-    colours,
-    draw,
-    fit,
-    frame,
-    key,
-    keys,
-    of_accuracy,
-    of_metric,
-    reference,
-    step_axis,
-    zoom_on_accuracy,
-)
 from study.logs import Run, Study, UserError
 from study.markdown import correlated
 
@@ -39,36 +18,38 @@ def result(study: Study) -> Figure:
     """The figure of README.md: the share within classes, the two traces, the share by layer."""
     groups = study.groups(MAIN)
     run = groups[0][0]
-    figure = Figure(figsize=(WIDTH, 3.1))
+    figure = Figure(figsize=(figures.WIDTH, 3.1))
     figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.03)
     first, second, third = figure.subplots(1, 3)
 
-    def by_layer(group: Group, value: Callable, model: str, colour: str) -> None:
+    def by_layer(group: figures.Group, value: Callable, model: str, colour: str) -> None:
         means = np.mean([[value(run, model, "relative_within", name) for name in run.layers] for run in group], 0)
-        third.plot(range(1, len(means) + 1), means, color=colour, linestyle=STYLES[model], marker="o", markersize=3)
+        third.plot(range(1, len(means) + 1), means, color=colour, linestyle=figures.STYLES[model], marker="o",
+                   markersize=3)
 
-    for group, colour, _ in colours(groups):
-        for model, style in STYLES.items():
-            draw(first, group, of_metric("train", model, "relative_within"), colour, style, smooth=True)
+    for group, colour, _ in figures.colours(groups):
+        for model, style in figures.STYLES.items():
+            figures.draw(first, group, figures.of_metric("train", model, "relative_within"), colour, style, smooth=True)
             by_layer(group, effects.end, model, colour)
         for trace, style in (("between", "-"), ("within", ":")):
-            draw(second, group, functools.partial(relative_to_start, trace=trace), colour, style, smooth=True)
-    for model in STYLES:
-        by_layer(groups[0], effects.untrained, model, GREY)
-    reference(first, effects.noise_share(run.settings["n_way"], run.queries), "permuted labels")
+            figures.draw(second, group, functools.partial(relative_to_start, trace=trace), colour, style, smooth=True)
+    for model in figures.STYLES:
+        by_layer(groups[0], effects.untrained, model, figures.GREY)
+    figures.reference(first, effects.noise_share(run.settings["n_way"], run.queries), "permuted labels")
     pixels = effects.measured(run, "meta", "relative_within", "pixels")
     if math.isfinite(pixels):
-        reference(first, pixels, "raw pixels")
-    first.legend(handles=keys(groups, models=True), loc="lower left", fontsize=7.5, handlelength=1.8,
+        figures.reference(first, pixels, "raw pixels")
+    first.legend(handles=figures.keys(groups, models=True), loc="lower left", fontsize=7.5, handlelength=1.8,
                  labelspacing=0.25, borderaxespad=0.1)  # fmt: skip
-    second.legend(handles=[key("between classes"), key("within classes", linestyle=":")], loc="upper left")
-    third.text(3, 0.9, "untrained (1-shot)", ha="center", fontsize=8, color=GREY)
+    second.legend(handles=[figures.key("between classes"), figures.key("within classes", linestyle=":")],
+                  loc="upper left")
+    third.text(3, 0.9, "untrained (1-shot)", ha="center", fontsize=8, color=figures.GREY)
     first.set(title="A  Last hidden layer, training tasks", ylabel="within / (within + between)", ylim=(0, 1.02))
     second.set(title="B  Same layer, adapted", ylabel="trace / within trace at step 0", ylim=(0, None))
     third.set(title="C  By layer, held-out classes, end", ylim=(0, 1.02), xticks=range(1, len(run.layers) + 1),
               xticklabels=["block 1", *map(str, range(2, len(run.layers))), "logits"])  # fmt: skip
     for axes in (first, second):
-        step_axis(axes, groups)
+        figures.step_axis(axes, groups)
     return figure
 
 
@@ -82,10 +63,10 @@ def correlation(study: Study) -> Figure:
     """Log CDNV at block 3 and log held-out error, each minus its trend: a point per checkpoint, a shape per seed."""
     layer = "block3"
     groups = study.groups(MAIN)
-    figure = Figure(figsize=(WIDTH, 2.9))
+    figure = Figure(figsize=(figures.WIDTH, 2.9))
     figure.set_layout_engine("constrained")
     panels = np.atleast_1d(figure.subplots(1, len(groups), sharex=True, sharey=True))
-    for axes, (group, colour, title) in zip(panels, colours(groups)):
+    for axes, (group, colour, title) in zip(panels, figures.colours(groups)):
         for run, marker in zip(group, "o^sDv"):
             axes.scatter(*effects.residuals(run, "finetuned", "cdnv", layer), s=14, color=colour, marker=marker,
                          alpha=0.75, linewidths=0)  # fmt: skip
@@ -99,20 +80,22 @@ def correlation(study: Study) -> Figure:
 def original(study: Study) -> Figure:
     """The relative within trace of the same logits, by label and as the original took it, before adaptation."""
     groups = study.groups((*MAIN, *PHOTOGRAPHS))
-    legend = [key("by label (in the setting's colour)"),
-              key("class means over consecutive rows, as the original", GREY, linestyle=STYLES["meta"])]  # fmt: skip
-    figure, (panels,) = frame(1, len(groups), 2.3, legend, sharey=True)
+    legend = [figures.key("by label (in the setting's colour)"),
+              figures.key("class means over consecutive rows, as the original", figures.GREY,
+                          linestyle=figures.STYLES["meta"])]  # fmt: skip
+    figure, (panels,) = figures.frame(1, len(groups), 2.3, legend, sharey=True)
 
     def share(run: Run, suffix: str) -> tuple[np.ndarray, np.ndarray]:
         steps, traces = effects.logit_traces(run, "meta", suffix)
         return steps, effects.within_share(traces)
 
-    for axes, (group, colour, title) in zip(panels, colours(groups)):
-        draw(axes, group, functools.partial(share, suffix=""), colour, smooth=True)
-        draw(axes, group, functools.partial(share, suffix="_original"), GREY, STYLES["meta"], smooth=True)
+    for axes, (group, colour, title) in zip(panels, figures.colours(groups)):
+        figures.draw(axes, group, functools.partial(share, suffix=""), colour, smooth=True)
+        figures.draw(axes, group, functools.partial(share, suffix="_original"), figures.GREY, figures.STYLES["meta"],
+                     smooth=True)
         axes.set(ylim=(0, 1))
         axes.set_title(title.replace(", ", ",\n", 2), fontsize=8)
-        step_axis(axes, [group])
+        figures.step_axis(axes, [group])
     panels[0].set_ylabel("relative within trace, logits")
     return figure
 
@@ -120,13 +103,13 @@ def original(study: Study) -> Figure:
 def learners(study: Study) -> Figure:
     """What adaptation does to each learner: the share within classes and accuracy, before it and after; and nc1."""
     groups = study.groups(LEARNERS)
-    figure = Figure(figsize=(WIDTH, 3.0))
+    figure = Figure(figsize=(figures.WIDTH, 3.0))
     figure.set_layout_engine("constrained", w_pad=0.04)
     share, right, ranked = figure.subplots(1, 3)
 
     def change(axes: Axes, before: Callable, after: Callable, scale: float = 1) -> None:
         """A row per learner: open points before adaptation, filled ones after, a line between their means."""
-        for row, (group, colour, _) in enumerate(colours(groups)):
+        for row, (group, colour, _) in enumerate(figures.colours(groups)):
             values = np.array([[scale * before(run), scale * after(run)] for run in group])
             axes.plot(values.mean(0), [row, row], color=colour, linewidth=1.2)
             for column, fill in enumerate(("white", colour)):
@@ -138,46 +121,47 @@ def learners(study: Study) -> Figure:
     change(share, *(functools.partial(effects.measured, model=model, metric="relative_within")
                     for model in ("meta", "finetuned")))  # fmt: skip
     change(right, nearest_mean, adapted_classifier, 100)
-    share.set_yticklabels([name for _, _, name in colours(groups)])
+    share.set_yticklabels([name for _, _, name in figures.colours(groups)])
     right.set_yticklabels([])
-    for group, colour, _ in colours(groups):
+    for group, colour, _ in figures.colours(groups):
         ranked.scatter([effects.measured(run, "meta", "nc1") for run in group],
                        [100 * nearest_mean(run) for run in group], color=colour, s=26)  # fmt: skip
     share.set(title="A  Within / (within + between)", xlim=(0, 0.8))
     right.set(title="B  Test accuracy, %")
     ranked.set(title="C  Before adaptation", xscale="log", ylabel="nearest support mean, %")
-    ranked.set_xlabel(LABELS["nc1"])
+    ranked.set_xlabel(figures.LABELS["nc1"])
     ranked.minorticks_off()
     ranked.set_xticks([0.1, 0.2, 0.4], ["0.1", "0.2", "0.4"])
-    share.legend(handles=[key("before adaptation", GREY, marker="o", markerfacecolor="white", linestyle=""),
-                          key("adapted", GREY, marker="o", linestyle="")], loc="lower left", fontsize=7.5)
+    points = {"colour": figures.GREY, "marker": "o", "linestyle": ""}
+    share.legend(handles=[figures.key("before adaptation", markerfacecolor="white", **points),
+                          figures.key("adapted", **points)], loc="lower left", fontsize=7.5)
     return figure
 
 
 def length(study: Study) -> Figure:
     """The paper's recipe to its end: collapse on training and held-out classes, and accuracy."""
     groups = study.groups(LONG)
-    legend = keys(groups, key("training classes"), key("held-out classes", linestyle=":"))
-    figure, (panels,) = frame(1, 3, 2.6, legend)
-    titles = "relative within trace, adapted", LABELS["nc1"], "accuracy, adapted, %"
+    legend = figures.keys(groups, figures.key("training classes"), figures.key("held-out classes", linestyle=":"))
+    figure, (panels,) = figures.frame(1, 3, 2.6, legend)
+    titles = "relative within trace, adapted", figures.LABELS["nc1"], "accuracy, adapted, %"
     for axes, metric, title in zip(panels, ("relative_within", "nc1", None), titles):
-        for group, colour, _ in colours(groups):
-            for split, style in SPLITS.items():
-                curve = of_metric(split, "finetuned", metric) if metric else of_accuracy(split)
-                draw(axes, group, curve, colour, style, smooth=split == "train")
+        for group, colour, _ in figures.colours(groups):
+            for split, style in figures.SPLITS.items():
+                curve = figures.of_metric(split, "finetuned", metric) if metric else figures.of_accuracy(split)
+                figures.draw(axes, group, curve, colour, style, smooth=split == "train")
         axes.set_title(title)
-        fit(axes, metric in LOGARITHMIC)
-        step_axis(axes, groups)
-    zoom_on_accuracy(panels[2])
+        figures.fit(axes, metric in figures.LOGARITHMIC)
+        figures.step_axis(axes, groups)
+    figures.zoom_on_accuracy(panels[2])
     return figure
 
 
-def figures(study: Study) -> dict[str, Figure]:
+def all_figures(study: Study) -> dict[str, Figure]:
     """Every figure of README.md and study/README.md whose runs are there, by its file."""
     main = study.groups(MAIN)
     if not main:
         raise UserError(f"no run of the study in {study.folder}; run python -m study.run, and then with --collect")
-    drawn = {name: draw_figure(main) for name, draw_figure in ANY.items() if name != "traces"}
+    drawn = {name: draw_figure(main) for name, draw_figure in figures.ANY.items() if name != "traces"}
     drawn |= {"correlation": correlation(study), "original": original(study)}
     if study.groups(LEARNERS):
         drawn["learners"] = learners(study)

@@ -4,16 +4,16 @@ import contextlib
 import io
 import os
 import pickle
-import re
 import shutil
 import struct
 import zipfile
 import zlib
-from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import images
@@ -28,6 +28,11 @@ def encode(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> byt
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     image.save(data, kind, **options)
     return data.getvalue()
+
+
+def load(module: ModuleType, root: Path, split: str, imgsz: int, cache: Path | None = None) -> torch.Tensor:
+    """A split of the images that omniglot.py or miniimagenet.py finds."""
+    return module.find(root, cache).load(split, imgsz, module.CHANNELS)
 
 
 def real_data(variable: str) -> Path:
@@ -121,19 +126,6 @@ def image_folder(root: Path) -> None:
         (root / f"{split}.csv").unlink()
 
 
-class Python2(pickle._Pickler):
-    """As Python 2 pickles: text without an encoding, in an array's data too."""
-
-    dispatch = dict(pickle._Pickler.dispatch)
-
-    def save_text(self, value: str | bytes) -> None:
-        data = value.encode() if isinstance(value, str) else value
-        self.write(pickle.BINSTRING + len(data).to_bytes(4, "little") + data)
-        self.memoize(value)
-
-    dispatch[str] = dispatch[bytes] = save_text
-
-
 def cached(root: Path, form: str = "image_data", protocol: int = 4, pickler: type = pickle.Pickler, **change) -> None:
     """mini-imagenet-cache-*.pkl in place of CSV files and images."""
     for split in images.SPLITS:
@@ -152,27 +144,20 @@ def cached(root: Path, form: str = "image_data", protocol: int = 4, pickler: typ
     shutil.rmtree(root / "images")
 
 
-def rename_images(root: Path, name) -> None:
-    """Give image i of each class (from 0, in the CSV's order) the name that `name` (class, i) gives, in a folder."""
-    for split in images.SPLITS:
-        lines, counts = ["filename,label"], Counter()
-        for old, label in rows(root, split):
-            new, listed = name(f"n0{sum(map(ord, label)):07}", counts[label])
-            counts[label] += 1
-            (root / "images" / old).rename(root / "images" / new)
-            lines.append(f"{listed},{label}")
-        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
-
-
-def edit(root: Path, pattern: str, new: str) -> None:
-    for split in images.SPLITS:
-        (root / f"{split}.csv").write_text(re.sub(pattern, new, (root / f"{split}.csv").read_text()))
-
-
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     write_photos(tmp_path / "photos")
     return tmp_path / "photos"
+
+
+def write_classes(folder: Path, classes: int, first: int = 0, count: int = 4, name: str = "class",
+                  size: int = 48) -> None:
+    """`classes` folders of noise images; class i has i more than `count`."""
+    for label in range(classes):
+        (folder / f"{name} {label}").mkdir(parents=True)
+        for number in range(count + label):
+            pixels = np.random.default_rng([first, label, number]).integers(0, 256, (size, size + 4, 3), np.uint8)
+            (folder / f"{name} {label}" / f"{number}.png").write_bytes(encode(pixels))
 
 
 def png(width: int, height: int, data: bytes = b"") -> bytes:

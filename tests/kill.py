@@ -22,11 +22,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data_files import write_classes  # noqa: E402
 
 import files  # noqa: E402
 import miniimagenet_train  # noqa: E402
@@ -35,15 +35,6 @@ import record  # noqa: E402
 FLAGS = ("--device cpu --n_way 2 --k_spt 1 --k_qry 2 --imgsz 48 --task_num 2 --update_step 1 --update_step_test 1 "
          "--epoch 30 --eval_every 5 --eval_tasks 2 --test_tasks 12 --nc_every 1 --save_every 1").split()
 CHANGES = {"open", "write", "fsync", "replace", "unlink", "truncate", "mkdir", "close"}  # Python's own functions
-
-
-def make_photographs(root: Path) -> None:
-    """3 splits of 4 classes of 6 noise images: ROOT/SPLIT/CLASS/NUMBER.png."""
-    generator = numpy.random.default_rng(0)
-    for number in range(72):
-        path = root / ("train", "val", "test")[number // 24] / f"class{number // 6}" / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (320, 320, 3), numpy.uint8)).save(path, compress_level=1)
 
 
 def start(arguments: list[str], said: Path, change: int | None = None) -> int:
@@ -99,7 +90,8 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> None:
     Raises:
         AssertionError: a run wasn't resumed, or its end isn't the undisturbed run's.
     """
-    make_photographs(folder / "photographs")
+    for first, split in enumerate(("train", "val", "test")):
+        write_classes(folder / "photographs" / split, 4, first, name=split, size=320)
     chance, said, begun = random.Random(seed), folder / "said", time.perf_counter()
 
     def flags(cache: str) -> list[str]:

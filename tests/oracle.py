@@ -51,19 +51,6 @@ def module(name, params, flat=False, size=0):
             return nn.Sequential(nn.Flatten(), nn.Unflatten(1, params))
 
 
-def network(config, weights):
-    """The layer list as torch.nn layers, with a copy of the weights, given in the same order."""
-    layers, flat = [], False
-    for name, params in config:
-        layers.append(module(name, params, flat))
-        flat = name == "flatten" or flat and name != "reshape"
-    net = nn.Sequential(*layers)
-    assert len(list(net.parameters())) == len(weights)
-    for parameter, weight in zip(net.parameters(), weights.values()):
-        parameter.data = weight.detach().clone()
-    return net
-
-
 def forward(config, weights, x):
     """Logits of one task's images, and its features: what enters the next conv or linear layer; logits."""
     features, values = [], iter(weights.values())
@@ -71,35 +58,37 @@ def forward(config, weights, x):
         if name in ("conv2d", "linear") and i > 0:
             features.append(x.flatten(1))
         with torch.device("meta"):
-            layer = module(name, [False] if name == "relu" else params, size=x.shape[-1])
+            layer = module(name, [False] if name == "relu" else params, x.dim() == 2, x.shape[-1])
         x = torch.func.functional_call(layer, {own: next(values) for own, _ in layer.named_parameters()}, x)
+    assert next(values, None) is None
     return x, features + [x]
 
 
-def adapt(config, theta, x, y, lr, steps, second_order=False):
-    """The weights of one task before the inner loop and after each of its steps."""
+def adapt(config, theta, x, y, lr, steps, second_order=False, changes=bool):
+    """The weights of one task before the inner loop and after each of its steps, which change those named so."""
     trajectory = [dict(theta)]
     for _ in range(steps):
         weights = trajectory[-1]
+        names = list(filter(changes, weights))
         loss = F.cross_entropy(forward(config, weights, x)[0], y)
-        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=second_order)
-        trajectory.append({name: w - lr * g for (name, w), g in zip(weights.items(), gradients)})
+        gradients = torch.autograd.grad(loss, [weights[name] for name in names], create_graph=second_order)
+        trajectory.append(weights | {name: weights[name] - lr * g for name, g in zip(names, gradients)})
     return trajectory
 
 
-def meta_loss(config, theta, tasks, lr, steps, second_order=False):
+def meta_loss(config, theta, tasks, lr, steps, second_order=False, changes=bool):
     """Mean over tasks of the query loss of the adapted weights."""
     losses = []
     for x_spt, y_spt, x_qry, y_qry in zip(*tasks):
-        adapted = adapt(config, theta, x_spt, y_spt, lr, steps, second_order)[-1]
+        adapted = adapt(config, theta, x_spt, y_spt, lr, steps, second_order, changes)[-1]
         losses.append(F.cross_entropy(forward(config, adapted, x_qry)[0], y_qry))
     return sum(losses) / len(losses)
 
 
-def meta_gradient(config, theta, tasks, lr, steps, second_order):
+def meta_gradient(config, theta, tasks, lr, steps, second_order, changes=bool):
     """The loss and its gradient with respect to theta; first order takes the inner gradients as constants."""
     theta = {name: w.detach().clone().requires_grad_() for name, w in theta.items()}
-    loss = meta_loss(config, theta, tasks, lr, steps, second_order)
+    loss = meta_loss(config, theta, tasks, lr, steps, second_order, changes)
     return loss.detach(), dict(zip(theta, torch.autograd.grad(loss, list(theta.values()))))
 
 

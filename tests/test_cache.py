@@ -5,15 +5,11 @@
 
 import io
 import os
-import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from data_files import drawing, encode, listing, photos, refused, small_omniglot, write_zips  # noqa: F401
+from data_files import drawing, encode, listing, load, refused, write_zips
 
 import files
 import images
@@ -31,31 +27,31 @@ def builds(monkeypatch) -> list[str]:
 
 
 def test_cache_is_taken_and_rebuilt_when_anything_changes(photos, builds):
-    def load(split="train", size=12):
+    def loaded(split="train", size=12):
         before = len(builds)
-        data = miniimagenet.load(photos, split, size)
+        data = load(miniimagenet, photos, split, size)
         return data, len(builds) - before
 
-    first, built = load()
-    again, built_again = load()
+    first, built = loaded()
+    again, built_again = loaded()
     assert (built, built_again) == (1, 0) and torch.equal(first, again)
     path, = (photos / "cache").iterdir()
     assert path.name.startswith("miniimagenet-train-12px-")
     assert np.array_equal(np.load(path), first.numpy())  # a plain .npy file
 
-    assert load(size=13)[1] == 1 and load(split="val")[1] == 1 and load()[1] == 0
+    assert loaded(size=13)[1] == 1 and loaded(split="val")[1] == 1 and loaded()[1] == 0
     file = photos / "images" / "p00.png"
     file.write_bytes(encode(np.full((20, 20, 3), 255, np.uint8)))
-    changed, built = load()
+    changed, built = loaded()
     assert built == 1 and changed[2, 0].min() == 255
     os.utime(file, ns=(1, 1))
-    assert load()[1] == 1  # another time
+    assert loaded()[1] == 1  # another time
     file.write_bytes(file.read_bytes() + b"\0")
     os.utime(file, ns=(1, 1))
-    assert load()[1] == 1  # another size
+    assert loaded()[1] == 1  # another size
     lines = (photos / "train.csv").read_text().split()
     (photos / "train.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]))
-    flipped, built = load()
+    flipped, built = loaded()
     assert built == 1 and torch.equal(flipped, changed.flip(1))
     keys = {path.stem.rpartition("-")[2] for path in (photos / "cache").iterdir()}
     assert len(keys) == len(builds) == 7  # the key alone tells splits and sizes apart
@@ -63,15 +59,15 @@ def test_cache_is_taken_and_rebuilt_when_anything_changes(photos, builds):
 
 def test_omniglot_cache_follows_the_zip_content(tmp_path, small_omniglot, builds):
     write_zips(tmp_path, small_omniglot)
-    first = omniglot.load(tmp_path, "train", 28)
+    first = load(omniglot, tmp_path, "train", 28)
     write_zips(tmp_path, small_omniglot)  # packed again: other times, the same content
-    assert torch.equal(omniglot.load(tmp_path, "train", 28), first) and len(builds) == 1
+    assert torch.equal(load(omniglot, tmp_path, "train", 28), first) and len(builds) == 1
     write_zips(tmp_path, {name: drawing(30) for name in small_omniglot})
-    assert not torch.equal(omniglot.load(tmp_path, "train", 28), first) and len(builds) == 2
+    assert not torch.equal(load(omniglot, tmp_path, "train", 28), first) and len(builds) == 2
 
 
 def test_damaged_caches_are_found_and_rebuilt(photos, capfd):
-    expected = miniimagenet.load(photos, "train", 12)
+    expected = load(miniimagenet, photos, "train", 12)
     path, = (photos / "cache").iterdir()
     whole, plain = path.read_bytes(), io.BytesIO()
     np.save(plain, expected.numpy())
@@ -79,7 +75,7 @@ def test_damaged_caches_are_found_and_rebuilt(photos, capfd):
     for damaged in (whole[:-1], whole[:len(whole) // 2], b"", plain.getvalue(), b"X" + whole[1:],
                     whole[:20] + b"X" + whole[21:]):
         path.write_bytes(damaged)
-        assert torch.equal(miniimagenet.load(photos, "train", 12), expected)
+        assert torch.equal(load(miniimagenet, photos, "train", 12), expected)
         assert path.read_bytes() == whole
         assert capfd.readouterr().err == f"the cache {path} is damaged: building it again\n"
 
@@ -88,10 +84,10 @@ def test_damaged_caches_are_found_and_rebuilt(photos, capfd):
 def test_cache_folder_that_can_not_be_written(photos, builds, name):
     (photos / "file").write_text("in the way")
     with refused("--cache FOLDER"):
-        miniimagenet.load(photos, "train", 12, cache=photos / name)
+        load(miniimagenet, photos, "train", 12, photos / name)
     assert not builds  # refused before the minutes of decoding
     before = listing(photos)
-    assert miniimagenet.load(photos, "train", 12, cache=photos.parent / "named").shape[0] == 3  # as advised
+    assert load(miniimagenet, photos, "train", 12, photos.parent / "named").shape[0] == 3  # as advised
     assert listing(photos) == before  # the data may be read-only
 
 
@@ -101,74 +97,28 @@ def test_disk_full_while_the_cache_is_written(photos, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with refused("No space left", "--cache FOLDER", "miniimagenet-train"):
-        miniimagenet.load(photos, "train", 12)
+        load(miniimagenet, photos, "train", 12)
     assert listing(photos / "cache") == []
-
-
-@pytest.mark.parametrize("locks", [True, False])
-def test_next_build_removes_what_a_killed_one_left_if_it_is_alone(photos, monkeypatch, locks):
-    folder = photos / "cache"
-    folder.mkdir()
-    stale = folder / ".miniimagenet-val-84px-0123456789abcdef.npy.abcdefgh.tmp"
-    others = [folder / "notes.tmp", folder / ".omniglot-val-28px-0123456789abcdef.npy.abcdefgh.tmp"]
-    for path in (stale, *others):
-        path.write_text("half")
-    (folder / ".cache.lock").write_text("")  # a lock file whose holder is gone holds nothing
-    if not locks:
-        monkeypatch.setattr(files, "fcntl", None)
-        monkeypatch.setitem(sys.modules, "msvcrt", None)
-    assert miniimagenet.load(photos, "train", 12).shape[0] == 3
-    assert stale.exists() != locks and all(path.exists() for path in others)  # else it may be another's, at work
-    assert not (folder / ".cache.lock").exists()
-
-
-def test_of_many_that_need_a_cache_one_builds_it(photos, builds):
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda _: miniimagenet.load(photos, "train", 12), range(8)))
-    assert len(builds) == 1 and all(torch.equal(results[0], other) for other in results)
-    assert len(listing(photos / "cache")) == 1
 
 
 def test_a_lock_file_that_its_holder_just_removed_is_no_lock(tmp_path, monkeypatch):
     """Removed between its opening and its locking."""
     path, lock = tmp_path / "lock", files._lock
 
-    def late(descriptor: int) -> bool:
-        monkeypatch.setattr(files, "_lock", lock)
+    def late(descriptor: int) -> None:
         path.unlink()
-        return lock(descriptor)
+        lock(descriptor)
 
     monkeypatch.setattr(files, "_lock", late)
-    with files.locked(path), refused("in use"), files.locked(path, wait=False):
+    with refused("in use"), files.locked(path):
         pass
 
 
-def test_lock_that_was_waited_for_is_held(tmp_path, capfd):
-    taken, done = threading.Event(), threading.Event()
-
-    def second():
-        with files.locked(tmp_path / "lock"):
-            taken.set()
-            done.wait()
-
-    thread = threading.Thread(target=second)
-    with files.locked(tmp_path / "lock"):
-        thread.start()
-        said = ""
-        while "waiting" not in said:
-            said += capfd.readouterr().err
-            time.sleep(0.01)
-        assert not taken.is_set()
-    try:
-        taken.wait()
-        with refused("in use by another process"), files.locked(tmp_path / "lock", wait=False):
+def test_a_lock_is_held_by_one_and_removed(tmp_path):
+    for _ in range(2):
+        with files.locked(tmp_path / "lock"), refused("in use by another process"), files.locked(tmp_path / "lock"):
             pass
-    finally:
-        done.set()
-        thread.join()
-    with files.locked(tmp_path / "lock", wait=False) as held:
-        assert held
-    assert listing(tmp_path) == []
+        assert listing(tmp_path) == []
 
 
 # files.py

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import encode, listing, refused
+from data_files import listing, refused, write_classes
 from PIL import Image
 
 import folders
@@ -18,15 +18,6 @@ import omniglot_train
 BILINEAR = Image.Resampling.BILINEAR
 TINY = ("--device cpu --n_way 2 --k_spt 1 --k_qry 2 --task_num 1 --epoch 1 --update_step 1 --update_step_test 1 "
         "--eval_tasks 2 --test_tasks 2 --nc_every 0").split()
-
-
-def write_classes(folder: Path, classes: int, first: int = 0, count: int = 4, name: str = "class") -> None:
-    """`classes` folders of noise images; class i has i more than `count`."""
-    for label in range(classes):
-        (folder / f"{name} {label}").mkdir(parents=True)
-        for number in range(count + label):
-            pixels = np.random.default_rng([first, label, number]).integers(0, 256, (48, 52, 3), np.uint8)
-            (folder / f"{name} {label}" / f"{number}.png").write_bytes(encode(pixels))
 
 
 def find(root: Path) -> images.ImageSet:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_files import cached, omniglot_entries, write_folders, write_photos, write_zips
+from data_files import cached, load, omniglot_entries, write_folders, write_photos, write_zips
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_plot_nc import write_run
@@ -106,11 +106,11 @@ def sound(small, tmp_path_factory) -> Path:
 
 
 def load_photos(around: Path) -> str:
-    return outcome(lambda: miniimagenet.load(around / "data", "train", 8), around, around / "data/cache")
+    return outcome(lambda: load(miniimagenet, around / "data", "train", 8), around, around / "data/cache")
 
 
 def load_drawings(around: Path) -> str:
-    return outcome(lambda: [omniglot.load(around / "data", split, 28) for split in omniglot.SPLITS], around,
+    return outcome(lambda: [load(omniglot, around / "data", split, 28) for split in omniglot.SPLITS], around,
                    around / "data/cache")
 
 

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from data_files import encode, photos, png, refused  # noqa: F401
+from data_files import encode, load, png, refused
 from PIL import Image
 
 import files
@@ -25,11 +25,11 @@ def test_requests_that_can_not_be(photos):
         with refused("long" * 100, flag):
             find(photos / ("long" * 100))
     with refused("split", "'training'"):
-        miniimagenet.load(photos, "training", 12)
+        load(miniimagenet, photos, "training", 12)
     with refused("--imgsz"):
-        omniglot.load(photos, "train", 0)
+        load(miniimagenet, photos, "train", 0)
     with refused("memory", "--imgsz"):
-        miniimagenet.load(photos, "train", 2_000_000)
+        load(miniimagenet, photos, "train", 2_000_000)
 
 
 # Decoding

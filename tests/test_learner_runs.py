@@ -6,7 +6,7 @@ import os
 import kill
 import pytest
 import torch
-from test_folders import write_classes
+from data_files import write_classes
 from test_resume import TINY, refused, resume, small, stop_at, train, whole  # noqa: F401
 
 import meta

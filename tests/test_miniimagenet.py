@@ -4,26 +4,16 @@
 """
 
 import os
+import pickle
+import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_files import (  # noqa: F401
-    Python2,
-    cached,
-    colour,
-    edit,
-    encode,
-    image_folder,
-    into_folders,
-    photos,
-    png,
-    real_data,
-    refused,
-    rename_images,
-)
+from data_files import cached, colour, encode, image_folder, into_folders, load, png, real_data, refused, rows
 from PIL import Image
 
 import images
@@ -33,11 +23,41 @@ import pickles
 
 def reds(root: Path) -> list[list[int]]:
     """The red of each image [class][image] of train: see `colour`."""
-    return miniimagenet.load(root, "train", 12)[:, :, 0, 0, 0].tolist()
+    return load(miniimagenet, root, "train", 12)[:, :, 0, 0, 0].tolist()
 
 
 # `write_photos` gives label L the class name 3 - L, so the sorted classes are 2, 1, 0; images in the CSV's order.
 RED = [[colour("train", label, number)[0] for number in range(4)] for label in (2, 1, 0)]
+
+
+class Python2(pickle._Pickler):
+    """As Python 2 pickles: text without an encoding, in an array's data too."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_text(self, value: str | bytes) -> None:
+        data = value.encode() if isinstance(value, str) else value
+        self.write(pickle.BINSTRING + len(data).to_bytes(4, "little") + data)
+        self.memoize(value)
+
+    dispatch[str] = dispatch[bytes] = save_text
+
+
+def rename_images(root: Path, name) -> None:
+    """Give image i of each class (from 0, in the CSV's order) the name that `name` (class, i) gives, in a folder."""
+    for split in images.SPLITS:
+        lines, counts = ["filename,label"], Counter()
+        for old, label in rows(root, split):
+            new, listed = name(f"n0{sum(map(ord, label)):07}", counts[label])
+            counts[label] += 1
+            (root / "images" / old).rename(root / "images" / new)
+            lines.append(f"{listed},{label}")
+        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
+
+
+def edit(root: Path, pattern: str, new: str) -> None:
+    for split in images.SPLITS:
+        (root / f"{split}.csv").write_text(re.sub(pattern, new, (root / f"{split}.csv").read_text()))
 
 
 def other_names(root: Path) -> None:
@@ -178,12 +198,12 @@ def test_faults_are_named_in_one_line_that_leads_out(photos, fault):
     make, words = FAULTS[fault]
     make(photos)
     with refused(*words):
-        miniimagenet.load(photos, "train", 12)
+        load(miniimagenet, photos, "train", 12)
     assert not [path for path in photos.rglob("*") if path.suffix in (".npy", ".tmp", ".lock")]
     if fault in (*ROWS, "text", "empty image"):  # take out the lines, or the class, as advised
         gone = {"one image": "class3"}.get(fault, "none" if fault in ROWS else "p00.png")
         (photos / "train.csv").write_text("".join(line for line in good.splitlines(True) if gone not in line))
-        assert miniimagenet.load(photos, "train", 12).shape[1] == 4
+        assert load(miniimagenet, photos, "train", 12).shape[1] == 4
 
 
 def test_all_bad_images_are_named_at_once(photos):
@@ -191,7 +211,7 @@ def test_all_bad_images_are_named_at_once(photos):
         path.write_bytes(b"text" if path.name < "p1" else b"")
     with refused("12 of the 12 images of the train split can't be used", "p02.png is none of", "p12.png is empty",
                  "and 2 more; replace or convert them, or take them out of the CSV file"):
-        miniimagenet.load(photos, "train", 12)
+        load(miniimagenet, photos, "train", 12)
 
 
 # Splits that share images, classes of unequal size
@@ -330,5 +350,5 @@ def test_real_photographs(tmp_path, capfd):
         row = sorted({line.rpartition(",")[2] for line in lines}).index(label)
         assert data.shape[1] * len(data) == len(lines) and np.array_equal(data[row, -1], expected)
     capfd.readouterr()
-    assert torch.equal(miniimagenet.load(root, "train", 84, tmp_path), splits["train"])
+    assert torch.equal(load(miniimagenet, root, "train", 84, tmp_path), splits["train"])
     assert capfd.readouterr().err == ""  # nothing was decoded again

@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from data_files import listing, real_data, refused, small_omniglot, write_folders, write_zips  # noqa: F401
+from data_files import listing, load, real_data, refused, write_folders, write_zips
 from PIL import Image
 
 import omniglot
@@ -54,7 +54,7 @@ def test_omniglot_is_read_wherever_it_lies(tmp_path, small_omniglot, place):
     assert words in summary and "train 3 classes of 4 images, val 1 classes of 4" in summary
     names = omniglot.split_names({name.rpartition("/")[0] for name in small_omniglot})
     for split, count in omniglot.SPLITS.items():
-        data = omniglot.load(tmp_path, split, 28, cache=tmp_path / "cache")
+        data = load(omniglot, tmp_path, split, 28, tmp_path / "cache")
         assert data.shape == (count, 4, 1, 28, 28) and data.dtype == torch.uint8
         for row, character in enumerate(names[split]):
             drawings = sorted(name for name in small_omniglot if name.startswith(f"{character}/"))
@@ -95,9 +95,9 @@ def test_what_is_there_and_what_is_missing_are_named_and_the_zips_lead_out(tmp_p
     make, words = MISSING[fault]
     make(tmp_path)
     with refused(*words, "put images_", "images_evaluation.zip from", "--synthetic"):
-        omniglot.load(tmp_path, "train", 28)
+        load(omniglot, tmp_path, "train", 28)
     write_zips(tmp_path, small_omniglot)  # as advised
-    assert omniglot.load(tmp_path, "train", 28).shape[0] == 3
+    assert load(omniglot, tmp_path, "train", 28).shape[0] == 3
 
 
 def test_damaged_zips(tmp_path, small_omniglot):
@@ -113,7 +113,7 @@ def test_damaged_zips(tmp_path, small_omniglot):
             for split in omniglot.SPLITS:
                 image_set.load(split, 28, 1)
     path.write_bytes(whole)
-    assert omniglot.load(tmp_path, "train", 28).shape[0] == 3
+    assert load(omniglot, tmp_path, "train", 28).shape[0] == 3
 
 
 # The download
@@ -160,15 +160,14 @@ def test_download_of_what_is_absent(tmp_path, official, monkeypatch, capfd, pres
     root.mkdir(parents=True)
     for name in present:
         (root / name).write_bytes(official[name])
-    (root / ".images_evaluation.zip.tmp").write_bytes(b"what a killed download left")
     with server({name: body for name, body in official.items() if name not in present}) as url:
         monkeypatch.setattr(omniglot, "URL", url)
-        data = omniglot.load(root, "train", 28, cache=tmp_path / "cache")
+        data = load(omniglot, root, "train", 28, tmp_path / "cache")
     assert data.shape == (3, 4, 1, 28, 28)
     assert listing(root) == ["images_background.zip", "images_evaluation.zip"]
     assert all((root / name).read_bytes() == body for name, body in official.items())
     assert socket.getdefaulttimeout() is None and capfd.readouterr().err.count("downloading ") == 2 - len(present)
-    assert torch.equal(omniglot.load(root, "train", 28, cache=tmp_path / "cache"), data)  # needs no server
+    assert torch.equal(load(omniglot, root, "train", 28, tmp_path / "cache"), data)  # needs no server
 
 
 @pytest.mark.parametrize("fault, words", [("wrong md5", ["corrupted"]), ("cut body", []), ("not found", ["404"]),
@@ -191,10 +190,10 @@ def test_download_that_fails_leaves_nothing_half_and_leads_out(tmp_path, officia
                 monkeypatch.setattr(omniglot, "TIMEOUT", 0.2)
         monkeypatch.setattr(omniglot, "URL", url)
         with refused("images_background.zip", "images_evaluation.zip", str(root), "--synthetic", *words):
-            omniglot.load(root, "train", 28)
+            load(omniglot, root, "train", 28)
     assert listing(root) == [] and socket.getdefaulttimeout() is None
     shutil.copytree(tmp_path / "official", root, dirs_exist_ok=True)  # as advised
-    assert omniglot.load(root, "train", 28).shape[0] == 3
+    assert load(omniglot, root, "train", 28).shape[0] == 3
 
 
 # The real data
@@ -212,7 +211,7 @@ def test_real_omniglot(tmp_path, capfd):
     assert 0.05 < 1 - drawings.float().mean().item() / 255 < 0.15
     assert len(set(map(bytes, drawings.numpy()))) > 0.99 * len(drawings)  # all but a few drawings are unique
     capfd.readouterr()
-    assert torch.equal(omniglot.load(root, "test", 28, tmp_path), splits["test"])
+    assert torch.equal(load(omniglot, root, "test", 28, tmp_path), splits["test"])
     assert capfd.readouterr().err == ""  # nothing was decoded again
 
     vinyals = omniglot.find(root, tmp_path, "vinyals").splits

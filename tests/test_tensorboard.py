@@ -2,45 +2,32 @@
 
 import json
 import sys
-import types
+from unittest.mock import Mock, call
 
 import pytest
 from test_resume import TINY, resume, small, train  # noqa: F401
 
-WRITERS = []
-
-
-class Writer:
-    """What SummaryWriter is asked."""
-
-    def __init__(self, folder, purge_step):
-        self.folder, self.purge_step, self.scalars, self.closed = folder, purge_step, {}, False
-        WRITERS.append(self)
-
-    def add_scalar(self, name, value, step):
-        self.scalars[name, step] = value
-
-    def close(self):
-        self.closed = True
-
 
 def test_scalars_are_those_of_the_log(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    writer, second, made = Mock(), Mock(), Mock()
+    made.SummaryWriter.side_effect = [writer, second]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", made)
     run = train(tmp_path / "run", "--tensorboard")
     resume(run, "--epoch", "9")
     resume(run, "--epoch", "10", "--no-tensorboard")
-    writer, second = WRITERS
-    assert (writer.folder, writer.purge_step, writer.closed) == (str(run / "tensorboard"), 0, True)
-    assert second.purge_step == 8
+    folder = str(run / "tensorboard")
+    assert made.SummaryWriter.call_args_list == [call(folder, purge_step=0), call(folder, purge_step=8)]
+    assert writer.close.called and second.close.called
+    scalars = {(name, step): value for (name, value, step), _ in writer.add_scalar.call_args_list}
     for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
         if row["step"] < 8 and row["kind"] == "train":
-            assert writer.scalars["train/loss", row["step"]] == row["loss"]
-            assert writer.scalars["train/accuracy", row["step"]] == row["acc"][-1]
+            assert scalars["train/loss", row["step"]] == row["loss"]
+            assert scalars["train/accuracy", row["step"]] == row["acc"][-1]
         if row["step"] < 8 and row["kind"] == "val":
-            assert writer.scalars["val/accuracy", row["step"]] == row["acc"][-1]
+            assert scalars["val/accuracy", row["step"]] == row["acc"][-1]
         for model in ("meta", "finetuned") if row["step"] < 8 and row["kind"] == "nc" else ():
             value = row[model]["relative_within"]["mean"][-2]
-            assert writer.scalars.get((f"{row['classes']}/relative within trace, {model}", row["step"])) == value
+            assert scalars.get((f"{row['classes']}/relative within trace, {model}", row["step"])) == value
 
 
 @pytest.mark.parametrize("flag", ["--tensorboard", "--no-tensorboard"])
