@@ -69,8 +69,10 @@ def heldout_gap(runs: list[Run]) -> str:
 
 
 SHARE = ("relative within trace, adapted", from_untrained("finetuned", "relative_within"))
-TRACES = [(f"{trace} trace, end / untrained", over(effects.growth, model="finetuned", metric=trace))
-          for trace in ("between", "within")]  # fmt: skip
+TRACES, TRACES_BEFORE = (
+    [(f"{trace} trace, {when}, end / untrained", over(effects.growth, model=model, metric=trace))
+     for trace in ("between", "within")]
+    for model, when in (("finetuned", "adapted"), ("meta", "before adaptation")))  # fmt: skip
 NC1 = ("tr(S_W S_B⁺)/C, adapted", from_untrained("finetuned", "nc1"))
 CDNV = ("CDNV, unbiased, adapted", from_untrained("finetuned", "cdnv_unbiased"))
 NEAREST_MEAN = ("nearest support mean before adaptation, %",
@@ -87,8 +89,9 @@ def collapse(study: Study) -> str:
         SHARE,
         ("of the support set, adapted", from_untrained("support", "relative_within")),
         ("held-out minus training tasks, adapted, end", heldout_gap),
+        *TRACES_BEFORE,
         *TRACES,
-        ("within trace, lowest / untrained", over(effects.lowest, model="finetuned", metric="within")),
+        ("within trace, adapted, lowest / untrained", over(effects.lowest, model="finetuned", metric="within")),
         NC1,
         CDNV,
         ("CDNV, unbiased, untrained / end", over(cdnv_reduction)),
@@ -191,6 +194,10 @@ def control_accuracies(runs: list[Run], kind: str) -> list[str]:
     return [over(value, 100, key=key, place=place)(runs) for key, place in RULES.values()]
 
 
+def with_pixels(study: Study) -> list[Run]:
+    return [run for group in study.groups((*LEARNERS, *LONG)) for run in group if "pixels" in run.controls()]
+
+
 def learners(study: Study) -> str:
     """Raw pixels, the untrained network and every learner, before adaptation if nothing else is said."""
     def ratio(run: Run, trace: str) -> float:
@@ -203,26 +210,28 @@ def learners(study: Study) -> str:
                           for transductive in (True, False) for key, place in RULES.values()]  # fmt: skip
         else:
             accuracies = control_accuracies(runs, kind) + [MISSING] * len(RULES)
-        share = over(effects.measured, model="finetuned", metric="relative_within", kind=kind)(runs)
-        return [name, *before_adaptation(runs, kind), share, *ratios, *accuracies]
+        adapted = [over(effects.measured, model="finetuned", metric=metric, kind=kind)(runs) for metric in METRICS]
+        return [name, *before_adaptation(runs, kind), *adapted, *ratios, *accuracies]
 
     groups = study.groups(LEARNERS)
     if not groups:
         return ""
-    with_pixels = [run for group in study.groups((*LEARNERS, *LONG)) for run in group if "pixels" in run.controls()]
-    rows = [row("raw pixels", [run], "pixels") for run in with_pixels[:1]]
-    rows += [row("untrained", groups[0], "untrained")]
-    rows += [row(label(group[0]), group) for group in study.groups(("random-labels", *LEARNERS))]
-    accuracies = [f"{name}, %{how}" for how in ("", ", not transductive") for name in RULES]
-    return table(["", "seeds", *METRICS.values(), "dimension", "relative within trace, adapted",
-                  "between trace / untrained", "within trace / untrained", *accuracies], rows)  # fmt: skip
+    columns = [row("raw pixels", [run], "pixels") for run in with_pixels(study)[:1]]
+    columns += [row("untrained", groups[0], "untrained")]
+    columns += [row(label(group[0]), group) for group in study.groups(("random-labels", *LEARNERS))]
+    names = ["", "seeds", *METRICS.values(), "dimension", *(f"{name}, adapted" for name in METRICS.values()),
+             "between trace / untrained", "within trace / untrained",
+             *(f"{name}, %{how}" for how in ("", ", not transductive") for name in RULES)]  # fmt: skip
+    header, *rows = zip(names, *columns)
+    return table(header, rows)
 
 
 def contrast(study: Study) -> str:
     """The learners, narrower, for README.md."""
     share = functools.partial(over, effects.measured, metric="relative_within")
-    columns = {"relative within trace": share(model="meta"), "adapted": share(model="finetuned"),
-               METRICS["nc1"]: over(effects.measured, model="meta", metric="nc1"),
+    ratio = functools.partial(over, effects.measured, metric="nc1")
+    columns = {"relative within trace": share(model="meta"), "the same, adapted": share(model="finetuned"),
+               METRICS["nc1"]: ratio(model="meta"), "adapted": ratio(model="finetuned"),
                "nearest support mean, %": over(effects.tested, 100, key="nearest_mean", place=0),
                "adapted classifier, %": over(effects.tested, 100, key="accuracy", place=-1),
                "by its own rule, not transductive, %": over(effects.own_accuracy, 100, transductive=False)}  # fmt: skip
@@ -232,15 +241,21 @@ def contrast(study: Study) -> str:
 
 
 def ranking(study: Study) -> str:
-    """Spearman correlation of each metric before adaptation with accuracy, over runs, and over learners' means."""
+    """Spearman correlation of each metric before adaptation with accuracy, over runs, and over learners' means.
+
+    In the last column with raw pixels and the untrained network, all with the accuracy of the control's 15 queries.
+    """
     groups = study.groups(LEARNERS)
     if len(groups) < 3:
         return ""
-    predictors = {f"smaller {name}": lambda run, metric=metric: -effects.measured(run, "meta", metric)
+    predictors = {f"smaller {name}":
+                  lambda run, kind="final", metric=metric: -effects.measured(run, "meta", metric, kind)
                   for metric, name in METRICS.items()}  # fmt: skip
     predictors["larger dimension of all class means"] = effects.dimension
     rules = {"nearest support mean before adaptation": lambda run: effects.tested(run, "nearest_mean", 0),
              "the learner's own rule": effects.own_accuracy}  # fmt: skip
+    measured = [(runs, "final") for runs in groups] + [(groups[0], "untrained")]
+    measured += [([run], "pixels") for run in with_pixels(study)[:1]]
     rows = []
     for name, predictor in predictors.items():
         row = [name]
@@ -248,9 +263,12 @@ def ranking(study: Study) -> str:
             pairs = [[(predictor(run), accuracy_of(run)) for run in runs] for runs in groups]
             for points in (sum(pairs, []), [np.mean(group, 0) for group in pairs]):
                 row.append(fixed(effects.spearman(*zip(*points)), 2))
-        rows.append(row)
+        points = [np.mean([(predictor(run, kind), effects.accuracy_in(run.controls().get(kind), "nearest_mean", 0))
+                           for run in runs], 0) for runs, kind in measured]  # fmt: skip
+        rows.append([*row, fixed(effects.spearman(*zip(*points)), 2)])
     counts = f"{sum(map(len, groups))} runs", f"{len(groups)} learners"
     header = [f"{rule}, over {count}" for rule in rules for count in counts]
+    header.append(f"nearest support mean before adaptation, 15 queries, over {len(groups)} learners and the floors")
     return table(["Spearman correlation with higher accuracy by", *header], rows)
 
 
@@ -276,7 +294,7 @@ def changes(study: Study) -> str:
 
 def length(study: Study) -> str:
     """The long runs at a few meta-steps, adapted."""
-    names = {name: METRICS.get(name, "accuracy, %") for name in (*METRICS, "accuracy") if name != "directional_cdnv"}
+    names = {name: METRICS.get(name, "accuracy, %") for name in (*METRICS, "accuracy")}
     rows = []
     for group in study.groups(LONG):
         last = min(run.last_step for run in group)

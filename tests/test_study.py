@@ -247,20 +247,32 @@ def test_check_names_the_first_number_that_differs_and_writes_nothing(home):
 
 def test_learners_are_compared_with_controls_where_there_are_any(home):
     before = tables.collapse(Study(home / "res"))
-    lines = tables.learners(Study(home / "res")).split("\n")[2:]
-    labels = ["untrained", "MAML, second order", "ANIL", "BOIL", "ProtoNet", "classifier"]
-    assert [line.split(" | ")[0] for line in lines] == [f"| {label}" for label in labels]
+    header, *_ = tables.learners(Study(home / "res")).split("\n")
+    assert header == "|  | untrained | MAML, second order | ANIL | BOIL | ProtoNet | classifier |"
     ((protonet,),) = read_groups([home / "res" / "contrast-protonet-seed1"])
     assert effects.own_accuracy(protonet) == protonet.file("result.json")["test"]["nearest_mean"][0]
     for folder in (*(home / "res").glob("contrast-*"), home / "res" / "omniglot-5w1s-seed1"):
         nc_logs.write_controls(folder, 1 + 0.01 * len(folder.name))
     study = Study(home / "res")
-    lines = tables.learners(study).split("\n")[2:]
-    assert lines[0].startswith("| raw pixels | 1 |") and " 17.5 " in lines[0] and "–" not in lines[2]
+    names, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in tables.learners(study).split("\n"))
+    columns = dict(zip(names, zip(*rows)))
+    assert columns["raw pixels"][0] == "1" and columns["raw pixels"][columns[""].index("dimension")] == "17.5"
+    assert "–" not in columns["MAML, second order"]
     assert tables.collapse(study) == before, "a table of the log takes nothing from the controls"
     ranks = tables.ranking(study).split("\n")[2].split(" | ")[1:]
     expected = effects.spearman([-len(name) for name in nc_logs.LEARNERS], range(5))
     assert float(ranks[1].replace("−", "-")) == pytest.approx(expected, abs=0.006)
+
+
+def test_one_change_is_compared_after_equally_many_meta_steps(tmp_path):
+    log = nc_logs.log(6_000, every=1_000, eval_every=1_000, value=lambda *place: place[3] / 7_000)
+    nc_logs.write_run(tmp_path / "small-step-seed1", log)
+    (row,) = [row for row in log if row["classes"] == "heldout" and row["step"] == 5_000]
+    *_, share, _, _, _, mean, accuracy = tables.changes(Study(tmp_path)).split("\n")[-7:]
+    for line, value in ((share, row["finetuned"]["relative_within"]["mean"][-2]),
+                        (mean, 100 * row["finetuned"]["ncc_accuracy"]["mean"][-2]),
+                        (accuracy, 100 * row["inner"]["accuracy"]["mean"][-1])):
+        assert float(line.split("|")[2]) == pytest.approx(value, rel=0.05), line
 
 
 def test_the_unbiased_cdnv_of_a_control_knows_its_queries(tmp_path):
