@@ -134,7 +134,8 @@ def learners(study: Study) -> Figure:
     ranked.set_xticks([0.1, 0.2, 0.4], ["0.1", "0.2", "0.4"])
     points = {"colour": figures.GREY, "marker": "o", "linestyle": ""}
     share.legend(handles=[figures.key("before adaptation", markerfacecolor="white", **points),
-                          figures.key("adapted", **points)], loc="lower left", fontsize=7.5)
+                          figures.key("adapted", **points)],
+                 loc="center right", bbox_to_anchor=(1.03, 0.58), fontsize=7.5)  # fmt: skip
     return figure
 
 
