@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo  # Adam would import it in every fork, for a second
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
