@@ -173,9 +173,9 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
     different = recorded.keys() - defaults.keys()
     if mode == "resume":
         different |= defaults.keys() - recorded.keys() - {*MODES, *MAY_CHANGE["resume"]}
-    if different or recorded.get("script") != defaults["script"]:
-        other = recorded.get("script") != defaults["script"]
-        which = f"script {recorded.get('script')}" if other else ", ".join(sorted(different))
+    other_script = recorded.get("script") != defaults["script"]
+    if different or other_script:
+        which = f"script {recorded.get('script')}" if other_script else ", ".join(sorted(different))
         raise UserError(f"{path} is not of this script and version ({which}); use the code that made the run")
     if "recipe" not in recorded and recorded.get("net") == "paper":
         recorded["net"] = "conv_bn_relu"  # older versions called this network "paper"

@@ -19,8 +19,8 @@ _SEED = "--task_num 8 --epoch 6000 --nc_every 30 --eval_every 250"
 _PHOTOS = ("--data_name 'Tiny ImageNet in the miniImageNet layout' --task_num 2 --nc_every 30 --eval_every 150 "
            "--eval_tasks 50")  # fmt: skip
 _LONG = "--recipe paper --eval_every 1000 --keep_every 10000 --save_every 5000"
-_CONTRAST = "--recipe paper --epoch 10000 --nc_every 100 --eval_every 1000 --save_every 5000"
-_ONE_CHANGE = "--recipe paper --epoch 5000 --nc_every 100 --eval_every 1000 --save_every 5000"
+_SHORT = "--recipe paper --nc_every 100 --eval_every 1000 --save_every 5000"
+_CONTRAST, _ONE_CHANGE = f"{_SHORT} --epoch 10000", f"{_SHORT} --epoch 5000"
 _IN_LAYOUT = "tinyimagenet-in-miniimagenet-layout-5w5s"
 SETTINGS = {setting.name: setting for setting in (
     Setting("omniglot-5w1s", "1-shot, second order", _SEED),

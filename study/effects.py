@@ -86,6 +86,16 @@ def series(run: Run, split: str, model: str, metric: str, layer: int | str = HID
     return Series(steps, unbiased, se * unbiased / mean)
 
 
+def nearest(run: Run, split: str, metric: str, step: int, model: str = "finetuned") -> float:
+    """A metric, or accuracy in percent, at the measurement nearest to the meta-step."""
+    if metric == "accuracy":
+        steps, values = run.along_inner_loop(split, "accuracy")
+        values = 100 * values[:, -1]
+    else:
+        steps, values, _ = series(run, split, model, metric)
+    return float(values[np.abs(steps - step).argmin()])
+
+
 def logged(run: Run, model: str, metric: str) -> bool:
     return run.has("heldout", model, "cdnv" if metric == "cdnv_unbiased" else metric)
 

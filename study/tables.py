@@ -272,19 +272,9 @@ def ranking(study: Study) -> str:
     return table(["Spearman correlation with higher accuracy by", *header], rows)
 
 
-def nearest(run: Run, split: str, metric: str, step: int, model: str = "finetuned") -> float:
-    """A metric, or accuracy in percent, at the measurement nearest to the meta-step."""
-    if metric == "accuracy":
-        steps, values = run.along_inner_loop(split, "accuracy")
-        values = 100 * values[:, -1]
-    else:
-        steps, values, _ = effects.series(run, split, model, metric)
-    return float(values[np.abs(steps - step).argmin()])
-
-
 def changes(study: Study) -> str:
     """The paper's recipe, and the same with one thing changed, after equally many meta-steps."""
-    at = functools.partial(over, nearest, split="heldout", step=5_000)
+    at = functools.partial(over, effects.nearest, split="heldout", step=5_000)
     rows = [(f"{name}, {when}", at(100 if metric == "ncc_accuracy" else 1, metric=metric, model=model))
             for metric, name in {"relative_within": "relative within trace", "nc1": METRICS["nc1"],
                                  "ncc_accuracy": "nearest support mean, %"}.items()
@@ -299,7 +289,7 @@ def length(study: Study) -> str:
     for group in study.groups(LONG):
         last = min(run.last_step for run in group)
         for step in [step for step in LENGTHS if step <= last]:
-            cells = [over(nearest, split=split, metric=metric, step=step)(group)
+            cells = [over(effects.nearest, split=split, metric=metric, step=step)(group)
                      for metric in names for split in ("train", "heldout")]  # fmt: skip
             rows.append([label(group[0]), f"{step:,}", *cells])
     header = ["", "meta-step", *(f"{name}, {split}" for name in names.values() for split in ("training", "held-out"))]

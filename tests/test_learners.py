@@ -72,8 +72,11 @@ def test_which_weights_the_inner_loop_adapts(net, learner, changes, second_order
     maml = Meta(net, update_lr=lr, learner=learner)
     trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, lr, steps, adapted=maml.adapted)
     gradient, losses, *_ = meta_gradient(net, tasks, lr, steps, not second_order, adapted=maml.adapted)
-    for task, (x, y) in enumerate(zip(tasks.x_spt, tasks.y_spt)):
-        for name, weight in oracle.adapt(net.config, net.weights, x, y, lr, steps, changes=changes)[-1].items():
+    for task, (x, y, x_qry, y_qry) in enumerate(zip(*tasks)):
+        weights = oracle.adapt(net.config, net.weights, x, y, lr, steps, changes=changes)[-1]
+        loss = F.cross_entropy(oracle.forward(net.config, weights, x_qry)[0], y_qry)
+        torch.testing.assert_close(losses[task], loss.detach())
+        for name, weight in weights.items():
             torch.testing.assert_close(trajectory[-1][name][task], weight.detach())
             assert changes(name) != torch.equal(weight, net.weights[name])
     loss, expected = oracle.meta_gradient(net.config, net.weights, tasks, lr, steps, second_order, changes)

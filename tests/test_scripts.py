@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kill
 import pytest
 import torch
 
@@ -124,11 +125,15 @@ def test_photos_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_same_command_same_log(omniglot_run, tmp_path):
-    for name, flags in {"same": [], "other": ["--seed", "3"]}.items():
+def test_same_command_same_log_and_measuring_changes_nothing(omniglot_run, tmp_path):
+    for name, flags in {"same": [], "unmeasured": ["--nc_every", "0"], "other": ["--seed", "3"]}.items():
         omniglot_train.main([*OMNIGLOT, *flags, "--out", str(tmp_path / name)])
     logs = [(run / "log.jsonl").read_text() for run in (omniglot_run, tmp_path / "same", tmp_path / "other")]
     assert logs[0] == logs[1] != logs[2]
+    assert not lines(tmp_path / "unmeasured", "nc")
+    one, two = (torch.load(run / "last.pt", weights_only=True) for run in (omniglot_run, tmp_path / "unmeasured"))
+    assert not kill.differences(one, two)
+    assert (omniglot_run / "result.json").read_text() == (tmp_path / "unmeasured/result.json").read_text()
 
 
 @pytest.mark.slow
