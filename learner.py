@@ -57,12 +57,15 @@ class Learner(nn.Module):
         imgc: channels of an image.
         imgsz: height and width of an image, in pixels.
         initial: layer name -> function that fills a weight tensor, [out, in, k, k] or [out, in], in place.
+        head_std: if given, the last linear layer's weights start from N(0, head_std^2) instead.
     Raises:
         ValueError: an unknown layer, params of the wrong number, or a layer that can't take what comes before it
-            (an image too small for the kernel, other channels); the text names the layer.
+            (an image too small for the kernel, other channels); the text names the layer. Or head_std without a
+            linear layer at the end.
     """
 
-    def __init__(self, config: Config, imgc: int, imgsz: int, initial: Mapping[str, Callable] | None = None):
+    def __init__(self, config: Config, imgc: int, imgsz: int, initial: Mapping[str, Callable] | None = None,
+                 head_std: float | None = None):
         super().__init__()
         self.config = [(name, list(params) if isinstance(params, Iterable) else [params]) for name, params in config]
         self.input_shape = (imgc, imgsz, imgsz)
@@ -80,6 +83,10 @@ class Learner(nn.Module):
             for kind, weight in own.items():
                 self.weights[f"{i}_{name}_{kind}"] = nn.Parameter(weight)
             self.shapes.append(shape)
+        if head_std is not None:
+            if [name for name, _ in self.config[-1:]] != ["linear"]:
+                raise ValueError("head_std: the last layer is not linear")
+            nn.init.normal_(self.weights[self.classifier], std=head_std)
 
     @property
     def blocks(self) -> list[str]:

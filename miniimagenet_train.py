@@ -52,7 +52,7 @@ def layers(args: argparse.Namespace) -> Config:
 
 def network(args: argparse.Namespace) -> Learner:
     initial = dict.fromkeys(("conv2d", "linear"), nn.init.xavier_uniform_) if args.net == "paper" else {}
-    return Learner(layers(args), args.imgc, args.imgsz, initial)
+    return Learner(layers(args), args.imgc, args.imgsz, initial, args.head_std)
 
 
 def dataset(args: argparse.Namespace) -> Dataset:

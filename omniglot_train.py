@@ -54,7 +54,7 @@ def layers(args: argparse.Namespace) -> Config:
 
 def network(args: argparse.Namespace) -> Learner:
     initial = {"conv2d": nn.init.xavier_uniform_, "linear": nn.init.normal_} if args.net == "paper" else {}
-    return Learner(layers(args), args.imgc, args.imgsz, initial)
+    return Learner(layers(args), args.imgc, args.imgsz, initial, args.head_std)
 
 
 def dataset(args: argparse.Namespace) -> Dataset:

@@ -106,6 +106,8 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("net", "conv_bn_relu", "original: blocks of conv, relu, batch norm; conv_bn_relu: the same in that order; "
          "paper: the network and initial weights of the paper's code (padded, batch norm without scale)",
          choices=["original", "conv_bn_relu", "paper"])
+    flag("head_std", None, "standard deviation of the last layer's initial weights; the network's own if not given",
+         type=float)
     flag("pixels", None, "normalised: by the data's mean and deviation; unit: 0..1; inverted: 1..0",
          choices=["normalised", "unit", "inverted"])
     if "rotations" in defaults:

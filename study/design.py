@@ -41,7 +41,10 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
     Setting("small-step", "1 inner step of 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1,)),
+    Setting("small-head", "classifier from N(0, 0.18²)", f"{_ONE_CHANGE} --head_std 0.177"),
     Setting("other-network", "network conv, batch norm, relu", f"{_ONE_CHANGE} --net conv_bn_relu"),
+    Setting("other-network-large-head", "network conv, batch norm, relu, classifier from N(0, 1)",
+            f"{_ONE_CHANGE} --net conv_bn_relu --head_std 1"),
     Setting("paper-omniglot-5w1s", "paper's recipe, 5-way 1-shot", _LONG),
     Setting("paper-omniglot-5w1s-first-order", "paper's recipe, 5-way 1-shot, first order",
             f"{_LONG} --first_order --epoch 20000", (1,)),
@@ -53,7 +56,7 @@ MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
 PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
-CHANGES = ("contrast-maml", "small-step", "other-network")  # of the paper's recipe, one at a time
+CHANGES = ("contrast-maml", "small-step", "small-head", "other-network", "other-network-large-head")
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
 MODELS = {"meta": "before adaptation", "finetuned": "adapted"}

@@ -18,7 +18,7 @@ from tasks import Dataset, Sampler
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    net = omniglot_train.network(argparse.Namespace(net="paper", imgc=1, imgsz=28, n_way=5)).double()
+    net = omniglot_train.network(argparse.Namespace(net="paper", imgc=1, imgsz=28, n_way=5, head_std=None)).double()
     for name, weight in net.weights.items():
         if name.endswith("bias"):
             torch.nn.init.normal_(weight)
@@ -50,16 +50,17 @@ def test_the_papers_network(net):
 
 
 def test_the_papers_sizes_and_initial_weights():
-    args = argparse.Namespace(net="paper", imgc=3, imgsz=84, n_way=5)
+    args = argparse.Namespace(net="paper", imgc=3, imgsz=84, n_way=5, head_std=None)
     torch.manual_seed(0)
     weights = {name: w.detach() for name, w in miniimagenet_train.network(args).weights.items()}
     assert weights["17_linear_weight"].shape == (5, 800)
     bound = (6 / (9 * 32 + 9 * 32)) ** 0.5  # Xavier, uniform
     kernel = weights["4_conv2d_weight"]
     assert 0.95 * bound < kernel.abs().max() <= bound and abs(kernel.mean()) < 0.02 * bound
-    args = argparse.Namespace(net="paper", imgc=1, imgsz=28, n_way=20)
-    head = omniglot_train.network(args).weights["13_linear_weight"]
-    assert head.std().item() == pytest.approx(1, abs=0.06)
+    for head_std, expected in ((None, 1), (0.2, 0.2)):
+        args = argparse.Namespace(net="paper", imgc=1, imgsz=28, n_way=20, head_std=head_std)
+        head = omniglot_train.network(args).weights["13_linear_weight"]
+        assert head.std().item() == pytest.approx(expected, rel=0.06)
 
 
 @pytest.mark.parametrize("second_order", [False, True])
