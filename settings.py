@@ -197,6 +197,8 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
         if settings["device"].startswith("cuda") and not torch.cuda.is_available():
             settings["device"] = "cpu"  # a run that was made on a GPU is tested anywhere
         queries = flags.get("k_qry_test", flags.get("k_qry", settings["k_qry_test"] or settings["k_qry"]))
+        if "data" in flags:
+            settings["synthetic"] = False  # a run on generated images may be tested on others
         one_query_set = {"k_qry": queries, "k_qry_test": queries, "nc_qry": None}  # a test measures no neural collapse
         return argparse.Namespace(**settings | flags | one_query_set)
     epoch, new_epoch = settings["epoch"], flags.get("epoch", settings["epoch"])
@@ -260,6 +262,10 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
                 raise UserError(f"--{name} {value}: must be a number {bound} 0 that a float32 holds")
     if args.synthetic and args.data is not None:
         raise UserError(f"--data {args.data}: with --synthetic the images are generated; give --no-synthetic")
+    if args.first_order and args.learner in BASELINES:
+        raise UserError(f"--first_order: --learner {args.learner} has no inner gradient; give --no-first_order")
+    if getattr(args, "split", "shuffled") != "shuffled" and (args.synthetic or args.data is not None):
+        raise UserError(f"--split {args.split}: these images are not Omniglot's; give --split shuffled")
     if args.imgc != dataset.channels:
         raise UserError(f"--imgc {args.imgc}: {dataset.name()} has {dataset.channels}")
     if meta_steps(args) < 1:
