@@ -298,11 +298,14 @@ def tested(run: Run, key: str, place: int, transductive: bool = True) -> float:
     return accuracy_in(run.file("result.json").get(name), key, place)
 
 
-def own_accuracy(run: Run, transductive: bool = True) -> float:
-    """Test accuracy by the learner's own rule: nearest support mean before adaptation, or adapted classifier."""
+def own_accuracy(run: Run, transductive: bool = True, interval: bool = False) -> float:
+    """Test accuracy by the learner's own rule: nearest support mean before adaptation, or adapted classifier.
+
+    With `interval` half of its 95% interval over tasks instead.
+    """
     if run.settings["learner"] in ("protonet", "classifier"):
-        return tested(run, "nearest_mean", 0, transductive)
-    return tested(run, "accuracy", -1, transductive)
+        return tested(run, "nearest_mean_ci95" if interval else "nearest_mean", 0, transductive)
+    return tested(run, "ci95" if interval else "accuracy", -1, transductive)
 
 
 # ---- references

@@ -35,6 +35,7 @@ WIDTH, DPI = 9.0, 160  # inches, dots per inch: a picture shown about 900 pixels
 LABELS = {"relative_within": "relative within trace", "nc1": "tr(S$_W$S$_B^+$)/C", "cdnv_unbiased": "CDNV, unbiased",
           "etf_error": "NC2: ETF error", "self_duality": "NC3: self-duality", "ncc_mismatch": "NC4: mismatch"}
 LOGARITHMIC = {"nc1", "cdnv_unbiased"}
+BY_CONSTRUCTION = {"self_duality", "ncc_mismatch"}  # 2 and chance before adaptation: labels are drawn for every task
 
 
 # ---- parts
@@ -206,7 +207,8 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
     for axes, (metric, title) in zip(panels.flat, LABELS.items()):
         for group, colour, _ in colours(groups):
             for model, style in STYLES.items():
-                draw(axes, group, of_metric(split, model, metric, layer), colour, style)
+                if model == "finetuned" or metric not in BY_CONSTRUCTION:
+                    draw(axes, group, of_metric(split, model, metric, layer), colour, style)
         if metric == "etf_error":
             for dimension in (16, 64):
                 error = effects.random_etf_errors(run.settings["n_way"])[dimension - 1]

@@ -66,18 +66,17 @@ def runs(study: Study, names: Sequence[str] = (), columns: Sequence[str] = ()) -
         rows.append({
             "": label(run) if in_study else f"{run.data}, {describe(run)}",
             "recipe": run.settings["recipe"],
+            "seeds": ", ".join(str(one.settings["seed"]) for one in group),
             "meta-steps x tasks": f"{run.arguments['meta_steps']:,} x {run.settings['task_num']}",
             "queries per class; inner steps": f"{tests[0]['k_qry']}; {tests[0]['inner_steps'][-1]}",
             "test accuracy, %": over(effects.own_accuracy, 100)(group),
             "not transductive, %": over(effects.own_accuracy, 100, transductive=False)(group),
-            "each seed, classifier, ± over tasks": "<br>".join(
-                f"{run.settings['seed']}: {fixed(100 * test['accuracy'][-1], 2)} ± {fixed(100 * test['ci95'][-1], 2)}"
-                for run, test in zip(group, tests)),
+            "± over tasks": fixed(100 * max(effects.own_accuracy(run, interval=True) for run in group), 2),
             "published": published(run),
             "minutes": " to ".join(map(str, dict.fromkeys((minutes[0], minutes[-1])))),
             "machine": "; ".join(dict.fromkeys(map(machine, group))),
         })  # fmt: skip
-    columns = columns or list(*rows[:1])
+    columns = columns or [name for name in rows[0] if name != "published"]
     return table(columns, [[row[column] for column in columns] for row in rows])
 
 

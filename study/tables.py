@@ -87,7 +87,6 @@ def collapse(study: Study) -> str:
     return compared(study, (*MAIN, *PHOTOGRAPHS), [
         ("relative within trace, before adaptation", from_untrained("meta", "relative_within")),
         SHARE,
-        ("of the support set, adapted", from_untrained("support", "relative_within")),
         ("held-out minus training tasks, adapted, end", heldout_gap),
         *TRACES_BEFORE,
         *TRACES,
@@ -194,8 +193,19 @@ def control_accuracies(runs: list[Run], kind: str) -> list[str]:
     return [over(value, 100, key=key, place=place)(runs) for key, place in RULES.values()]
 
 
-def with_pixels(study: Study) -> list[Run]:
-    return [run for group in study.groups((*LEARNERS, *LONG)) for run in group if "pixels" in run.controls()]
+def floors(study: Study) -> list[tuple[str, list[Run], str]]:
+    """What every learner is compared with: its name, runs, and the control of theirs that measured it."""
+    with_pixels = [run for group in study.groups((*LEARNERS, *LONG)) for run in group if "pixels" in run.controls()]
+    untrained = "untrained", study.groups(LEARNERS)[0], "untrained"
+    return [("raw pixels", with_pixels[:1], "pixels"), untrained] if with_pixels else [untrained]
+
+
+def accuracies_by_rule(runs: list[Run], kind: str = "final", transductive: bool = True) -> list[str]:
+    """By each rule; of a floor on the tasks of its control, with 15 queries per class and transductive."""
+    if kind != "final":
+        return control_accuracies(runs, kind) if transductive else [MISSING] * len(RULES)
+    return [over(effects.tested, 100, key=key, place=place, transductive=transductive)(runs)
+            for key, place in RULES.values()]
 
 
 def learners(study: Study) -> str:
@@ -205,20 +215,15 @@ def learners(study: Study) -> str:
 
     def row(name: str, runs: list[Run], kind: str = "final") -> list[str]:
         ratios = [over(ratio, trace=trace)(runs) if kind == "final" else MISSING for trace in ("between", "within")]
-        if kind == "final":
-            accuracies = [over(effects.tested, 100, key=key, place=place, transductive=transductive)(runs)
-                          for transductive in (True, False) for key, place in RULES.values()]  # fmt: skip
-        else:
-            accuracies = control_accuracies(runs, kind) + [MISSING] * len(RULES)
+        accuracies = [*accuracies_by_rule(runs, kind), *accuracies_by_rule(runs, kind, transductive=False)]
         adapted = [over(effects.measured, model="finetuned", metric=metric, kind=kind)(runs) for metric in METRICS]
         return [name, *before_adaptation(runs, kind), *adapted, *ratios, *accuracies]
 
     groups = study.groups(LEARNERS)
     if not groups:
         return ""
-    columns = [row("raw pixels", [run], "pixels") for run in with_pixels(study)[:1]]
-    columns += [row("untrained", groups[0], "untrained")]
-    columns += [row(label(group[0]), group) for group in study.groups(("random-labels", *LEARNERS))]
+    columns = [*(row(*floor) for floor in floors(study)),
+               *(row(label(group[0]), group) for group in study.groups(("random-labels", *LEARNERS)))]
     names = ["", "seeds", *METRICS.values(), "dimension", *(f"{name}, adapted" for name in METRICS.values()),
              "between trace / untrained", "within trace / untrained",
              *(f"{name}, %{how}" for how in ("", ", not transductive") for name in RULES)]  # fmt: skip
@@ -227,17 +232,19 @@ def learners(study: Study) -> str:
 
 
 def contrast(study: Study) -> str:
-    """The learners, narrower, for README.md."""
-    share = functools.partial(over, effects.measured, metric="relative_within")
-    ratio = functools.partial(over, effects.measured, metric="nc1")
-    columns = {"relative within trace": share(model="meta"), "the same, adapted": share(model="finetuned"),
-               METRICS["nc1"]: ratio(model="meta"), "adapted": ratio(model="finetuned"),
-               "nearest support mean, %": over(effects.tested, 100, key="nearest_mean", place=0),
-               "adapted classifier, %": over(effects.tested, 100, key="accuracy", place=-1),
-               "by its own rule, not transductive, %": over(effects.own_accuracy, 100, transductive=False)}  # fmt: skip
-    return table(["trained as", "seeds", *columns],
-                 [[label(group[0]), str(len(group)), *(cell(group) for cell in columns.values())]
-                  for group in study.groups(LEARNERS)])  # fmt: skip
+    """The floors and the learners, narrower, for README.md."""
+    def row(name: str, runs: list[Run], kind: str = "final") -> list[str]:
+        metrics = [over(effects.measured, metric=metric, model=model, kind=kind)(runs)
+                   for metric in ("relative_within", "nc1") for model in MODELS]  # fmt: skip
+        nearest, _, classifier = accuracies_by_rule(runs, kind)
+        own = over(effects.own_accuracy, 100, transductive=False)(runs) if kind == "final" else MISSING
+        return [name, str(len(runs)), *metrics, nearest, classifier, own]
+
+    groups = study.groups(LEARNERS)
+    rows = [row(*floor) for floor in floors(study)] if groups else []
+    return table(["trained as", "seeds", METRICS["relative_within"], "the same, adapted", METRICS["nc1"], "adapted",
+                  "nearest support mean, %", "adapted classifier, %", "by its own rule, not transductive, %"],
+                 [*rows, *(row(label(group[0]), group) for group in groups)])  # fmt: skip
 
 
 def ranking(study: Study) -> str:
@@ -254,8 +261,7 @@ def ranking(study: Study) -> str:
     predictors["larger dimension of all class means"] = effects.dimension
     rules = {"nearest support mean before adaptation": lambda run: effects.tested(run, "nearest_mean", 0),
              "the learner's own rule": effects.own_accuracy}  # fmt: skip
-    measured = [(runs, "final") for runs in groups] + [(groups[0], "untrained")]
-    measured += [([run], "pixels") for run in with_pixels(study)[:1]]
+    measured = [(runs, "final") for runs in groups] + [(runs, kind) for _, runs, kind in floors(study)]
     rows = []
     for name, predictor in predictors.items():
         row = [name]
@@ -266,8 +272,8 @@ def ranking(study: Study) -> str:
         points = [np.mean([(predictor(run, kind), effects.accuracy_in(run.controls().get(kind), "nearest_mean", 0))
                            for run in runs], 0) for runs, kind in measured]  # fmt: skip
         rows.append([*row, fixed(effects.spearman(*zip(*points)), 2)])
-    counts = f"{sum(map(len, groups))} runs", f"{len(groups)} learners"
-    header = [f"{rule}, over {count}" for rule in rules for count in counts]
+    header = [f"{rule}, over {count}" for rule in rules
+              for count in (f"{sum(map(len, groups))} runs", f"{len(groups)} learners")]
     header.append(f"nearest support mean before adaptation, 15 queries, over {len(groups)} learners and the floors")
     return table(["Spearman correlation with higher accuracy by", *header], rows)
 
@@ -283,27 +289,29 @@ def changes(study: Study) -> str:
 
 
 def length(study: Study) -> str:
-    """The long runs at a few meta-steps, adapted."""
-    names = {name: METRICS.get(name, "accuracy, %") for name in (*METRICS, "accuracy")}
+    """The long runs at a few meta-steps, adapted: held-out tasks, and the share and accuracy on training tasks too."""
+    columns = {**{name: ("heldout", metric) for metric, name in METRICS.items()},
+               "accuracy, %": ("heldout", "accuracy"),
+               "relative within trace, training tasks": ("train", "relative_within"),
+               "accuracy, training tasks, %": ("train", "accuracy")}  # fmt: skip
     rows = []
     for group in study.groups(LONG):
         last = min(run.last_step for run in group)
-        for step in [step for step in LENGTHS if step <= last]:
+        for step in sorted({last, *(step for step in LENGTHS if step < last)}):
             cells = [over(effects.nearest, split=split, metric=metric, step=step)(group)
-                     for metric in names for split in ("train", "heldout")]  # fmt: skip
+                     for split, metric in columns.values()]  # fmt: skip
             rows.append([label(group[0]), f"{step:,}", *cells])
-    header = ["", "meta-step", *(f"{name}, {split}" for name in names.values() for split in ("training", "held-out"))]
-    picture = "![Collapse and accuracy over a long run, training and held-out classes](../res/length.png)\n\n"
-    return picture + table(header, rows) if rows else ""
+    return table(["", "meta-step", *columns], rows)
 
 
 def controls(study: Study) -> str:
-    """Every control of each long run that has controls.json, before adaptation: controls compare within a seed."""
-    rows = [[label(run), kind, str(run.settings["seed"]), *before_adaptation([run], kind)[1:],
-             *control_accuracies([run], kind)]
-            for group in study.groups(LONG) for kind in dict.fromkeys(kind for run in group for kind in run.controls())
-            for run in group if kind in run.controls()]  # fmt: skip
-    return table(["", "control", "seed", *METRICS.values(), "dimension", *(f"{name}, %" for name in RULES)], rows)
+    """Every control of the long runs that have controls.json, before adaptation."""
+    rows = []
+    for group in study.groups(LONG):
+        measured = [run for run in group if run.controls()]
+        rows += [[label(group[0]), kind, *before_adaptation(measured, kind), *control_accuracies(measured, kind)]
+                 for kind in (measured[0].controls() if measured else ())]  # fmt: skip
+    return table(["", "control", "seeds", *METRICS.values(), "dimension", *(f"{name}, %" for name in RULES)], rows)
 
 
 def adaptation(study: Study) -> str:
@@ -345,9 +353,8 @@ def difference(page_table: str, expected: str) -> str:
     """The first cell in which two tables differ, by its row and column."""
     page_rows, rows = ([[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n")]
                        for text in (page_table, expected))  # fmt: skip
-    header = max(rows, key=len)  # the first row but where a picture precedes the table
     for page_row, row in zip(page_rows, rows):
-        for column, page_cell, cell in zip(header, page_row, row):
+        for column, page_cell, cell in zip(rows[0], page_row, row):
             if page_cell != cell:
                 return f"row {row[0]!r}, column {column!r}: {page_cell!r}, and the logs give {cell!r}"
     return f"{len(page_rows)} lines, and the logs give {len(rows)}"

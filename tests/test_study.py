@@ -1,4 +1,4 @@
-"""The study's numbers against a plain recomputation, its tables against the logs, and the program that trains its runs.
+"""The study's numbers against a plain recomputation, and its tables against the logs.
 
 The recomputation shares nothing with the study: it reads JSON lines and uses Python's statistics module.
 """
@@ -8,22 +8,17 @@ import gzip
 import json
 import math
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nc_logs
 import numpy as np
 import pytest
 
-import miniimagenet_train
-import omniglot_train
-import settings
-from study import effects, run, tables
-from study.design import MAIN, SETTINGS
+from study import effects, tables
+from study.design import MAIN
 from study.logs import HOME, Study, UserError, read_groups, read_run
 from study.markdown import over, written
 
@@ -291,7 +286,7 @@ def test_a_long_run_and_its_tests(home):
     (run.path / "test-600tasks-5qry-3steps.json").write_text(json.dumps(later))
     later["test"]["k_qry"] = 7  # on other images: not a test of the run's classes
     (run.path / "test-600tasks-7qry-3steps-mine.json").write_text(json.dumps(later | {"data": "my images"}))
-    assert [row.split(" | ")[1] for row in tables.length(study).split("\n")[4:]] == ["0"]
+    assert [row.split(" | ")[1] for row in tables.length(study).split("\n")[2:]] == ["0", f"{run.last_step:,}"]
     rows = [row.strip("| ").split(" | ") for row in tables.tests(study).split("\n")[2:]]
     steps = rows[0][2]
     assert [row[1:5] for row in rows] == [
@@ -305,7 +300,7 @@ def test_a_long_run_and_its_tests(home):
 ])  # fmt: skip
 def test_published_is_maml_with_true_labels(options, expected, tmp_path):
     nc_logs.write_run(tmp_path / "paper-omniglot-5w1s-seed1", **options)
-    for table in (tables.runs, tables.accuracies, tables.tests):
+    for table in (tables.accuracies, tables.tests):
         header, _, row, *_ = (line[2:-2].split(" | ") for line in table(Study(tmp_path)).split("\n"))
         assert dict(zip(header, row))["published"] == expected
 
@@ -317,98 +312,3 @@ def test_a_setting_whose_runs_differ_is_refused(tmp_path):
         tables.collapse(Study(tmp_path))
     nc_logs.write_run(tmp_path / "omniglot-5w1s-first-order-seed1", k_spt=5)
     assert Study(tmp_path).paths.keys() == {"omniglot-5w1s", "omniglot-5w1s-first-order"}
-
-
-# ---- the program that trains the runs, with a stand-in for the training scripts
-
-# A run with the seed 2 waits to be stopped until it is resumed; seed 3 fails.
-STAND_IN = '''
-import json, pathlib, signal, sys, time
-flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-resumed = "--resume" in flags
-folder = pathlib.Path(flags.get("--resume") or flags["--out"])
-folder.mkdir(parents=True, exist_ok=True)
-seed = json.loads((folder / "args.json").read_text())["settings"]["seed"] if resumed else int(flags["--seed"])
-(folder / "args.json").write_text(json.dumps({"settings": {"seed": seed, "root": flags["--root"], "out": str(folder)}}))
-def stop(*_):
-    (folder / "checkpoint.pt").touch()
-    sys.exit(143)
-signal.signal(signal.SIGTERM, stop)
-with open(folder / "log.jsonl", "a") as log:
-    log.write("resumed\\n" if resumed else "begun\\n")
-if seed == 2 and not resumed:
-    time.sleep(60)
-if seed == 3:
-    sys.exit("no luck")
-for name in ("timing.json", "result.json", "last.pt"):
-    (folder / name).write_text("{}")
-'''
-SETTING = "omniglot-5w1s"
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    (tmp_path / "omniglot_train.py").write_text(STAND_IN)
-    monkeypatch.setattr(run, "HOME", tmp_path)
-    monkeypatch.setattr(run, "POLL_SECONDS", 0.02)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def log_of(place: Path, seed: int) -> list[str]:
-    return (place / "runs" / "study" / f"{SETTING}-seed{seed}" / "log.jsonl").read_text().split()
-
-
-def test_finished_runs_are_skipped_and_failures_named(place, capsys):
-    run.main([SETTING, "--seeds", "1"])
-    assert "0 of 1 runs are finished" in capsys.readouterr().out
-    with pytest.raises(UserError, match=f"failed: {SETTING}-seed3; .*seed3.txt says why"):
-        run.main([SETTING, "--seeds", "1", "3", "4", "--jobs", "2"])
-    assert "1 of 3 runs are finished" in capsys.readouterr().out
-    assert log_of(place, 1) == log_of(place, 4) == ["begun"]
-    assert "no luck" in (place / "runs" / "study" / f"{SETTING}-seed3.txt").read_text()
-
-
-def test_stopped_it_stops_its_runs_and_then_resumes_them(place, capsys):
-    code = (f"import pathlib; from study import run; run.HOME = pathlib.Path({str(place)!r}); "
-            f"run.main(['{SETTING}', '--seeds', '2'])")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=place, env={"PYTHONPATH": str(HOME)})
-    folder = place / "runs" / "study" / f"{SETTING}-seed2"
-    log = folder / "log.jsonl"  # written once the stand-in has its handler
-    while not (log.exists() and log.read_text()) and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143
-    assert (folder / "checkpoint.pt").exists() and not (folder / "result.json").exists()
-    run.main([SETTING, "--seeds", "2"])
-    assert "--resume" in capsys.readouterr().out and log_of(place, 2) == ["begun", "resumed"]
-
-
-def test_collected_files_name_no_place_and_no_time(place, capsys):
-    run.main([SETTING, "--seeds", "1", "--omniglot", "/somewhere"])
-    for _ in range(2):
-        run.main([SETTING, "--seeds", "1", "2", "--collect"])
-        collected = {path.name: path.read_bytes() for path in (place / "res" / f"{SETTING}-seed1").iterdir()}
-        assert collected.keys() == {"log.jsonl.gz", "args.json", "result.json", "timing.json", "last.pt"}
-        assert gzip.decompress(collected["log.jsonl.gz"]) == b"begun\n" and collected["log.jsonl.gz"][4:8] == bytes(4)
-        assert json.loads(collected["args.json"])["settings"] == {
-            "seed": 1, "root": "omniglot/", "cache": None, "out": None}
-    assert f"{SETTING}-seed2: not finished, left out" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_every_command_is_one_that_its_script_takes(name, tmp_path):
-    (job, *_) = run.jobs_of([name], None, tmp_path)
-    script, *flags = job.command("data")
-    module = {"omniglot_train.py": omniglot_train, "miniimagenet_train.py": miniimagenet_train}[script]
-    args = settings.parse_args("", module.DEFAULTS, module.PAPER, flags, "")
-    assert args.out == str(job.folder) and args.root == "data" and args.seed == 1
-
-
-def test_refusals(place, capsys):
-    for arguments, words in ((["omniglot"], "no setting 'omniglot' in the study"), (["--jobs", "0"], "at least 1"),
-                             (["--collect", "--dry_run"], "exclude each other")):
-        with pytest.raises(UserError, match=words):
-            run.main(arguments)
-    run.main([SETTING, SETTING, "--dry_run"])
-    assert capsys.readouterr().out.count("python omniglot_train.py") == 3 and not (place / "runs").exists()
