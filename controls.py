@@ -9,6 +9,7 @@ The tasks are those of the run's test. The controls, each with all metrics and a
     untrained      a fresh network of the run's seed
     classifier at zero   the final weights with a zero classifier: the first inner step moves nothing else
                          (Kao, Chiu, Chen 2022, arXiv:2106.15367)
+    classifier at random   the final weights with a classifier drawn anew, as for training
     pixels         the input itself; without adaptation
     queries 1, 5, 19   the final weights with so many queries per class, which batch norm takes together
     5-shot         the final weights with 5 support images per class: their features can be measured too
@@ -86,7 +87,8 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
                      args.imgc, args.imgsz).to(device)  # its classifier is not used
     usual = args.k_spt, min(QUERIES, most)  # support and query images per class
     wanted = {"final": (final, together, usual), "untrained": (untrained, together, usual),
-              "classifier at zero": (with_zero_classifier(final), together, usual),
+              "classifier at zero": (with_classifier(final, None), together, usual),
+              "classifier at random": (with_classifier(final, script.network(args)), together, usual),
               "pixels": (pixels, not_adapted, usual)}
     wanted |= {f"queries {queries}": (final, together, (args.k_spt, queries))
                for queries in (1, 5, 19) if queries <= most}
@@ -115,10 +117,11 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     return written
 
 
-def with_zero_classifier(net: Learner) -> Learner:
+def with_classifier(net: Learner, other: Learner | None) -> Learner:
+    """A copy of `net` with the classifier of `other`, or with zeros."""
     net = copy.deepcopy(net)
     for name in net.head:
-        net.weights[name].zero_()
+        net.weights[name].copy_(torch.zeros(()) if other is None else other.weights[name])
     return net
 
 

@@ -53,8 +53,8 @@ def test_controls(tmp_path):
     omniglot_train.main([*FLAGS, "--out", str(run)])
     controls.main([str(run), "--tasks", "4"])
     found = json.loads((run / "controls.json").read_text())
-    assert list(found) == ["final", "untrained", "classifier at zero", "pixels", "queries 1", "queries 5", "queries 19",
-                           "5-shot", controls.ALONE, controls.BY_SUPPORT]  # fmt: skip
+    assert list(found) == ["final", "untrained", "classifier at zero", "classifier at random", "pixels", "queries 1",
+                           "queries 5", "queries 19", "5-shot", controls.ALONE, controls.BY_SUPPORT]  # fmt: skip
     script, args = predict.settings_of(run)
     args.k_qry_test = 15
     data = training.Data(args, script.dataset(args), torch.device("cpu"))
@@ -70,7 +70,11 @@ def test_controls(tmp_path):
     zeroed = found["classifier at zero"]  # equal logits, and no gradient but the classifier's own
     assert zeroed["accuracy"][0] == pytest.approx(1 / 3, abs=1e-5)
     assert zeroed["meta"]["within"]["mean"][:-1] == zeroed["finetuned"]["within"]["mean"][:-1]
-    assert found["final"]["meta"]["within"]["mean"][:-1] != found["final"]["finetuned"]["within"]["mean"][:-1]
+    at_random = found["classifier at random"]
+    assert at_random["meta"]["within"]["mean"][:-1] == found["final"]["meta"]["within"]["mean"][:-1]
+    for one in (found["final"], at_random):
+        assert one["meta"]["within"]["mean"][:-1] != one["finetuned"]["within"]["mean"][:-1]
+    assert len({one["finetuned"]["self_duality"]["mean"][-2] for one in (found["final"], at_random, zeroed)}) == 3
     pixels, support = tasks.x_qry.flatten(2), tasks.x_spt.flatten(2)
     assert found["pixels"]["meta"]["relative_within"]["mean"] == pytest.approx([share(pixels, tasks.y_qry)], 1e-4)
     assert found["pixels"]["nearest_mean"] == pytest.approx([nearest(pixels, support)], abs=1e-5)
