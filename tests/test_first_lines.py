@@ -34,7 +34,7 @@ def test_what_it_says():
 
 
 @pytest.mark.parametrize("command", [
-    ["-m", "study.tables", "contrast"], ["-c", "import files; files.run(lambda: print(1))"]])
+    ["-m", "study.run", "--dry_run"], ["-c", "import files; files.run(lambda: print(1))"]])
 def test_a_pipe_whose_reader_has_ended_is_no_error(command):
     reader, writer = os.pipe()
     os.close(reader)
@@ -46,6 +46,7 @@ def test_a_pipe_whose_reader_has_ended_is_no_error(command):
 @pytest.mark.parametrize("change, flags, line", [
     (lambda layers: layers[:-1], [], "layers: the last layer is flatten; it must be linear"),
     (lambda layers: [], [], "layers: the last layer is missing; it must be linear"),
+    (lambda layers: [], ["--head_std", "1"], "layers at --imgsz 28: head_std: the last layer is not linear"),
     (lambda layers: [*layers[:-1], ("linear", [8, 64])], [], "the last layer has 8 outputs, and --n_way 5 needs 5"),
     (lambda layers: [("swish", []), *layers], [],
      "layers at --imgsz 28: layer 0, swish(), after (1, 28, 28): unknown layer 'swish'"),

@@ -14,6 +14,7 @@ import miniimagenet_train
 import omniglot_train
 import settings
 import synthetic
+from baselines import BASELINES
 from meta import Meta
 from tasks import with_rotations
 
@@ -35,7 +36,7 @@ def test_stopped_and_resumed(flags, tmp_path, monkeypatch):
         assert said.startswith("--epoch 20: the run's cosine ends at 8") and str(whole / "args.json") in said
 
 
-@pytest.mark.parametrize("learner", ["maml", "protonet", "classifier"])
+@pytest.mark.parametrize("learner", ["maml", *(pytest.param(name, marks=pytest.mark.slow) for name in BASELINES)])
 def test_measuring_more_queries_changes_no_bit(learner, tmp_path, monkeypatch):
     """--nc_every 0 measures nothing, also with an --nc_every_late, which --recipe paper sets."""
     monkeypatch.setattr(meta, "LATE", 4)

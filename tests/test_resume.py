@@ -143,7 +143,7 @@ def test_a_signal_waits_for_the_check_and_a_second_one_does_not():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
 
 
-@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("begun", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_before_its_first_step(begun, whole, tmp_path, monkeypatch):
     """Before args.json there is no run, and the same command starts it; with it --resume does."""
     def killed(*_):

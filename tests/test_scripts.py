@@ -244,6 +244,7 @@ def test_settings_that_are_refused(script, flags, line, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())  # nothing read, downloaded or made
 
 
+@pytest.mark.slow
 def test_refusal_is_one_line_and_status_2(tmp_path):
     done = program("miniimagenet_train.py", "--root", str(tmp_path / "nothing"))
     assert done.returncode == 2

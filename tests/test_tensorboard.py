@@ -8,6 +8,7 @@ import pytest
 from test_resume import TINY, resume, small, train  # noqa: F401
 
 
+@pytest.mark.slow
 def test_scalars_are_those_of_the_log(tmp_path, monkeypatch):
     writer, second, made = Mock(), Mock(), Mock()
     made.SummaryWriter.side_effect = [writer, second]
