@@ -70,6 +70,11 @@ def short(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
+def quoted(path: Path | str) -> str:
+    """`path` as a command line takes it, on every system."""
+    return f'"{path}"' if " " in str(path) else str(path)
+
+
 def listed(faults: Sequence[str], what: str, remedy: str) -> None:
     """Refuse `faults`, if there are any, in one line.
 

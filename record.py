@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import device as devices
 import nc_metrics
-from files import UserError, atomic, locked, remove_stale
+from files import UserError, atomic, locked, quoted, remove_stale
 
 WRITTEN = ("args.json", "*.pt", "figure.png", "result.json", "timing.json")  # files that are written whole
 PER_TASK = ("within", "between", "nc1", "cdnv", "directional_cdnv", "ncc_accuracy")  # what log.jsonl keeps per task
@@ -47,7 +47,7 @@ def lock_run(args: argparse.Namespace) -> Iterator[Path]:
         with locked(out / ".run.lock", "give rights there or name another folder with --out"):
             if args.resume is None and any(os.path.exists(out / file) for file in ("args.json", "log.jsonl")):
                 raise UserError(f"--out {out}: there is a run already; name another folder, or continue it: "
-                                f"--resume {out}")
+                                f"--resume {quoted(out)}")
             for pattern in WRITTEN:
                 remove_stale(out, pattern)
             yield out
@@ -141,7 +141,7 @@ def draw_figure(out: Path) -> None:
         plot_nc.draw(["-o", str(out / "figure.png"), "--", str(out)])
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        say(f"figure.png was not drawn: {reason}; python plot_nc.py {out} draws the run's figure")
+        say(f"figure.png was not drawn: {reason}; python plot_nc.py {quoted(out)} draws the run's figure")
 
 
 # ---- the log

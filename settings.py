@@ -13,7 +13,7 @@ import torch
 
 import device as devices
 from baselines import BASELINES
-from files import Parser, UserError, reading
+from files import Parser, UserError, quoted, reading
 from learner import Learner
 from tasks import Dataset
 
@@ -206,7 +206,7 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
         raise UserError(f"--epoch {new_epoch}: the run has {epoch}; that may only grow")
     if new_epoch > epoch and settings["lr_schedule"] == "cosine":
         raise UserError(f"--epoch {new_epoch}: the run's cosine ends at {epoch}; "
-                        f"start a longer one with --from_args {path}")
+                        f"start a longer one with --from_args {quoted(path)}")
     return argparse.Namespace(**settings | flags | {"out": flags["resume"]})
 
 

@@ -33,7 +33,7 @@ import nc_metrics
 import record
 from baselines import BASELINES
 from device import GraphedStep, Signals, Stopped
-from files import UserError
+from files import UserError, quoted
 from images import check_images
 from learner import Learner
 from meta import Adapted, Meta, Step
@@ -79,7 +79,7 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Cal
         return record.write_test(run, result, args)
     with record.lock_run(args) as out:
         if args.resume is not None and record.complete(out, args.epoch):
-            return say(f"{out} is complete; more steps with a larger --epoch, another test with --test {out}")
+            return say(f"{out} is complete; more steps with a larger --epoch, another test with --test {quoted(out)}")
         run = _Run(maml, data, sizes, out)
         flags = ", ".join(f"{name}={value}" for name, value in recorded_settings(args).items())
         parameters = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
@@ -92,8 +92,7 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Cal
                 run.train()
                 run.test()
             except Stopped:
-                where = f'"{out}"' if " " in str(out) else out
-                say(f"stopped at step {maml.step}; resume with: python {args.script}.py --resume {where}")
+                say(f"stopped at step {maml.step}; resume with: python {args.script}.py --resume {quoted(out)}")
                 raise
 
 
@@ -155,7 +154,7 @@ class _Run:
         self.log: Log | None = None
         self.minutes, self.log_bytes = 0.0, 0  # of the processes before this one
         path = out / "checkpoint.pt"
-        remedy = f"put it back, or start again: python {args.script}.py --from_args {out / 'args.json'}"
+        remedy = f"put it back, or start again: python {args.script}.py --from_args {quoted(out / 'args.json')}"
         saved = None if args.resume is None else checkpoint.read(path, self.device, remedy)
         if saved is not None and args.data is not None:  # the folder may have another name now
             name = record.data_name(out)
@@ -278,7 +277,7 @@ class _Run:
         raise UserError(f"step {step}: {what} is not finite; its weights and tasks are in {path}. Lower --update_lr "
                         f"({args.update_lr}) or --meta_lr ({args.meta_lr}), clip the gradient with --clip, or skip "
                         f"such updates with --skip_nonfinite: "
-                        f"python {args.script}.py --from_args {self.out / 'args.json'} --skip_nonfinite")
+                        f"python {args.script}.py --from_args {quoted(self.out / 'args.json')} --skip_nonfinite")
 
     def skipped(self) -> int:
         """How many updates were skipped; waits for the device."""
@@ -364,8 +363,8 @@ def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
     all_steps = list(range(last_step + 1))
     alone_steps = [0, last_step] if args.transductive else all_steps  # one query at a time takes long
     devices.wait()  # for the process that writes the weights
-    tested = checkpoint.load_weights(run / f"{args.test_weights}.pt", maml.net, data.device,
-                                     f"the run hasn't got there yet; continue it with --resume {run}", validated=True)
+    remedy = f"the run hasn't got there yet; continue it with --resume {quoted(run)}"
+    tested = checkpoint.load_weights(run / f"{args.test_weights}.pt", maml.net, data.device, remedy, validated=True)
     say(f"testing on {args.test_tasks} tasks of the test classes")
     adapted = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, TEST_SEED, signals,
                         nontransductive=alone_steps)

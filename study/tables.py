@@ -26,7 +26,8 @@ METRICS = {"relative_within": "relative within trace", "nc1": "tr(S_W S_B⁺)/C"
 NAMED_LAYERS = tuple(zip(range(-5, 0), ("block 1", "block 2", "block 3", "block 4", "logits")))
 RULES = {"nearest support mean": ("nearest_mean", 0), "nearest support mean, adapted": ("nearest_mean", -1),
          "classifier, adapted": ("accuracy", -1)}  # key and inner step in a test's results  # fmt: skip
-ZEROED = "classifier at zero"  # a control
+OTHER_CLASSIFIERS = {", from a random classifier": "classifier at random",
+                     ", from a zero classifier": "classifier at zero"}  # the controls that inner loops start from
 LENGTHS = (0, 1_000, 6_000, 20_000, 40_000, 60_000)  # meta-steps shown of a long run
 
 
@@ -315,21 +316,20 @@ def controls(study: Study) -> str:
 
 
 def adaptation(study: Study) -> str:
-    """What the inner loop does to query and support features, and what it does with a zero classifier."""
+    """What the inner loop does to query and support features, and what it does from other classifiers."""
     def accuracy_of(kind: str) -> Cell:
         return over(lambda run: effects.accuracy_in(run.controls().get(kind), "accuracy", -1), 100)
 
     share = functools.partial(over, effects.measured, metric="relative_within")
+    kinds = {"": "final"} | OTHER_CLASSIFIERS
     rows = [("relative within trace, before adaptation", share(model="meta")),
-            ("adapted", share(model="finetuned")),
-            ("adapted, from a zero classifier", share(model="finetuned", kind=ZEROED)),
-            ("classifier, adapted, %", accuracy_of("final")),
-            ("classifier, adapted, from a zero classifier, %", accuracy_of(ZEROED))]  # fmt: skip
+            *((f"adapted{start}", share(model="finetuned", kind=kind)) for start, kind in kinds.items()),
+            *((f"classifier, adapted{start}, %", accuracy_of(kind)) for start, kind in kinds.items())]
     rows += [(f"5-shot, unbiased: {samples} features, {when}",
               over(effects.five_shot_share, samples=samples, inner_step=inner_step))
              for samples in ("query", "support") for inner_step, when in ((0, "before adaptation"), (-1, "adapted"))]
     names = [group[0].path.name.rpartition("-seed")[0] for group in study.groups((*LEARNERS, *LONG))
-             if all(ZEROED in run.controls() for run in group)]  # fmt: skip
+             if all(kind in run.controls() for run in group for kind in OTHER_CLASSIFIERS.values())]  # fmt: skip
     return compared(study, names, rows)
 
 

@@ -116,9 +116,9 @@ def test_thirty_kills_lose_nothing():
         ("finetune", 13, 8)]),  # in the test: the last checkpoint is there already
 ])
 def test_a_signal_anywhere_and_resumed(method, call, step, number, whole, tmp_path, monkeypatch, capsys):
-    run = stop_at(monkeypatch, tmp_path / "run", method, call, number)
+    run = stop_at(monkeypatch, tmp_path / "a run", method, call, number)
     assert checkpoint.read(run / "checkpoint.pt", CPU, "")["step"] == step
-    said = f"stopped at step {step}; resume with: python omniglot_train.py --resume {run}\n"
+    said = f'stopped at step {step}; resume with: python omniglot_train.py --resume "{run}"\n'
     assert capsys.readouterr().out.endswith(said)
     assert not (run / "result.json").exists()
     resume(run)
