@@ -19,6 +19,7 @@ that step's validation: a run that resumes from it does and logs what the stoppe
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -33,7 +34,7 @@ import nc_metrics
 import record
 from baselines import BASELINES
 from device import GraphedStep, Signals, Stopped
-from files import UserError, quoted
+from files import UserError, progress, quoted
 from images import check_images
 from learner import Learner
 from meta import Adapted, Meta, Step
@@ -338,8 +339,10 @@ def _evaluate(maml: Meta, data: Data, split: str, images: Tensor, n_tasks: int, 
               measure: bool = False, nontransductive: Sequence[int] = ()) -> Adapted:
     """`maml.finetune` on `n_tasks` tasks, as many at a time as in training. The seed gives the same on every device."""
     sampler = data.sampler(split, images, seed)
-    results = []
-    for i, (start, part) in enumerate(held_out_tasks(sampler, n_tasks, data.args.task_num)):
+    batches, results = held_out_tasks(sampler, n_tasks, data.args.task_num), []
+    if split == "test" and devices.rank() == 0:  # validations are on the training's bar
+        batches = progress(batches, "testing", math.ceil(n_tasks / data.args.task_num), "batches")
+    for i, (start, part) in enumerate(batches):
         if i % devices.size() == 0:
             signals.check(data.device)
         if i % devices.size() == devices.rank():

@@ -1,9 +1,11 @@
 """Both training scripts from the command line: what they refuse, write, say and repeat."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import kill
@@ -103,9 +105,12 @@ def test_log_has_every_measurement_once(omniglot_run):
     assert len(row["inner"]["accuracy"]["mean"]) == 3
 
 
-def test_testing_again(omniglot_run):
+def test_testing_again(omniglot_run, monkeypatch, capsys):
     (omniglot_run / ".test-3tasks.json.abcd1234.tmp").write_text("half")  # a killed test's
-    omniglot_train.main(["--test", str(omniglot_run), "--task_chunk", "1"])
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", itertools.count(0, 5).__next__)
+        omniglot_train.main(["--test", str(omniglot_run), "--task_chunk", "1"])
+    assert "testing: 1 of 2 batches\n" in capsys.readouterr().err
     assert not list(omniglot_run.glob(".*"))
     again = json.loads((omniglot_run / "test-3tasks-3qry-3steps.json").read_text())
     assert again == json.loads((omniglot_run / "result.json").read_text())
