@@ -163,12 +163,12 @@ def accuracy_at_end(run: Run, inner_step: int, split: str = "heldout") -> float:
     return mean_at_end(run, steps, values[:, inner_step]) if len(steps) else math.nan
 
 
-def logit_traces(run: Run, model: str, suffix: str) -> tuple[np.ndarray, np.ndarray]:
-    """Meta-steps [S], and the traces of the logits within and between classes, training tasks [2, S].
+def logit_traces(run: Run, model: str, suffix: str, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+    """Meta-steps [S], and the traces of the logits within and between classes [2, S].
 
     By label with the suffix ""; with "_original", what the original took for them.
     """
-    within, between = (series(run, "train", model, trace + suffix, -1) for trace in ("within", "between"))
+    within, between = (series(run, split, model, trace + suffix, -1) for trace in ("within", "between"))
     return within.steps, np.array([within.mean, between.mean])
 
 
@@ -177,9 +177,9 @@ def within_share(traces: np.ndarray | Sequence) -> np.ndarray:
     return traces[0] / (traces[0] + traces[1])
 
 
-def logit_share_change(run: Run, model: str, suffix: str, start: int) -> float:
+def logit_share_change(run: Run, model: str, suffix: str, start: int, split: str = "train") -> float:
     """Change of the relative within trace of the logits, from the measurement nearest to step `start` to the end."""
-    steps, traces = logit_traces(run, model, suffix)
+    steps, traces = logit_traces(run, model, suffix, split)
     start_traces = traces[:, np.abs(steps - start).argmin()]
     end_traces = [mean_at_end(run, steps, trace) for trace in traces]
     return float(within_share(end_traces) - within_share(start_traces))

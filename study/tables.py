@@ -36,9 +36,9 @@ def compared(study: Study, names: Sequence[str], rows: Sequence[tuple[str, Cell]
     groups = study.groups(names)
     if not groups:
         return ""
-    rows = [("seeds", lambda runs: str(len(runs))), *rows]
     return table(["", *(label(runs[0]) for runs in groups)],
-                 [[name, *(cell(runs) for runs in groups)] for name, cell in rows])  # fmt: skip
+                 [[name, *(cell(runs) for runs in groups)]
+                  for name, cell in [("seeds", lambda runs: str(len(runs))), *rows]])  # fmt: skip
 
 
 # ---- the seed's recipe: collapse, layers, adaptation, correlation, the original's measure
@@ -136,7 +136,6 @@ def inner_steps(study: Study) -> str:
         (steps, within), (_, between) = (run.along_inner_loop("heldout", trace, run.layers[layer])
                                          for trace in ("within", "between"))  # fmt: skip
         return effects.mean_at_end(run, steps, effects.within_share([within, between])[:, inner_step])
-
     quantities = {"accuracy, %": functools.partial(over, effects.accuracy_at_end, 100),
                   "relative within trace, classifier's input": functools.partial(over, share, layer=-2),
                   "relative within trace, logits": functools.partial(over, share, layer=-1)}  # fmt: skip
@@ -163,11 +162,13 @@ def correlation(study: Study) -> str:
 
 
 def original(study: Study) -> str:
-    """Change of the relative within trace of the logits, training tasks: by label and as the original took it."""
+    """Change of the relative within trace of the logits: by label and as the original took it."""
+    spans = {"training tasks, from untrained": ("train", 0), "training tasks, from about step 100": ("train", 100),
+             "held-out tasks, from untrained": ("heldout", 0)}  # fmt: skip
     return compared(study, (*MAIN, *PHOTOGRAPHS), [
-        (f"{model_name}, from {since}, {how}",
-         over(effects.logit_share_change, model=model, suffix=suffix, start=start))
-        for model, model_name in MODELS.items() for start, since in ((0, "untrained"), (100, "about step 100"))
+        (f"{model_name}, {span}, {how}",
+         over(effects.logit_share_change, model=model, suffix=suffix, start=start, split=split))
+        for model, model_name in MODELS.items() for span, (split, start) in spans.items()
         for suffix, how in (("", "by label"), ("_original", "as the original"))])  # fmt: skip
 
 
