@@ -37,11 +37,11 @@ from torch import Tensor
 import nc_metrics
 import predict
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
-from files import Parser, UserError, atomic, progress, run
+from files import Parser, UserError, atomic, progress, reading, run
 from learner import Learner, Weights
 from measuring import accuracies, accuracy, class_means, collapse_metrics, permuted_labels, scores, squared_distances
-from meta import Adapted, Meta, adapt
-from record import REMEDY, numbers, say, summary
+from meta import Adapted, Meta
+from record import numbers, say, summary
 from settings import check
 from tasks import Dataset, Tasks, as_tasks, cat
 from training import TEST_SEED, Data, held_out_tasks
@@ -55,7 +55,7 @@ ALONE, BY_SUPPORT = "batch norm by one query and the support set", "batch norm b
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(description="Measure a run's weights and their controls on its test tasks: RUN/controls.json.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--tasks", type=int, default=600, help="test tasks (default: 600)")
+    parser.add_argument("--tasks", "--test_tasks", type=int, default=600, help="test tasks (default: 600)")
     parser.add_argument("--only", nargs="+", metavar="CONTROL", help="measure these alone (default: all)")
     for name in ("root", "data", "cache", "device", "task_chunk"):
         parser.add_argument(f"--{name}", help="as the training scripts' (default: the run's)")
@@ -63,12 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder, n_tasks, only = given.pop("run"), given.pop("tasks"), given.pop("only")
     flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
     script, args = predict.settings_of(folder, f"--test_tasks={n_tasks}", *flags)
-    with memory_runs_out("lower --task_chunk or take another --device"):
-        written = measure(folder, args, script, only)
-    path = folder / "controls.json"
+    path, kept = folder / "controls.json", {}
     if only and path.exists():
-        written = json.loads(path.read_text()) | written
-    with atomic(path, "w", REMEDY) as file:
+        with reading(path, "remove it, and measure all controls again", "is damaged"):
+            kept = dict(json.loads(path.read_bytes()))
+    with memory_runs_out("lower --task_chunk or take another --device"):
+        written = kept | measure(folder, args, script, only)
+    with atomic(path, "w", "free some space or give rights there, then measure again") as file:
         file.write("{" + ",\n".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in written.items()) + "}\n")
     say(f"wrote {path}")
 
@@ -139,8 +140,8 @@ def together(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
 
 def not_adapted(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
     """The classifier's input alone, before adaptation; nothing of the classifier."""
-    start = adapt(maml.net, maml.net.weights, tasks.x_spt, tasks.y_spt, maml.update_lr, 0)
-    metrics = collapse_metrics(maml.net, tasks, start * 2, permuted_labels(tasks, null_seed))["meta"]
+    start = maml.adapt(tasks, 0)
+    metrics = collapse_metrics(maml.net, tasks, start, permuted_labels(tasks, null_seed))["meta"]
     metrics = {name: values[:, :1] for name, values in metrics.items()
                if name.removesuffix("_null") not in CLASSIFIER_METRICS}
     return Adapted(None, accuracies(maml.net, tasks, start)["nearest_mean"], {"meta": metrics}, None)
@@ -149,7 +150,7 @@ def not_adapted(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
 def not_transductive(maml: Meta, tasks: Tasks, null_seed: int, score: Callable) -> Adapted:
     """Each query apart from the others, by `score`; accuracies before adaptation and after the last inner step."""
     net, steps = maml.net, (0, maml.update_step, maml.update_step_test)
-    trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, maml.update_lr, max(steps), adapted=maml.adapted)
+    trajectory = maml.adapt(tasks, max(steps))
     results = {k: score(net, tasks, trajectory[k]) for k in set(steps)}
     right = {k: [accuracy(answers, tasks.y_qry) for answers in results[k][:2]] for k in results}
     _, null = permuted_labels(tasks, null_seed)

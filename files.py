@@ -71,7 +71,7 @@ def short(text: str) -> str:
 
 
 def quoted(path: Path | str) -> str:
-    """`path` as a command line takes it, on every system."""
+    """`path`, in double quotes if it has a space: for the commands in messages."""
     return f'"{path}"' if " " in str(path) else str(path)
 
 

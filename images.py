@@ -102,7 +102,6 @@ class ImageSet:
             UserError: an image can't be read or decoded, or is in another split too; the cache folder can't be
                 written; the array doesn't fit into memory.
         """
-        check_request(split, imgsz)
         classes = list(self.splits[split].values())
         shape = (len(classes), max(map(len, classes)), channels, imgsz, imgsz)
         path = self.cache / f"{self.name}-{split}-{imgsz}px-{_key(classes, split, shape, self.resample)[:16]}.npy"
@@ -159,14 +158,6 @@ def dataset(find: Callable[[], ImageSet], name: Callable[[], str], channels: int
     return Dataset(name, channels, mean, std, lambda: find().sizes(),
                    lambda split: find().load(split, imgsz, channels),
                    lambda: find().summary, lambda split: find().counts(split))
-
-
-def check_request(split: str, imgsz: int) -> None:
-    """Refuse an unknown split or an image size below 1, before anything is read."""
-    if split not in SPLITS:
-        raise UserError(f"there is no split {split!r}; choose train, val or test")
-    if imgsz < 1:
-        raise UserError(f"the image size must be at least 1, not {imgsz}; change --imgsz")
 
 
 def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int) -> torch.Tensor:

@@ -120,7 +120,7 @@ class Learner(nn.Module):
                 and last the logits: a list of [N, D] or [T, N, D], in the order of `blocks`. A feature's position
                 in D is that of the memory (channels last), not torch's flatten.
             groups: batch norm's statistics are of N / groups consecutive images instead of all N of a task.
-            first: they are of the first so many images of a group, and normalise all of it.
+            first: they are of the first `first` images of each group alone, and normalise all its images.
         Returns:
             Logits [N, n_way] or [T, N, n_way]; with features, (logits, list).
         """

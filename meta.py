@@ -27,14 +27,15 @@ from learner import Learner, Weights
 from measuring import accuracies, accuracy, collapse_metrics, cross_entropy, one_by_one, permuted_labels
 from tasks import Tasks, cat, chunked, chunks, tree_map
 
-LATE = 7_500  # meta-steps: the original's first figure covers them, and measures more often than its second
+LATE = 7_500  # the meta-step from which `nc_every_late` holds instead of `nc_every`
 
 
 class Step(NamedTuple):
     """What one meta-step saw, before its update; all on the device."""
 
-    losses: Tensor  # [T], query cross-entropy of the adapted weights, mean over samples
-    accuracy: Tensor  # [T, 1 or K+1] on the query set: after the inner loop, or before it and after each inner step
+    losses: Tensor  # [T], query cross-entropy of the adapted weights, mean over samples; of a baseline its own loss
+    accuracy: Tensor  # [T, 1 or K+1] on the query set: after the inner loop, or before it and after each inner step;
+    # of a baseline [T, 1], by its own rule
     metrics: dict | None  # as `measuring.collapse_metrics`, at every nc_every-th step
 
 
@@ -44,7 +45,7 @@ class Adapted(NamedTuple):
     accuracy: Tensor  # [T, K+1]
     nearest_mean: Tensor  # [T, K+1] accuracy of the nearest support mean at the classifier's input
     metrics: dict | None  # as `measuring.collapse_metrics`
-    nontransductive: dict | None  # "accuracy", "nearest_mean" [T, n]: the same query by query, after n chosen steps
+    nontransductive: dict | None  # the same two without transduction, [T, n], after each of n numbers of inner steps
 
 
 def leaves(weights: Weights) -> dict[str, Tensor]:
@@ -132,14 +133,14 @@ class Meta:
     clip: float = 0.0  # bound of each value of the outer gradient, as in the paper's code; 0: none
     skip_nonfinite: bool = False  # after such an update, continue with the next tasks
     learner: str = "maml"  # or anil, boil (see `adapted_by`); protonet, classifier: no inner loop in training
-    cosine_steps: int = 0  # Adam's rate falls to 0 as half a cosine over so many updates; 0: it is constant
+    cosine_steps: int = 0  # Adam's rate falls to 0 as half a cosine over this many updates; 0: it is constant
 
     def __post_init__(self) -> None:
         self.step = 0
         self.adapted = adapted_by(self.learner, self.net)
         outer = GuardedAdam(self.net.parameters(), self.meta_lr, self.cosine_steps, self.clip, self.skip_nonfinite)
         self.outer, self.state = outer, outer.state  # state(): every tensor that a meta-step changes
-        self.optimizer, self.updates, self.halted = outer.adam, outer.updates, outer.halted
+        self.optimizer, self.updates = outer.adam, outer.updates
 
     @property
     def measures_next(self) -> bool:
@@ -147,16 +148,13 @@ class Meta:
         every = self.nc_every if self.step < LATE or self.nc_every_late is None else self.nc_every_late
         return every > 0 and self.step % every == 0
 
-    def __call__(self, *args, **options) -> Step:
-        return self.forward(*args, **options)
-
-    def forward(self, tasks: Tasks, every_step: bool = False, measured: Tasks | None = None,
-                classes: Tensor | None = None) -> Step:
+    def __call__(self, tasks: Tasks, every_step: bool = False, measured: Tasks | None = None,
+                 classes: Tensor | None = None) -> Step:
         """One meta-step: gradients, what is measured of the weights as they are, Adam.
 
         Args:
             tasks: T tasks; the gradient is of the mean of their query losses.
-            every_step: accuracy before adaptation and after each inner step, not only after the last.
+            every_step: accuracy before adaptation and after each inner step, not only after the last (a baseline: one).
             measured: the same tasks with other query sets, on which the metrics are measured; `tasks` if None.
             classes: [T, n_way], which training class each label stands for; the classifier needs them.
         """
@@ -166,9 +164,10 @@ class Meta:
         gradients, steps = [], []
         for tasks, measured, null, classes in chunks(inner, len(shared[0].y_spt), *shared):
             gradient, losses, right, trajectory = self._gradient(tasks, classes, query, self.first_order)
-            if trajectory is None and (every_step or measured):
-                trajectory = self._adapt(tasks, self.update_step)
-            right = self._chunked(accuracies, query, tasks, trajectory)["accuracy"] if every_step else right[:, None]
+            along = every_step and trajectory is not None
+            right = self._chunked(accuracies, query, tasks, trajectory)["accuracy"] if along else right[:, None]
+            if trajectory is None and measured:
+                trajectory = self.adapt(tasks, self.update_step)
             gradients.append(gradient)
             steps.append(Step(losses, right, self._metrics(query, measured, trajectory, null)))
         step = tree_map(devices.gather, cat(steps))
@@ -178,7 +177,7 @@ class Meta:
         return step
 
     def losses(self, tasks: Tasks, classes: Tensor | None = None) -> Tensor:
-        """What `forward` would see as `Step.losses`, [T]; nothing is updated."""
+        """What a meta-step would see as `Step.losses`, [T]; nothing is updated."""
         inner, query = self._together(tasks, trains=True)
         return chunked(lambda *chunk: self._gradient(*chunk, query, first_order=True)[1],  # both orders: equal losses
                        inner, len(tasks.y_spt), tasks, classes)
@@ -188,10 +187,10 @@ class Meta:
         """Test-time adaptation from theta, which stays as it is.
 
         Args:
-            measure: also the metrics, after `update_step` inner steps as in training; `measured` as in `forward`.
+            measure: also the metrics, after `update_step` inner steps as in training; `measured` as in `__call__`.
             null_seed: of the permuted labels; seed + step if None.
-            nontransductive: after so many inner steps, also answer query by query.
-            every_query: all queries that way, or the first of each class alone: each costs a pass of the support set.
+            nontransductive: numbers of inner steps after which each query is also answered without the other queries.
+            every_query: do so for all queries, or for the first of each class: each costs a pass of the support set.
         """
         steps = max(self.update_step_test, self.update_step if measure else 0)
         measured = (measured or tasks) if measure else None
@@ -200,7 +199,7 @@ class Meta:
         inner, query = self._together(tasks)
         results = []
         for tasks, measured, null in chunks(inner, len(given[0].y_spt), *given):
-            trajectory = self._adapt(tasks, steps)
+            trajectory = self.adapt(tasks, steps)
             answers = self._chunked(accuracies, query, tasks, trajectory[:self.update_step_test + 1])
             metrics = self._metrics(query, measured, trajectory[:self.update_step + 1], null)
             alone = self._chunked(one_by_one, query, tasks, [trajectory[k] for k in nontransductive], every_query)
@@ -213,7 +212,8 @@ class Meta:
             return *BASELINES[self.learner](self.net, tasks, classes), None
         return meta_gradient(self.net, tasks, self.update_lr, self.update_step, first_order, query_chunk, self.adapted)
 
-    def _adapt(self, tasks: Tasks, steps: int) -> list[Weights]:
+    def adapt(self, tasks: Tasks, steps: int) -> list[Weights]:
+        """The inner loop from theta, without its graph: K+1 sets of weights, as `adapt`."""
         return adapt(self.net, self.net.weights, tasks.x_spt, tasks.y_spt, self.update_lr, steps, adapted=self.adapted)
 
     def _together(self, tasks: Tasks, trains: bool = False) -> tuple[int, int]:

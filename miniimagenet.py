@@ -259,9 +259,10 @@ class MiniImagenet(torch.utils.data.Dataset):
     ) -> None:
         if batchsz < 1 or startidx < 0:
             raise UserError(f"batchsz {batchsz} must be at least 1 and startidx {startidx} at least 0")
-        if min(n_way, k_shot, k_query) < 1:
-            raise UserError(f"n_way {n_way}, k_shot {k_shot} and k_query {k_query} must be at least 1")
-        images.check_request(mode, resize)
+        if min(n_way, k_shot, k_query, resize) < 1:
+            raise UserError(f"n_way {n_way}, k_shot {k_shot}, k_query {k_query} and resize {resize} must be at least 1")
+        if mode not in SPLITS:
+            raise UserError(f"mode {mode!r}: choose {', '.join(SPLITS)}")
         image_set = find(root, cache)
         classes, least = image_set.sizes()[mode]
         if n_way > classes or k_shot + k_query > least:

@@ -207,7 +207,7 @@ def directional_cdnv(group: _Group) -> Tensor:
 def effective_dimension(means: Tensor) -> Tensor:
     """(tr S)^2 / tr S^2, S the covariance of class means [..., C, D]: participation ratio [...], 1 to min(C-1, D).
 
-    For the means of a few hundred classes, not of one task. NC2 of random directions in so many dimensions is its null.
+    For the means of a few hundred classes, not of one task. NC2 is compared with random directions in that dimension.
     """
     n_way = means.shape[-2]
     centred = _group(means, torch.eye(n_way, device=means.device).double().expand(*means.shape[:-1], n_way)).centred

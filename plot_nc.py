@@ -39,8 +39,10 @@ def draw(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="PNG to write (default: in the first RUN)")
     parser.add_argument("--layer", metavar="NAME", help="layer to draw (default: the classifier's input)")
     options = parser.parse_args(arguments)
-    if options.output is not None and (not options.runs or options.output.suffix.lower() != ".png"):
-        raise UserError(f"-o {options.output}: name a RUN to draw and a file that ends in .png")
+    if not options.runs and (options.output or options.layer or options.figure != parser.get_default("figure")):
+        raise UserError("name a RUN: without one, all figures are redrawn, and -o, --layer and --figure have no effect")
+    if options.output is not None and options.output.suffix.lower() != ".png":
+        raise UserError(f"-o {options.output}: name a file that ends in .png")
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # the same picture whatever the user's matplotlibrc says
         matplotlib.rcParams.update(figures.STYLE)

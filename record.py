@@ -104,10 +104,10 @@ def _args(out: Path) -> dict:
     return json.loads((out / "args.json").read_text(encoding="utf-8"))
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict, remedy: str = REMEDY) -> None:
     """Write `value`, whole or not at all; of several processes, only the first writes."""
     if devices.rank() == 0:
-        with atomic(path, "w", remedy=REMEDY) as file:
+        with atomic(path, "w", remedy) as file:
             json.dump(value, file, indent=1)
             file.write("\n")
 
@@ -124,7 +124,7 @@ def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
     path = run / f"{name}.json"
     if devices.rank() == 0:
         remove_stale(run, "test-*.json")
-        write_json(path, result)
+        write_json(path, result, "free some space or give rights there, then test again")
     say(f"written to {path}")
 
 

@@ -48,7 +48,7 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor, eps: float = EPS,
         weight: the scale, [T, c]; None: no scale.
         bias: [T, c].
         eps: added to the variance.
-        first: the statistics are those of the first so many samples; of all N if None.
+        first: the statistics are those of the first `first` samples alone, and normalise all N; of all N if None.
     Returns:
         As x.
     """
@@ -127,11 +127,10 @@ class _ConvGradients(torch.autograd.Function):
     def backward(ctx, saved, vx, vw, vb):
         # Differentiate <vx, for x> + <vw, for weight> + <vb, for bias> = <g, conv(vx, weight) + conv(x, vw) + vb>.
         x, weight, g = saved
-        needs_x, _, needs_g, *_ = ctx.needs_input_grad
+        needs_x, *_ = ctx.needs_input_grad
         to_x = to_weight = to_g = None
         if vw is not None:
-            if needs_g:
-                to_g, _ = _convolve(x, vw, vb, *ctx.geometry, ctx.columns)
+            to_g, _ = _convolve(x, vw, vb, *ctx.geometry, ctx.columns)
             if needs_x:
                 to_x, _, _ = _adjoints(x, vw, g, None, *ctx.geometry, [True, False, False])
         elif vb is not None:

@@ -13,6 +13,7 @@ A run writes its own folder:
     result.json    test accuracy of the best weights, or of the last with --test_weights last
     timing.json    minutes and memory, which the seed does not determine
     test-*.json    results of later tests (--test)
+    controls.json  the weights measured under other conditions (`python controls.py RUN`)
 
 "step" is the number of meta-steps that the weights had seen. A checkpoint holds the state at the top of a step, before
 that step's validation: a run that resumes from it does and logs what the stopped one would have.
@@ -123,7 +124,7 @@ class Data:
         if self.turns(split) > 1:
             images = with_rotations(images)
         if self.device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(self.device)[0] / 2:
-            say(f"the {split} images stay on the host: {images.numel() / 2**30:.1f} GB")
+            say(f"the {split} images stay on the host: {images.numel() / 2**30:.1f} GiB")
             return images
         return images.to(self.device)
 
@@ -151,7 +152,6 @@ class _Run:
         self.args, self.maml, self.data, self.out = args, maml, data, out
         self.steps, self.device, self.signals = meta_steps(args), data.device, Signals()
         self.best: dict | None = None  # what best.pt holds
-        self.val_accuracy: float | None = None  # of the last validation
         self.log: Log | None = None
         self.minutes, self.log_bytes = 0.0, 0  # of the processes before this one
         path = out / "checkpoint.pt"
@@ -215,8 +215,7 @@ class _Run:
                 self.report(step, result, show)
             self.bar.update()
         self.save()
-        self.validate()
-        self.keep("last.pt", val_accuracy=self.val_accuracy)
+        self.keep("last.pt", val_accuracy=self.validate())
 
     def eager_step(self, every_step: bool = False) -> Step:
         """Draw tasks and take one meta-step."""
@@ -284,8 +283,8 @@ class _Run:
         """How many updates were skipped; waits for the device."""
         return self.maml.step - int(self.maml.updates)
 
-    def validate(self) -> None:
-        """Validate, log, keep the weights if they are the best yet. If it is stopped, nothing has changed."""
+    def validate(self) -> float:
+        """Validate, log, keep the weights if they are the best yet; their accuracy. If stopped, nothing has changed."""
         args, maml = self.args, self.maml
         self.stop_if_not_finite()
         adapted = _evaluate(maml, self.data, "val", self.held_out, args.eval_tasks, VAL_SEED, self.signals,
@@ -295,11 +294,12 @@ class _Run:
         self.log.add("val", maml.step, acc=mean, ci95=interval, tasks=len(adapted.accuracy), nearest_mean=nearest)
         if adapted.metrics is not None:
             self.log.metrics(maml.step, "heldout", maml.net.blocks, adapted.metrics)
-        self.val_accuracy = float(nearest[0] if args.learner in BASELINES else mean[-1])
+        accuracy = float(nearest[0] if args.learner in BASELINES else mean[-1])
         say(f"step: {maml.step} \tvalidation acc: {percent(mean)} (last ± {100 * interval[-1]:.1f}); "
             f"nearest support mean: {percent(nearest)}")
-        if self.best is None or self.val_accuracy > self.best["val_accuracy"]:
-            self.best = self.keep("best.pt", val_accuracy=self.val_accuracy)
+        if self.best is None or accuracy > self.best["val_accuracy"]:
+            self.best = self.keep("best.pt", val_accuracy=accuracy)
+        return accuracy
 
     def keep(self, name: str, **more: float) -> dict:
         """Write a copy of the weights to a file in the run's folder; returns what the file holds."""
@@ -321,7 +321,7 @@ class _Run:
         record.write_json(self.out / "timing.json", {
             "training_minutes": round(minutes, 2), "meta_steps": self.steps, "peak_memory_gb": memory})
         record.write_json(self.out / "result.json", result)
-        peak = "" if memory is None else f", peak memory {memory} GB"
+        peak = "" if memory is None else f", peak memory {memory} GiB"
         say(f"{minutes:.1f} minutes for {self.steps} meta-steps{peak}; results in {self.out}")
 
     def minutes_in_all(self) -> float:

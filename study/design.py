@@ -15,20 +15,20 @@ class Setting(NamedTuple):
     script: str = "omniglot_train.py"
 
 
-_SEED = "--task_num 8 --epoch 6000 --nc_every 30 --eval_every 250"
+_ORIGINAL = "--task_num 8 --epoch 6000 --nc_every 30 --eval_every 250"
 _PHOTOS = ("--data_name 'Tiny ImageNet in the miniImageNet layout' --task_num 2 --nc_every 30 --eval_every 150 "
-           "--eval_tasks 50")  # fmt: skip
+           "--eval_tasks 50")
 _LONG = "--recipe paper --eval_every 1000 --keep_every 10000 --save_every 5000"
 _SHORT = "--recipe paper --nc_every 100 --eval_every 1000 --save_every 5000"
 _CONTRAST, _ONE_CHANGE = f"{_SHORT} --epoch 10000", f"{_SHORT} --epoch 5000"
 _IN_LAYOUT = "tinyimagenet-in-miniimagenet-layout-5w5s"
 SETTINGS = {setting.name: setting for setting in (
-    Setting("omniglot-5w1s", "1-shot, second order", _SEED),
-    Setting("omniglot-5w5s", "5-shot, second order", f"{_SEED} --k_spt 5"),
+    Setting("omniglot-5w1s", "1-shot, second order", _ORIGINAL),
+    Setting("omniglot-5w5s", "5-shot, second order", f"{_ORIGINAL} --k_spt 5"),
     Setting("omniglot-5w1s-first-order-original", "1-shot, first order, original network",
-            f"{_SEED} --first_order --net original"),
-    Setting("omniglot-5w1s-original", "1-shot, second order, original network", f"{_SEED} --net original"),
-    Setting("omniglot-5w1s-first-order", "1-shot, first order", f"{_SEED} --first_order"),
+            f"{_ORIGINAL} --first_order --net original"),
+    Setting("omniglot-5w1s-original", "1-shot, second order, original network", f"{_ORIGINAL} --net original"),
+    Setting("omniglot-5w1s-first-order", "1-shot, first order", f"{_ORIGINAL} --first_order"),
     Setting(_IN_LAYOUT, "photographs, 5-shot, second order", f"{_PHOTOS} --epoch 1200", (1,), "miniimagenet_train.py"),
     Setting(f"{_IN_LAYOUT}-first-order-original", "photographs, 5-shot, first order, original network",
             f"{_PHOTOS} --epoch 2000 --first_order --net original", (1,), "miniimagenet_train.py"),
@@ -50,7 +50,7 @@ SETTINGS = {setting.name: setting for setting in (
             f"{_LONG} --first_order --epoch 20000", (1,)),
     Setting("paper-omniglot-5w5s", "paper's recipe, 5-way 5-shot", f"{_LONG} --k_spt 5 --epoch 5000", (1,)),
     Setting("paper-omniglot-20w1s", "paper's recipe, 20-way 1-shot", f"{_LONG} --n_way 20", (1,)),
-)}  # fmt: skip
+)}
 
 MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
 PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")

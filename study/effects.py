@@ -17,6 +17,7 @@ from study.logs import Run, Series, UserError, number
 
 END_SHARE = 0.1  # the last part of training, whose measurements are averaged
 HIDDEN = -2      # the classifier's input; a layer is a name, or an index into the run's layers
+CONTROL_QUERIES = 15  # per class in controls.json, if its name says nothing else
 LATE = 1_000     # correlations and drops use the checkpoints from this meta-step on, after the steep beginning
 
 # 97.5% points of Student's t for 1..10 degrees of freedom; beyond them the last one, which is slightly too wide.
@@ -158,7 +159,7 @@ def matched_dimension(run: Run, model: str) -> float:
 
 
 def accuracy_at_end(run: Run, inner_step: int, split: str = "heldout") -> float:
-    """Query accuracy of the classifier after so many inner steps; -1: after the last one."""
+    """Query accuracy of the classifier after `inner_step` inner steps; -1: after the last one."""
     steps, values = run.along_inner_loop(split, "accuracy")
     return mean_at_end(run, steps, values[:, inner_step]) if len(steps) else math.nan
 
@@ -260,7 +261,7 @@ def measured(run: Run, model: str, metric: str, kind: str = "final") -> float:
     if control := run.controls().get(kind):
         values = control.get(model, {}).get("cdnv" if metric == "cdnv_unbiased" else metric, {}).get("mean") or [None]
         value = number(values[max(len(values) - 2, 0)])
-        queries = int(kind.split()[1]) if kind.startswith("queries") else run.queries
+        queries = int(kind.split()[1]) if kind.startswith("queries") else CONTROL_QUERIES
         return float(unbiased_cdnv(value, queries)) if metric == "cdnv_unbiased" else value
     value_of = {"final": end, "untrained": untrained}.get(kind)
     return value_of(run, model, metric) if value_of and logged(run, model, metric) else math.nan
@@ -279,14 +280,14 @@ def accuracy_in(test: dict | None, key: str, place: int) -> float:
 
 
 def five_shot_share(run: Run, samples: str, inner_step: int) -> float:
-    """Unbiased relative within trace of "query" or "support" features after so many inner steps, of the mean traces.
+    """Unbiased relative within trace of "query" or "support" features after `inner_step` steps, of the mean traces.
 
     Of the control "5-shot"; nan without it. Unbiased as in `nc_metrics.unbiased_traces`.
     """
     inner = run.controls().get("5-shot", {}).get("inner")
     if inner is None:
         return math.nan
-    images, prefix = (15, "") if samples == "query" else (5, "support_")
+    images, prefix = (CONTROL_QUERIES, "") if samples == "query" else (5, "support_")
     within, between = (inner[f"{prefix}{trace}"]["mean"][inner_step][HIDDEN] for trace in ("within", "between"))
     error, n_way = within / (images - 1), run.settings["n_way"]  # the squared standard error of a class mean
     return within_share([within + error, between - error * (n_way - 1) / n_way])

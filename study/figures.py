@@ -29,7 +29,7 @@ STYLES = {"finetuned": "-", "meta": (0, (4, 2))}
 SPLITS = {"train": "-", "heldout": ":"}
 STYLE = {"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "axes.axisbelow": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "legend.frameon": False,
-         "legend.fontsize": 8, "axes.titlelocation": "left", "lines.solid_capstyle": "butt"}  # fmt: skip
+         "legend.fontsize": 8, "axes.titlelocation": "left", "lines.solid_capstyle": "butt"}
 WIDTH, DPI = 9.0, 160  # inches, dots per inch: a picture shown about 900 pixels wide stays sharp
 
 LABELS = {"relative_within": "relative within trace", "nc1": "tr(S$_W$S$_B^+$)/C", "cdnv_unbiased": "CDNV, unbiased",
@@ -162,8 +162,8 @@ def common_split(groups: Sequence[Group]) -> str:
 
 
 def zoom_on_accuracy(axes: Axes) -> None:
-    """88 to 100% from meta-step 100 on, if accuracy comes that far."""
-    if axes.get_ylim()[1] > 98:
+    """88 to 100% from meta-step 100 on, if accuracy and meta-steps come that far."""
+    if axes.get_ylim()[1] > 98 and axes.get_xlim()[1] > 300:
         axes.set(ylim=(88, 100), xlim=(100, None))
 
 
@@ -233,7 +233,7 @@ def layers(groups: Sequence[Group], layer: str | None = None) -> Figure:
     for axes, (group, _, title) in zip(panels, colours(groups)):
         for model, style in STYLES.items():
             curves = [[effects.series(run, split, model, "relative_within", name) for name in run.layers]
-                      for run in group]  # fmt: skip
+                      for run in group]
             for step, shade in shades.items():
                 if step <= group[0].last_step:
                     values = [[curve.mean[np.abs(curve.steps - step).argmin()] for curve in row] for row in curves]

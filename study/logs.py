@@ -26,7 +26,7 @@ BROKEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowE
 # Settings that do not change the experiment: runs that differ in these alone are seeds of one setting.
 NOT_COMPARED = {"seed", "out", "root", "cache", "device", "precision", "deterministic", "task_chunk", "cuda_graph",
                 "print_every", "save_every", "keep_every", "nc_every", "nc_every_late", "eval_every", "test_tasks",
-                "tensorboard", "resume", "from_args", "test"}  # fmt: skip
+                "tensorboard", "resume", "from_args", "test"}
 
 
 # ---- errors, and programs that end with one line
@@ -111,7 +111,7 @@ class Run:
     def settings(self) -> dict:
         """The settings, with defaults for those that older runs lack."""
         older = {"learner": "maml", "recipe": "original", "first_order": False, "nc_qry": None, "split": "shuffled",
-                 "random_labels": False}  # fmt: skip
+                 "random_labels": False}
         return older | self.arguments["settings"]
 
     @property
@@ -160,7 +160,7 @@ class Run:
                 points.append((step, number(values["mean"][index]), number(values["se"][index])))
             except BROKEN as error:
                 raise UserError(f"{self.path}: the measurement ({split}) at step {step} lacks {model} {metric} of "
-                                f"{layer}; its log is incomplete") from error  # fmt: skip
+                                f"{layer}; its log is incomplete") from error
         return Series(*map(np.array, zip(*points))) if points else Series(*np.empty((3, 0)))
 
     @functools.cache
@@ -169,11 +169,11 @@ class Run:
         rows = sorted(self.rows[split].items())
         try:
             means = [[number(value if layer is None else value[row["layers"].index(layer)])
-                      for value in row["inner"][quantity]["mean"]] for _, row in rows]  # fmt: skip
+                      for value in row["inner"][quantity]["mean"]] for _, row in rows]
             return np.array([step for step, _ in rows]), np.array(means, float)
         except BROKEN as error:
             raise UserError(f"{self.path}: a measurement ({split}) lacks {quantity} along the inner loop; its log is "
-                            "incomplete") from error  # fmt: skip
+                            "incomplete") from error
 
     @functools.cache
     def file(self, name: str) -> dict:
@@ -212,7 +212,7 @@ def read_run(path: Path) -> Run:
         str(arguments["data"]["name"]), [arguments["settings"][name] + 0 for name in ("n_way", "k_spt", "k_qry")]
     except BROKEN as error:
         raise UserError(f"{args_path} isn't a run's args.json: {type(error).__name__}: {error}; take it from the run's "
-                        "folder again") from error  # fmt: skip
+                        "folder again") from error
     return Run(path.parent, arguments, read_log(path))
 
 

@@ -40,14 +40,14 @@ def result(study: Study) -> Figure:
     if math.isfinite(pixels):
         figures.reference(first, pixels, "raw pixels")
     first.legend(handles=figures.keys(groups, models=True), loc="lower left", fontsize=7.5, handlelength=1.8,
-                 labelspacing=0.25, borderaxespad=0.1)  # fmt: skip
+                 labelspacing=0.25, borderaxespad=0.1)
     second.legend(handles=[figures.key("between classes"), figures.key("within classes", linestyle=":")],
                   loc="upper left")
     third.text(3, 0.9, "untrained (1-shot)", ha="center", fontsize=8, color=figures.GREY)
     first.set(title="A  Last hidden layer, training tasks", ylabel="within / (within + between)", ylim=(0, 1.02))
     second.set(title="B  Same layer, adapted", ylabel="trace / within trace at step 0", ylim=(0, None))
     third.set(title="C  By layer, held-out classes, end", ylim=(0, 1.02), xticks=range(1, len(run.layers) + 1),
-              xticklabels=["block 1", *map(str, range(2, len(run.layers))), "logits"])  # fmt: skip
+              xticklabels=["block 1", *map(str, range(2, len(run.layers))), "logits"])
     for axes in (first, second):
         figures.step_axis(axes, groups)
     return figure
@@ -69,7 +69,7 @@ def correlation(study: Study) -> Figure:
     for axes, (group, colour, title) in zip(panels, figures.colours(groups)):
         for run, marker in zip(group, "o^sDv"):
             axes.scatter(*effects.residuals(run, "finetuned", "cdnv", layer), s=14, color=colour, marker=marker,
-                         alpha=0.75, linewidths=0)  # fmt: skip
+                         alpha=0.75, linewidths=0)
         r = effects.correlations_over_seeds([effects.correlation(run, "finetuned", "cdnv", layer) for run in group])
         axes.set(title=title, xlabel="log CDNV minus its trend")
         axes.text(0.03, 0.97, f"r = {correlated(r)}", transform=axes.transAxes, va="top")
@@ -82,7 +82,7 @@ def original(study: Study) -> Figure:
     groups = study.groups((*MAIN, *PHOTOGRAPHS))
     legend = [figures.key("by label (in the setting's colour)"),
               figures.key("class means over consecutive rows, as the original", figures.GREY,
-                          linestyle=figures.STYLES["meta"])]  # fmt: skip
+                          linestyle=figures.STYLES["meta"])]
     figure, (panels,) = figures.frame(1, len(groups), 2.3, legend, sharey=True)
 
     def share(run: Run, suffix: str) -> tuple[np.ndarray, np.ndarray]:
@@ -119,13 +119,13 @@ def learners(study: Study) -> Figure:
     nearest_mean = functools.partial(effects.tested, key="nearest_mean", place=0)
     adapted_classifier = functools.partial(effects.tested, key="accuracy", place=-1)
     change(share, *(functools.partial(effects.measured, model=model, metric="relative_within")
-                    for model in ("meta", "finetuned")))  # fmt: skip
+                    for model in ("meta", "finetuned")))
     change(right, nearest_mean, adapted_classifier, 100)
     share.set_yticklabels([name for _, _, name in figures.colours(groups)])
     right.set_yticklabels([])
     for group, colour, _ in figures.colours(groups):
         ranked.scatter([effects.measured(run, "meta", "nc1") for run in group],
-                       [100 * nearest_mean(run) for run in group], color=colour, s=26)  # fmt: skip
+                       [100 * nearest_mean(run) for run in group], color=colour, s=26)
     share.set(title="A  Within / (within + between)", xlim=(0, 0.8))
     right.set(title="B  Test accuracy, %")
     ranked.set(title="C  Before adaptation", xscale="log", ylabel="nearest support mean, %")
@@ -135,7 +135,7 @@ def learners(study: Study) -> Figure:
     points = {"colour": figures.GREY, "marker": "o", "linestyle": ""}
     share.legend(handles=[figures.key("before adaptation", markerfacecolor="white", **points),
                           figures.key("adapted", **points)],
-                 loc="center right", bbox_to_anchor=(1.03, 0.58), fontsize=7.5)  # fmt: skip
+                 loc="center right", bbox_to_anchor=(1.03, 0.58), fontsize=7.5)
     return figure
 
 

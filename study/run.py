@@ -56,10 +56,10 @@ def jobs_of(names: Sequence[str], seeds: Sequence[int] | None, out_root: Path) -
         if name not in SETTINGS:
             raise UserError(f"no setting {name!r} in the study; there are: {', '.join(SETTINGS)}")
     runs = [(seed, SETTINGS[name]) for name in dict.fromkeys(names or SETTINGS)
-            for seed in dict.fromkeys(seeds or SETTINGS[name].seeds)]  # fmt: skip
+            for seed in dict.fromkeys(seeds or SETTINGS[name].seeds)]
     runs.sort(key=lambda pair: pair[0])
     return [Job(out_root / f"{setting.name}-seed{seed}", setting.script,
-                (*shlex.split(setting.flags), "--seed", str(seed))) for seed, setting in runs]  # fmt: skip
+                (*shlex.split(setting.flags), "--seed", str(seed))) for seed, setting in runs]
 
 
 def run_all(jobs: Sequence[Job], at_once: int, threads: int, roots: dict[str, str]) -> None:
@@ -84,7 +84,8 @@ def run_all(jobs: Sequence[Job], at_once: int, threads: int, roots: dict[str, st
                 job.folder.parent.mkdir(parents=True, exist_ok=True)
                 with open(f"{job.folder}.txt", "ab") as output:
                     process = subprocess.Popen([sys.executable, HOME / command[0], *command[1:]], env=environment,
-                                               stdin=subprocess.DEVNULL, stdout=output, stderr=output)  # fmt: skip
+                                               stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                               start_new_session=True)  # Ctrl-C reaches this process alone
                 running[process] = job
             time.sleep(POLL_SECONDS)
             for process in [process for process in running if process.poll() is not None]:
@@ -113,7 +114,7 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
         arguments = json.loads((job.folder / "args.json").read_bytes())
         arguments["settings"] |= {"root": ROOTS[job.script], "cache": None, "out": None}
         copies = {"log.jsonl.gz": gzip.compress((job.folder / "log.jsonl").read_bytes(), mtime=0),
-                  "args.json": (json.dumps(arguments, indent=1) + "\n").encode()}  # fmt: skip
+                  "args.json": (json.dumps(arguments, indent=1) + "\n").encode()}
         others = [*RESULTS, *WEIGHTS, *(path.name for path in job.folder.glob("test-*.json"))]
         copies |= {name: (job.folder / name).read_bytes() for name in others if (job.folder / name).exists()}
         for name, content in copies.items():

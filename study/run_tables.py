@@ -12,7 +12,7 @@ from study.markdown import fixed, over, table
 PUBLISHED = {("Omniglot", 5, 1): "98.7 ± 0.4 / 98.3 ± 0.5", ("Omniglot", 5, 5): "99.9 ± 0.1 / 99.2 ± 0.2",
              ("Omniglot", 20, 1): "95.8 ± 0.3 / 89.4 ± 0.5", ("Omniglot", 20, 5): "98.9 ± 0.2 / 97.9 ± 0.1",
              ("miniImageNet", 5, 1): "48.70 ± 1.84 / 48.07 ± 1.75",
-             ("miniImageNet", 5, 5): "63.11 ± 0.92 / 63.15 ± 0.91"}  # fmt: skip
+             ("miniImageNet", 5, 5): "63.11 ± 0.92 / 63.15 ± 0.91"}
 INNER_STEPS = (0, 1, 3, 5, 10)  # shown of a test
 
 
@@ -40,12 +40,12 @@ def tests(study: Study) -> str:
         for (queries, transductive), of_runs in sorted(results.items()):
             tested = list(of_runs.values())
             accuracies = [over(lambda after, step=step: number(after.get(step, (None,))[0]), 100)(tested)
-                          for step in INNER_STEPS]  # fmt: skip
+                          for step in INNER_STEPS]
             over_tasks = fixed(max(100 * after[max(after)][1] for after in tested), 2)
             rows.append([label(group[0]), str(len(tested)), f"{group[0].arguments['meta_steps']:,}", str(queries),
-                         "yes" if transductive else "no", *accuracies, over_tasks, published(group[0])])  # fmt: skip
+                         "yes" if transductive else "no", *accuracies, over_tasks, published(group[0])])
     return table(["", "seeds", "meta-steps", "queries per class", "transductive",
-                  *(f"inner steps: {step}, %" for step in INNER_STEPS), "± over tasks", "published"], rows)  # fmt: skip
+                  *(f"inner steps: {step}, %" for step in INNER_STEPS), "± over tasks", "published"], rows)
 
 
 def machine(run: Run) -> str:
@@ -75,8 +75,8 @@ def runs(study: Study, names: Sequence[str] = (), columns: Sequence[str] = ()) -
             "published": published(run),
             "minutes": " to ".join(map(str, dict.fromkeys((minutes[0], minutes[-1])))),
             "machine": "; ".join(dict.fromkeys(map(machine, group))),
-        })  # fmt: skip
-    columns = columns or [name for name in rows[0] if name != "published"]
+        })
+    columns = columns or [name for name in (rows or [{}])[0] if name != "published"]
     return table(columns, [[row[column] for column in columns] for row in rows])
 
 
@@ -84,4 +84,4 @@ def accuracies(study: Study) -> str:
     """The same, narrower, of the recipes' own runs, for README.md."""
     names = [name for name in SETTINGS if name not in (*LEARNERS, *CHANGES, "random-labels")]
     return runs(study, names, ("", "recipe", "meta-steps x tasks", "queries per class; inner steps", "test accuracy, %",
-                               "not transductive, %", "published"))  # fmt: skip
+                               "not transductive, %", "published"))

@@ -22,10 +22,10 @@ from study.markdown import MISSING, Cell, correlated, fixed, over, table
 from study.run_tables import accuracies, runs, tests
 
 METRICS = {"relative_within": "relative within trace", "nc1": "tr(S_W S_B⁺)/C", "cdnv_unbiased": "CDNV, unbiased",
-           "directional_cdnv": "directional CDNV", "etf_error": "ETF error"}  # fmt: skip
+           "directional_cdnv": "directional CDNV", "etf_error": "ETF error"}
 NAMED_LAYERS = tuple(zip(range(-5, 0), ("block 1", "block 2", "block 3", "block 4", "logits")))
 RULES = {"nearest support mean": ("nearest_mean", 0), "nearest support mean, adapted": ("nearest_mean", -1),
-         "classifier, adapted": ("accuracy", -1)}  # key and inner step in a test's results  # fmt: skip
+         "classifier, adapted": ("accuracy", -1)}  # key and inner step in a test's results
 OTHER_CLASSIFIERS = {", from a random classifier": "classifier at random",
                      ", from a zero classifier": "classifier at zero"}  # the controls that inner loops start from
 LENGTHS = (0, 1_000, 6_000, 20_000, 40_000, 60_000)  # meta-steps shown of a long run
@@ -38,10 +38,10 @@ def compared(study: Study, names: Sequence[str], rows: Sequence[tuple[str, Cell]
         return ""
     return table(["", *(label(runs[0]) for runs in groups)],
                  [[name, *(cell(runs) for runs in groups)]
-                  for name, cell in [("seeds", lambda runs: str(len(runs))), *rows]])  # fmt: skip
+                  for name, cell in [("seeds", lambda runs: str(len(runs))), *rows]])
 
 
-# ---- the seed's recipe: collapse, layers, adaptation, correlation, the original's measure
+# ---- the original's recipe: collapse, layers, adaptation, correlation, the original's measure
 
 
 def from_untrained(model: str, metric: str, layer: int = effects.HIDDEN) -> Cell:
@@ -50,7 +50,7 @@ def from_untrained(model: str, metric: str, layer: int = effects.HIDDEN) -> Cell
         if not all(effects.logged(run, model, metric) for run in runs):
             return MISSING
         start, stop = (over(value, model=model, metric=metric, layer=layer)(runs)
-                       for value in (effects.untrained, effects.end))  # fmt: skip
+                       for value in (effects.untrained, effects.end))
         start_alone = re.split(r" [±[]", start)[0]
         return f"{start_alone} → {stop}"
 
@@ -73,11 +73,11 @@ SHARE = ("relative within trace, adapted", from_untrained("finetuned", "relative
 TRACES, TRACES_BEFORE = (
     [(f"{trace} trace, {when}, end / untrained", over(effects.growth, model=model, metric=trace))
      for trace in ("between", "within")]
-    for model, when in (("finetuned", "adapted"), ("meta", "before adaptation")))  # fmt: skip
+    for model, when in (("finetuned", "adapted"), ("meta", "before adaptation")))
 NC1 = ("tr(S_W S_B⁺)/C, adapted", from_untrained("finetuned", "nc1"))
 CDNV = ("CDNV, unbiased, adapted", from_untrained("finetuned", "cdnv_unbiased"))
 NEAREST_MEAN = ("nearest support mean before adaptation, %",
-                over(effects.end, 100, model="meta", metric="ncc_accuracy"))  # fmt: skip
+                over(effects.end, 100, model="meta", metric="ncc_accuracy"))
 DEVIATION = ("deviation of log error from its trend, from step 1,000", over(effects.error_spread))
 
 
@@ -102,7 +102,7 @@ def collapse(study: Study) -> str:
         ("dimension of random directions with that error", over(effects.matched_dimension, model="meta")),
         ("NC3: self-duality, adapted", from_untrained("finetuned", "self_duality")),
         ("NC4: mismatch with the nearest support mean, adapted", from_untrained("finetuned", "ncc_mismatch")),
-    ])  # fmt: skip
+    ])
 
 
 def accuracy(study: Study) -> str:
@@ -118,15 +118,15 @@ def accuracy(study: Study) -> str:
         ("classifier, adapted, training tasks, %", over(effects.accuracy_at_end, 100, inner_step=-1, split="train")),
         ("largest drop between checkpoints from step 1,000, points", over(effects.largest_drop, 100)),
         DEVIATION,
-    ])  # fmt: skip
+    ])
 
 
 def layers(study: Study) -> str:
     shares = [(f"{model_name}, {layer_name}", from_untrained(model, "relative_within", layer))
-              for model, model_name in MODELS.items() for layer, layer_name in NAMED_LAYERS]  # fmt: skip
+              for model, model_name in MODELS.items() for layer, layer_name in NAMED_LAYERS]
     changes = [(f"adapted minus before, {layer_name}",
                 over(effects.adapted_minus_meta, metric="relative_within", layer=layer))
-               for layer, layer_name in NAMED_LAYERS]  # fmt: skip
+               for layer, layer_name in NAMED_LAYERS]
     return compared(study, MAIN, shares + changes)
 
 
@@ -134,15 +134,15 @@ def inner_steps(study: Study) -> str:
     """Accuracy and relative within trace (of the mean traces) along the inner loop, held-out tasks, the end."""
     def share(run: Run, layer: int, inner_step: int) -> float:
         (steps, within), (_, between) = (run.along_inner_loop("heldout", trace, run.layers[layer])
-                                         for trace in ("within", "between"))  # fmt: skip
+                                         for trace in ("within", "between"))
         return effects.mean_at_end(run, steps, effects.within_share([within, between])[:, inner_step])
     quantities = {"accuracy, %": functools.partial(over, effects.accuracy_at_end, 100),
                   "relative within trace, classifier's input": functools.partial(over, share, layer=-2),
-                  "relative within trace, logits": functools.partial(over, share, layer=-1)}  # fmt: skip
+                  "relative within trace, logits": functools.partial(over, share, layer=-1)}
     moments = {"before adaptation": 0, "after 1 inner step": 1, "after the last": -1}
     return compared(study, MAIN, [
         (f"{quantity}: {moment}", cell(inner_step=step))
-        for quantity, cell in quantities.items() for moment, step in moments.items()])  # fmt: skip
+        for quantity, cell in quantities.items() for moment, step in moments.items()])
 
 
 def correlation(study: Study) -> str:
@@ -164,18 +164,18 @@ def correlation(study: Study) -> str:
 def original(study: Study) -> str:
     """Change of the relative within trace of the logits: by label and as the original took it."""
     spans = {"training tasks, from untrained": ("train", 0), "training tasks, from about step 100": ("train", 100),
-             "held-out tasks, from untrained": ("heldout", 0)}  # fmt: skip
+             "held-out tasks, from untrained": ("heldout", 0)}
     return compared(study, (*MAIN, *PHOTOGRAPHS), [
         (f"{model_name}, {span}, {how}",
          over(effects.logit_share_change, model=model, suffix=suffix, start=start, split=split))
         for model, model_name in MODELS.items() for span, (split, start) in spans.items()
-        for suffix, how in (("", "by label"), ("_original", "as the original"))])  # fmt: skip
+        for suffix, how in (("", "by label"), ("_original", "as the original"))])
 
 
 def cells(study: Study) -> str:
-    """Order by network, the seed's recipe."""
+    """Inner gradient (first or second order) by network, the original's recipe."""
     return compared(study, CELLS, [("test accuracy, %", over(effects.own_accuracy, 100)), SHARE, *TRACES, CDNV, NC1,
-                                   NEAREST_MEAN, DEVIATION])  # fmt: skip
+                                   NEAREST_MEAN, DEVIATION])
 
 
 # ---- learners, long runs, controls
@@ -228,7 +228,7 @@ def learners(study: Study) -> str:
                *(row(label(group[0]), group) for group in study.groups(("random-labels", *LEARNERS)))]
     names = ["", "seeds", *METRICS.values(), "dimension", *(f"{name}, adapted" for name in METRICS.values()),
              "between trace / untrained", "within trace / untrained",
-             *(f"{name}, %{how}" for how in ("", ", not transductive") for name in RULES)]  # fmt: skip
+             *(f"{name}, %{how}" for how in ("", ", not transductive") for name in RULES)]
     header, *rows = zip(names, *columns)
     return table(header, rows)
 
@@ -237,7 +237,7 @@ def contrast(study: Study) -> str:
     """The floors and the learners, narrower, for README.md."""
     def row(name: str, runs: list[Run], kind: str = "final") -> list[str]:
         metrics = [over(effects.measured, metric=metric, model=model, kind=kind)(runs)
-                   for metric in ("relative_within", "nc1") for model in MODELS]  # fmt: skip
+                   for metric in ("relative_within", "nc1") for model in MODELS]
         nearest, _, classifier = accuracies_by_rule(runs, kind)
         own = over(effects.own_accuracy, 100, transductive=False)(runs) if kind == "final" else MISSING
         return [name, str(len(runs)), *metrics, nearest, classifier, own]
@@ -246,7 +246,7 @@ def contrast(study: Study) -> str:
     rows = [row(*floor) for floor in floors(study)] if groups else []
     return table(["trained as", "seeds", METRICS["relative_within"], "the same, adapted", METRICS["nc1"], "adapted",
                   "nearest support mean, %", "adapted classifier, %", "by its own rule, not transductive, %"],
-                 [*rows, *(row(label(group[0]), group) for group in groups)])  # fmt: skip
+                 [*rows, *(row(label(group[0]), group) for group in groups)])
 
 
 def ranking(study: Study) -> str:
@@ -259,10 +259,10 @@ def ranking(study: Study) -> str:
         return ""
     predictors = {f"smaller {name}":
                   lambda run, kind="final", metric=metric: -effects.measured(run, "meta", metric, kind)
-                  for metric, name in METRICS.items()}  # fmt: skip
+                  for metric, name in METRICS.items()}
     predictors["larger dimension of all class means"] = effects.dimension
     rules = {"nearest support mean before adaptation": lambda run: effects.tested(run, "nearest_mean", 0),
-             "the learner's own rule": effects.own_accuracy}  # fmt: skip
+             "the learner's own rule": effects.own_accuracy}
     measured = [(runs, "final") for runs in groups] + [(runs, kind) for _, runs, kind in floors(study)]
     rows = []
     for name, predictor in predictors.items():
@@ -272,7 +272,7 @@ def ranking(study: Study) -> str:
             for points in (sum(pairs, []), [np.mean(group, 0) for group in pairs]):
                 row.append(fixed(effects.spearman(*zip(*points)), 2))
         points = [np.mean([(predictor(run, kind), effects.accuracy_in(run.controls().get(kind), "nearest_mean", 0))
-                           for run in runs], 0) for runs, kind in measured]  # fmt: skip
+                           for run in runs], 0) for runs, kind in measured]
         rows.append([*row, fixed(effects.spearman(*zip(*points)), 2)])
     header = [f"{rule}, over {count}" for rule in rules
               for count in (f"{sum(map(len, groups))} runs", f"{len(groups)} learners")]
@@ -286,7 +286,7 @@ def changes(study: Study) -> str:
     rows = [(f"{name}, {when}", at(100 if metric == "ncc_accuracy" else 1, metric=metric, model=model))
             for metric, name in {"relative_within": "relative within trace", "nc1": METRICS["nc1"],
                                  "ncc_accuracy": "nearest support mean, %"}.items()
-            for model, when in MODELS.items()]  # fmt: skip
+            for model, when in MODELS.items()]
     return compared(study, CHANGES, [*rows, ("classifier, adapted, %", at(metric="accuracy"))])
 
 
@@ -295,13 +295,13 @@ def length(study: Study) -> str:
     columns = {**{name: ("heldout", metric) for metric, name in METRICS.items()},
                "accuracy, %": ("heldout", "accuracy"),
                "relative within trace, training tasks": ("train", "relative_within"),
-               "accuracy, training tasks, %": ("train", "accuracy")}  # fmt: skip
+               "accuracy, training tasks, %": ("train", "accuracy")}
     rows = []
     for group in study.groups(LONG):
         last = min(run.last_step for run in group)
         for step in sorted({last, *(step for step in LENGTHS if step < last)}):
             cells = [over(effects.nearest, split=split, metric=metric, step=step)(group)
-                     for split, metric in columns.values()]  # fmt: skip
+                     for split, metric in columns.values()]
             rows.append([label(group[0]), f"{step:,}", *cells])
     return table(["", "meta-step", *columns], rows)
 
@@ -312,7 +312,7 @@ def controls(study: Study) -> str:
     for group in study.groups(LONG):
         measured = [run for run in group if run.controls()]
         rows += [[label(group[0]), kind, *before_adaptation(measured, kind), *control_accuracies(measured, kind)]
-                 for kind in (measured[0].controls() if measured else ())]  # fmt: skip
+                 for kind in (measured[0].controls() if measured else ())]
     return table(["", "control", "seeds", *METRICS.values(), "dimension", *(f"{name}, %" for name in RULES)], rows)
 
 
@@ -329,8 +329,8 @@ def adaptation(study: Study) -> str:
     rows += [(f"5-shot, unbiased: {samples} features, {when}",
               over(effects.five_shot_share, samples=samples, inner_step=inner_step))
              for samples in ("query", "support") for inner_step, when in ((0, "before adaptation"), (-1, "adapted"))]
-    names = [group[0].path.name.rpartition("-seed")[0] for group in study.groups((*LEARNERS, *LONG))
-             if all(kind in run.controls() for run in group for kind in OTHER_CLASSIFIERS.values())]  # fmt: skip
+    names = [name for name in (*LEARNERS, *LONG)
+             if all(kind in run.controls() for run in study[name] for kind in OTHER_CLASSIFIERS.values())]
     return compared(study, names, rows)
 
 
@@ -353,7 +353,7 @@ def body_of(study: Study, name: str, place: str) -> str:
 def difference(page_table: str, expected: str) -> str:
     """The first cell in which two tables differ, by its row and column."""
     page_rows, rows = ([[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n")]
-                       for text in (page_table, expected))  # fmt: skip
+                       for text in (page_table, expected))
     for page_row, row in zip(page_rows, rows):
         for column, page_cell, cell in zip(rows[0], page_row, row):
             if page_cell != cell:

@@ -27,11 +27,11 @@ import torch._dynamo  # Adam would import it in every fork, for a second
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_files import write_classes  # noqa: E402
+from data_files import write_classes
 
-import files  # noqa: E402
-import miniimagenet_train  # noqa: E402
-import record  # noqa: E402
+import files
+import miniimagenet_train
+import record
 
 FLAGS = ("--device cpu --n_way 2 --k_spt 1 --k_qry 2 --imgsz 48 --task_num 2 --update_step 1 --update_step_test 1 "
          "--epoch 30 --eval_every 5 --eval_tasks 2 --test_tasks 12 --nc_every 1 --save_every 1").split()

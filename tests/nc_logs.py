@@ -18,7 +18,7 @@ METRICS = {
     "etf_error": (0.58, 0.38, 0.46), "self_duality": (2.0, 1.33, 0.97),
     "ncc_accuracy": (0.2, 0.478, 0.90), "ncc_mismatch": (0.75, 0.22, 0.06), "cdnv_unbiased": (12.0, 5.0, 0.33),
     "directional_cdnv": (0.3, 0.09, 0.02),
-}  # fmt: skip
+}
 
 
 def usual(model: str, metric: str, layer: int, step: int, classes: str) -> float:
@@ -57,12 +57,12 @@ def nc_row(step: int, classes: str = "train", value: Callable = usual, tasks: in
         inner[name] = [list(before + share * (after - before)) for share in np.linspace(0, 1, INNER_STEPS + 1)]
     spread = np.linspace(-1, 1, tasks)
     per_task = {model: {name: list(values[name]["mean"][-2] * (1 + part * spread)) for name, part in PER_TASK.items()}
-                for model, values in models.items()}  # fmt: skip
+                for model, values in models.items()}
     return {
         "kind": "nc", "step": step, "classes": classes, "tasks": tasks, "layers": LAYERS, **models,
         "per_task": per_task,
         "inner": {name: {"mean": means} for name, means in inner.items()},
-    }  # fmt: skip
+    }
 
 
 def log(steps: int = 120, every: int = 30, eval_every: int = 250, **options) -> list[dict]:
@@ -81,17 +81,17 @@ def write_run(folder: Path, rows: list[dict] | None = None, name: str = "Omniglo
     """A finished run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"n_way": 5, "k_spt": 1, "k_qry": 15, "task_num": 8, "epoch": 600, "first_order": False, "net": "paper",
-                "update_step_test": 10, "seed": 1, "nc_every": 30, "out": str(folder)} | settings  # fmt: skip
+                "update_step_test": 10, "seed": 1, "nc_every": 30, "out": str(folder)} | settings
     args = {"settings": settings, "meta_steps": settings["epoch"], "data": {"name": name},
-            "device": {"type": "cpu", "name": "a processor", "threads": 1}}  # fmt: skip
+            "device": {"type": "cpu", "name": "a processor", "threads": 1}}
     test = {"accuracy": [0.2] + [accuracy] * 10, "ci95": [0.01] + [0.006] * 10, "inner_steps": list(range(11)),
             "nearest_mean": [accuracy + 0.02] * 11, "tasks": 600, "n_way": settings["n_way"],
-            "k_spt": settings["k_spt"], "k_qry": settings["k_qry"]}  # fmt: skip
+            "k_spt": settings["k_spt"], "k_qry": settings["k_qry"]}
     one_by_one = test | {"accuracy": [0.2] + [accuracy - 0.05] * 10, "nearest_mean": [accuracy - 0.04] * 11}
     for file, content in {
         "args.json": args, "timing.json": {"training_minutes": 50.5, "meta_steps": settings["epoch"]},
         "result.json": {"data": name, "test": test, "test_nontransductive": one_by_one, "best_step": settings["epoch"]},
-    }.items():  # fmt: skip
+    }.items():
         (folder / file).write_text(json.dumps(content))
     rows = log() if rows is None else rows
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -103,7 +103,7 @@ def write_controls(folder: Path, scale: float = 1.0) -> None:
     def control(step: int, layers: int) -> dict:
         row = nc_row(step, "heldout")
         metrics = {model: {name: {"mean": [x and scale * x for x in values["mean"][:layers]]}
-                           for name, values in row[model].items()} for model in ("meta", "finetuned")}  # fmt: skip
+                           for name, values in row[model].items()} for model in ("meta", "finetuned")}
         return metrics | {"accuracy": [0.2, 0.5], "nearest_mean": [0.4, 0.5], "effective_dimension": {"meta": 17.5}}
 
     kinds = {"final": (600, 5), "untrained": (0, 5), "pixels": (0, 1)}
@@ -111,9 +111,9 @@ def write_controls(folder: Path, scale: float = 1.0) -> None:
 
 
 STUDY = {"omniglot-5w1s": {}, "omniglot-5w5s": {"k_spt": 5},
-         "omniglot-5w1s-first-order-original": {"first_order": True, "net": "original"}}  # fmt: skip
+         "omniglot-5w1s-first-order-original": {"first_order": True, "net": "original"}}
 LEARNERS = {f"contrast-{learner}": {"learner": learner, "recipe": "paper", "nc_qry": 15, "k_qry": 1}
-            for learner in ("maml", "anil", "boil", "protonet", "classifier")}  # fmt: skip
+            for learner in ("maml", "anil", "boil", "protonet", "classifier")}
 LONG = {"paper-omniglot-5w1s": {"recipe": "paper", "nc_qry": 15, "k_qry": 1}}
 
 

@@ -12,11 +12,12 @@ import omniglot_train
 import predict
 import synthetic
 import training
+from files import UserError
 from study import effects
 from study.logs import read_run
 
 FLAGS = ("--synthetic --device cpu --task_num 3 --epoch 1 --k_qry 2 --n_way 3 --update_step 1 --update_step_test 2 "
-         "--eval_tasks 2 --test_tasks 2 --nc_every 1").split()  # fmt: skip
+         "--eval_tasks 2 --test_tasks 2 --nc_every 1").split()
 
 
 def share(features, labels):
@@ -54,7 +55,7 @@ def test_controls(tmp_path):
     controls.main([str(run), "--tasks", "4"])
     found = json.loads((run / "controls.json").read_text())
     assert list(found) == ["final", "untrained", "classifier at zero", "classifier at random", "pixels", "queries 1",
-                           "queries 5", "queries 19", "5-shot", controls.ALONE, controls.BY_SUPPORT]  # fmt: skip
+                           "queries 5", "queries 19", "5-shot", controls.ALONE, controls.BY_SUPPORT]
     script, args = predict.settings_of(run)
     args.k_qry_test = 15
     data = training.Data(args, script.dataset(args), torch.device("cpu"))
@@ -124,3 +125,7 @@ def test_classes_of_fewer_images_than_five_shots_and_the_usual_queries(tmp_path,
     omniglot_train.main([*FLAGS, "--out", run])
     controls.main([run, "--tasks", "2", "--only", "5-shot", "queries 5"])
     assert list(json.loads((tmp_path / "run/controls.json").read_text())) == ["5-shot", "queries 5"]
+    (tmp_path / "run/controls.json").write_text("{")
+    monkeypatch.setattr(controls, "measure", lambda *_: pytest.fail("measured, and it can't be kept"))
+    with pytest.raises(UserError, match="controls.json is damaged .*; remove it, and measure all controls again"):
+        controls.main([run, "--tasks", "2", "--only", "final"])

@@ -100,7 +100,7 @@ def name_apart(root: Path) -> None:
     (lambda root: write_classes(root, 5, count=1), ["'class 0' in", "at least 2 images"],
      lambda root: shutil.rmtree(root / "class 0")),
     (split_folders("train", "val", "test"), ["in both train and val", "'class 0'; 'class 1'; 'class 2'"], name_apart),
-])  # fmt: skip
+])
 def test_faults_are_named_in_one_line_that_leads_out(tmp_path, make, words, remedy):
     make(tmp_path / "mine")
     with refused(*words):

@@ -24,10 +24,10 @@ def test_requests_that_can_not_be(photos):
                        (lambda root: folders.find(root, Image.Resampling.BILINEAR), "--data")):
         with refused("long" * 100, flag):
             find(photos / ("long" * 100))
-    with refused("split", "'training'"):
-        load(miniimagenet, photos, "training", 12)
-    with refused("--imgsz"):
-        load(miniimagenet, photos, "train", 0)
+    with refused("mode 'training': choose train, val, test"):
+        miniimagenet.MiniImagenet(photos, "training", 1, 2, 1, 2, 12)
+    with refused("resize 0 must be at least 1"):
+        miniimagenet.MiniImagenet(photos, "train", 1, 2, 1, 2, 0)
     with refused("memory", "--imgsz"):
         load(miniimagenet, photos, "train", 2_000_000)
 
@@ -52,7 +52,7 @@ LEFT = Image.fromarray(np.repeat(np.array([[255, 0]], np.uint8), 10, 0).repeat(5
     (Image.merge("RGBA", [*RED.split(), LEFT]), "PNG", {}, (200, 40, 40), (255,) * 3),
     (Image.merge("LA", [Image.new("L", (10, 10)), LEFT]), "PNG", {}, (0,) * 3, (255,) * 3),
     (LEFT.point(lambda value: value // 255).convert("P"), "PNG", {"transparency": 1}, (255,) * 3, (0,) * 3),
-])  # fmt: skip
+])
 def test_every_mode_becomes_rgb_and_grey(image, kind, options, left, right):
     data = encode(image, kind, **options)
     for column, expected in ((0, left), (7, right)):

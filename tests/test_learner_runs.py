@@ -28,7 +28,7 @@ FLAGS = {"anil": ["--learner", "anil"], "boil": ["--learner", "boil"], "protonet
 def test_stopped_and_resumed(flags, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     omniglot_train.main([*TINY, *flags, "--out", str(whole)])
-    stopped = stop_at(monkeypatch, tmp_path / "stopped", "forward", 6, flags=[*TINY, *flags])
+    stopped = stop_at(monkeypatch, tmp_path / "stopped", "__call__", 6, flags=[*TINY, *flags])
     resume(stopped)
     assert not kill.differences(kill.state(whole), kill.state(stopped))
     if "cosine" in flags:
@@ -56,13 +56,13 @@ def test_measuring_more_queries_changes_no_bit(learner, tmp_path, monkeypatch):
 
 
 def test_the_classifier_learns_the_training_class_of_each_label(tmp_path, monkeypatch):
-    steps, forward = [], Meta.forward
+    steps, call = [], Meta.__call__
 
     def watched(maml, tasks, every_step, measured, classes):
         steps.append((tasks, classes))
-        return forward(maml, tasks, every_step, measured, classes)
+        return call(maml, tasks, every_step, measured, classes)
 
-    monkeypatch.setattr(Meta, "forward", watched)
+    monkeypatch.setattr(Meta, "__call__", watched)
     train(tmp_path / "run", "--learner", "classifier", "--epoch", "2", "--nc_every", "0")
     images = with_rotations(synthetic.load_characters("train", 28)) / 255
     for tasks, classes in steps:

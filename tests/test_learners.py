@@ -1,6 +1,7 @@
 """The paper's network, the learners that MAML is compared with, and answers without transduction, each recomputed."""
 
 import argparse
+import copy
 
 import oracle
 import pytest
@@ -92,11 +93,14 @@ def test_prototypical_network(net):
         support, query = (plain(net, x, net.weights)[0] for x in (x_spt, x_qry))
         means = torch.stack([support[y_spt == label].mean(0) for label in range(5)])
         losses.append(F.cross_entropy(-torch.cdist(query, means) ** 2, y_qry))
-    gradient, ours, _ = BASELINES["protonet"](net, tasks)
+    gradient, ours, right = BASELINES["protonet"](net, tasks)
     torch.testing.assert_close(ours, torch.stack(losses).detach())
     expected = torch.autograd.grad(sum(losses), list(net.parameters()), materialize_grads=True)
     torch.testing.assert_close(gradient, list(expected))
     assert gradient[-1].abs().max() == 0 < gradient[0].abs().max()
+    for every_step in (False, True):  # never of the head, which nothing trains
+        step = Meta(copy.deepcopy(net), learner="protonet", nc_every=0)(tasks, every_step)
+        assert step.accuracy.tolist() == right[:, None].tolist()
 
 
 def test_classifier_of_all_classes(net):

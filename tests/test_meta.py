@@ -168,7 +168,7 @@ def test_no_update_where_a_loss_is_not_finite(steps_before, skip):
     for _ in range(steps_before):
         maml(good), other(good)
     assert maml(bad).losses.isfinite().tolist() == [True, False, True, True]
-    assert equal(maml.state()[:-1], other.state()[:-1]) and maml.halted.item() == (not skip)
+    assert equal(maml.state()[:-1], other.state()[:-1]) and maml.outer.halted.item() == (not skip)
     maml(good)
     if skip:  # as if the bad tasks had never been
         other(good)
@@ -184,7 +184,7 @@ def test_a_gradient_too_large_for_adam_changes_nothing(value, clip):
     before = copies(maml.state()[:-1])
     maml.outer.step([torch.full_like(weight, value) for weight in maml.net.parameters()], torch.ones(4))
     fits = clip > 0 and value < torch.inf
-    assert equal(before, maml.state()[:-1]) == (not fits) and maml.halted.item() == (not fits)
+    assert equal(before, maml.state()[:-1]) == (not fits) and maml.outer.halted.item() == (not fits)
 
 
 # ---- what is measured ----

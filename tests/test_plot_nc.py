@@ -37,7 +37,7 @@ def drawn(axes) -> list[tuple[list, list]]:
 
 def test_a_run_is_drawn_into_its_folder_without_torch_or_a_window(tmp_path):
     code = ("import sys, plot_nc; plot_nc.main([sys.argv[1]]); "
-            "print(sorted({'torch', 'files', 'tkinter', 'matplotlib.pyplot'} & set(sys.modules)))")  # fmt: skip
+            "print(sorted({'torch', 'files', 'tkinter', 'matplotlib.pyplot'} & set(sys.modules)))")
     run = write_run(tmp_path / "run")
     done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, cwd=PROJECT)
     assert done.stdout.splitlines() == [f"wrote {run / 'result.png'}", "[]"], done.stdout + done.stderr
@@ -91,11 +91,17 @@ def test_lines_of_a_single_run_are_its_log(tmp_path):
         assert ([row["step"] for row in rows], [row[model]["nc1"]["mean"][1] for row in rows]) in nc1
     accuracies = [row["inner"]["accuracy"]["mean"][-1] * 100 for row in rows]
     assert any(values == pytest.approx(accuracies) for _, values in drawn(figures.accuracy(groups).axes[0]))
+    axes = figures.Figure().subplots()
+    for last, left in ((50, 0), (6000, 100)):  # the first hundred steps are cut off where there are more
+        axes.plot([0, last], [90, 99.5])
+        axes.set_xlim(0, last)
+        figures.zoom_on_accuracy(axes)
+        assert axes.get_xlim() == (left, last)
 
 
 def test_the_thick_line_is_the_mean_at_the_steps_that_all_seeds_have(tmp_path):
     (group,) = logs.read_groups([write_run(tmp_path / "a", nc_logs.log(300), seed=1),
-                                 write_run(tmp_path / "b", nc_logs.log(120), seed=2)])  # fmt: skip
+                                 write_run(tmp_path / "b", nc_logs.log(120), seed=2)])
     axes = figures.Figure().subplots()
     figures.draw(axes, group, lambda run: (
         np.array(sorted(run.rows["train"])), np.full(len(run.rows["train"]), run.settings["seed"])), "k")
@@ -168,11 +174,11 @@ def test_a_run_without_held_out_tasks(tmp_path):
 
 def test_settings_of_one_name_have_their_folders_in_a_legend_that_fits(tmp_path):
     runs = [write_run(tmp_path / name, recipe=name, net="original", first_order=True, learner="boil")
-            for name in ("one $", "two $")]  # fmt: skip
+            for name in ("one $", "two $")]
     figure = figures.metrics(logs.read_groups(runs))
     legend, = figure.legends
     assert [text.get_text().endswith(f"({run.name})".replace("$", r"\$"))
-            for text, run in zip(legend.get_texts(), runs)] == [True, True]  # fmt: skip
+            for text, run in zip(legend.get_texts(), runs)] == [True, True]
     assert legend.get_window_extent().width <= figure.bbox.width
 
 
@@ -181,7 +187,7 @@ def test_settings_of_one_name_have_their_folders_in_a_legend_that_fits(tmp_path)
     (lambda row: row["meta"].pop("within"), "lacks meta within"),
     (lambda row: row.update(step="soon"), "has no step"),
     (lambda row: row["finetuned"]["between"]["mean"].pop(), "lacks finetuned between"),
-])  # fmt: skip
+])
 def test_an_incomplete_measurement_is_named(change, words, tmp_path):
     log = nc_logs.log(60)
     for row in log:
@@ -210,7 +216,8 @@ def test_other_refusals(tmp_path):
     assert "no run at" in refused(tmp_path / "nowhere") and "no run at" in refused(run / "args.json")
     assert "no layer 'block9'" in refused(run, "--layer", "block9")
     assert "ends in .png" in refused(run, "-o", tmp_path / "x.pdf")
-    assert "name a RUN" in refused("-o", tmp_path / "x.png")
+    for flag, value in (("-o", tmp_path / "x.png"), ("--figure", "layers"), ("--layer", "block1")):
+        assert "name a RUN" in refused(flag, value)
     assert "--help" in refused(run, "--figure", "none")
     for text in ("{", "[]", '{"settings": {"n_way": 5}, "data": {"name": "Omniglot"}}'):
         (run / "args.json").write_text(text)

@@ -63,7 +63,7 @@ def whole(tmp_path_factory) -> Path:
 def stopped_once(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch)
-        return stop_at(patch, tmp_path_factory.mktemp("stopped") / "run", "forward", 5)
+        return stop_at(patch, tmp_path_factory.mktemp("stopped") / "run", "__call__", 5)
 
 
 @pytest.fixture
@@ -109,10 +109,10 @@ def test_thirty_kills_lose_nothing():
 
 
 @pytest.mark.parametrize("method, call, step, number", [
-    ("forward", 5, 5, signal.SIGTERM),  # within a step: at the next one's top
+    ("__call__", 5, 5, signal.SIGTERM),  # within a step: at the next one's top
     ("finetune", 5, 3, signal.SIGINT),  # in a validation: as at that step's top
     *(pytest.param(*case, signal.SIGTERM, marks=pytest.mark.slow) for case in [
-        ("forward", 8, 8), ("finetune", 1, 0),
+        ("__call__", 8, 8), ("finetune", 1, 0),
         ("finetune", 13, 8)]),  # in the test: the last checkpoint is there already
 ])
 def test_a_signal_anywhere_and_resumed(method, call, step, number, whole, tmp_path, monkeypatch, capsys):
@@ -173,7 +173,7 @@ def test_a_longer_run_is_the_longer_run(whole, tmp_path, monkeypatch, capsys):
     assert all(path.exists() for path in others)
     assert f"{run} is complete" in capsys.readouterr().out
     assert (run / "result.json").read_bytes() == short
-    stop_at(monkeypatch, run, "forward", 2, flags=["--resume", str(run), "--epoch", "8"])
+    stop_at(monkeypatch, run, "__call__", 2, flags=["--resume", str(run), "--epoch", "8"])
     assert not any(path.exists() for path in (run / "result.json", *others))
     resume(run)
     same(run, whole)
@@ -319,7 +319,7 @@ def test_a_folder_in_use_is_refused(stopped, tmp_path, monkeypatch):
     for run, flags in ((new, [*TINY, "--out", str(new)]), (stopped, ["--resume", str(stopped)])):
         with locked(run / ".run.lock"):
             assert refused(*flags) == f"{run} is in use by another process; name another folder"
-    monkeypatch.setattr(Meta, "forward", lambda *_, **__: "in use" in refused("--resume", str(new)) and sys.exit(7))
+    monkeypatch.setattr(Meta, "__call__", lambda *_, **__: "in use" in refused("--resume", str(new)) and sys.exit(7))
     with pytest.raises(SystemExit) as ended:
         train(new)
     assert ended.value.code == 7

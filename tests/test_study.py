@@ -103,7 +103,7 @@ def correlation(folder: Path) -> float:
     (original, lambda one: effects.logit_share_change(one, "meta", "_original", 100)),
     (drop, effects.largest_drop), (spread, effects.error_spread),
     (correlation, lambda one: effects.correlation(one, "finetuned", "cdnv", 2)),
-])  # fmt: skip
+])
 def test_numbers_of_the_committed_runs_recomputed(plain, of_study, setting):
     runs = COMMITTED[setting]
     expected = [plain(one.path) for one in runs]
@@ -162,7 +162,7 @@ def test_the_etf_error_of_random_directions_and_the_dimension_that_matches_it():
 @pytest.mark.parametrize("x, y, expected", [
     ([1, 2, 3, 4], [10, 20, 30, 4000], 1.0), ([1, 2, 3], [3, 2, 1], -1.0), ([0, 1.5, 1.5, 3], [0, 1, 2, 3], 0.9**0.5),
     ([1, 1, 1], [1, 2, 3], math.nan), ([1, 2], [1, 2], math.nan), ([1, 2, math.nan], [1, 2, 3], math.nan),
-])  # fmt: skip
+])
 def test_spearman(x, y, expected):
     assert effects.spearman(x, y) == pytest.approx(expected, nan_ok=True)
 
@@ -173,7 +173,7 @@ def test_what_has_no_logarithm_or_three_checkpoints_has_no_correlation(cdnv, tmp
         return cdnv if metric == "cdnv" and step == 1_500 else nc_logs.usual(model, metric, layer, step, classes)
 
     four, three = (read_run(nc_logs.write_run(tmp_path / f"{last}", nc_logs.log(last, 500, value=odd)))
-                   for last in (1_750, 1_500))  # fmt: skip
+                   for last in (1_750, 1_500))
     assert math.isnan(effects.correlation(four, "finetuned", "cdnv", "block4"))
     assert math.isfinite(effects.correlation(four, "finetuned", "nc1", "block4"))
     assert math.isnan(effects.correlation(three, "finetuned", "nc1", "block4"))
@@ -185,7 +185,7 @@ def test_what_has_no_logarithm_or_three_checkpoints_has_no_correlation(cdnv, tmp
     ((-0.001, -0.2, 0.198), "0.00 ± 0.20"), ((0.34, math.nan, math.nan), "0.34"),
     ((7.0, 7.0, 7.0), "7.0"), ((48.2, math.nan, math.nan), "48.2"), ((math.nan,) * 3, "–"),
     ((0.8, 0.5, 0.9), "0.80 [0.50, 0.90]"),
-])  # fmt: skip
+])
 def test_a_number_has_the_digits_that_its_interval_carries(estimate, text):
     assert written(effects.Estimate(*estimate)) == text
 
@@ -297,12 +297,16 @@ def test_a_long_run_and_its_tests(home):
 @pytest.mark.parametrize("options, expected", [
     ({}, "98.7 ± 0.4 / 98.3 ± 0.5"), ({"first_order": True, "k_spt": 5}, "99.9 ± 0.1 / 99.2 ± 0.2"),
     ({"learner": "anil"}, ""), ({"random_labels": True}, ""), ({"name": "my photographs"}, ""),
-])  # fmt: skip
+])
 def test_published_is_maml_with_true_labels(options, expected, tmp_path):
     nc_logs.write_run(tmp_path / "paper-omniglot-5w1s-seed1", **options)
     for table in (tables.accuracies, tables.tests):
         header, _, row, *_ = (line[2:-2].split(" | ") for line in table(Study(tmp_path)).split("\n"))
         assert dict(zip(header, row))["published"] == expected
+
+
+def test_every_table_is_empty_without_runs(tmp_path):
+    assert not any(table(Study(tmp_path)) for table in tables.TABLES.values())
 
 
 def test_a_setting_whose_runs_differ_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -65,16 +66,20 @@ def test_finished_runs_are_skipped_and_failures_named(place, capsys):
     assert "no luck" in (place / "runs" / "study" / f"{SETTING}-seed3.txt").read_text()
 
 
-def test_stopped_it_stops_its_runs_and_then_resumes_them(place, capsys):
+@pytest.mark.parametrize("stop, status", [(lambda process: process.terminate(), 143),
+                                          (lambda process: os.killpg(process.pid, signal.SIGINT), -signal.SIGINT)])
+def test_stopped_it_stops_its_runs_and_then_resumes_them(stop, status, place, capsys):
+    """By SIGTERM, or by Ctrl-C, which a terminal sends to the whole group."""
     code = (f"import pathlib; from study import run; run.HOME = pathlib.Path({str(place)!r}); "
             f"run.main(['{SETTING}', '--seeds', '2'])")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=place, env={"PYTHONPATH": str(HOME)})
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=place, env={"PYTHONPATH": str(HOME)},
+                               start_new_session=True)
     folder = place / "runs" / "study" / f"{SETTING}-seed2"
     log = folder / "log.jsonl"  # written once the stand-in has its handler
     while not (log.exists() and log.read_text()) and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143
+    stop(process)
+    assert process.wait() == status
     assert (folder / "checkpoint.pt").exists() and not (folder / "result.json").exists()
     run.main([SETTING, "--seeds", "2"])
     assert "--resume" in capsys.readouterr().out and log_of(place, 2) == ["begun", "resumed"]
