@@ -40,7 +40,8 @@ PAPER = {  # Finn, Abbeel, Levine 2017, appendix A.1, and the paper's code; epoc
 def layers(args: argparse.Namespace) -> Config:
     """Four 3x3 convolutions of 32 filters, each followed by a max-pool, then a linear layer."""
     paper = args.net == "paper"  # padded, and every pool halves
-    after = [("bn_shift" if paper else "bn", [32]), ("relu", [True])]
+    scale = not paper if args.bn_scale is None else args.bn_scale
+    after = [("bn" if scale else "bn_shift", [32]), ("relu", [True])]
     if args.net == "original":
         after.reverse()
     blocks = []

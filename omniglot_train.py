@@ -42,7 +42,8 @@ PAPER = {  # Finn, Abbeel, Levine 2017, appendix A.1, and the paper's code
 def layers(args: argparse.Namespace) -> Config:
     """Four convolutions of 64 filters, each with batch norm and relu, then a linear layer."""
     paper = args.net == "paper"  # padded, and the mean over the last 2 x 2
-    after = [("bn_shift" if paper else "bn", [64]), ("relu", [True])]
+    scale = not paper if args.bn_scale is None else args.bn_scale
+    after = [("bn" if scale else "bn_shift", [64]), ("relu", [True])]
     if args.net == "original":
         after.reverse()
     blocks = []

@@ -106,6 +106,9 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("net", "conv_bn_relu", "original: blocks of conv, relu, batch norm; conv_bn_relu: the same in that order; "
          "paper: the network and initial weights of the paper's code (padded, batch norm without scale)",
          choices=["original", "conv_bn_relu", "paper"])
+    parser.add_argument("--bn_scale", action=argparse.BooleanOptionalAction, help="batch norm has a scale, and the "
+                        "inner loop adapts scale and shift; --no-bn_scale: it has a shift alone, which the inner loop "
+                        "doesn't adapt. The network's own if neither is given")
     flag("head_std", None, "standard deviation of the last layer's initial weights; the network's own if not given",
          type=float)
     flag("pixels", None, "normalised: by the data's mean and deviation; unit: 0..1; inverted: 1..0",

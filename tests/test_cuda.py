@@ -29,7 +29,7 @@ TINY = ("--synthetic --task_num 4 --k_qry 3 --update_step 2 --update_step_test 3
 
 def maml_on(device: str, first_order: bool = False, dtype: torch.dtype = torch.float32, nc_every: int = 0) -> Meta:
     torch.manual_seed(0)
-    net = Learner(omniglot_train.layers(Namespace(net="conv_bn_relu", imgc=1, imgsz=28, n_way=5)), 1, 28)
+    net = Learner(omniglot_train.layers(Namespace(net="conv_bn_relu", imgc=1, imgsz=28, n_way=5, bn_scale=None)), 1, 28)
     return Meta(net.to(device, dtype), update_step=2, first_order=first_order, nc_every=nc_every)
 
 

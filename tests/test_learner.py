@@ -99,7 +99,7 @@ def test_given_weights_are_used_and_theta_is_not_and_nothing_is_kept():
 def script_net(script, imgsz=None, net="conv_bn_relu", n_way=5):
     imgc = script.DEFAULTS["imgc"]
     imgsz = imgsz or script.DEFAULTS["imgsz"]
-    args = argparse.Namespace(net=net, imgc=imgc, imgsz=imgsz, n_way=n_way)
+    args = argparse.Namespace(net=net, imgc=imgc, imgsz=imgsz, n_way=n_way, bn_scale=None)
     torch.manual_seed(1)
     return Learner(script.layers(args), imgc, imgsz)
 

@@ -19,7 +19,8 @@ from tasks import Dataset, Sampler
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    net = omniglot_train.network(argparse.Namespace(net="paper", imgc=1, imgsz=28, n_way=5, head_std=None)).double()
+    args = argparse.Namespace(net="paper", imgc=1, imgsz=28, n_way=5, bn_scale=None, head_std=None)
+    net = omniglot_train.network(args).double()
     for name, weight in net.weights.items():
         if name.endswith("bias"):
             torch.nn.init.normal_(weight)
@@ -50,8 +51,16 @@ def test_the_papers_network(net):
         torch.testing.assert_close(layers[-2][task], features)
 
 
+@pytest.mark.parametrize("script", [omniglot_train, miniimagenet_train])
+@pytest.mark.parametrize("name, scale, layer", [
+    ("paper", None, "bn_shift"), ("paper", True, "bn"), ("conv_bn_relu", False, "bn_shift"), ("original", None, "bn")])
+def test_batch_norm_with_and_without_a_scale(script, name, scale, layer):
+    args = argparse.Namespace(net=name, imgc=1, imgsz=84, n_way=5, bn_scale=scale)
+    assert {name for name, _ in script.layers(args) if name.startswith("bn")} == {layer}
+
+
 def test_the_papers_sizes_and_initial_weights():
-    args = argparse.Namespace(net="paper", imgc=3, imgsz=84, n_way=5, head_std=None)
+    args = argparse.Namespace(net="paper", imgc=3, imgsz=84, n_way=5, bn_scale=None, head_std=None)
     torch.manual_seed(0)
     weights = {name: w.detach() for name, w in miniimagenet_train.network(args).weights.items()}
     assert weights["17_linear_weight"].shape == (5, 800)
@@ -59,7 +68,7 @@ def test_the_papers_sizes_and_initial_weights():
     kernel = weights["4_conv2d_weight"]
     assert 0.95 * bound < kernel.abs().max() <= bound and abs(kernel.mean()) < 0.02 * bound
     for head_std, expected in ((None, 1), (0.2, 0.2)):
-        args = argparse.Namespace(net="paper", imgc=1, imgsz=28, n_way=20, head_std=head_std)
+        args = argparse.Namespace(net="paper", imgc=1, imgsz=28, n_way=20, bn_scale=None, head_std=head_std)
         head = omniglot_train.network(args).weights["13_linear_weight"]
         assert head.std().item() == pytest.approx(expected, rel=0.06)
 

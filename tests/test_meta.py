@@ -125,7 +125,7 @@ def test_gradient_of_the_scripts_networks(script, imgsz, n_way, net, k_spt, step
     # With some seeds the original network starts with dead channels, which batch norm turns into gradients
     # 10,000 times as large: there the plain loop is off from itself, rows in another order, by 1e-9 to 1e-7.
     torch.manual_seed(1)
-    args = argparse.Namespace(net=net, imgc=imgc, imgsz=imgsz, n_way=n_way)
+    args = argparse.Namespace(net=net, imgc=imgc, imgsz=imgsz, n_way=n_way, bn_scale=None)
     learner = Learner(script.layers(args), imgc, imgsz).double()
     tasks = make_tasks(2, n_way, k_spt, k_qry=3, imgc=imgc, imgsz=imgsz)
     gradient, losses = meta_step(learner, tasks, update_lr=lr, update_step=steps, first_order=first_order)
@@ -321,7 +321,8 @@ def test_losses_and_finetune_leave_everything_as_it_was_and_results_hold_no_grap
     (omniglot_train, 1, 1, (32, 32)),  # the paper's training sizes
     (omniglot_train, 5, 5, (8, 8)), (omniglot_train, 5, 15, (8, 1)), (miniimagenet_train, 5, 15, (1, 1))])
 def test_a_cpu_takes_as_many_tasks_together_as_stay_in_its_cache(script, k_spt, k_qry, together):
-    args = argparse.Namespace(net="conv_bn_relu", n_way=5, **{k: script.DEFAULTS[k] for k in ("imgc", "imgsz")})
+    sizes = {name: script.DEFAULTS[name] for name in ("imgc", "imgsz")}
+    args = argparse.Namespace(net="conv_bn_relu", n_way=5, bn_scale=None, **sizes)
     maml = Meta(Learner(script.layers(args), args.imgc, args.imgsz))
     tasks = Tasks(*(torch.empty(2, 5 * k, 0) for k in (k_spt, k_spt, k_qry, k_qry)))
     for got, about in zip(maml._together(tasks), together, strict=True):

@@ -17,7 +17,8 @@ from tasks import sample_tasks
 
 def main(path: str) -> None:
     torch.manual_seed(0)
-    net = omniglot_train.network(Namespace(net="conv_bn_relu", imgc=1, imgsz=28, n_way=5, head_std=None)).double()
+    args = Namespace(net="conv_bn_relu", imgc=1, imgsz=28, n_way=5, bn_scale=None, head_std=None)
+    net = omniglot_train.network(args).double()
     maml = Meta(net, nc_every=2)
     images = synthetic.characters(8, 6, 28, seed=0)
     generator = torch.Generator().manual_seed(1)
