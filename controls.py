@@ -2,6 +2,7 @@
 
     python controls.py res/RUN                      writes res/RUN/controls.json
     python controls.py res/RUN --root DATA --tasks 100 --only final untrained     the others stay in the file
+    python controls.py res/RUN --data FOLDER        on other images: res/RUN/controls-FOLDER.json
 
 The tasks are those of the run's test. The controls, each with all metrics and accuracies (T tasks, K inner steps):
 
@@ -42,7 +43,7 @@ from learner import Learner, Weights
 from measuring import accuracies, accuracy, class_means, collapse_metrics, permuted_labels, scores, squared_distances
 from meta import Adapted, Meta
 from record import numbers, say, summary
-from settings import check
+from settings import check, read_settings
 from tasks import Dataset, Tasks, as_tasks, cat
 from training import TEST_SEED, Data, held_out_tasks
 
@@ -63,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder, n_tasks, only = given.pop("run"), given.pop("tasks"), given.pop("only")
     flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
     script, args = predict.settings_of(folder, f"--test_tasks={n_tasks}", *flags)
-    path, kept = folder / "controls.json", {}
+    others = args.data if args.data != read_settings(folder / "args.json", "").get("data") else None
+    name = "controls.json" if others is None else f"controls-{Path(others).resolve().name}.json"  # of other images
+    path, kept = folder / name, {}
     if only and path.exists():
         with reading(path, "remove it, and measure all controls again", "is damaged"):
             kept = dict(json.loads(path.read_bytes()))

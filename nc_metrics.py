@@ -439,7 +439,7 @@ def measure_features(features: Array, labels: Array, *, classifier_weight: Array
     _require(undefined <= {"cdnv_unbiased"}, f"{', '.join(sorted(undefined))}: division by zero. Class means are equal "
              "to each other or to the mean of all, or the classifier is zero, or values are too large to square")
     if undefined:
-        warnings.warn("cdnv_unbiased is nan: two class means are no farther apart than by chance", stacklevel=2)
+        warnings.warn("cdnv_unbiased is nan: two class means are no farther apart than by chance", stacklevel=3)
     return {name: value.item() for name, value in values.items()}
 
 

@@ -116,7 +116,7 @@ class Model:
         y_spt = torch.tensor([[classes[label] for label in labels]], device=x_spt.device)
         if transductive and 0 < len(query_images) < len(classes):
             warnings.warn(f"{len(query_images)} queries of {len(classes)} classes are normalised together: their "
-                          "statistics mean little; leave transductive out", stacklevel=2)
+                          "statistics mean little; leave transductive out", stacklevel=3)
         by_mean = self.args.learner in BASELINES
         *_, weights = adapt(self.net, self.net.weights, x_spt, y_spt, self.args.update_lr,
                             0 if by_mean else self.args.update_step_test,

@@ -89,7 +89,7 @@ def extend_run(out: Path, epoch: int, steps: int) -> None:
     recorded = _args(out)
     if recorded["settings"]["epoch"] != epoch and devices.rank() == 0:
         # before args.json: a run with a result is complete. The others are of the shorter run's weights
-        for path in (out / "result.json", out / "timing.json", out / "controls.json", *out.glob("test-*.json")):
+        for path in (out / "result.json", out / "timing.json", *out.glob("controls*.json"), *out.glob("test-*.json")):
             path.unlink(missing_ok=True)
         recorded["settings"]["epoch"], recorded["meta_steps"] = epoch, steps
         write_json(out / "args.json", recorded)

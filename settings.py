@@ -46,17 +46,17 @@ def parse_args(description: str, defaults: dict, paper: dict, argv: Sequence[str
     parser = _parser(description, defaults, paper, epoch_help)
     unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), UNSET))
     flags = {name: value for name, value in vars(parser.parse_args(argv, unset)).items() if value is not UNSET}
+    modes = [mode for mode in MODES if flags.get(mode) is not None]
+    if len(modes) > 1:
+        raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other; give one")
+    if modes:
+        return _settings_of_run(modes[0], flags, parser)
     if flags.get("recipe") == "paper":
         n_way, k_spt = flags.get("n_way", defaults["n_way"]), flags.get("k_spt", defaults["k_spt"])
         if (n_way, k_spt) not in paper:
             cases = ", ".join(f"{way}-way {shot}-shot" for way, shot in paper)
             raise UserError(f"--recipe paper: the paper has no {n_way}-way {k_spt}-shot; there are {cases}")
         parser.set_defaults(**paper[n_way, k_spt])
-    modes = [mode for mode in MODES if flags.get(mode) is not None]
-    if len(modes) > 1:
-        raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other; give one")
-    if modes:
-        return _settings_of_run(modes[0], flags, parser)
     fewer_tasks = SYNTHETIC if flags.get("synthetic") else {}
     return argparse.Namespace(**vars(parser.parse_args([])) | fewer_tasks | flags)
 
@@ -202,6 +202,8 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
         queries = flags.get("k_qry_test", flags.get("k_qry", settings["k_qry_test"] or settings["k_qry"]))
         if "data" in flags:
             settings["synthetic"] = False  # a run on generated images may be tested on others
+            if flags["data"] != settings["data"]:  # which are not Omniglot's, and have another name
+                settings |= {"data_name": None} | ({"split": "shuffled"} if "split" in settings else {})
         one_query_set = {"k_qry": queries, "k_qry_test": queries, "nc_qry": None}  # a test measures no neural collapse
         return argparse.Namespace(**settings | flags | one_query_set)
     epoch, new_epoch = settings["epoch"], flags.get("epoch", settings["epoch"])
@@ -264,7 +266,8 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
             if not 0 <= value <= torch.finfo(torch.float32).max or bound == "above" and value == 0:
                 raise UserError(f"--{name} {value}: must be a number {bound} 0 that a float32 holds")
     if args.synthetic and args.data is not None:
-        raise UserError(f"--data {args.data}: with --synthetic the images are generated; give --no-synthetic")
+        raise UserError(f"--data {args.data}: with --synthetic the images are generated; leave --data out, "
+                        "or give --no-synthetic")
     if args.first_order and args.learner in BASELINES:
         raise UserError(f"--first_order: --learner {args.learner} has no inner gradient; give --no-first_order")
     if getattr(args, "split", "shuffled") != "shuffled" and (args.synthetic or args.data is not None):

@@ -47,7 +47,8 @@ SETTINGS = {setting.name: setting for setting in (
             f"{_ONE_CHANGE} --net conv_bn_relu --head_std 1"),
     Setting("other-network-no-scale", "network conv, batch norm, relu, without a scale",
             f"{_ONE_CHANGE} --net conv_bn_relu --no-bn_scale"),
-    Setting("with-scale", "batch norm with a scale", f"{_ONE_CHANGE} --bn_scale"),
+    Setting("other-network-padded", "network conv, batch norm, relu, padded, mean over 2 x 2",
+            f"{_ONE_CHANGE} --bn_scale --head_std 0.177"),
     Setting("paper-omniglot-5w1s", "paper's recipe, 5-way 1-shot", _LONG),
     Setting("paper-omniglot-5w1s-first-order", "paper's recipe, 5-way 1-shot, first order",
             f"{_LONG} --first_order --epoch 20000", (1,)),
@@ -59,8 +60,8 @@ MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
 PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
-CHANGES = ("contrast-maml", "small-step", "small-head", "with-scale", "other-network", "other-network-large-head",
-           "other-network-no-scale")
+CHANGES = ("contrast-maml", "small-step", "small-head", "other-network", "other-network-large-head",
+           "other-network-no-scale", "other-network-padded")
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
 MODELS = {"meta": "before adaptation", "finetuned": "adapted"}

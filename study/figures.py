@@ -162,8 +162,9 @@ def common_split(groups: Sequence[Group]) -> str:
 
 
 def zoom_on_accuracy(axes: Axes) -> None:
-    """88 to 100% from meta-step 100 on, if accuracy and meta-steps come that far."""
-    if axes.get_ylim()[1] > 98 and axes.get_xlim()[1] > 300:
+    """88 to 100% from meta-step 100 on, if the accuracy of every line and meta-steps come that far."""
+    ends = [line.get_ydata()[-1] for line in axes.get_lines() if len(line.get_ydata())]
+    if min(ends, default=0) > 88 and axes.get_xlim()[1] > 300:
         axes.set(ylim=(88, 100), xlim=(100, None))
 
 
@@ -225,8 +226,10 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
 
 def layers(groups: Sequence[Group], layer: str | None = None) -> Figure:
     """The relative within trace by layer at a few meta-steps, a panel per setting; `layer` is not used."""
-    split, last = common_split(groups), max(group[0].last_step for group in groups)
-    steps = [step for step in (0, 250, 1_000, 6_000, 20_000, 60_000) if step <= last]
+    split = common_split(groups)
+    measured = {step for group in groups for step in set.intersection(*(set(run.rows[split]) for run in group))}
+    steps = sorted({min(measured, key=lambda other, step=step: (abs(other - step), other))
+                    for step in (0, 250, 1_000, 6_000, 20_000, 60_000) if step <= max(measured, default=-1)})
     shades = dict(zip(steps, matplotlib.colormaps["viridis_r"](np.linspace(0.12, 1, len(steps)))))
     legend = [key(f"meta-step {step:,}", shade, linewidth=2.2) for step, shade in shades.items()]
     figure, (panels,) = frame(1, len(groups), 2.5, [*legend, *keys([], models=True)], sharey=True)
@@ -235,7 +238,7 @@ def layers(groups: Sequence[Group], layer: str | None = None) -> Figure:
             curves = [[effects.series(run, split, model, "relative_within", name) for name in run.layers]
                       for run in group]
             for step, shade in shades.items():
-                if step <= group[0].last_step:
+                if all(step in run.rows[split] for run in group):
                     values = [[curve.mean[np.abs(curve.steps - step).argmin()] for curve in row] for row in curves]
                     axes.plot(group[0].layers, np.mean(values, 0), "o", color=shade, linestyle=style, markersize=2.5)
         axes.set(title=title, ylim=(0, 1))

@@ -24,9 +24,9 @@ HOME = Path(__file__).resolve().parent.parent
 BROKEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 # Settings that do not change the experiment: runs that differ in these alone are seeds of one setting.
-NOT_COMPARED = {"seed", "out", "root", "cache", "device", "precision", "deterministic", "task_chunk", "cuda_graph",
-                "print_every", "save_every", "keep_every", "nc_every", "nc_every_late", "eval_every", "test_tasks",
-                "tensorboard", "resume", "from_args", "test"}
+NOT_COMPARED = {"seed", "out", "root", "data", "cache", "device", "precision", "deterministic", "task_chunk",
+                "cuda_graph", "print_every", "save_every", "keep_every", "nc_every", "nc_every_late", "eval_every",
+                "test_tasks", "tensorboard", "resume", "from_args", "test"}
 
 
 # ---- errors, and programs that end with one line

@@ -147,7 +147,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not job.finished:
                 print(f"python {shlex.join(job.command(roots[job.script]))}")
     else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are stopped too
+        for name in ("SIGTERM", "SIGHUP"):  # so that the runs are stopped too; SIGHUP: the terminal is closed
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
         run_all(jobs, options.jobs, options.threads, roots)
 
 

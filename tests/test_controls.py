@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from data_files import write_classes
 
 import controls
 import nc_metrics
@@ -125,6 +126,9 @@ def test_classes_of_fewer_images_than_five_shots_and_the_usual_queries(tmp_path,
     omniglot_train.main([*FLAGS, "--out", run])
     controls.main([run, "--tasks", "2", "--only", "5-shot", "queries 5"])
     assert list(json.loads((tmp_path / "run/controls.json").read_text())) == ["5-shot", "queries 5"]
+    write_classes(tmp_path / "pictures", 15, count=6)
+    controls.main([run, "--tasks", "2", "--only", "final", "--data", str(tmp_path / "pictures")])
+    assert list(json.loads((tmp_path / "run/controls-pictures.json").read_text())) == ["final"]
     (tmp_path / "run/controls.json").write_text("{")
     monkeypatch.setattr(controls, "measure", lambda *_: pytest.fail("measured, and it can't be kept"))
     with pytest.raises(UserError, match="controls.json is damaged .*; remove it, and measure all controls again"):

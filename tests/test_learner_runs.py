@@ -94,7 +94,8 @@ def test_testing_on_other_images_needs_only_their_test_split(tmp_path):
     for split, classes, images in (("train", 1, 2), ("val", 1, 2), ("test", 2, 2)):
         write_classes(tmp_path / "few" / split, classes, count=images, name=split)
     run = tmp_path / "run"
-    omniglot_train.main([*flags, "--learner", "classifier", "--data", str(tmp_path / "many"), "--out", str(run)])
+    omniglot_train.main([*flags, "--learner", "classifier", "--data", str(tmp_path / "many"), "--data_name", "mine",
+                         "--out", str(run)])
     omniglot_train.main(["--test", str(run), "--data", str(tmp_path / "few"), "--k_qry_test", "1", "--task_chunk", "1"])
     assert json.loads((run / "test-2tasks-1qry-10steps-few.json").read_text())["data"] == "images in few"
     omniglot_train.main(["--test", str(run)])
@@ -102,6 +103,8 @@ def test_testing_on_other_images_needs_only_their_test_split(tmp_path):
     assert again == result
     synthetic_run = tmp_path / "synthetic"
     omniglot_train.main([*flags, "--learner", "protonet", "--synthetic", "--out", str(synthetic_run)])
+    path = synthetic_run / "args.json"
+    path.write_text(path.read_text().replace('"split": "shuffled"', '"split": "vinyals"'))  # as a run on Omniglot has
     omniglot_train.main(["--test", str(synthetic_run), "--data", str(tmp_path / "few"), "--k_qry_test", "1"])
     assert json.loads((synthetic_run / "test-2tasks-1qry-10steps-few.json").read_text())["data"] == "images in few"
 

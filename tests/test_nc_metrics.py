@@ -373,8 +373,9 @@ def test_measure_features_says_what_it_cannot_measure(change, message):
 
 
 def test_measure_features_on_noise_warns_and_its_example_runs(tmp_path, monkeypatch, capsys):
-    with pytest.warns(UserWarning, match="cdnv_unbiased is nan"):
+    with pytest.warns(UserWarning, match="cdnv_unbiased is nan") as warned:
         values = nc.measure_features(random(75, 800), np.repeat(np.arange(5), 15))
+    assert warned[0].filename == __file__
     assert [name for name, value in values.items() if math.isnan(value)] == ["cdnv_unbiased"]
     monkeypatch.chdir(tmp_path)
     np.save("features.npy", own()[0])

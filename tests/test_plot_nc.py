@@ -71,7 +71,7 @@ def test_no_argument_redraws_the_figures_of_the_runs_that_are_there(tmp_path):
 
 
 def test_other_settings_are_drawn_in_other_colours_and_not_averaged(tmp_path):
-    runs = [write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2),
+    runs = [write_run(tmp_path / "a", seed=1, data="birds"), write_run(tmp_path / "b", seed=2, data="birds/"),
             write_run(tmp_path / "c", first_order=True)]
     groups = logs.read_groups(runs)
     assert list(map(len, groups)) == [2, 1]
@@ -97,6 +97,10 @@ def test_lines_of_a_single_run_are_its_log(tmp_path):
         axes.set_xlim(0, last)
         figures.zoom_on_accuracy(axes)
         assert axes.get_xlim() == (left, last)
+    axes.plot([0, 6000], [20, 60])  # would be outside
+    axes.set(xlim=(0, 6000), ylim=(0, 107))
+    figures.zoom_on_accuracy(axes)
+    assert axes.get_ylim() == (0, 107)
 
 
 def test_the_thick_line_is_the_mean_at_the_steps_that_all_seeds_have(tmp_path):
@@ -108,6 +112,8 @@ def test_the_thick_line_is_the_mean_at_the_steps_that_all_seeds_have(tmp_path):
     *seeds, (steps, mean) = drawn(axes)
     assert [len(x) for x, _ in seeds] == [10, 4]
     assert steps == [0, 30, 60, 90] and mean == [1.5] * 4
+    legend, = figures.layers([group]).legends  # held-out tasks: 0, 250, 300 and 0, 120
+    assert [text.get_text() for text in legend.get_texts() if "step" in text.get_text()] == ["meta-step 0"]
 
 
 def test_smoothing_averages_the_measurements_within_a_tenth_of_each_step():

@@ -249,6 +249,7 @@ def test_a_file_that_is_wrong(mode, settings, line, whole, tmp_path):
 
 def test_modes_exclude_each_other(whole):
     assert refused("--test", str(whole), "--resume", str(whole)) == "--resume and --test exclude each other; give one"
+    assert "--recipe can't be set with --resume" in refused("--resume", str(whole), "--recipe", "paper")
 
 
 # ---- a checkpoint that is wrong

@@ -67,9 +67,10 @@ def test_finished_runs_are_skipped_and_failures_named(place, capsys):
 
 
 @pytest.mark.parametrize("stop, status", [(lambda process: process.terminate(), 143),
+                                          (lambda process: process.send_signal(signal.SIGHUP), 129),
                                           (lambda process: os.killpg(process.pid, signal.SIGINT), -signal.SIGINT)])
 def test_stopped_it_stops_its_runs_and_then_resumes_them(stop, status, place, capsys):
-    """By SIGTERM, or by Ctrl-C, which a terminal sends to the whole group."""
+    """By SIGTERM, by a terminal that is closed, or by Ctrl-C, which a terminal sends to the whole group."""
     code = (f"import pathlib; from study import run; run.HOME = pathlib.Path({str(place)!r}); "
             f"run.main(['{SETTING}', '--seeds', '2'])")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=place, env={"PYTHONPATH": str(HOME)},
