@@ -162,8 +162,8 @@ def all_figures(study: Study) -> dict[str, Figure]:
     main = study.groups(MAIN)
     if not main:
         raise UserError(f"no run of the study in {study.folder}; run python -m study.run, and then with --collect")
-    drawn = {name: draw_figure(main) for name, draw_figure in figures.ANY.items() if name != "traces"}
-    drawn |= {"correlation": correlation(study), "original": original(study)}
+    drawn = {"metrics": figures.metrics(main), "layers": figures.layers(main), "correlation": correlation(study),
+             "original": original(study)}
     if study.groups(LEARNERS):
         drawn["learners"] = learners(study)
     if study.groups(LONG):
