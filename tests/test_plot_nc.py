@@ -11,7 +11,7 @@ import nc_logs
 import numpy as np
 import pytest
 from nc_logs import write_run
-from PIL import Image
+from PIL import Image, ImageColor
 
 import plot_nc
 from study import effects, figures, logs, report
@@ -78,6 +78,13 @@ def test_other_settings_are_drawn_in_other_colours_and_not_averaged(tmp_path):
     assert len({colour for _, colour, _ in figures.colours(groups)}) == 2
     assert "the seeds of one setting" in refused(*runs)
     assert "seed of another run" in refused(runs[0], write_run(tmp_path / "again", seed=1))
+
+
+def test_the_committed_figures_have_the_colours_of_their_settings():
+    for name, settings in (("result.png", 3), ("res/original.png", 5), ("res/learners.png", 6), ("res/length.png", 3)):
+        with Image.open(PROJECT / name) as picture:
+            colours = {colour for _, colour in picture.convert("RGB").getcolors(256)}
+        assert colours >= {ImageColor.getrgb(colour) for colour in figures.PALETTE[:settings]}, name
 
 
 # ---- the numbers in the figures
