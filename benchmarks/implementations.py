@@ -41,7 +41,8 @@ class Case(NamedTuple):
 
     @property
     def config(self) -> Config:
-        return self.layers(argparse.Namespace(net="conv_bn_relu", imgc=self.imgc, imgsz=self.imgsz, n_way=self.n_way))
+        return self.layers(argparse.Namespace(net="conv_bn_relu", bn_scale=None, imgc=self.imgc, imgsz=self.imgsz,
+                                              n_way=self.n_way))
 
 
 class Implementation:
