@@ -71,8 +71,9 @@ def test_finished_runs_are_skipped_and_failures_named(place, capsys):
                                           (lambda process: os.killpg(process.pid, signal.SIGINT), -signal.SIGINT)])
 def test_stopped_it_stops_its_runs_and_then_resumes_them(stop, status, place, capsys):
     """By SIGTERM, by a terminal that is closed, or by Ctrl-C, which a terminal sends to the whole group."""
-    code = (f"import pathlib; from study import run; run.HOME = pathlib.Path({str(place)!r}); "
-            f"run.main(['{SETTING}', '--seeds', '2'])")
+    code = ("import pathlib, signal; from study import run; "  # the tests may have been started with signals ignored
+            "signal.signal(signal.SIGHUP, signal.SIG_DFL); signal.signal(signal.SIGINT, signal.default_int_handler); "
+            f"run.HOME = pathlib.Path({str(place)!r}); run.main(['{SETTING}', '--seeds', '2'])")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=place, env={"PYTHONPATH": str(HOME)},
                                start_new_session=True)
     folder = place / "runs" / "study" / f"{SETTING}-seed2"
