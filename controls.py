@@ -10,7 +10,7 @@ The tasks are those of the run's test. The controls, each with all metrics and a
     untrained      a fresh network of the run's seed
     classifier at zero   the final weights with a zero classifier: the first inner step moves nothing else
                          (Kao, Chiu, Chen 2022, arXiv:2106.15367)
-    classifier at random   the final weights with a classifier drawn anew, as for training
+    classifier at random   the final weights with a newly drawn classifier, as training starts with
     pixels         the input itself; without adaptation
     queries 1, 5, 19   the final weights with so many queries per class, which batch norm takes together
     5-shot         the final weights with 5 support images per class: their features can be measured too
@@ -42,8 +42,8 @@ from files import Parser, UserError, atomic, progress, reading, run
 from learner import Learner, Weights
 from measuring import accuracies, accuracy, class_means, collapse_metrics, permuted_labels, scores, squared_distances
 from meta import Adapted, Meta
-from record import numbers, say, summary
-from settings import check, read_settings
+from record import numbers, other_images, say, summary
+from settings import check
 from tasks import Dataset, Tasks, as_tasks, cat
 from training import TEST_SEED, Data, held_out_tasks
 
@@ -64,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder, n_tasks, only = given.pop("run"), given.pop("tasks"), given.pop("only")
     flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
     script, args = predict.settings_of(folder, f"--test_tasks={n_tasks}", *flags)
-    others = args.data if args.data != read_settings(folder / "args.json", "").get("data") else None
-    name = "controls.json" if others is None else f"controls-{Path(others).resolve().name}.json"  # of other images
-    path, kept = folder / name, {}
+    path, kept = folder / f"controls{other_images(folder, args)}.json", {}
     if only and path.exists():
         with reading(path, "remove it, and measure all controls again", "is damaged"):
             kept = dict(json.loads(path.read_bytes()))

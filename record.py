@@ -112,6 +112,11 @@ def write_json(path: Path, value: dict, remedy: str = REMEDY) -> None:
             file.write("\n")
 
 
+def other_images(run: Path, args: argparse.Namespace) -> str:
+    """What ends the name of a file about a run: "-FOLDER" if `args.data` is not the run's own data, else nothing."""
+    return "" if args.data == _args(run)["settings"].get("data") else f"-{Path(args.data).resolve().name}"
+
+
 def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
     """Write the result of a later test to a file named after its settings; remove what a killed test left."""
     name = f"test-{args.test_tasks}tasks-{args.k_qry_test}qry-{args.update_step_test}steps"
@@ -119,9 +124,7 @@ def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
         name += "-last"
     if not args.transductive:
         name += "-not-transductive"
-    if args.data != _args(run)["settings"].get("data"):  # images of other classes
-        name += f"-{Path(args.data).resolve().name}"
-    path = run / f"{name}.json"
+    path = run / f"{name}{other_images(run, args)}.json"
     if devices.rank() == 0:
         remove_stale(run, "test-*.json")
         write_json(path, result, "free some space or give rights there, then test again")
