@@ -53,7 +53,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("paper-omniglot-5w1s-first-order", "paper's recipe, 5-way 1-shot, first order",
             f"{_LONG} --first_order --epoch 20000", (1,)),
     Setting("paper-omniglot-5w5s", "paper's recipe, 5-way 5-shot", f"{_LONG} --k_spt 5 --epoch 5000", (1,)),
-    Setting("paper-omniglot-20w1s", "paper's recipe, 20-way 1-shot", f"{_LONG} --n_way 20", (1,)),
+    Setting("paper-omniglot-20w1s", "paper's recipe, 20-way 1-shot", f"{_LONG} --n_way 20 --epoch 5000", (1,)),
 )}
 
 MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
