@@ -43,6 +43,7 @@ LAYERS = {
 }
 SHIFT_EPS = 1e-3  # of bn_shift, added to the variance
 BLOCK_STARTS = ("conv2d", "convt2d", "linear")
+CONV_INIT = {"kaiming": nn.init.kaiming_normal_, "xavier": nn.init.xavier_uniform_}  # --conv_init
 
 
 class Learner(nn.Module):

@@ -12,8 +12,6 @@ import python_version  # first: the others do not parse on an older Python  # no
 import argparse
 from collections.abc import Sequence
 
-from torch import nn
-
 import folders
 import images
 import miniimagenet
@@ -21,7 +19,7 @@ import settings
 import synthetic
 import training
 from files import run
-from learner import Config, Learner, output_shape
+from learner import CONV_INIT, Config, Learner, output_shape
 from tasks import Dataset, normalisation
 
 DEFAULTS = {
@@ -52,7 +50,8 @@ def layers(args: argparse.Namespace) -> Config:
 
 
 def network(args: argparse.Namespace) -> Learner:
-    initial = dict.fromkeys(("conv2d", "linear"), nn.init.xavier_uniform_) if args.net == "paper" else {}
+    own = "xavier" if args.net == "paper" else "kaiming"
+    initial = {"conv2d": CONV_INIT[args.conv_init or own], "linear": CONV_INIT[own]}
     return Learner(layers(args), args.imgc, args.imgsz, initial, args.head_std)
 
 
@@ -75,9 +74,14 @@ def dataset(args: argparse.Namespace) -> Dataset:
     return photos
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = settings.parse_args("MAML on miniImageNet, with neural collapse measured on the way.", DEFAULTS, PAPER, argv,
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the command line asks for: argv, or sys.argv's if None."""
+    return settings.parse_args("MAML on miniImageNet, with neural collapse measured on the way.", DEFAULTS, PAPER, argv,
                                epoch_help="tasks in all (divide by --task_num for meta-steps)")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
     training.train(args, dataset(args), network)
 
 

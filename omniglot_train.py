@@ -22,7 +22,7 @@ import settings
 import synthetic
 import training
 from files import run
-from learner import Config, Learner, output_shape
+from learner import CONV_INIT, Config, Learner, output_shape
 from tasks import Dataset, normalisation
 
 DEFAULTS = {
@@ -54,7 +54,9 @@ def layers(args: argparse.Namespace) -> Config:
 
 
 def network(args: argparse.Namespace) -> Learner:
-    initial = {"conv2d": nn.init.xavier_uniform_, "linear": nn.init.normal_} if args.net == "paper" else {}
+    paper = args.net == "paper"
+    initial = {"conv2d": CONV_INIT[args.conv_init or ("xavier" if paper else "kaiming")],
+               "linear": nn.init.normal_ if paper else nn.init.kaiming_normal_}
     return Learner(layers(args), args.imgc, args.imgsz, initial, args.head_std)
 
 
@@ -76,9 +78,14 @@ def dataset(args: argparse.Namespace) -> Dataset:
     return replace(characters, sizes=lambda: sizes)  # known before anything is downloaded
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = settings.parse_args("MAML on Omniglot, with neural collapse measured on the way.", DEFAULTS, PAPER, argv,
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the command line asks for: argv, or sys.argv's if None."""
+    return settings.parse_args("MAML on Omniglot, with neural collapse measured on the way.", DEFAULTS, PAPER, argv,
                                epoch_help="meta-steps in all")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
     training.train(args, dataset(args), network)
 
 

@@ -1,6 +1,5 @@
 """Second-order MAML in the ways in which people write it; benchmarks/speed.py times them."""
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +28,7 @@ class Case(NamedTuple):
     """A setting of MAML."""
 
     title: str
-    layers: Callable[[argparse.Namespace], Config]
+    layers: Callable[[int], Config]  # for this n_way
     imgc: int
     imgsz: int
     lr: float  # of the inner loop
@@ -41,8 +40,7 @@ class Case(NamedTuple):
 
     @property
     def config(self) -> Config:
-        return self.layers(argparse.Namespace(net="conv_bn_relu", bn_scale=None, imgc=self.imgc, imgsz=self.imgsz,
-                                              n_way=self.n_way))
+        return self.layers(self.n_way)
 
 
 class Implementation:

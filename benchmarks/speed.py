@@ -36,7 +36,7 @@ from implementations import OTHERS, PRODUCT, THIS, Case, Implementation, MatrixP
 import device as devices
 import miniimagenet_train
 import omniglot_train
-from learner import Learner
+from learner import Config, Learner
 from tasks import Tasks
 
 SEED = 222
@@ -44,8 +44,17 @@ TOLERANCE = 1e-6  # relative error of a gradient in float64; correct implementat
 CHECKED = {"tasks": 2, "steps": 2, "k_qry": 5}  # at most, in the comparison of gradients: float64 is slow
 KEPT = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_": str(2**25)}  # 2^25: glibc's maximum
 
-_OMNIGLOT = omniglot_train.layers, 1, 28, 0.4
-_MINIIMAGENET = miniimagenet_train.layers, 3, 84, 0.01
+
+def _omniglot_layers(n_way: int) -> Config:
+    return omniglot_train.layers(omniglot_train.arguments(["--n_way", str(n_way)]))
+
+
+def _miniimagenet_layers(n_way: int) -> Config:
+    return miniimagenet_train.layers(miniimagenet_train.arguments(["--n_way", str(n_way)]))
+
+
+_OMNIGLOT = _omniglot_layers, 1, 28, 0.4
+_MINIIMAGENET = _miniimagenet_layers, 3, 84, 0.01
 CASES = {
     "omniglot-paper": Case("Omniglot 5-way 1-shot, paper's sizes", *_OMNIGLOT, 5, 1, tasks=32, steps=1, k_qry=1),
     "omniglot-5w1s": Case("Omniglot 5-way 1-shot", *_OMNIGLOT, 5, 1, tasks=32),

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ import torch
 import omniglot_train
 import synthetic
 from device import GraphedStep
-from learner import Learner
 from meta import Meta
 from tasks import Tasks, sample_tasks, with_rotations
 
@@ -29,7 +27,7 @@ TINY = ("--synthetic --task_num 4 --k_qry 3 --update_step 2 --update_step_test 3
 
 def maml_on(device: str, first_order: bool = False, dtype: torch.dtype = torch.float32, nc_every: int = 0) -> Meta:
     torch.manual_seed(0)
-    net = Learner(omniglot_train.layers(Namespace(net="conv_bn_relu", imgc=1, imgsz=28, n_way=5, bn_scale=None)), 1, 28)
+    net = omniglot_train.network(omniglot_train.arguments([]))
     return Meta(net.to(device, dtype), update_step=2, first_order=first_order, nc_every=nc_every)
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import sys
-from argparse import Namespace
 from typing import NamedTuple
 
 import pytest
@@ -297,8 +296,7 @@ class NoHostNumbers(TorchFunctionMode):
 @pytest.mark.parametrize("nc_every", [0, 1])
 @pytest.mark.parametrize("first_order", [False, True])
 def test_a_meta_step_stays_on_the_device(first_order, nc_every, monkeypatch):
-    args = Namespace(net="conv_bn_relu", imgc=1, imgsz=28, n_way=5, bn_scale=None, head_std=None)
-    net = omniglot_train.network(args).to("meta")
+    net = omniglot_train.network(omniglot_train.arguments([])).to("meta")
     maml = Meta(net, update_step=2, first_order=first_order, nc_every=nc_every)
     # Adam takes the path that it takes on CUDA
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_get_capturable_supported_devices", lambda *_, **__: ["meta"])

@@ -1,6 +1,5 @@
 """Learner against the same network of torch.nn layers, for every layer type; its features, start, errors."""
 
-import argparse
 import math
 
 import pytest
@@ -97,11 +96,9 @@ def test_given_weights_are_used_and_theta_is_not_and_nothing_is_kept():
 # ---- the scripts' networks ----
 
 def script_net(script, imgsz=None, net="conv_bn_relu", n_way=5):
-    imgc = script.DEFAULTS["imgc"]
-    imgsz = imgsz or script.DEFAULTS["imgsz"]
-    args = argparse.Namespace(net=net, imgc=imgc, imgsz=imgsz, n_way=n_way, bn_scale=None)
+    size = ["--imgsz", str(imgsz)] if imgsz else []
     torch.manual_seed(1)
-    return Learner(script.layers(args), imgc, imgsz)
+    return script.network(script.arguments(["--net", net, "--n_way", str(n_way), *size]))
 
 
 @pytest.mark.parametrize("net", ["conv_bn_relu", "original"])

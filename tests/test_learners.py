@@ -1,6 +1,5 @@
 """The paper's network, the learners that MAML is compared with, and answers without transduction, each recomputed."""
 
-import argparse
 import copy
 
 import oracle
@@ -19,8 +18,7 @@ from tasks import Dataset, Sampler
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    args = argparse.Namespace(net="paper", imgc=1, imgsz=28, n_way=5, bn_scale=None, head_std=None)
-    net = omniglot_train.network(args).double()
+    net = omniglot_train.network(omniglot_train.arguments(["--net", "paper"])).double()
     for name, weight in net.weights.items():
         if name.endswith("bias"):
             torch.nn.init.normal_(weight)
@@ -52,25 +50,29 @@ def test_the_papers_network(net):
 
 
 @pytest.mark.parametrize("script", [omniglot_train, miniimagenet_train])
-@pytest.mark.parametrize("name, scale, layer", [
-    ("paper", None, "bn_shift"), ("paper", True, "bn"), ("conv_bn_relu", False, "bn_shift"), ("original", None, "bn")])
-def test_batch_norm_with_and_without_a_scale(script, name, scale, layer):
-    args = argparse.Namespace(net=name, imgc=1, imgsz=84, n_way=5, bn_scale=scale)
-    assert {name for name, _ in script.layers(args) if name.startswith("bn")} == {layer}
+@pytest.mark.parametrize("flags, layer", [
+    ("--net paper", "bn_shift"), ("--net paper --bn_scale", "bn"), ("--net conv_bn_relu --no-bn_scale", "bn_shift"),
+    ("--net original", "bn")])
+def test_batch_norm_with_and_without_a_scale(script, flags, layer):
+    config = script.layers(script.arguments(flags.split()))
+    assert {name for name, _ in config if name.startswith("bn")} == {layer}
 
 
 def test_the_papers_sizes_and_initial_weights():
-    args = argparse.Namespace(net="paper", imgc=3, imgsz=84, n_way=5, bn_scale=None, head_std=None)
-    torch.manual_seed(0)
-    weights = {name: w.detach() for name, w in miniimagenet_train.network(args).weights.items()}
-    assert weights["17_linear_weight"].shape == (5, 800)
+    def weights(script, flags):
+        torch.manual_seed(0)
+        return script.network(script.arguments(flags.split())).weights
+
+    paper = weights(miniimagenet_train, "--net paper")
+    assert paper["17_linear_weight"].shape == (5, 800)
     bound = (6 / (9 * 32 + 9 * 32)) ** 0.5  # Xavier, uniform
-    kernel = weights["4_conv2d_weight"]
-    assert 0.95 * bound < kernel.abs().max() <= bound and abs(kernel.mean()) < 0.02 * bound
-    for head_std, expected in ((None, 1), (0.2, 0.2)):
-        args = argparse.Namespace(net="paper", imgc=1, imgsz=28, n_way=20, bn_scale=None, head_std=head_std)
-        head = omniglot_train.network(args).weights["13_linear_weight"]
+    for kernel in (paper["4_conv2d_weight"], weights(miniimagenet_train, "--conv_init xavier")["4_conv2d_weight"]):
+        assert 0.95 * bound < kernel.abs().max() <= bound and abs(kernel.mean()) < 0.02 * bound
+    for flags, expected in (("", 1), ("--head_std 0.2", 0.2), ("--conv_init kaiming", 1)):
+        head = weights(omniglot_train, f"--net paper --n_way 20 {flags}")["13_linear_weight"]
         assert head.std().item() == pytest.approx(expected, rel=0.06)
+    kernel = weights(omniglot_train, "--net paper --conv_init kaiming")["0_conv2d_weight"]
+    assert kernel.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.06)  # fan in: 9
 
 
 @pytest.mark.parametrize("second_order", [False, True])

@@ -1,6 +1,5 @@
 """MAML against the plain loop over tasks, torch's own optimisers and finite differences, all in float64."""
 
-import argparse
 import copy
 
 import oracle
@@ -121,13 +120,13 @@ def test_second_order_gradient_is_the_finite_difference_of_the_adapted_loss(conf
 @pytest.mark.parametrize("net", ["conv_bn_relu", "original"])
 @pytest.mark.parametrize("script, imgsz, n_way", [(omniglot_train, 28, 3), (miniimagenet_train, 46, 2)])
 def test_gradient_of_the_scripts_networks(script, imgsz, n_way, net, k_spt, steps, first_order):
-    imgc, lr = script.DEFAULTS["imgc"], script.DEFAULTS["update_lr"]
     # With some seeds the original network starts with dead channels, which batch norm turns into gradients
     # 10,000 times as large: there the plain loop is off from itself, rows in another order, by 1e-9 to 1e-7.
     torch.manual_seed(1)
-    args = argparse.Namespace(net=net, imgc=imgc, imgsz=imgsz, n_way=n_way, bn_scale=None)
-    learner = Learner(script.layers(args), imgc, imgsz).double()
-    tasks = make_tasks(2, n_way, k_spt, k_qry=3, imgc=imgc, imgsz=imgsz)
+    args = script.arguments(["--net", net, "--imgsz", str(imgsz), "--n_way", str(n_way)])
+    learner = script.network(args).double()
+    tasks = make_tasks(2, n_way, k_spt, k_qry=3, imgc=args.imgc, imgsz=imgsz)
+    lr = args.update_lr
     gradient, losses = meta_step(learner, tasks, update_lr=lr, update_step=steps, first_order=first_order)
     loss, expected = oracle.meta_gradient(learner.config, learner.weights, tasks, lr, steps, not first_order)
     assert oracle.relative_error(gradient, expected) <= 1e-9
@@ -321,9 +320,7 @@ def test_losses_and_finetune_leave_everything_as_it_was_and_results_hold_no_grap
     (omniglot_train, 1, 1, (32, 32)),  # the paper's training sizes
     (omniglot_train, 5, 5, (8, 8)), (omniglot_train, 5, 15, (8, 1)), (miniimagenet_train, 5, 15, (1, 1))])
 def test_a_cpu_takes_as_many_tasks_together_as_stay_in_its_cache(script, k_spt, k_qry, together):
-    sizes = {name: script.DEFAULTS[name] for name in ("imgc", "imgsz")}
-    args = argparse.Namespace(net="conv_bn_relu", n_way=5, bn_scale=None, **sizes)
-    maml = Meta(Learner(script.layers(args), args.imgc, args.imgsz))
+    maml = Meta(script.network(script.arguments([])))
     tasks = Tasks(*(torch.empty(2, 5 * k, 0) for k in (k_spt, k_spt, k_qry, k_qry)))
     for got, about in zip(maml._together(tasks), together, strict=True):
         assert about <= got < 2 * about

@@ -4,7 +4,6 @@ With several processes it also checks what each function of device.py exchanges 
 """
 
 import sys
-from argparse import Namespace
 
 import torch
 
@@ -17,8 +16,7 @@ from tasks import sample_tasks
 
 def main(path: str) -> None:
     torch.manual_seed(0)
-    args = Namespace(net="conv_bn_relu", imgc=1, imgsz=28, n_way=5, bn_scale=None, head_std=None)
-    net = omniglot_train.network(args).double()
+    net = omniglot_train.network(omniglot_train.arguments([])).double()
     maml = Meta(net, nc_every=2)
     images = synthetic.characters(8, 6, 28, seed=0)
     generator = torch.Generator().manual_seed(1)
