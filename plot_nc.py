@@ -17,13 +17,15 @@ from pathlib import Path
 
 import matplotlib
 
+import files
+from files import Parser, UserError, one_line
 from study import figures, report
-from study.logs import HOME, Parser, Study, UserError, one_line, read_groups, run_program
+from study.logs import HOME, Study, read_groups
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`draw`; what the user can fix becomes one line and exit status 2."""
-    run_program(lambda: draw(arguments))
+    files.run(lambda: draw(arguments))
 
 
 def draw(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from study.logs import Run, Series, UserError, number
+from files import UserError
+from study.logs import Run, Series, number
 
 END_SHARE = 0.1  # the last part of training, whose measurements are averaged
 HIDDEN = -2      # the classifier's input; a layer is a name, or an index into the run's layers

@@ -17,9 +17,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image
 
+from files import UserError, atomic, one_line
 from study import effects
 from study.design import MODELS, label
-from study.logs import Run, UserError, describe, one_line, write_bytes
+from study.logs import Run, describe
 
 Group = list[Run]  # the seeds of a setting
 Curve = Callable[[Run], tuple]  # steps, values and optionally half of a 95% interval over tasks, each [S]
@@ -43,10 +44,10 @@ BY_CONSTRUCTION = {"self_duality", "ncc_mismatch"}  # 2 and chance before adapta
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG with 128 colours, which is small and keeps every line's; the same figure gives the same bytes."""
-    buffer, target = io.BytesIO(), io.BytesIO()
+    buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
-    Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(target, "PNG", optimize=True)
-    write_bytes(path, target.getvalue())
+    with atomic(path, remedy="name another file with -o") as file:
+        Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
 
 
 def colours(groups: Sequence[Group]) -> list[tuple[Group, str, str]]:

@@ -1,88 +1,30 @@
 """Reads what training runs leave: args.json, log.jsonl or log.jsonl.gz, result.json, timing.json, controls.json.
 
-`study` imports nothing of the tool and no torch: a log can be analysed where the tool is not installed.
+`study` imports only files.py of the tool, and no torch: a log can be analysed where torch is not installed.
 """
 
-import argparse
 import functools
 import gzip
-import io
 import json
 import math
 import os
 import re
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from files import UserError, one_line, reading
+
 HOME = Path(__file__).resolve().parent.parent
-BROKEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 # Settings that do not change the experiment: runs that differ in these alone are seeds of one setting.
 NOT_COMPARED = {"seed", "out", "root", "data", "cache", "device", "precision", "deterministic", "task_chunk",
                 "cuda_graph", "print_every", "save_every", "keep_every", "nc_every", "nc_every_late", "eval_every",
                 "test_tasks", "tensorboard", "resume", "from_args", "test"}
-
-
-# ---- errors, and programs that end with one line
-
-
-class UserError(Exception):
-    """An error that the user can fix; its text says what is wrong, where, and what to do."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
-
-
-def run_program(main: Callable[[], None], status: int = 2) -> None:
-    """Call `main`; a UserError becomes one line on stderr and this exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # "±" on an ASCII terminal
-    try:
-        main()
-        sys.stdout.flush()
-    except UserError as error:
-        line = one_line(str(error))
-        print(f"error: {line if len(line) < 2000 else line[:990] + ' ... ' + line[-990:]}", file=sys.stderr)
-        sys.exit(status)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # a pipe's reader, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush would fail
-        sys.exit(141)
-
-
-def one_line(text: str) -> str:
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-def read_bytes(path: Path, remedy: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror or error}; {remedy}") from error
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write the whole file or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"can't write {path}: {error.strerror or error}; name another file") from error
 
 
 # ---- one run
@@ -155,33 +97,27 @@ class Run:
         """A metric of `model` ("meta", "finetuned", "support") against meta-steps."""
         points = []
         for step, row in sorted(self.rows[split].items()):
-            try:
+            lacks = f"lacks {model} {metric} of {layer} in the measurement ({split}) at step {step}"
+            with reading(self.path, "its log is incomplete", lacks):
                 index, values = row["layers"].index(layer), row[model][metric]
                 points.append((step, number(values["mean"][index]), number(values["se"][index])))
-            except BROKEN as error:
-                raise UserError(f"{self.path}: the measurement ({split}) at step {step} lacks {model} {metric} of "
-                                f"{layer}; its log is incomplete") from error
         return Series(*map(np.array, zip(*points))) if points else Series(*np.empty((3, 0)))
 
     @functools.cache
     def along_inner_loop(self, split: str, quantity: str, layer: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Meta-steps [S], and the mean over tasks of "accuracy" or a trace after 0 to K inner steps [S, K+1]."""
         rows = sorted(self.rows[split].items())
-        try:
+        with reading(self.path, "its log is incomplete", f"lacks {quantity} along the inner loop ({split})"):
             means = [[number(value if layer is None else value[row["layers"].index(layer)])
                       for value in row["inner"][quantity]["mean"]] for _, row in rows]
             return np.array([step for step, _ in rows]), np.array(means, float)
-        except BROKEN as error:
-            raise UserError(f"{self.path}: a measurement ({split}) lacks {quantity} along the inner loop; its log is "
-                            "incomplete") from error
 
     @functools.cache
     def file(self, name: str) -> dict:
         """result.json, timing.json or another JSON file of the run."""
-        try:
-            return dict(json.loads(read_bytes(self.path / name, "let the run finish first")))
-        except BROKEN as error:
-            raise UserError(f"{self.path / name} is damaged; take it from the run's folder again") from error
+        path = self.path / name
+        with reading(path, "let the run finish, or take the file from its folder again", "is damaged"):
+            return dict(json.loads(path.read_bytes()))
 
     def controls(self) -> dict:
         """What controls.json measured, by control; empty without that file."""
@@ -206,13 +142,10 @@ def read_run(path: Path) -> Run:
     if not os.path.isfile(path) or path.suffix == ".json":
         raise UserError(f"no run at {path}; name the folder that a training script wrote, or its log")
     args_path = path.parent / "args.json"
-    content = read_bytes(args_path, "keep it next to its log: it says what data and settings the run had")
-    try:
-        arguments = json.loads(content)
+    remedy = "keep the run's own next to its log: it says what data and settings the run had"
+    with reading(args_path, remedy, "isn't a run's args.json"):
+        arguments = json.loads(args_path.read_bytes())
         str(arguments["data"]["name"]), [arguments["settings"][name] + 0 for name in ("n_way", "k_spt", "k_qry")]
-    except BROKEN as error:
-        raise UserError(f"{args_path} isn't a run's args.json: {type(error).__name__}: {error}; take it from the run's "
-                        "folder again") from error
     return Run(path.parent, arguments, read_log(path))
 
 
@@ -224,17 +157,15 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
     Raises:
         UserError: the log can't be read, another line isn't a JSON object, or a measurement has no step.
     """
-    content = read_bytes(path, "name a run's folder or its log")
-    try:
+    with reading(path, "copy it again, or name another run"):
+        content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"can't read {path}: {error}; copy it again") from error
     lines = [(line_number, line) for line_number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
     rows: dict[str, dict[int, dict]] = {"train": {}, "heldout": {}}
     for line_number, line in lines:
         try:
             row = json.loads(line)
-        except BROKEN:
+        except (ValueError, RecursionError):
             if line_number == lines[-1][0]:
                 print(f"note: {one_line(str(path))}, line {line_number}: half-written, ignored", file=sys.stderr)
                 break

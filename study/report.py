@@ -8,9 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from files import UserError
 from study import effects, figures
 from study.design import LEARNERS, LONG, MAIN, PHOTOGRAPHS
-from study.logs import Run, Study, UserError
+from study.logs import Run, Study
 from study.markdown import correlated
 
 

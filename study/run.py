@@ -20,8 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import files
+from files import Parser, UserError, atomic
 from study.design import SETTINGS
-from study.logs import HOME, Parser, UserError, run_program, write_bytes
+from study.logs import HOME
 
 RESULTS = ("result.json", "timing.json")  # a finished run has both
 WEIGHTS = ("best.pt", "last.pt")  # a finished run has one or both
@@ -118,7 +120,8 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
         others = [*RESULTS, *WEIGHTS, *(path.name for path in job.folder.glob("test-*.json"))]
         copies |= {name: (job.folder / name).read_bytes() for name in others if (job.folder / name).exists()}
         for name, content in copies.items():
-            write_bytes(results / job.folder.name / name, content)
+            with atomic(results / job.folder.name / name) as file:
+                file.write(content)
         print(f"{job.folder.name}: {sum(map(len, copies.values())) / 1000:,.0f} kB")
 
 
@@ -155,4 +158,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    files.run(main)

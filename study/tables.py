@@ -1,7 +1,7 @@
 """The study's numbers, from the logs under res/, in Markdown tables.
 
     python -m study.tables             rewrite the tables of study/README.md and README.md
-    python -m study.tables --check     exit with status 1, naming the first number that differs from the logs
+    python -m study.tables --check     fail, naming the first number that differs from the logs
     python -m study.tables collapse    print one table
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. A table whose runs are not in res/ says so.
@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+import files
+from files import Parser, UserError, atomic
 from study import effects
 from study.design import CELLS, CHANGES, LEARNERS, LONG, MAIN, MODELS, PHOTOGRAPHS, label
-from study.logs import HOME, Parser, Run, Study, UserError, run_program, write_bytes
+from study.logs import HOME, Run, Study
 from study.markdown import MISSING, Cell, correlated, fixed, over, table
 from study.run_tables import accuracies, runs, tests
 
@@ -381,7 +383,7 @@ def with_tables(text: str, study: Study, path: Path, check: bool) -> tuple[str, 
 def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
     parser = Parser(prog="python -m study.tables", description="Write the study's tables, from the logs in res/.")
     parser.add_argument("names", nargs="*", metavar="TABLE", help=f"print these tables instead: {', '.join(TABLES)}")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 at the first number that differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail at the first number that differs")
     options = parser.parse_args(arguments)
     if options.names and options.check:
         raise UserError("--check is of the tables in both pages; leave the names out")
@@ -392,9 +394,10 @@ def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
         text = path.read_text(encoding="utf-8")
         new_text, tables = with_tables(text, study, path, options.check)
         if new_text != text and not options.check:
-            write_bytes(path, new_text.encode())
+            with atomic(path) as file:
+                file.write(new_text.encode())
         print(f"{path.relative_to(home)}: {tables} tables")
 
 
 if __name__ == "__main__":
-    run_program(main, status=1)
+    files.run(main)

@@ -14,8 +14,8 @@ from nc_logs import write_run
 from PIL import Image, ImageColor
 
 import plot_nc
+from files import UserError
 from study import effects, figures, logs, report
-from study.logs import UserError
 
 PROJECT = Path(plot_nc.__file__).parent
 
@@ -37,7 +37,7 @@ def drawn(axes) -> list[tuple[list, list]]:
 
 def test_a_run_is_drawn_into_its_folder_without_torch_or_a_window(tmp_path):
     code = ("import sys, plot_nc; plot_nc.main([sys.argv[1]]); "
-            "print(sorted({'torch', 'files', 'tkinter', 'matplotlib.pyplot'} & set(sys.modules)))")
+            "print(sorted({'torch', 'tkinter', 'matplotlib.pyplot'} & set(sys.modules)))")
     run = write_run(tmp_path / "run")
     done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, cwd=PROJECT)
     assert done.stdout.splitlines() == [f"wrote {run / 'result.png'}", "[]"], done.stdout + done.stderr
@@ -219,7 +219,7 @@ def test_a_log_itself_compressed_or_half_written(tmp_path, capsys):
     (run / "log.jsonl").unlink()
     assert logs.read_run(run).rows == whole
     (run / "log.jsonl.gz").write_bytes((run / "log.jsonl.gz").read_bytes()[:-9])
-    assert "can't read" in refused(run)
+    assert "can't be read" in refused(run)
     (run / "log.jsonl").write_text('{"kind"\n{"kind": "val", "step": 1}\n')
     assert "line 1: not a JSON object" in refused(run)
 

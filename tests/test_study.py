@@ -17,9 +17,10 @@ import nc_logs
 import numpy as np
 import pytest
 
+from files import UserError
 from study import effects, tables
 from study.design import MAIN
-from study.logs import HOME, Study, UserError, read_groups, read_run
+from study.logs import HOME, Study, read_groups, read_run
 from study.markdown import over, written
 
 COMMITTED = Study(HOME / "res")

@@ -14,9 +14,10 @@ import pytest
 import miniimagenet_train
 import omniglot_train
 import settings
+from files import UserError
 from study import run
 from study.design import SETTINGS
-from study.logs import HOME, UserError
+from study.logs import HOME
 
 # A run with the seed 2 waits to be stopped until it is resumed; seed 3 fails.
 STAND_IN = '''
