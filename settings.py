@@ -270,6 +270,8 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     if args.synthetic and args.data is not None:
         raise UserError(f"--data {args.data}: with --synthetic the images are generated; leave --data out, "
                         "or give --no-synthetic")
+    if args.synthetic and args.data_name is not None:
+        raise UserError(f"--data_name {args.data_name}: generated images keep their own name; leave --data_name out")
     if args.first_order and args.learner in BASELINES:
         raise UserError(f"--first_order: --learner {args.learner} has no inner gradient; give --no-first_order")
     if getattr(args, "split", "shuffled") != "shuffled" and (args.synthetic or args.data is not None):

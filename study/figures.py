@@ -199,11 +199,14 @@ def traces(groups: Sequence[Group], layer: str | None = None) -> Figure:
 
 def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
     """NC1 to NC4 against meta-steps, and their level with permuted labels; for NC2, with random directions."""
-    split, run = common_split(groups), groups[0][0]
+    split = common_split(groups)
 
     def null_of(metric: str) -> Curve:
         return lambda run: of_metric(split, "finetuned", f"{metric}_null", layer)(run)[:2]  # without the band
 
+    # the references depend on ways and queries: one grey line for all settings, or a line in each one's colour
+    one_size = len({(run.settings["n_way"], run.queries) for run, *_ in groups}) == 1
+    references = [(groups[0][0], GREY)] if one_size else [(group[0], colour) for group, colour, _ in colours(groups)]
     note = key("permuted labels; NC2: random directions", GREY, linestyle=":")
     figure, panels = frame(2, 3, 4.2, keys(groups, note, models=True))
     for axes, (metric, title) in zip(panels.flat, LABELS.items()):
@@ -211,14 +214,15 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
             for model, style in STYLES.items():
                 if model == "finetuned" or metric not in BY_CONSTRUCTION:
                     draw(axes, group, of_metric(split, model, metric, layer), colour, style)
-        if metric == "etf_error":
-            for dimension in (16, 64):
-                error = effects.random_etf_errors(run.settings["n_way"])[dimension - 1]
-                axes.axhline(error, color=GREY, linestyle=":", linewidth=1)
-                axes.text(1.01, error, f"d = {dimension}", transform=axes.get_yaxis_transform(), va="center",
-                          fontsize=7)
-        elif run.has(split, "finetuned", f"{metric}_null"):
-            draw(axes, [run], null_of(metric), GREY, ":")
+        for run, colour in references:
+            if metric == "etf_error":
+                for dimension in (16, 64):
+                    error = effects.random_etf_errors(run.settings["n_way"])[dimension - 1]
+                    axes.axhline(error, color=colour, linestyle=":", linewidth=1)
+                    axes.text(1.01, error, f"d = {dimension}", transform=axes.get_yaxis_transform(), va="center",
+                              fontsize=7)
+            elif run.has(split, "finetuned", f"{metric}_null"):
+                draw(axes, [run], null_of(metric), colour, ":")
         axes.set_title(title)
         fit(axes, metric in LOGARITHMIC)
         step_axis(axes, groups)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import files
-from files import Parser, UserError, atomic
+from files import Parser, UserError, atomic, reading
 from study.design import SETTINGS
 from study.logs import HOME
 
@@ -113,9 +113,11 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
         if not job.finished:
             print(f"{job.folder.name}: not finished, left out")
             continue
-        arguments = json.loads((job.folder / "args.json").read_bytes())
-        arguments["settings"] |= {"root": ROOTS[job.script], "cache": None, "out": None}
-        copies = {"log.jsonl.gz": gzip.compress((job.folder / "log.jsonl").read_bytes(), mtime=0),
+        with reading(job.folder, "let it train again", "is damaged"):
+            arguments = json.loads((job.folder / "args.json").read_bytes())
+            arguments["settings"] |= {"root": ROOTS[job.script], "cache": None, "out": None}
+            log = (job.folder / "log.jsonl").read_bytes()
+        copies = {"log.jsonl.gz": gzip.compress(log, mtime=0),
                   "args.json": (json.dumps(arguments, indent=1) + "\n").encode()}
         others = [*RESULTS, *WEIGHTS, *(path.name for path in job.folder.glob("test-*.json"))]
         copies |= {name: (job.folder / name).read_bytes() for name in others if (job.folder / name).exists()}

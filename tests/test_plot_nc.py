@@ -110,6 +110,14 @@ def test_lines_of_a_single_run_are_its_log(tmp_path):
     assert axes.get_ylim() == (0, 107)
 
 
+def test_settings_of_other_sizes_have_references_of_their_own(tmp_path):
+    five, more = (write_run(tmp_path / str(k_qry), k_qry=k_qry) for k_qry in (5, 15))
+    seed = write_run(tmp_path / "seed", k_qry=15, net="original")
+    for runs, count in (((five, more), 2), ((more, seed), 1)):
+        nc1 = figures.metrics(logs.read_groups(runs)).axes[1]
+        assert len([line for line in nc1.get_lines() if line.get_linestyle() == ":"]) == count
+
+
 def test_the_thick_line_is_the_mean_at_the_steps_that_all_seeds_have(tmp_path):
     (group,) = logs.read_groups([write_run(tmp_path / "a", nc_logs.log(300), seed=1),
                                  write_run(tmp_path / "b", nc_logs.log(120), seed=2)])

@@ -230,6 +230,7 @@ def test_without_posix_and_without_removing_open_files(tmp_path):
     (omniglot_train, "--synthetic --epoch 1 --data mine", "--data mine: with --synthetic the images are generated"),
     (omniglot_train, "--synthetic --split vinyals", "--split vinyals: these images are not Omniglot's"),
     (omniglot_train, "--learner protonet --first_order", "--learner protonet has no inner gradient"),
+    (omniglot_train, "--synthetic --data_name mine", "generated images keep their own name"),
     (omniglot_train, "--device tpu7", "--device tpu7:"),
     (omniglot_train, "--epoch ten", "argument --epoch: invalid int value"),
     (omniglot_train, "--net resnet", "argument --net: invalid choice"),

@@ -98,6 +98,9 @@ def test_collected_files_name_no_place_and_no_time(place, capsys):
         assert json.loads(collected["args.json"])["settings"] == {
             "seed": 1, "root": "omniglot/", "cache": None, "out": None}
     assert f"{SETTING}-seed2: not finished, left out" in capsys.readouterr().out
+    (run.jobs_of([SETTING], [1], Path("runs/study"))[0].folder / "args.json").write_text("{")
+    with pytest.raises(UserError, match="seed1 is damaged .*; let it train again"):
+        run.main([SETTING, "--seeds", "1", "--collect"])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
