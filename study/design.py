@@ -49,10 +49,12 @@ SETTINGS = {setting.name: setting for setting in (
             f"{_ONE_CHANGE} --net conv_bn_relu --no-bn_scale", (1,)),
     Setting("small-head-with-scale", "classifier from N(0, 0.18²), batch norm with scale",
             f"{_ONE_CHANGE} --bn_scale --head_std 0.177", (1,)),
-    Setting("small-images", "images of 16 x 16, whose last map is 1 x 1", f"{_ONE_CHANGE} --imgsz 16", (1,)),
+    Setting("small-images", "last map 1 x 1 (images of 16 x 16)", f"{_ONE_CHANGE} --imgsz 16", (1,)),
+    Setting("small-images-small-head", "last map 1 x 1, classifier from N(0, 0.18²)",
+            f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177", (1,)),
     Setting("other-network-xavier", "conv-bn-relu with Xavier convolutions",
             f"{_ONE_CHANGE} --net conv_bn_relu --conv_init xavier", (1,)),
-    Setting("other-network-large-images", "conv-bn-relu, images of 36 x 36, whose last map is 2 x 2",
+    Setting("other-network-large-images", "conv-bn-relu, last map 2 x 2 (images of 36 x 36)",
             f"{_ONE_CHANGE} --net conv_bn_relu --imgsz 36", (1,)),
     Setting("paper-omniglot-5w1s", "paper's recipe, 5-way 1-shot", _LONG),
     Setting("paper-omniglot-5w1s-first-order", "paper's recipe, 5-way 1-shot, first order",
@@ -66,8 +68,8 @@ PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
 CHANGES = ("contrast-maml", "small-step", "small-head", "small-head-with-scale",
-           "small-images", "other-network", "other-network-xavier", "other-network-large-images",
-           "other-network-large-head", "other-network-no-scale")
+           "small-images", "small-images-small-head", "other-network", "other-network-xavier",
+           "other-network-large-images", "other-network-large-head", "other-network-no-scale")
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
 MODELS = {"meta": "before adaptation", "finetuned": "adapted"}
