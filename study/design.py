@@ -73,6 +73,8 @@ CHANGES = ("contrast-maml", "small-step", "small-head", "small-head-with-scale",
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
 MODELS = {"meta": "before adaptation", "finetuned": "adapted"}
+METRICS = {"relative_within": "relative within trace", "nc1": "tr(S_W S_B⁺)/C", "cdnv_unbiased": "CDNV, unbiased",
+           "directional_cdnv": "directional CDNV", "etf_error": "ETF error"}
 
 
 def label(run: Run) -> str:

@@ -1,10 +1,11 @@
-"""The tables of what was trained and what it reached, next to MAML's published accuracy."""
+"""The tables of what was trained and what it reached: tests, long runs, single changes, all runs."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from study import effects
-from study.design import CHANGES, LEARNERS, LONG, SETTINGS, label
+from study.design import CHANGES, LEARNERS, LONG, METRICS, MODELS, SETTINGS, label
 from study.logs import Run, Study, describe, number
 from study.markdown import fixed, over, table
 
@@ -14,6 +15,7 @@ PUBLISHED = {("Omniglot", 5, 1): "98.7 ± 0.4 / 98.3 ± 0.5", ("Omniglot", 5, 5)
              ("miniImageNet", 5, 1): "48.70 ± 1.84 / 48.07 ± 1.75",
              ("miniImageNet", 5, 5): "63.11 ± 0.92 / 63.15 ± 0.91"}
 INNER_STEPS = (0, 1, 3, 5, 10)  # shown of a test
+LENGTHS = (0, 1_000, 6_000, 20_000, 40_000, 60_000)  # meta-steps shown of a long run
 
 
 def published(run: Run) -> str:
@@ -46,6 +48,34 @@ def tests(study: Study) -> str:
                          "yes" if transductive else "no", *accuracies, over_tasks, published(group[0])])
     return table(["", "seeds", "meta-steps", "queries per class", "transductive",
                   *(f"inner steps: {step}, %" for step in INNER_STEPS), "± over tasks", "published"], rows)
+
+
+def length(study: Study) -> str:
+    """The long runs at a few meta-steps, adapted: held-out tasks, and the share and accuracy on training tasks too."""
+    columns = {**{name: ("heldout", metric) for metric, name in METRICS.items()},
+               "accuracy, %": ("heldout", "accuracy"),
+               "relative within trace, training tasks": ("train", "relative_within"),
+               "accuracy, training tasks, %": ("train", "accuracy")}
+    rows = []
+    for group in study.groups(LONG):
+        last = min(run.last_step for run in group)
+        for step in sorted({last, *(step for step in LENGTHS if step < last)}):
+            cells = [over(effects.nearest, split=split, metric=metric, step=step)(group)
+                     for split, metric in columns.values()]
+            rows.append([label(group[0]), f"{step:,}", *cells])
+    return table(["", "meta-step", *columns], rows)
+
+
+def changes(study: Study) -> str:
+    """The paper's recipe, and the same with one thing changed: a row per setting."""
+    at = functools.partial(over, effects.nearest, split="heldout", step=5_000)
+    names = {name: METRICS.get(name, "nearest support mean, %") for name in ("relative_within", "nc1", "ncc_accuracy")}
+    columns = {f"{name}, {when}": at(100 if metric == "ncc_accuracy" else 1, metric=metric, model=model)
+               for metric, name in names.items() for model, when in MODELS.items()}
+    columns["classifier, adapted, %"] = at(metric="accuracy")
+    rows = [[label(runs[0]), str(len(runs)), f"{min(5_000, *(run.last_step for run in runs)):,}",
+             *(cell(runs) for cell in columns.values())] for runs in study.groups(CHANGES)]
+    return table(["", "seeds", "meta-steps", *columns], rows)
 
 
 def machine(run: Run) -> str:

@@ -18,19 +18,16 @@ import numpy as np
 import files
 from files import Parser, UserError, atomic
 from study import effects
-from study.design import CELLS, CHANGES, LEARNERS, LONG, MAIN, MODELS, PHOTOGRAPHS, label
+from study.design import CELLS, LEARNERS, LONG, MAIN, METRICS, MODELS, PHOTOGRAPHS, label
 from study.logs import HOME, Run, Study
 from study.markdown import MISSING, Cell, correlated, fixed, over, table
-from study.run_tables import accuracies, runs, tests
+from study.run_tables import accuracies, changes, length, runs, tests
 
-METRICS = {"relative_within": "relative within trace", "nc1": "tr(S_W S_B⁺)/C", "cdnv_unbiased": "CDNV, unbiased",
-           "directional_cdnv": "directional CDNV", "etf_error": "ETF error"}
 NAMED_LAYERS = tuple(zip(range(-5, 0), ("block 1", "block 2", "block 3", "block 4", "logits")))
 RULES = {"nearest support mean": ("nearest_mean", 0), "nearest support mean, adapted": ("nearest_mean", -1),
          "classifier, adapted": ("accuracy", -1)}  # key and inner step in a test's results
 OTHER_CLASSIFIERS = {", from a random classifier": "classifier at random",
                      ", from a zero classifier": "classifier at zero"}  # the controls that inner loops start from
-LENGTHS = (0, 1_000, 6_000, 20_000, 40_000, 60_000)  # meta-steps shown of a long run
 
 
 def compared(study: Study, names: Sequence[str], rows: Sequence[tuple[str, Cell]]) -> str:
@@ -280,32 +277,6 @@ def ranking(study: Study) -> str:
               for count in (f"{sum(map(len, groups))} runs", f"{len(groups)} learners")]
     header.append(f"nearest support mean before adaptation, 15 queries, over {len(groups)} learners and the floors")
     return table(["Spearman correlation with higher accuracy by", *header], rows)
-
-
-def changes(study: Study) -> str:
-    """The paper's recipe, and the same with one thing changed."""
-    at = functools.partial(over, effects.nearest, split="heldout", step=5_000)
-    names = {name: METRICS.get(name, "nearest support mean, %") for name in ("relative_within", "nc1", "ncc_accuracy")}
-    rows = [("meta-steps", lambda runs: f"{min(5_000, *(run.last_step for run in runs)):,}")]
-    rows += [(f"{name}, {when}", at(100 if metric == "ncc_accuracy" else 1, metric=metric, model=model))
-             for metric, name in names.items() for model, when in MODELS.items()]
-    return compared(study, CHANGES, [*rows, ("classifier, adapted, %", at(metric="accuracy"))])
-
-
-def length(study: Study) -> str:
-    """The long runs at a few meta-steps, adapted: held-out tasks, and the share and accuracy on training tasks too."""
-    columns = {**{name: ("heldout", metric) for metric, name in METRICS.items()},
-               "accuracy, %": ("heldout", "accuracy"),
-               "relative within trace, training tasks": ("train", "relative_within"),
-               "accuracy, training tasks, %": ("train", "accuracy")}
-    rows = []
-    for group in study.groups(LONG):
-        last = min(run.last_step for run in group)
-        for step in sorted({last, *(step for step in LENGTHS if step < last)}):
-            cells = [over(effects.nearest, split=split, metric=metric, step=step)(group)
-                     for split, metric in columns.values()]
-            rows.append([label(group[0]), f"{step:,}", *cells])
-    return table(["", "meta-step", *columns], rows)
 
 
 def controls(study: Study) -> str:
