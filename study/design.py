@@ -67,9 +67,10 @@ MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
 PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
-CHANGES = ("contrast-maml", "small-step", "small-head", "small-head-with-scale",
-           "small-images", "small-images-small-head", "other-network", "other-network-xavier",
-           "other-network-large-images", "other-network-large-head", "other-network-no-scale")
+CHANGES = {  # by the size of the last map, on which block 4's batch norm takes its statistics
+    "2 x 2": ("contrast-maml", "small-step", "small-head", "small-head-with-scale", "other-network-large-images"),
+    "1 x 1": ("small-images", "small-images-small-head", "other-network", "other-network-xavier",
+              "other-network-no-scale", "other-network-large-head")}
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
 MODELS = {"meta": "before adaptation", "finetuned": "adapted"}

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,9 +10,12 @@ from matplotlib.figure import Figure
 
 from files import UserError
 from study import effects, figures
-from study.design import LEARNERS, LONG, MAIN, PHOTOGRAPHS
+from study.design import CHANGES, LEARNERS, LONG, MAIN, PHOTOGRAPHS, label
 from study.logs import Run, Study
 from study.markdown import correlated
+
+POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
+          for name, style in (("before adaptation", {"markerfacecolor": "white"}), ("adapted", {}))]
 
 
 def result(study: Study) -> Figure:
@@ -108,23 +111,14 @@ def learners(study: Study) -> Figure:
     figure.set_layout_engine("constrained", w_pad=0.04)
     share, right, ranked = figure.subplots(1, 3)
 
-    def change(axes: Axes, before: Callable, after: Callable, scale: float = 1) -> None:
-        """A row per learner: open points before adaptation, filled ones after, a line between their means."""
-        for row, (group, colour, _) in enumerate(figures.colours(groups)):
-            values = np.array([[scale * before(run), scale * after(run)] for run in group])
-            axes.plot(values.mean(0), [row, row], color=colour, linewidth=1.2)
-            for column, fill in enumerate(("white", colour)):
-                axes.scatter(values[:, column], [row] * len(group), s=26, edgecolors=colour, color=fill, zorder=3)
-        axes.set(yticks=range(len(groups)), ylim=(len(groups) - 0.5, -0.5))
-
+    coloured = [(group, colour) for group, colour, _ in figures.colours(groups)]
     nearest_mean = functools.partial(effects.tested, key="nearest_mean", place=0)
     adapted_classifier = functools.partial(effects.tested, key="accuracy", place=-1)
-    change(share, *(functools.partial(effects.measured, model=model, metric="relative_within")
-                    for model in ("meta", "finetuned")))
-    change(right, nearest_mean, adapted_classifier, 100)
+    before_and_after(share, coloured, *(functools.partial(effects.measured, model=model, metric="relative_within")
+                                        for model in ("meta", "finetuned")))
+    before_and_after(right, coloured, nearest_mean, adapted_classifier, 100)
     share.set_yticklabels([name for _, _, name in figures.colours(groups)])
-    right.set_yticklabels([])
-    for group, colour, _ in figures.colours(groups):
+    for group, colour in coloured:
         ranked.scatter([effects.measured(run, "meta", "nc1") for run in group],
                        [100 * nearest_mean(run) for run in group], color=colour, s=26)
     share.set(title="A  Within / (within + between)", xlim=(0, 0.8))
@@ -133,10 +127,35 @@ def learners(study: Study) -> Figure:
     ranked.set_xlabel(figures.LABELS["nc1"])
     ranked.minorticks_off()
     ranked.set_xticks([0.1, 0.2, 0.4], ["0.1", "0.2", "0.4"])
-    points = {"colour": figures.GREY, "marker": "o", "linestyle": ""}
-    share.legend(handles=[figures.key("before adaptation", markerfacecolor="white", **points),
-                          figures.key("adapted", **points)],
-                 loc="center right", bbox_to_anchor=(1.03, 0.58), fontsize=7.5)
+    share.legend(handles=POINTS, loc="center right", bbox_to_anchor=(1.03, 0.58), fontsize=7.5)
+    return figure
+
+
+def before_and_after(axes: Axes, groups: Sequence[tuple[figures.Group, str]], before: Callable, after: Callable,
+                     scale: float = 1) -> None:
+    """A row per group: open points before adaptation, filled ones after, a line between their means."""
+    for row, (group, colour) in enumerate(groups):
+        values = np.array([[scale * before(run), scale * after(run)] for run in group])
+        axes.plot(values.mean(0), [row, row], color=colour, linewidth=1.2)
+        for column, fill in enumerate(("white", colour)):
+            axes.scatter(values[:, column], [row] * len(group), s=26, edgecolors=colour, color=fill, zorder=3)
+    axes.set(yticks=range(len(groups)), ylim=(len(groups) - 0.5, -0.5), yticklabels=[])
+
+
+def changes(study: Study) -> Figure:
+    """The share and accuracy before and after adaptation where one thing is changed, by the size of the last map."""
+    colour_of = dict(zip(CHANGES, figures.PALETTE))
+    groups = [(group, colour_of[size]) for size, names in CHANGES.items() for group in study.groups(names)]
+    legend = [*(figures.key(f"last map {size}", colour, linewidth=2.2) for size, colour in colour_of.items()), *POINTS]
+    figure, ((share, right),) = figures.frame(1, 2, 0.5 + 0.27 * len(groups), legend)
+    at = functools.partial(effects.nearest, split="heldout", step=5_000)
+    before_and_after(share, groups, *(functools.partial(at, metric="relative_within", model=model)
+                                      for model in ("meta", "finetuned")))
+    before_and_after(right, groups, lambda run: 100 * at(run, metric="ncc_accuracy", model="meta"),
+                     functools.partial(at, metric="accuracy"))
+    share.set_yticklabels([label(group[0]) for group, _ in groups])
+    share.set(title="A  Within / (within + between)", xlim=(0, 0.8))
+    right.set(title="B  Accuracy, %")
     return figure
 
 
@@ -167,6 +186,8 @@ def all_figures(study: Study) -> dict[str, Figure]:
              "original": original(study)}
     if study.groups(LEARNERS):
         drawn["learners"] = learners(study)
+    if study.groups(CHANGES["1 x 1"]):
+        drawn["changes"] = changes(study)
     if study.groups(LONG):
         drawn["length"] = length(study)
     return {"result.png": result(study)} | {f"res/{name}.png": figure for name, figure in drawn.items()}

@@ -73,9 +73,10 @@ def changes(study: Study) -> str:
     columns = {f"{name}, {when}": at(100 if metric == "ncc_accuracy" else 1, metric=metric, model=model)
                for metric, name in names.items() for model, when in MODELS.items()}
     columns["classifier, adapted, %"] = at(metric="accuracy")
-    rows = [[label(runs[0]), str(len(runs)), f"{min(5_000, *(run.last_step for run in runs)):,}",
-             *(cell(runs) for cell in columns.values())] for runs in study.groups(CHANGES)]
-    return table(["", "seeds", "meta-steps", *columns], rows)
+    rows = [[label(runs[0]), size, str(len(runs)), f"{min(5_000, *(run.last_step for run in runs)):,}",
+             *(cell(runs) for cell in columns.values())]
+            for size, names in CHANGES.items() for runs in study.groups(names)]
+    return table(["", "last map", "seeds", "meta-steps", *columns], rows)
 
 
 def machine(run: Run) -> str:
@@ -112,6 +113,6 @@ def runs(study: Study, names: Sequence[str] = (), columns: Sequence[str] = ()) -
 
 def accuracies(study: Study) -> str:
     """The same, narrower, of the recipes' own runs, for README.md."""
-    names = [name for name in SETTINGS if name not in (*LEARNERS, *CHANGES, "random-labels")]
+    names = [name for name in SETTINGS if name not in (*LEARNERS, *sum(CHANGES.values(), ()), "random-labels")]
     return runs(study, names, ("", "recipe", "meta-steps x tasks", "queries per class; inner steps", "test accuracy, %",
                                "not transductive, %", "published"))
