@@ -45,7 +45,7 @@ def layers(args: argparse.Namespace) -> Config:
     blocks = []
     for channels, stride in ((args.imgc, 2), (32, 2), (32, 2), (32, 2 if paper else 1)):
         blocks += [("conv2d", [32, channels, 3, 3, 1, "same" if paper else 0]), *after, ("max_pool2d", [2, stride, 0])]
-    blocks.append(("flatten", []))
+    blocks.append(("mean" if args.spatial_mean else "flatten", []))
     return [*blocks, ("linear", [args.n_way, *output_shape(blocks, args.imgc, args.imgsz)])]
 
 

@@ -43,13 +43,14 @@ def layers(args: argparse.Namespace) -> Config:
     """Four convolutions of 64 filters, each with batch norm and relu, then a linear layer."""
     paper = args.net == "paper"  # padded, and the mean over the last 2 x 2
     scale = not paper if args.bn_scale is None else args.bn_scale
+    mean = paper if args.spatial_mean is None else args.spatial_mean
     after = [("bn" if scale else "bn_shift", [64]), ("relu", [True])]
     if args.net == "original":
         after.reverse()
     blocks = []
     for channels, kernel, stride in ((args.imgc, 3, 2), (64, 3, 2), (64, 3, 2), (64, 3, 2) if paper else (64, 2, 1)):
         blocks += [("conv2d", [64, channels, kernel, kernel, stride, "same" if paper else 0]), *after]
-    blocks.append(("mean" if paper else "flatten", []))
+    blocks.append(("mean" if mean else "flatten", []))
     return [*blocks, ("linear", [args.n_way, *output_shape(blocks, args.imgc, args.imgsz)])]
 
 

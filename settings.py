@@ -109,6 +109,9 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     parser.add_argument("--bn_scale", action=argparse.BooleanOptionalAction, help="batch norm has a scale, and the "
                         "inner loop adapts scale and shift; --no-bn_scale: it has a shift alone, which the inner loop "
                         "doesn't adapt. The network's own if neither is given")
+    parser.add_argument("--spatial_mean", action=argparse.BooleanOptionalAction, help="the classifier takes the last "
+                        "map's mean over height and width; --no-spatial_mean: all its values. The network's own if "
+                        "neither is given")
     flag("conv_init", None, "the convolutions' initial weights, Kaiming normal or Xavier uniform; the network's own if "
          "not given", choices=["kaiming", "xavier"])
     flag("head_std", None, "standard deviation of the last layer's initial weights; the network's own if not given",

@@ -52,10 +52,12 @@ def test_the_papers_network(net):
 @pytest.mark.parametrize("script", [omniglot_train, miniimagenet_train])
 @pytest.mark.parametrize("flags, layer", [
     ("--net paper", "bn_shift"), ("--net paper --bn_scale", "bn"), ("--net conv_bn_relu --no-bn_scale", "bn_shift"),
-    ("--net original", "bn")])
-def test_batch_norm_with_and_without_a_scale(script, flags, layer):
+    ("--net original", "bn"), ("--net conv_bn_relu --spatial_mean", "mean"),
+    ("--net paper --no-spatial_mean", "flatten")])
+def test_flags_that_change_one_layer_of_a_network(script, flags, layer):
     config = script.layers(script.arguments(flags.split()))
-    assert {name for name, _ in config if name.startswith("bn")} == {layer}
+    kind = ("bn", "bn_shift") if layer.startswith("bn") else ("mean", "flatten")
+    assert {name for name, _ in config} & set(kind) == {layer}
 
 
 def test_the_papers_sizes_and_initial_weights():
