@@ -72,7 +72,7 @@ def settings_of(run: str | os.PathLike, *flags: str) -> tuple[ModuleType, argpar
     if name not in SCRIPTS:
         raise UserError(f"{path} is of {name!r}, not of {' or '.join(SCRIPTS)}; use the code that made the run")
     script, _ = SCRIPTS[name]
-    return script, settings.parse_args("", script.DEFAULTS, script.PAPER, [f"--test={run}", *flags], epoch_help="")
+    return script, script.arguments([f"--test={run}", *flags])
 
 
 class Model:

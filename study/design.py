@@ -53,12 +53,12 @@ SETTINGS = {setting.name: setting for setting in (
             f"{_ONE_CHANGE} --net conv_bn_relu --no-bn_scale", (1,)),
     Setting("small-head-with-scale", "classifier from N(0, 0.18²), batch norm with scale",
             f"{_ONE_CHANGE} --bn_scale --head_std 0.177", (1,)),
-    Setting("small-images", "images of 16 x 16: last map 1 x 1", f"{_ONE_CHANGE} --imgsz 16", (1,)),
+    Setting("small-images", "images of 16 x 16", f"{_ONE_CHANGE} --imgsz 16", (1,)),
     Setting("small-images-small-head", "images of 16 x 16, classifier from N(0, 0.18²)",
             f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177", (1,)),
     Setting("other-network-xavier", "conv-bn-relu with Xavier convolutions",
             f"{_ONE_CHANGE} --net conv_bn_relu --conv_init xavier", (1,)),
-    Setting("other-network-large-images", "conv-bn-relu, images of 36 x 36: last map 2 x 2",
+    Setting("other-network-large-images", "conv-bn-relu, images of 36 x 36",
             f"{_ONE_CHANGE} --net conv_bn_relu --imgsz 36", (1,)),
     Setting("other-network-larger-head", "conv-bn-relu, images of 36 x 36, classifier from N(0, 0.18²)",
             f"{_ONE_CHANGE} --net conv_bn_relu --imgsz 36 --head_std 0.177", (1,)),
@@ -75,10 +75,11 @@ MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
 PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
-CHANGES = {  # by what is averaged over before the classifier: more than one position of the last map, or none
-    "2 x 2": ("contrast-maml", "small-step", "small-head", "small-head-with-scale", "other-network-mean"),
-    "none": ("small-head-flat", "small-images", "small-images-small-head", "other-network-large-images",
-             "other-network", "other-network-xavier", "other-network-no-scale", "other-network-large-head")}
+CHANGES = {  # by what the classifier takes from the last map
+    "mean of 2 x 2": ("contrast-maml", "small-step", "small-head", "small-head-with-scale", "other-network-mean"),
+    "all of 2 x 2": ("small-head-flat", "smaller-head-flat", "other-network-larger-head", "other-network-large-images"),
+    "1 x 1": ("small-images", "small-images-small-head", "other-network", "other-network-xavier",
+              "other-network-no-scale", "other-network-large-head")}
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
 MODELS = {"meta": "before adaptation", "finetuned": "adapted"}

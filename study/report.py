@@ -143,10 +143,10 @@ def before_and_after(axes: Axes, groups: Sequence[tuple[figures.Group, str]], be
 
 
 def changes(study: Study) -> Figure:
-    """The share and accuracy before and after adaptation where one thing is changed, by the spatial mean."""
+    """The share and accuracy before and after adaptation where one thing is changed, by what the classifier takes."""
     colour_of = dict(zip(CHANGES, figures.PALETTE))
     groups = [(group, colour_of[size]) for size, names in CHANGES.items() for group in study.groups(names)]
-    sizes = [figures.key(f"spatial mean: {size}", colour, linewidth=2.2) for size, colour in colour_of.items()]
+    sizes = [figures.key(size, colour, linewidth=2.2) for size, colour in colour_of.items()]
     figure, ((share, right),) = figures.frame(1, 2, 0.5 + 0.27 * len(groups), [*sizes, *POINTS])
     at = functools.partial(effects.nearest, split="heldout", step=5_000)
     before_and_after(share, groups, *(functools.partial(at, metric="relative_within", model=model)
@@ -186,7 +186,7 @@ def all_figures(study: Study) -> dict[str, Figure]:
              "original": original(study)}
     if study.groups(LEARNERS):
         drawn["learners"] = learners(study)
-    if study.groups(CHANGES["none"]):
+    if study.groups(CHANGES["1 x 1"]):
         drawn["changes"] = changes(study)
     if study.groups(LONG):
         drawn["length"] = length(study)

@@ -81,7 +81,7 @@ def changes(study: Study) -> str:
     rows = [[label(runs[0]), size, str(len(runs)), f"{min(5_000, *(run.last_step for run in runs)):,}",
              *(cell(runs) for cell in columns.values())]
             for size, names in CHANGES.items() for runs in study.groups(names)]
-    return table(["", "spatial mean", "seeds", "meta-steps", *columns], rows)
+    return table(["", "the classifier takes", "seeds", "meta-steps", *columns], rows)
 
 
 def machine(run: Run) -> str:

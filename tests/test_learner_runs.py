@@ -127,7 +127,7 @@ def test_flags_reach_meta_and_torch(tmp_path, monkeypatch, whole):
 def test_recipes():
     """The paper's settings, case by case, as shared by its appendix and its code; a flag given overrides them."""
     def parsed(*flags, script=omniglot_train):
-        return settings.parse_args("", script.DEFAULTS, script.PAPER, flags, "")
+        return script.arguments(flags)
 
     five, twenty = parsed("--recipe", "paper"), parsed("--recipe", "paper", "--n_way", "20", "--k_spt", "5")
     assert (five.update_lr, five.update_step, five.update_step_test, five.task_num, five.k_qry) == (2.0, 1, 3, 32, 1)

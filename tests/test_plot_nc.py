@@ -82,7 +82,7 @@ def test_other_settings_are_drawn_in_other_colours_and_not_averaged(tmp_path):
 
 def test_the_committed_figures_have_the_colours_of_their_settings():
     for name, settings in (("result.png", 3), ("res/original.png", 5), ("res/learners.png", 6), ("res/length.png", 3),
-                           ("res/changes.png", 2)):
+                           ("res/changes.png", 3)):
         with Image.open(PROJECT / name) as picture:
             colours = {colour for _, colour in picture.convert("RGB").getcolors(256)}
         assert colours >= {ImageColor.getrgb(colour) for colour in figures.PALETTE[:settings]}, name

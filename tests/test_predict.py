@@ -13,7 +13,6 @@ from PIL import Image
 import miniimagenet_train
 import omniglot_train
 import predict
-import settings
 import synthetic
 from measuring import class_means, squared_distances
 
@@ -121,7 +120,7 @@ def test_files_arrays_and_pil_images_are_the_same(tmp_path, runs, images, channe
 
 
 def test_photographs():
-    args = settings.parse_args("", miniimagenet_train.DEFAULTS, {}, ["--imgsz", "48"], epoch_help="")
+    args = miniimagenet_train.arguments(["--imgsz", "48"])
     model = predict.Model(miniimagenet_train.network(args), args, miniimagenet_train.dataset(args))
     image = np.random.default_rng(1).integers(0, 256, (60, 70, 3), dtype=np.uint8)
     x = torch.from_numpy(np.array(Image.fromarray(image).resize((48, 48), Image.Resampling.BILINEAR))) / 255

@@ -15,7 +15,6 @@ import torch
 import miniimagenet_train
 import omniglot_train
 import plot_nc
-import settings
 import synthetic
 import training
 from files import UserError
@@ -294,7 +293,7 @@ def test_help_tells_every_flag_and_default(script, capsys):
 def test_synthetic_evaluates_on_fewer_tasks():
     """Where nothing else is said; a flag or a run's own settings hold."""
     def parsed(*flags):
-        args = settings.parse_args("", omniglot_train.DEFAULTS, omniglot_train.PAPER, flags, "")
+        args = omniglot_train.arguments(flags)
         return args.eval_tasks, args.test_tasks
 
     assert parsed() == (100, 600) and parsed("--synthetic") == (50, 100)

@@ -13,7 +13,6 @@ import pytest
 
 import miniimagenet_train
 import omniglot_train
-import settings
 from files import UserError
 from study import run
 from study.design import SETTINGS
@@ -108,7 +107,7 @@ def test_every_command_is_one_that_its_script_takes(name, tmp_path):
     (job, *_) = run.jobs_of([name], None, tmp_path)
     script, *flags = job.command("data")
     module = {"omniglot_train.py": omniglot_train, "miniimagenet_train.py": miniimagenet_train}[script]
-    args = settings.parse_args("", module.DEFAULTS, module.PAPER, flags, "")
+    args = module.arguments(flags)
     assert args.out == str(job.folder) and args.root == "data" and args.seed == 1
 
 
