@@ -141,7 +141,7 @@ def keys(groups: Sequence[Group], *others: Line2D, models: bool = False) -> list
 
 def frame(rows: int, columns: int, height: float, legend: Sequence[Line2D], **options) -> tuple[Figure, np.ndarray]:
     """A figure of rows x columns panels with one legend below them."""
-    for per_row in range(min(len(legend), 4), 0, -1):
+    for per_row in range(min(len(legend), 6), 0, -1):
         below = 0.08 + 0.19 * math.ceil(len(legend) / per_row)
         figure = Figure(figsize=(WIDTH, height + below))
         drawn = figure.legend(handles=legend, loc="lower center", ncols=per_row)
