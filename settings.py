@@ -73,11 +73,11 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
 
     def flag(name: str, default, text: str, **options):
         default = defaults.get(name, default)
-        if not isinstance(default, bool):
+        if "action" not in options:
             options.setdefault("type", str if default is None else type(default))
         parser.add_argument(f"--{name}", default=default, help=text, **options)
 
-    def choice(name: str, default: bool, text: str):
+    def choice(name: str, default: bool | None, text: str):
         flag(name, default, text, action=argparse.BooleanOptionalAction)
 
     flag("recipe", "original", "defaults of the other flags: those of this code's original, or of MAML's paper (listed "
@@ -106,12 +106,10 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("net", "conv_bn_relu", "original: blocks of conv, relu, batch norm; conv_bn_relu: the same in that order; "
          "paper: the network and initial weights of the paper's code (padded, batch norm without scale)",
          choices=["original", "conv_bn_relu", "paper"])
-    parser.add_argument("--bn_scale", action=argparse.BooleanOptionalAction, help="batch norm has a scale, and the "
-                        "inner loop adapts scale and shift; --no-bn_scale: it has a shift alone, which the inner loop "
-                        "doesn't adapt. The network's own if neither is given")
-    parser.add_argument("--spatial_mean", action=argparse.BooleanOptionalAction, help="the classifier takes the last "
-                        "map's mean over height and width; --no-spatial_mean: all its values. The network's own if "
-                        "neither is given")
+    choice("bn_scale", None, "batch norm has a scale, and the inner loop adapts scale and shift; --no-bn_scale: it "
+           "has a shift alone, which the inner loop doesn't adapt. The network's own if neither is given")
+    choice("spatial_mean", None, "the classifier takes the last map's mean over height and width; --no-spatial_mean: "
+           "all its values. The network's own if neither is given")
     flag("conv_init", None, "the convolutions' initial weights, Kaiming normal or Xavier uniform; the network's own if "
          "not given", choices=["kaiming", "xavier"])
     flag("head_std", None, "standard deviation of the last layer's initial weights; the network's own if not given",

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -36,7 +37,7 @@ from implementations import OTHERS, PRODUCT, THIS, Case, Implementation, MatrixP
 import device as devices
 import miniimagenet_train
 import omniglot_train
-from learner import Config, Learner
+from learner import Learner
 from tasks import Tasks
 
 SEED = 222
@@ -45,23 +46,20 @@ CHECKED = {"tasks": 2, "steps": 2, "k_qry": 5}  # at most, in the comparison of 
 KEPT = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_": str(2**25)}  # 2^25: glibc's maximum
 
 
-def _omniglot_layers(n_way: int) -> Config:
-    return omniglot_train.layers(omniglot_train.arguments(["--n_way", str(n_way)]))
+def script_case(title: str, script: ModuleType, n_way: int, k_spt: int, **sizes: int) -> Case:
+    """A case with the default network, image size and inner rate of a training script."""
+    args = script.arguments(["--n_way", str(n_way)])
+    return Case(title, script.layers(args), args.imgc, args.imgsz, args.update_lr, n_way, k_spt, **sizes)
 
 
-def _miniimagenet_layers(n_way: int) -> Config:
-    return miniimagenet_train.layers(miniimagenet_train.arguments(["--n_way", str(n_way)]))
-
-
-_OMNIGLOT = _omniglot_layers, 1, 28, 0.4
-_MINIIMAGENET = _miniimagenet_layers, 3, 84, 0.01
 CASES = {
-    "omniglot-paper": Case("Omniglot 5-way 1-shot, paper's sizes", *_OMNIGLOT, 5, 1, tasks=32, steps=1, k_qry=1),
-    "omniglot-5w1s": Case("Omniglot 5-way 1-shot", *_OMNIGLOT, 5, 1, tasks=32),
-    "omniglot-5w5s": Case("Omniglot 5-way 5-shot", *_OMNIGLOT, 5, 5, tasks=32),
-    "omniglot-20w1s": Case("Omniglot 20-way 1-shot", *_OMNIGLOT, 20, 1, tasks=16),
-    "miniimagenet-5w1s": Case("miniImageNet 5-way 1-shot", *_MINIIMAGENET, 5, 1, tasks=4),
-    "miniimagenet-5w5s": Case("miniImageNet 5-way 5-shot", *_MINIIMAGENET, 5, 5, tasks=4),
+    "omniglot-paper": script_case("Omniglot 5-way 1-shot, paper's sizes", omniglot_train, 5, 1, tasks=32, steps=1,
+                                  k_qry=1),
+    "omniglot-5w1s": script_case("Omniglot 5-way 1-shot", omniglot_train, 5, 1, tasks=32),
+    "omniglot-5w5s": script_case("Omniglot 5-way 5-shot", omniglot_train, 5, 5, tasks=32),
+    "omniglot-20w1s": script_case("Omniglot 20-way 1-shot", omniglot_train, 20, 1, tasks=16),
+    "miniimagenet-5w1s": script_case("miniImageNet 5-way 1-shot", miniimagenet_train, 5, 1, tasks=4),
+    "miniimagenet-5w5s": script_case("miniImageNet 5-way 5-shot", miniimagenet_train, 5, 5, tasks=4),
 }
 
 
