@@ -11,7 +11,7 @@ takes them as constants.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -34,8 +34,7 @@ class Step(NamedTuple):
     """What one meta-step saw, before its update; all on the device."""
 
     losses: Tensor  # [T], query cross-entropy of the adapted weights, mean over samples; of a baseline its own loss
-    accuracy: Tensor  # [T, 1 or K+1] on the query set: after the inner loop, or before it and after each inner step;
-    # of a baseline [T, 1], by its own rule
+    accuracy: Tensor  # on the query set, [T, 1] after the inner loop, or [T, K+1] from before it; of a baseline [T, 1]
     metrics: dict | None  # as `measuring.collapse_metrics`, at every nc_every-th step
 
 
@@ -52,28 +51,27 @@ def leaves(weights: Weights) -> dict[str, Tensor]:
     return {name: weight.detach().requires_grad_() for name, weight in weights.items()}
 
 
-def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float, steps: int,
-          second_order: bool = False, adapted: Sequence[str] | None = None) -> list[Weights]:
+def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapping[str, float], steps: int,
+          second_order: bool = False) -> list[Weights]:
     """The inner loop: K steps of SGD on each task's own loss, for all tasks at once. Nothing passed in changes.
 
     Args:
         weights: where to start; one set for all tasks, or each with a leading task axis [T, ...].
         x, y: support sets, [T, N, c, h, w] and [T, N].
-        lr: of SGD on the mean cross-entropy of a task's support set (the paper's alpha).
+        lr: of SGD on the mean cross-entropy of a task's support set (the paper's alpha), or one per adapted weight.
         steps: K.
         second_order: keep the graph, so that the last weights can be differentiated with respect to the first.
-        adapted: names of the weights that change; all that the network lets change if None.
     Returns:
         K+1 sets of weights, each [T, ...]: the start, and after each step.
     """
-    names = net.adaptable if adapted is None else adapted
+    lr = lr if isinstance(lr, Mapping) else dict.fromkeys(net.adaptable, lr)
     trajectory = [net.per_task(weights, len(x))]
     for _ in range(steps):
         weights = trajectory[-1] if second_order else leaves(trajectory[-1])
         with torch.enable_grad():
             loss = cross_entropy(net(x, weights), y).sum()  # tasks share nothing: each gets its own gradient
-            gradients = torch.autograd.grad(loss, [weights[name] for name in names], create_graph=second_order)
-            trajectory.append(weights | {name: weights[name].add(g, alpha=-lr) for name, g in zip(names, gradients)})
+            gradients = torch.autograd.grad(loss, [weights[name] for name in lr], create_graph=second_order)
+            trajectory.append(weights | {name: weights[name].add(g, alpha=-lr[name]) for name, g in zip(lr, gradients)})
     return trajectory
 
 
@@ -86,16 +84,15 @@ def query_pass(net: Learner, weights: Weights, tasks: Tasks) -> tuple[Tensor, Te
     return loss.detach(), accuracy(logits, tasks.y_qry), list(gradients)
 
 
-def meta_gradient(net: Learner, tasks: Tasks, lr: float, steps: int, first_order: bool = False,
-                  query_chunk: int = NO_LIMIT, adapted: Sequence[str] | None = None,
-                  ) -> tuple[list[Tensor], Tensor, Tensor, list[Weights]]:
+def meta_gradient(net: Learner, tasks: Tasks, lr: float | Mapping[str, float], steps: int, first_order: bool = False,
+                  query_chunk: int = NO_LIMIT) -> tuple[list[Tensor], Tensor, Tensor, list[Weights]]:
     """Gradient of the sum of the adapted weights' query losses with respect to theta (algorithm 2, line 10).
 
     The gradient with respect to the adapted weights, `query_chunk` tasks at a time, is pulled back through the inner
     loop. Returns a gradient per weight of theta, losses [T], accuracies [T], the inner loop's weights (detached).
     """
     theta = dict(net.weights)
-    trajectory = adapt(net, theta, tasks.x_spt, tasks.y_spt, lr, steps, not first_order, adapted)
+    trajectory = adapt(net, theta, tasks.x_spt, tasks.y_spt, lr, steps, not first_order)
     last = trajectory[-1]
     losses, right, outer = chunked(partial(query_pass, net), query_chunk, len(tasks.y_qry), last, tasks)
     if first_order:  # the last weights are theta minus constants
@@ -106,9 +103,11 @@ def meta_gradient(net: Learner, tasks: Tasks, lr: float, steps: int, first_order
     return gradient, losses, right, tree_map(Tensor.detach, trajectory)
 
 
-def adapted_by(learner: str, net: Learner) -> list[str] | None:
-    """Names of the weights that the learner's inner loop adapts; None: all that may be."""
-    return {"anil": net.head, "boil": [name for name in net.adaptable if name not in net.head]}.get(learner)
+def inner_rates(net: Learner, learner: str, lr: float, head_lr: float | None = None) -> dict[str, float]:
+    """The inner learning rate per weight that the learner's inner loop adapts; `head_lr` of the last layer's."""
+    head = dict.fromkeys(net.head, lr if head_lr is None else head_lr)
+    body = {name: lr for name in net.adaptable if name not in head}
+    return {"anil": head, "boil": body}.get(learner, body | head)
 
 
 @dataclass(eq=False, repr=False)
@@ -132,12 +131,13 @@ class Meta:
     nc_every_late: int | None = None  # nc_every from meta-step LATE on; None: the same
     clip: float = 0.0  # bound of each value of the outer gradient, as in the paper's code; 0: none
     skip_nonfinite: bool = False  # after such an update, continue with the next tasks
-    learner: str = "maml"  # or anil, boil (see `adapted_by`); protonet, classifier: no inner loop in training
+    learner: str = "maml"  # or anil, boil (see `inner_rates`); protonet, classifier: no inner loop in training
+    head_lr: float | None = None  # inner learning rate of the last layer; None: update_lr
     cosine_steps: int = 0  # Adam's rate falls to 0 as half a cosine over this many updates; 0: it is constant
 
     def __post_init__(self) -> None:
         self.step = 0
-        self.adapted = adapted_by(self.learner, self.net)
+        self.rates = inner_rates(self.net, self.learner, self.update_lr, self.head_lr)
         outer = GuardedAdam(self.net.parameters(), self.meta_lr, self.cosine_steps, self.clip, self.skip_nonfinite)
         self.outer, self.state = outer, outer.state  # state(): every tensor that a meta-step changes
         self.optimizer, self.updates = outer.adam, outer.updates
@@ -210,11 +210,11 @@ class Meta:
         """What `meta_gradient` returns; without an inner loop there is no trajectory."""
         if self.learner in BASELINES:
             return *BASELINES[self.learner](self.net, tasks, classes), None
-        return meta_gradient(self.net, tasks, self.update_lr, self.update_step, first_order, query_chunk, self.adapted)
+        return meta_gradient(self.net, tasks, self.rates, self.update_step, first_order, query_chunk)
 
     def adapt(self, tasks: Tasks, steps: int) -> list[Weights]:
         """The inner loop from theta, without its graph: K+1 sets of weights, as `adapt`."""
-        return adapt(self.net, self.net.weights, tasks.x_spt, tasks.y_spt, self.update_lr, steps, adapted=self.adapted)
+        return adapt(self.net, self.net.weights, tasks.x_spt, tasks.y_spt, self.rates, steps)
 
     def _together(self, tasks: Tasks, trains: bool = False) -> tuple[int, int]:
         """How many tasks go together through the inner loop, and through the query pass."""

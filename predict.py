@@ -33,7 +33,7 @@ from files import UserError, reading
 from images import decode
 from learner import Learner
 from measuring import scores
-from meta import adapt, adapted_by
+from meta import adapt, inner_rates
 from tasks import Dataset, Tasks, as_tasks, chunks
 
 Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
@@ -118,9 +118,9 @@ class Model:
             warnings.warn(f"{len(query_images)} queries of {len(classes)} classes are normalised together: their "
                           "statistics mean little; leave transductive out", stacklevel=3)
         by_mean = self.args.learner in BASELINES
-        *_, weights = adapt(self.net, self.net.weights, x_spt, y_spt, self.args.update_lr,
-                            0 if by_mean else self.args.update_step_test,
-                            adapted=adapted_by(self.args.learner, self.net))
+        rates = inner_rates(self.net, self.args.learner, self.args.update_lr, self.args.head_lr)
+        *_, weights = adapt(self.net, self.net.weights, x_spt, y_spt, rates,
+                            0 if by_mean else self.args.update_step_test)
         names, answers, total = list(classes), [], x_qry.shape[1]
         for queries, in chunks(total if transductive else QUERIES_PER_PASS, total, x_qry[0]) if total else ():
             tasks = Tasks(x_spt, y_spt, queries[None], y_spt)  # the last, the queries' labels, is not used

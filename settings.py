@@ -23,7 +23,7 @@ UNSET = object()  # the value of a flag that is not on the command line
 SYNTHETIC = {"eval_tasks": 50, "test_tasks": 100}  # defaults with --synthetic: a first run ends in a minute or two
 LEAST = {"n_way": 2, "eval_tasks": 2, "test_tasks": 2, "nc_every": 0, "nc_every_late": 0, "keep_every": 0,
          "save_every": 0, "task_chunk": 0, "seed": 0}  # smallest value of an integer flag, if not 1
-RATES = ("meta_lr", "update_lr")  # may not be 0
+RATES = ("meta_lr", "update_lr", "head_lr")  # may not be 0
 MAY_CHANGE = {  # flags that may change a run's settings
     "resume": ("epoch", *PLACE, "save_every", "task_chunk", "cuda_graph", "tensorboard"),
     "test": ("k_qry", "k_qry_test", "update_step_test", "test_tasks", "test_weights", "transductive", "task_chunk",
@@ -98,6 +98,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("meta_lr", None, "learning rate of the outer loop, Adam")
     flag("update_lr", None, "learning rate of the inner loop, SGD on the mean cross-entropy; the paper's "
          "code sums over the classes, so that its 0.4 is 2.0 here in 5-way")
+    flag("head_lr", None, "the same of the last layer alone; UPDATE_LR if not given", type=float)
     flag("lr_schedule", "constant", "of META_LR: constant, or half a cosine that ends at 0",
          choices=["constant", "cosine"])
     flag("update_step", None, "inner steps in training")
@@ -273,6 +274,8 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
                         "or give --no-synthetic")
     if args.synthetic and args.data_name is not None:
         raise UserError(f"--data_name {args.data_name}: generated images keep their own name; leave --data_name out")
+    if args.head_lr is not None and args.learner == "boil":
+        raise UserError("--head_lr: BOIL does not adapt the last layer; leave --head_lr out, or give --learner maml")
     if args.first_order and args.learner in BASELINES:
         raise UserError(f"--first_order: --learner {args.learner} has no inner gradient; give --no-first_order")
     if getattr(args, "split", "shuffled") != "shuffled" and (args.synthetic or args.data is not None):

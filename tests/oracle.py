@@ -72,7 +72,8 @@ def adapt(config, theta, x, y, lr, steps, second_order=False, changes=bool):
         names = list(filter(changes, weights))
         loss = F.cross_entropy(forward(config, weights, x)[0], y)
         gradients = torch.autograd.grad(loss, [weights[name] for name in names], create_graph=second_order)
-        trajectory.append(weights | {name: weights[name] - lr * g for name, g in zip(names, gradients)})
+        rates = [lr(name) if callable(lr) else lr for name in names]
+        trajectory.append(weights | {name: weights[name] - rate * g for name, rate, g in zip(names, rates, gradients)})
     return trajectory
 
 

@@ -78,15 +78,20 @@ def test_the_papers_sizes_and_initial_weights():
 
 
 @pytest.mark.parametrize("second_order", [False, True])
+@pytest.mark.parametrize("head_lr", [None, 0.2])
 @pytest.mark.parametrize("learner, changes", [
     ("maml", lambda name: "bn_shift" not in name), ("anil", lambda name: "linear" in name),
     ("boil", lambda name: "linear" not in name and "bn_shift" not in name)])
-def test_which_weights_the_inner_loop_adapts(net, learner, changes, second_order):
+def test_which_weights_the_inner_loop_adapts(net, learner, changes, head_lr, second_order):
     """The weights after adaptation, and the meta-gradient."""
-    (tasks, _), lr, steps = make_tasks(), 0.5, 2
-    maml = Meta(net, update_lr=lr, learner=learner)
-    trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, lr, steps, adapted=maml.adapted)
-    gradient, losses, *_ = meta_gradient(net, tasks, lr, steps, not second_order, adapted=maml.adapted)
+    (tasks, _), steps = make_tasks(), 2
+    maml = Meta(net, update_lr=0.5, learner=learner, head_lr=head_lr)
+
+    def lr(name):
+        return head_lr if head_lr and "linear" in name else 0.5
+
+    trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, maml.rates, steps)
+    gradient, losses, *_ = meta_gradient(net, tasks, maml.rates, steps, not second_order)
     for task, (x, y, x_qry, y_qry) in enumerate(zip(*tasks)):
         weights = oracle.adapt(net.config, net.weights, x, y, lr, steps, changes=changes)[-1]
         loss = F.cross_entropy(oracle.forward(net.config, weights, x_qry)[0], y_qry)
