@@ -14,6 +14,9 @@ The tasks are those of the run's test. The controls, each with all metrics and a
     pixels         the input itself; without adaptation
     queries 1, 5, 19   the final weights with so many queries per class, which batch norm takes together
     5-shot         the final weights with 5 support images per class: their features can be measured too
+    first step by parts   the final weights after the first inner step of the classifier alone, the body alone, both:
+                   accuracy, and the margin, the true class's logit minus the mean of the others
+    first step by parts, untrained   the same of the untrained network
     batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
     batch norm by the support set                 the same, by statistics without the query
 
@@ -25,6 +28,7 @@ import python_version  # first: the others do not parse on an older Python  # no
 
 import argparse
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +54,7 @@ from training import TEST_SEED, Data, held_out_tasks
 QUERIES = 15  # per class, if nothing else is said
 SHOTS = 5  # of the control with more support images
 CLASSIFIER_METRICS = ("self_duality", "ncc_mismatch", "within_original", "between_original")
+BY_PARTS = "first step by parts"
 ALONE, BY_SUPPORT = "batch norm by one query and the support set", "batch norm by the support set"
 
 
@@ -96,6 +101,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
                for queries in (1, 5, 19) if queries <= most}
     if args.k_spt != SHOTS < most + args.k_spt:
         wanted[f"{SHOTS}-shot"] = final, together, (SHOTS, min(QUERIES, most + args.k_spt - SHOTS))
+    wanted |= {BY_PARTS: (final, by_parts, usual), f"{BY_PARTS}, untrained": (untrained, by_parts, usual)}
     wanted[ALONE] = final, partial(not_transductive, score=partial(scores, transductive=False)), usual
     wanted[BY_SUPPORT] = final, partial(not_transductive, score=scores_by_support), usual
     if not wanted.keys() >= set(only or ()):
@@ -110,6 +116,10 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
                     task_chunk=args.task_chunk, seed=args.seed, learner=args.learner, head_lr=args.head_lr)
         batches = math.ceil(args.test_tasks / args.task_num)
         results = cat(list(progress(measured(maml, data, images, function), name, batches, "batches")))
+        if function is by_parts:
+            written[name] = {"tasks": args.test_tasks} | with_intervals(results)
+            say(f"{name}: margin before it, of the classifier alone, the body alone, both: {written[name]['margin']}")
+            continue
         if net not in dimensions:
             dimensions[net] = dimension(net, images[::data.turns("test"), :most + args.k_spt], dataset)
         written[name] = entry(results) | {"effective_dimension": {"meta": numbers(dimensions[net])}}
@@ -127,7 +137,7 @@ def with_classifier(net: Learner, other: Learner | None) -> Learner:
     return net
 
 
-def measured(maml: Meta, data: Data, images: Tensor, function: Callable) -> Iterator[Adapted]:
+def measured(maml: Meta, data: Data, images: Tensor, function: Callable) -> Iterator[Adapted | dict[str, Tensor]]:
     """`function` of the run's test tasks, as many at a time as in its test."""
     sampler = data.sampler("test", images, TEST_SEED)
     for start, part in held_out_tasks(sampler, data.args.test_tasks, data.args.task_num):
@@ -146,6 +156,18 @@ def not_adapted(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
     metrics = {name: values[:, :1] for name, values in metrics.items()
                if name.removesuffix("_null") not in CLASSIFIER_METRICS}
     return Adapted(None, accuracies(maml.net, tasks, start)["nearest_mean"], {"meta": metrics}, None)
+
+
+def by_parts(maml: Meta, tasks: Tasks, null_seed: int) -> dict[str, Tensor]:
+    """Accuracy and margin [T, 4]: before adaptation, after the first step of the classifier, of the body, of both."""
+    before, after = maml.adapt(tasks, 1)
+    results = []
+    for body, classifier in itertools.product((before, after), repeat=2):
+        logits = maml.net(tasks.x_qry, body | {name: classifier[name] for name in maml.net.head})
+        true = logits.gather(2, tasks.y_qry[:, :, None])[:, :, 0]
+        margin = true - (logits.sum(2) - true) / (logits.shape[2] - 1)
+        results.append((accuracy(logits, tasks.y_qry), margin.mean(1)))
+    return {name: torch.stack(values, 1) for name, values in zip(("accuracy", "margin"), zip(*results))}
 
 
 def not_transductive(maml: Meta, tasks: Tasks, null_seed: int, score: Callable) -> Adapted:
@@ -191,12 +213,16 @@ def input_layer(results: Adapted) -> int:
 
 
 def entry(results: Adapted) -> dict:
-    written = {"tasks": len(results.nearest_mean), **summary(results.metrics, input_layer(results))}
-    for name, values in (("accuracy", results.accuracy), ("nearest_mean", results.nearest_mean)):
-        if values is not None:
-            mean, se = nc_metrics.mean_and_se(values)
-            written |= {name: numbers(mean), f"{name}_ci95": numbers(1.96 * se)}
-    return written
+    right = {"accuracy": results.accuracy, "nearest_mean": results.nearest_mean}
+    return {"tasks": len(results.nearest_mean), **summary(results.metrics, input_layer(results)),
+            **with_intervals({name: values for name, values in right.items() if values is not None})}
+
+
+def with_intervals(values: dict[str, Tensor]) -> dict:
+    """Means over tasks, and half of their 95% intervals as NAME_ci95."""
+    means = {name: nc_metrics.mean_and_se(one) for name, one in values.items()}
+    return {name: numbers(mean) for name, (mean, _) in means.items()} | {
+        f"{name}_ci95": numbers(1.96 * se) for name, (_, se) in means.items()}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ FLAGS = ("--synthetic --device cpu --task_num 3 --epoch 1 --k_qry 2 --n_way 3 --
          "--eval_tasks 2 --test_tasks 2 --nc_every 1").split()
 
 
+PARTS = controls.BY_PARTS, f"{controls.BY_PARTS}, untrained"
+
+
 def share(features, labels):
     """Mean over tasks of the relative within trace."""
     return nc_metrics.relative_within(*nc_metrics.covariance_traces(features, labels, 3)).mean().item()
@@ -29,6 +33,13 @@ def share(features, labels):
 def nearest(queries, support):
     """Share of queries nearest to their class's support sample: [T, N, D], [T, 3, D], 15 queries per class."""
     return (torch.cdist(queries, support).argmin(-1) == torch.arange(3).repeat_interleave(15)).double().mean().item()
+
+
+def stepped(net, x, y, lr):
+    """A task's weights before adaptation and after the first step of the classifier, of the body, of both."""
+    with torch.enable_grad():
+        parts = lambda name: "linear" in name, lambda name: "linear" not in name, bool
+        return [net.weights, *(oracle.adapt(net.config, net.weights, x, y, lr, 1, changes=part)[-1] for part in parts)]
 
 
 @torch.no_grad()
@@ -56,7 +67,7 @@ def test_controls(tmp_path):
     controls.main([str(run), "--tasks", "4"])
     found = json.loads((run / "controls.json").read_text())
     assert list(found) == ["final", "untrained", "classifier at zero", "classifier at random", "pixels", "queries 1",
-                           "queries 5", "queries 19", "5-shot", controls.ALONE, controls.BY_SUPPORT]
+                           "queries 5", "queries 19", "5-shot", *PARTS, controls.ALONE, controls.BY_SUPPORT]
     script, args = predict.settings_of(run)
     args.k_qry_test = 15
     data = training.Data(args, script.dataset(args), torch.device("cpu"))
@@ -77,6 +88,14 @@ def test_controls(tmp_path):
     for one in (found["final"], at_random):
         assert one["meta"]["within"]["mean"][:-1] != one["finetuned"]["within"]["mean"][:-1]
     assert len({one["finetuned"]["self_duality"]["mean"][-2] for one in (found["final"], at_random, zeroed)}) == 3
+    for name, net in zip(PARTS, nets.values()):
+        logits = [torch.stack([oracle.forward(net.config, weights, x)[0] for x, weights in zip(tasks.x_qry, parts)])
+                  for parts in zip(*(stepped(net, x, y, args.update_lr) for x, y in zip(tasks.x_spt, tasks.y_spt)))]
+        true = [one.gather(2, tasks.y_qry[..., None])[..., 0] for one in logits]
+        assert found[name]["margin"] == pytest.approx([((3 * t - one.sum(2)) / 2).mean().item()
+                                                       for t, one in zip(true, logits)], abs=1e-4)
+        assert found[name]["accuracy"] == pytest.approx([(one.argmax(2) == tasks.y_qry).double().mean().item()
+                                                         for one in logits], abs=1e-5)
     pixels, support = tasks.x_qry.flatten(2), tasks.x_spt.flatten(2)
     assert found["pixels"]["meta"]["relative_within"]["mean"] == pytest.approx([share(pixels, tasks.y_qry)], 1e-4)
     assert found["pixels"]["nearest_mean"] == pytest.approx([nearest(pixels, support)], abs=1e-5)
