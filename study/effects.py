@@ -18,6 +18,7 @@ from study.logs import Run, Series, number
 
 END_SHARE = 0.1  # the last part of training, whose measurements are averaged
 HIDDEN = -2      # the classifier's input; a layer is a name, or an index into the run's layers
+BY_PARTS = "first step by parts"  # the control in controls.json
 CONTROL_QUERIES = 15  # per class in controls.json, if its name says nothing else
 LATE = 1_000     # correlations and drops use the checkpoints from this meta-step on, after the steep beginning
 
@@ -278,6 +279,17 @@ def dimension(run: Run, kind: str = "final") -> float:
 def accuracy_in(test: dict | None, key: str, place: int) -> float:
     """A test's "accuracy" or "nearest_mean" before (0) or after (-1) adaptation; nan if it has none."""
     return number(((test or {}).get(key) or [None])[place])
+
+
+def by_parts(run: Run, quantity: str, kind: str = BY_PARTS) -> list[float]:
+    """ "accuracy" or "margin" before adaptation, and after the first step of the classifier, of the body, of both."""
+    return run.controls().get(kind, {}).get(quantity, [math.nan] * 4)
+
+
+def body_part(run: Run, kind: str = BY_PARTS) -> float:
+    """The body's part of the margin that the first inner step adds, if classifier and body step one at a time."""
+    before, classifier, body, _ = by_parts(run, "margin", kind)
+    return (body - before) / (body - before + classifier - before)
 
 
 def five_shot_share(run: Run, samples: str, inner_step: int) -> float:

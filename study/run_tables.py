@@ -70,12 +70,12 @@ def changes(study: Study) -> str:
     """The paper's recipe, and the same with one thing changed: a row per setting."""
     at = functools.partial(effects.nearest, split="heldout", step=5_000)
 
-    def total(run: Run, model: str) -> float:
-        return sum(at(run, metric=trace, model=model) for trace in ("within", "between"))
-
-    columns = {f"{METRICS[metric]}, {when}": over(at, metric=metric, model=model)
-               for metric in ("relative_within", "nc1") for model, when in MODELS.items()}
-    columns |= {f"tr S_W + tr S_B, {when}": over(total, model=model) for model, when in MODELS.items()}
+    columns = {"body's part of the step, untrained": over(effects.body_part, kind=f"{effects.BY_PARTS}, untrained"),
+               "trained": over(effects.body_part), "accuracy after the classifier's step alone, %":
+               over(lambda run: effects.by_parts(run, "accuracy")[1], 100),
+               "after the body's alone, %": over(lambda run: effects.by_parts(run, "accuracy")[2], 100)}
+    columns |= {f"relative within trace, {when}": over(at, metric="relative_within", model=model)
+                for model, when in MODELS.items()}
     columns["nearest support mean before adaptation, %"] = over(at, 100, metric="ncc_accuracy", model="meta")
     columns["classifier, adapted, %"] = over(at, metric="accuracy")
     rows = [[label(runs[0]), size, str(len(runs)), f"{min(5_000, *(run.last_step for run in runs)):,}",

@@ -285,7 +285,8 @@ def controls(study: Study) -> str:
     for group in study.groups(LONG):
         measured = [run for run in group if run.controls()]
         rows += [[label(group[0]), kind, *before_adaptation(measured, kind), *control_accuracies(measured, kind)]
-                 for kind in dict.fromkeys(kind for run in measured for kind in run.controls())]
+                 for kind in dict.fromkeys(kind for run in measured for kind in run.controls()
+                                           if effects.BY_PARTS not in kind)]
     return table(["", "control", "seeds", *METRICS.values(), "dimension", *(f"{name}, %" for name in RULES)], rows)
 
 

@@ -264,9 +264,13 @@ def test_one_change_is_compared_after_equally_many_meta_steps(tmp_path):
     log = nc_logs.log(6_000, every=1_000, eval_every=1_000, value=lambda *place: place[3] / 7_000)
     nc_logs.write_run(tmp_path / "small-step-seed1", log)
     (row,) = [row for row in log if row["classes"] == "heldout" and row["step"] == 5_000]
-    *_, share, _, _, _, total, mean, accuracy = tables.changes(Study(tmp_path)).split("\n")[-1].strip(" |").split("|")
+    for margin in ([0.5, 1.5, 3.5, 4.0], None):
+        part = {"margin": margin, "accuracy": [0.2, 0.3, 0.6, 0.8]} if margin else {}
+        (tmp_path / "small-step-seed1/controls.json").write_text(json.dumps({"first step by parts": part}))
+        *_, first, last, classifier, body, _, share, mean, accuracy = (
+            tables.changes(Study(tmp_path)).split("\n")[-1].strip(" |").split(" | "))
+        assert [first, last, classifier, body] == (["–", "0.75", "30.0", "60.0"] if margin else ["–"] * 4)
     for cell, value in ((share, row["finetuned"]["relative_within"]["mean"][-2]),
-                        (total, sum(row["finetuned"][trace]["mean"][-2] for trace in ("within", "between"))),
                         (mean, 100 * row["meta"]["ncc_accuracy"]["mean"][-2]),
                         (accuracy, 100 * row["inner"]["accuracy"]["mean"][-1])):
         assert float(cell) == pytest.approx(value, rel=0.05), cell
