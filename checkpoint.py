@@ -25,7 +25,7 @@ from learner import Learner
 from meta import Meta
 from tasks import Sampler, tree_map
 
-UNUSABLE = "is damaged, or not of this program, run or network"  # a file that can't be used
+UNUSABLE = "is damaged, or belongs to another program, run or network"  # a file that can't be used
 
 
 def write(path: Path, value: dict) -> None:

@@ -69,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder, n_tasks, only = given.pop("run"), given.pop("tasks"), given.pop("only")
     flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
     script, args = predict.settings_of(folder, f"--test_tasks={n_tasks}", *flags)
+    if not (folder / "result.json").exists():
+        raise UserError(f"{folder} is not finished; continue it with --resume")
     path, kept = folder / f"controls{other_images(folder, args)}.json", {}
     if only and path.exists():
         with reading(path, "remove it, and measure all controls again", "is damaged"):

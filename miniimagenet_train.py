@@ -26,6 +26,7 @@ DEFAULTS = {
     "script": "miniimagenet_train", "epoch": 60000, "n_way": 5, "k_spt": 5, "k_qry": 15, "imgsz": 84, "imgc": 3,
     "task_num": 4, "meta_lr": 1e-3, "update_lr": 0.01, "update_step": 5, "update_step_test": 10,
     "root": "miniimagenet/", "pixels": "normalised", "print_every": 100,
+    "synthetic_tasks": {"eval_tasks": 10, "test_tasks": 20},
 }
 PAPER = {  # Finn, Abbeel, Levine 2017, appendix A.1, and the paper's code; epoch counts tasks
     (5, k_spt): {

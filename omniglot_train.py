@@ -29,6 +29,7 @@ DEFAULTS = {
     "script": "omniglot_train", "epoch": 40000, "n_way": 5, "k_spt": 1, "k_qry": 15, "imgsz": 28, "imgc": 1,
     "task_num": 32, "meta_lr": 1e-3, "update_lr": 0.4, "update_step": 5, "update_step_test": 10, "root": "omniglot/",
     "split": "shuffled", "rotations": True, "pixels": "unit", "print_every": 50,
+    "synthetic_tasks": {"eval_tasks": 50, "test_tasks": 100},
 }
 PAPER = {  # Finn, Abbeel, Levine 2017, appendix A.1, and the paper's code
     (n_way, k_spt): {

@@ -57,11 +57,12 @@ def lock_run(args: argparse.Namespace) -> Iterator[Path]:
                 path.rmdir()
 
 
-def write_args(out: Path, settings: dict, steps: int, data: dict, device: torch.device) -> None:
-    """Write args.json: settings, data, device and versions, before the first step."""
+def write_args(out: Path, settings: dict, steps: int, layers: list, data: dict, device: torch.device) -> None:
+    """Write args.json: settings, network, data, device and versions, before the first step."""
     write_json(out / "args.json", {
         "settings": settings,
         "meta_steps": steps,
+        "layers": layers,
         "data": data,
         "device": {"type": device.type, "name": devices.device_name(device), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -84,13 +85,15 @@ def complete(out: Path, epoch: int) -> bool:
     return os.path.exists(out / "result.json") and _args(out)["settings"]["epoch"] == epoch
 
 
-def extend_run(out: Path, epoch: int, steps: int) -> None:
-    """Write a larger --epoch to args.json; the rest stays as when the run was first started."""
+def resumed(out: Path, epoch: int, steps: int) -> None:
+    """Remove the results of the weights so far, and write a larger --epoch to args.json; its rest stays."""
     recorded = _args(out)
-    if recorded["settings"]["epoch"] != epoch and devices.rank() == 0:
-        # before args.json: a run with a result is complete. The others are of the shorter run's weights
-        for path in (out / "result.json", out / "timing.json", *out.glob("controls*.json"), *out.glob("test-*.json")):
-            path.unlink(missing_ok=True)
+    if devices.rank() > 0:
+        return
+    # before args.json: a run with a result is complete
+    for path in (out / "result.json", out / "timing.json", *out.glob("controls*.json"), *out.glob("test-*.json")):
+        path.unlink(missing_ok=True)
+    if recorded["settings"]["epoch"] != epoch:
         recorded["settings"]["epoch"], recorded["meta_steps"] = epoch, steps
         write_json(out / "args.json", recorded)
 
@@ -113,8 +116,9 @@ def write_json(path: Path, value: dict, remedy: str = REMEDY) -> None:
 
 
 def other_images(run: Path, args: argparse.Namespace) -> str:
-    """What ends the name of a file about a run: "-FOLDER" if `args.data` is not the run's own data, else nothing."""
-    return "" if args.data == _args(run)["settings"].get("data") else f"-{Path(args.data).resolve().name}"
+    """What ends the name of a file about a run on other images than its own: "-FOLDER", or "-NAME" of --data_name."""
+    own = args.data == _args(run)["settings"].get("data")
+    return "" if own else f"-{args.data_name or Path(args.data).resolve().name}"
 
 
 def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,14 +21,14 @@ from tasks import Dataset
 MODES = ("resume", "test", "from_args")  # flags that name the run whose settings hold; not settings themselves
 PLACE = ("root", "data", "cache", "device")  # where a run happens; not part of the experiment
 UNSET = object()  # the value of a flag that is not on the command line
-SYNTHETIC = {"eval_tasks": 50, "test_tasks": 100}  # defaults with --synthetic: a first run ends in a minute or two
+PATHS = (*MODES, "root", "data", "cache", "out")  # ~ is the home folder, as in a shell
 LEAST = {"n_way": 2, "eval_tasks": 2, "test_tasks": 2, "nc_every": 0, "nc_every_late": 0, "keep_every": 0,
          "save_every": 0, "task_chunk": 0, "seed": 0}  # smallest value of an integer flag, if not 1
 RATES = ("meta_lr", "update_lr", "head_lr")  # may not be 0
 MAY_CHANGE = {  # flags that may change a run's settings
     "resume": ("epoch", *PLACE, "save_every", "task_chunk", "cuda_graph", "tensorboard"),
     "test": ("k_qry", "k_qry_test", "update_step_test", "test_tasks", "test_weights", "transductive", "task_chunk",
-             *PLACE),
+             "data_name", *PLACE),
 }
 
 
@@ -57,7 +58,9 @@ def parse_args(description: str, defaults: dict, paper: dict, argv: Sequence[str
             cases = ", ".join(f"{way}-way {shot}-shot" for way, shot in paper)
             raise UserError(f"--recipe paper: the paper has no {n_way}-way {k_spt}-shot; there are {cases}")
         parser.set_defaults(**paper[n_way, k_spt])
-    fewer_tasks = SYNTHETIC if flags.get("synthetic") else {}
+    if "rotations" in defaults and "data" in flags:
+        parser.set_defaults(rotations=False)
+    fewer_tasks = defaults["synthetic_tasks"] if flags.get("synthetic") else {}
     return argparse.Namespace(**vars(parser.parse_args([])) | fewer_tasks | flags)
 
 
@@ -74,12 +77,14 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     def flag(name: str, default, text: str, **options):
         default = defaults.get(name, default)
         if "action" not in options:
-            options.setdefault("type", str if default is None else type(default))
+            plain = str if default is None else type(default)
+            options.setdefault("type", os.path.expanduser if name in PATHS else plain)
         parser.add_argument(f"--{name}", default=default, help=text, **options)
 
     def choice(name: str, default: bool | None, text: str):
         flag(name, default, text, action=argparse.BooleanOptionalAction)
 
+    fewer = defaults["synthetic_tasks"]
     flag("recipe", "original", "defaults of the other flags: those of this code's original, or of MAML's paper (listed "
          "at the end)", choices=["original", "paper"])
     flag("learner", "maml", "anil: the inner loop adapts only the last layer; boil: all but the last; protonet: a "
@@ -90,8 +95,8 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("k_spt", None, "support images per class (k-shot)")
     flag("k_qry", None, "query images per class")
     flag("k_qry_test", None, "query images per class in validation and testing; K_QRY if not given", type=int)
-    flag("nc_qry", None, "query images per class that neural collapse is measured on; 15 if not given, or as many as a "
-         "class has", type=int)
+    flag("nc_qry", None, "query images per class that neural collapse is measured on; 15 if not given, or in "
+         "small classes all that are not support", type=int)
     flag("imgsz", None, "images are resized to this square, pixels")
     flag("imgc", None, "channels of an image")
     flag("task_num", None, "tasks per meta-step (the meta-batch)")
@@ -99,7 +104,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("update_lr", None, "learning rate of the inner loop, SGD on the mean cross-entropy; the paper's "
          "code sums over the classes, so that its 0.4 is 2.0 here in 5-way")
     flag("head_lr", None, "the same of the last layer alone; UPDATE_LR if not given", type=float)
-    flag("lr_schedule", "constant", "of META_LR: constant, or half a cosine that ends at 0",
+    flag("lr_schedule", "constant", "schedule of the outer learning rate: constant, or half a cosine that ends at 0",
          choices=["constant", "cosine"])
     flag("update_step", None, "inner steps in training")
     flag("update_step_test", None, "inner steps in validation and testing")
@@ -118,14 +123,15 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("pixels", None, "normalised: by the data's mean and deviation; unit: 0..1; inverted: 1..0",
          choices=["normalised", "unit", "inverted"])
     if "rotations" in defaults:
-        choice("rotations", None, "in training, each class of a task is turned by a random multiple of 90 degrees")
-        choice("rotate_heldout", False, "the same in validation and testing")
+        choice("rotations", None, "in training, each class of a task is turned by a random multiple of 90 degrees; off "
+               "with --data if not given")
+        choice("rotate_heldout", False, "turn the classes in validation and testing too")
     choice("random_labels", False, "put the training images into classes at random: a control with nothing to learn")
     choice("transductive", True, "validate, and choose the best weights, with batch norm over the whole query set; "
            "--no-transductive: each query is normalised together with the support set alone. A test reports both; the "
            "second is of one query per class, or of all with --no-transductive")
-    flag("clip", 0.0, "clip each value of the outer gradient to -CLIP..CLIP; 0: none. The paper's code sums the loss "
-         "over 75 queries, divides by K_SPT and clips at 10: 0.133 here in 1-shot, 0.667 in 5-shot")
+    flag("clip", 0.0, "clip each value of the outer gradient to -CLIP..CLIP; 0: none. On miniImageNet the paper's "
+         "code sums the loss over 75 queries, divides by K_SPT and clips at 10: 0.133 here in 1-shot, 0.667 in 5-shot")
     choice("skip_nonfinite", False, "skip an update whose loss or gradient is not finite, and count it, "
            "instead of stopping there")
     flag("root", None, "folder of the data")
@@ -146,10 +152,10 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("seed", 222, "of the initial weights and the training tasks")
     flag("device", "cuda" if torch.cuda.is_available() else "cpu", "where to compute: cpu, cuda, cuda:1, ...")
     flag("nc_every", 100, "meta-steps between two neural-collapse measurements on training tasks; 0: none at all")
-    flag("nc_every_late", None, "the same from meta-step 7,500 on; NC_EVERY if not given", type=int)
+    flag("nc_every_late", None, "as --nc_every, from meta-step 7,500 on; NC_EVERY if not given", type=int)
     flag("eval_every", 500, "meta-steps between two validations, with metrics on the same held-out tasks")
-    flag("eval_tasks", 100, f"tasks of a validation, always the same; with --synthetic {SYNTHETIC['eval_tasks']}")
-    flag("test_tasks", 600, f"tasks of the test at the end; with --synthetic {SYNTHETIC['test_tasks']}")
+    flag("eval_tasks", 100, f"tasks of a validation, always the same; with --synthetic {fewer['eval_tasks']}")
+    flag("test_tasks", 600, f"tasks of the test at the end; with --synthetic {fewer['test_tasks']}")
     flag("test_weights", "best", "weights that are tested: of the best validation, or after the last step",
          choices=["best", "last"])
     flag("keep_every", 0, "meta-steps between two copies of the weights that are kept, weights-STEP.pt; 0: none")
@@ -194,6 +200,13 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
         raise UserError(f"{path}: {error}") from error
     if flags.get("recipe", settings["recipe"]) != settings["recipe"]:
         raise UserError(f"--recipe can't be set with --{mode}: the run's settings hold; give single flags")
+    if mode != "resume":
+        if settings["device"].startswith("cuda") and not torch.cuda.is_available():
+            settings["device"] = "cpu"  # a run that was made on a GPU can be repeated and tested anywhere
+        if flags.get("synthetic"):
+            settings |= {"data": None, "data_name": None}
+        elif flags.get("data", settings["data"]) != settings["data"]:  # other images have another name
+            settings |= {"synthetic": False, "data_name": None} | ({"split": "shuffled"} if "split" in settings else {})
     if mode == "from_args":
         return argparse.Namespace(**settings | {"out": None} | flags)
     for name, value in flags.items():
@@ -201,13 +214,7 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
             raise UserError(f"--{name} can't be set with --{mode}: the run's own value holds; "
                             f"flags that may be set: {_flags(MAY_CHANGE[mode])}")
     if mode == "test":
-        if settings["device"].startswith("cuda") and not torch.cuda.is_available():
-            settings["device"] = "cpu"  # a run that was made on a GPU is tested anywhere
         queries = flags.get("k_qry_test", flags.get("k_qry", settings["k_qry_test"] or settings["k_qry"]))
-        if "data" in flags:
-            settings["synthetic"] = False  # a run on generated images may be tested on others
-            if flags["data"] != settings["data"]:  # which are not Omniglot's, and have another name
-                settings |= {"data_name": None} | ({"split": "shuffled"} if "split" in settings else {})
         one_query_set = {"k_qry": queries, "k_qry_test": queries, "nc_qry": None}  # a test measures no neural collapse
         return argparse.Namespace(**settings | flags | one_query_set)
     epoch, new_epoch = settings["epoch"], flags.get("epoch", settings["epoch"])
@@ -283,7 +290,8 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     if args.imgc != dataset.channels:
         raise UserError(f"--imgc {args.imgc}: {dataset.name()} has {dataset.channels}")
     if meta_steps(args) < 1:
-        raise UserError(f"--epoch {args.epoch}: fewer tasks than one meta-step takes; at least {args.task_num}")
+        raise UserError(f"--epoch {args.epoch}: it counts tasks here, and a meta-step takes {args.task_num}; give "
+                        f"{args.task_num} or more")
     tests_only = args.test is not None
     if args.learner == "classifier" and not tests_only and (devices.size() > 1 or args.task_chunk):
         raise UserError("--learner classifier: batch norm is over all images of a step, so one process takes them "
@@ -295,7 +303,8 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     sizes = {split: size for split, size in dataset.sizes().items() if split == "test" or not tests_only}
     for split, (classes, images) in sizes.items():
         if args.n_way > classes:
-            raise UserError(f"--n_way {args.n_way}: {dataset.name()} has {classes} classes in its {split} split")
+            raise UserError(f"--n_way {args.n_way}: {dataset.name()} has {classes} classes in its {split} split"
+                            + "; lower --n_way, or divide them yourself into train/, val/ and test/" * bool(args.data))
         for name in ("k_qry", "k_qry_test", "nc_qry"):
             if args.k_spt + (getattr(args, name) or 0) > images:
                 raise UserError(f"--k_spt {args.k_spt} --{name} {getattr(args, name)}: {dataset.name()} has {images} "
@@ -313,7 +322,8 @@ def _check_network(args: argparse.Namespace, network: Callable[[argparse.Namespa
     try:
         net = network(args)
     except ValueError as error:
-        raise UserError(f"layers at --imgsz {args.imgsz}: {error}") from error
+        hint = "; a larger --imgsz or --net paper may fit" if "size" in str(error) else ""
+        raise UserError(f"layers at --imgsz {args.imgsz}: {error}{hint}") from error
     last = net.config[-1][0] if net.config else "missing"
     if last != "linear":
         raise UserError(f"layers: the last layer is {last}; it must be linear, ('linear', [args.n_way, features])")

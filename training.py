@@ -173,12 +173,12 @@ class _Run:
         self.started = time.perf_counter()
         if saved is None:
             self.save()  # before args.json: a folder with args.json is a run, and a run has a checkpoint
-            record.write_args(out, recorded_settings(args), self.steps, description | {"found": dataset.found()},
-                              self.device)
+            record.write_args(out, recorded_settings(args), self.steps, maml.net.config,
+                              description | {"found": dataset.found()}, self.device)
         else:
             self.best, self.minutes, self.log_bytes = checkpoint.restore(path, saved, self.experiment, maml,
                                                                          self.sampler, remedy)
-            record.extend_run(out, args.epoch, self.steps)
+            record.resumed(out, args.epoch, self.steps)
             if self.best is not None:
                 checkpoint.write(out / "best.pt", self.best)
         self.last_checked = maml.step, self.sampler.state
@@ -382,8 +382,9 @@ def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
             "n_way": args.n_way, "k_spt": args.k_spt, "k_qry": queries}
         how = "queries together" if transductive else "each query with the support set alone"
         say(f"test accuracy on {result['data']}, {args.n_way}-way {args.k_spt}-shot, {how}: after {last_step} inner "
-            f"steps {100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f}, nearest support mean before them "
-            f"{100 * nearest[0]:.2f}% ± {100 * nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, {queries} "
-            f"queries per class, {args.test_weights} weights, of step {tested['step']})")
+            f"steps {100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f}, nearest support mean before "
+            f"adaptation {100 * nearest[0]:.2f}% ± {100 * nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, "
+            f"{'1 query' if queries == 1 else f'{queries} queries'} per class, {args.test_weights} weights, "
+            f"of step {tested['step']})")
         say(f"after {', '.join(map(str, steps))} inner steps: {percent(mean)}")
     return result | {f"{args.test_weights}_step": tested["step"], "val_accuracy": numbers(tested["val_accuracy"])}

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import checkpoint
+import controls
 import omniglot_train
 import record
 import synthetic
@@ -162,6 +163,16 @@ def test_killed_before_its_first_step(begun, whole, tmp_path, monkeypatch):
     same(run, whole)
 
 
+def test_results_of_an_unfinished_run_go_when_it_is_resumed(stopped):
+    others = [stopped / name for name in ("controls-few.json", "test-2tasks-2qry-1steps.json")]
+    for path in others:
+        path.write_text("{}")
+    with pytest.raises(UserError, match="is not finished; continue it with --resume"):
+        controls.main([str(stopped)])
+    resume(stopped)
+    assert not any(path.exists() for path in others)
+
+
 @pytest.mark.slow
 def test_a_longer_run_is_the_longer_run(whole, tmp_path, monkeypatch, capsys):
     run = train(tmp_path / "run", "--epoch", "4")
@@ -262,7 +273,7 @@ def test_every_damage_to_a_checkpoint_is_refused(stopped):
     sound = checkpoint.read(path, CPU, "")
     path.write_bytes(good[:-1])
     said = refused("--resume", str(stopped))
-    assert "checkpoint.pt is damaged, or not of this program, run or network (" in said
+    assert "checkpoint.pt is damaged, or belongs to another program, run or network (" in said
     assert said.endswith(f"; put it back, or start again: python omniglot_train.py --from_args {stopped / 'args.json'}")
     accepted = 0
     for place in range(7, len(good), len(good) // 60):
@@ -279,9 +290,9 @@ class Code:
 
 
 @pytest.mark.parametrize("change, line", [
-    (lambda saved: {"weights": saved["weights"], "step": 3, "val_accuracy": 0.5}, "is damaged, or not of this program"),
-    (lambda saved: saved | {"best": Code()}, "is damaged, or not of this program"),
-    (lambda saved: saved | {"step": -1}, "is damaged, or not of this program"),
+    (lambda saved: {"weights": saved["weights"], "step": 3, "val_accuracy": 0.5}, "is damaged, or belongs to another"),
+    (lambda saved: saved | {"best": Code()}, "is damaged, or belongs to another"),
+    (lambda saved: saved | {"step": -1}, "is damaged, or belongs to another"),
     (lambda saved: saved | {"experiment": saved["experiment"] | {"update_lr": 0.1}},
      "is of a run with update_lr 0.1, and here it is"),
     (lambda saved: saved | {"experiment": saved["experiment"] | {"device": "cuda"}},

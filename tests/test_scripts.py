@@ -15,6 +15,7 @@ import torch
 import miniimagenet_train
 import omniglot_train
 import plot_nc
+import settings
 import synthetic
 import training
 from files import UserError
@@ -240,7 +241,7 @@ def test_without_posix_and_without_removing_open_files(tmp_path):
     (omniglot_train, "--recipe paper --n_way 7", "no 7-way 1-shot; there are 5-way 1-shot, 5-way 5-shot, 20-way 1-s"),
     (omniglot_train, "--test nowhere", "nowhere/args.json: No such file or directory; --test takes the folder"),
     (omniglot_train, "--from_args nowhere", "can't read nowhere: No such file or directory; --from_args takes the arg"),
-    (miniimagenet_train, "--synthetic --epoch 3", "--epoch 3: fewer tasks than one meta-step"),
+    (miniimagenet_train, "--synthetic --epoch 3", "--epoch 3: it counts tasks here, and a meta-step takes 4"),
     (miniimagenet_train, "--root nothing --update_lr -1", "--update_lr -1.0: must be"),  # before the data is looked for
 ])
 def test_settings_that_are_refused(script, flags, line, tmp_path, monkeypatch):
@@ -284,12 +285,29 @@ def test_help_tells_every_flag_and_default(script, capsys):
     with pytest.raises(SystemExit):
         script.main(["--help"])
     said = capsys.readouterr().out
-    for flag in ("epoch n_way k_spt k_qry imgsz imgc task_num meta_lr update_lr update_step update_step_test root out "
-                 "seed device nc_every first_order net eval_every eval_tasks test_tasks synthetic test recipe learner "
-                 "nc_qry transductive lr_schedule keep_every").split():
-        assert f"--{flag} " in said, flag
-    assert ("--no-rotations" in said) == (script is omniglot_train)
-    assert said.count("(default:") >= 22
+    flags = vars(script.arguments([])).keys() - {"script", "print_every"}
+    assert all(f"--{flag} " in said or f"--{flag}, " in said for flag in flags)
+    assert ("rotations" in flags) == (script is omniglot_train)
+    assert said.count("(default:") == len(flags)
+
+
+def test_what_other_data_changes(tmp_path, monkeypatch):
+    """--data turns no class; a run's data, its name and split go where other data is given; ~ is the home folder."""
+    def parsed(*flags):
+        return omniglot_train.arguments(["--device", "cpu", *flags])
+
+    own = parsed("--data", "~/mine", "--data_name", "my glyphs")
+    assert own.data == os.path.expanduser("~/mine") != "~/mine" and own.rotations is False
+    assert parsed("--rotations", "--data", "mine").rotations and parsed().rotations
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps({"settings": settings.recorded_settings(own) | {"device": "cuda:0"}}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    same = omniglot_train.arguments(["--from_args", str(path)])
+    assert same.data == own.data and same.data_name == "my glyphs" and same.device == "cpu"
+    for flags, data, name in (("--synthetic", None, None), ("--data other", "other", None),
+                              ("--data other --data_name x", "other", "x")):
+        again = omniglot_train.arguments(["--from_args", str(path), *flags.split()])
+        assert (again.data, again.data_name, again.synthetic) == (data, name, data is None), flags
 
 
 def test_synthetic_evaluates_on_fewer_tasks():
