@@ -96,9 +96,10 @@ def test_testing_on_other_images_needs_only_their_test_split(tmp_path):
     run = tmp_path / "run"
     omniglot_train.main([*flags, "--learner", "classifier", "--data", str(tmp_path / "many"), "--data_name", "mine",
                          "--out", str(run)])
-    omniglot_train.main(["--test", str(run), "--data", str(tmp_path / "few"), "--k_qry_test", "1", "--task_chunk", "1"])
+    other = ["--test", str(run), "--data", str(tmp_path / "few"), "--k_qry_test", "1"]
+    omniglot_train.main([*other, "--task_chunk", "1"])
     assert json.loads((run / "test-2tasks-1qry-10steps-few.json").read_text())["data"] == "images in few"
-    omniglot_train.main(["--test", str(run), "--data", str(tmp_path / "few"), "--k_qry_test", "1", "--data_name", "other"])
+    omniglot_train.main([*other, "--data_name", "other"])
     assert json.loads((run / "test-2tasks-1qry-10steps-other.json").read_text())["data"] == "other"
     omniglot_train.main(["--test", str(run)])
     again, result = (json.loads((run / name).read_text()) for name in ("test-2tasks-2qry-10steps.json", "result.json"))
