@@ -57,13 +57,11 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("small-images-small-head", "images of 16 x 16, classifier from N(0, 0.18²)",
             f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177", (1, 2)),
     Setting("small-images-slow-head", "images of 16 x 16, classifier from N(0, 0.18²), its inner step 0.5",
-            f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --head_lr 0.5", (1,)),
+            f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --head_lr 0.5", (1, 2)),
     Setting("small-images-slower-head", "images of 16 x 16, classifier from N(0, 0.18²), its inner step 0.125",
             f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --head_lr 0.125", (1,)),
     Setting("fast-head", "classifier from N(0, 0.18²), its inner step 8",
             f"{_ONE_CHANGE} --head_std 0.177 --head_lr 8", (1,)),
-    Setting("faster-head", "classifier from N(0, 0.18²), its inner step 32",
-            f"{_ONE_CHANGE} --head_std 0.177 --head_lr 32", (1,)),
     Setting("flat-slow-head", "classifier from N(0, 0.18²), its inner step 0.5, no spatial mean",
             f"{_ONE_CHANGE} --head_std 0.177 --no-spatial_mean --head_lr 0.5", (1,)),
     Setting("other-network-xavier", "conv-bn-relu with Xavier convolutions",
@@ -86,10 +84,12 @@ PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
 CHANGES = {  # by what the classifier takes from the last map
-    "mean of 2 x 2": ("contrast-maml", "small-step", "small-head", "small-head-with-scale", "other-network-mean"),
-    "all of 2 x 2": ("small-head-flat", "smaller-head-flat", "other-network-larger-head", "other-network-large-images"),
-    "1 x 1": ("small-images", "small-images-small-head", "other-network", "other-network-xavier",
-              "other-network-no-scale", "other-network-large-head")}
+    "mean of 2 x 2": ("contrast-maml", "small-step", "small-head", "fast-head", "small-head-with-scale",
+                      "other-network-mean"),
+    "all of 2 x 2": ("small-head-flat", "flat-slow-head", "smaller-head-flat", "other-network-larger-head",
+                     "other-network-large-images"),
+    "1 x 1": ("small-images", "small-images-small-head", "small-images-slow-head", "small-images-slower-head",
+              "other-network", "other-network-xavier", "other-network-no-scale", "other-network-large-head")}
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
 MODELS = {"meta": "before adaptation", "finetuned": "adapted"}
