@@ -72,6 +72,7 @@ def test_a_run_ends_by_drawing_its_figure(omniglot_run, tmp_path, monkeypatch, c
 def test_what_a_run_records(omniglot_run):
     args = json.loads((omniglot_run / "args.json").read_text())
     assert args["settings"]["update_lr"] == 0.4 and args["settings"]["seed"] == 222
+    assert args["layers"][0] == ["conv2d", [64, 1, 3, 3, 2, 0]] and args["layers"][-1] == ["linear", [5, 64]]
     assert args["data"]["name"] == "synthetic characters" and args["data"]["synthetic"]
     assert args["data"]["splits"]["train"] == {"classes": 200, "images_per_class": 20}
     assert args["versions"]["torch"] == torch.__version__
