@@ -41,6 +41,7 @@ LAYERS = {
     "mean": "[]",  # over height and width
     "reshape": "[shape without the batch]",
 }
+LEAST = {"in": 1, "out": 1, "channels": 1, "kernel": 1, "stride": 1, "padding": 0}  # of params, all whole numbers
 SHIFT_EPS = 1e-3  # of bn_shift, added to the variance
 BLOCK_STARTS = ("conv2d", "convt2d", "linear")
 CONV_INIT = {"kaiming": nn.init.kaiming_normal_, "xavier": nn.init.xavier_uniform_}  # --conv_init
@@ -162,11 +163,15 @@ def output_shape(config: Config, imgc: int, imgsz: int) -> list[int]:
 
 
 def _check(name: str, params: Sequence, shape: list[int]) -> None:
-    """What torch would not refuse, or not in words that lead out."""
+    """Mistakes that torch accepts, or reports unhelpfully."""
     if name not in LAYERS:
         raise ValueError(f"unknown layer {name!r}; there are {', '.join(LAYERS)}")
     if name != "reshape" and len(params) != len(LAYERS[name].strip("[]").split()):
         raise ValueError(f"params must be {LAYERS[name]}")
+    for what, value in zip(LAYERS[name].strip("[]").split(", "), params):
+        least, choice = LEAST.get(what), ', or "same"' if (name, what) == ("conv2d", "padding") else ""
+        if least is not None and not (isinstance(value, int) and value >= least) and not (choice and value == "same"):
+            raise ValueError(f"{what} must be a whole number from {least}{choice}, not {value!r}")
     if name in ("conv2d", "convt2d", "max_pool2d", "avg_pool2d", "upsample", "mean") and len(shape) != 3:
         raise ValueError("takes an image [c, h, w]")
     if name in ("conv2d", "convt2d") and params[2] != params[3]:
