@@ -11,6 +11,8 @@ MAML's inner loop runs the same layers with theta and with the fast weights of e
 Inside, images are channels last, [T, N, h, w, c]: there a convolution is a matrix product.
 """
 
+import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -160,6 +162,16 @@ def output_shape(config: Config, imgc: int, imgsz: int) -> list[int]:
     """
     with torch.device("meta"):
         return Learner(config, imgc, imgsz).shapes[-1]
+
+
+def differing_layer(recorded: Sequence, config: Config) -> str | None:
+    """The first layer in which `config` differs from the layers of a run, as JSON holds them; None if in none."""
+    recorded, config = json.loads(json.dumps([recorded, config]))  # tuples become lists
+    for i, (then, now) in enumerate(itertools.zip_longest(recorded, config)):
+        if then != now:
+            then, now = (f"{layer[0]}{layer[1]}" if layer else "absent" for layer in (then, now))
+            return f"layer {i} was {then} in the run and is {now} here"
+    return None
 
 
 def _check(name: str, params: Sequence, shape: list[int]) -> None:
