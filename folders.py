@@ -6,6 +6,7 @@
 The images of a class may lie in CLASS/images/ instead, as in Tiny ImageNet.
 """
 
+import argparse
 import os
 import random
 from collections.abc import Sequence
@@ -26,13 +27,14 @@ OTHER_EXTENSIONS = (".webp", ".tif", ".tiff", ".avif", ".heic", ".ppm", ".pgm") 
 NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
-def dataset(root: str, name: str | None, channels: int, mean: Sequence[float], std: Sequence[float], imgsz: int,
-            resample: Image.Resampling, cache: str | None) -> Dataset:
-    """Your own images, for `training.train`; `channels` is 1 (greyscale) or 3 (colour), for files of either kind."""
-    if channels not in (1, 3):
-        raise UserError(f"--imgc {channels}: images are read as greyscale (1) or colour (3)")
-    return images.dataset(lambda: find(root, resample, cache), lambda: name or f"images in {Path(root).resolve().name}",
-                          channels, mean, std, imgsz)
+def dataset(args: argparse.Namespace, mean: Sequence[float], std: Sequence[float],
+            resample: Image.Resampling) -> Dataset:
+    """The images of --data, for `training.train`; --imgc is 1 (greyscale) or 3 (colour), for files of either kind."""
+    if args.imgc not in (1, 3):
+        raise UserError(f"--imgc {args.imgc}: images are read as greyscale (1) or colour (3)")
+    return images.dataset(lambda: find(args.data, resample, args.cache),
+                          lambda: args.data_name or f"images in {Path(args.data).resolve().name}",
+                          args.imgc, mean, std, args.imgsz)
 
 
 def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None = None) -> ImageSet:
