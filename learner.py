@@ -63,9 +63,9 @@ class Learner(nn.Module):
         initial: layer name -> function that fills a weight tensor, [out, in, k, k] or [out, in], in place.
         head_std: if given, the last linear layer's weights start from N(0, head_std^2) instead.
     Raises:
-        ValueError: an unknown layer, params of the wrong number, or a layer that can't take what comes before it
-            (an image too small for the kernel, other channels); the text names the layer. Or head_std without a
-            linear layer at the end.
+        ValueError: an unknown layer, params of the wrong number or out of range, or a layer that can't take what comes
+            before it (an image too small for the kernel, other channels); the text names the layer. Or head_std without
+            a linear layer at the end.
     """
 
     def __init__(self, config: Config, imgc: int, imgsz: int, initial: Mapping[str, Callable] | None = None,
