@@ -122,7 +122,7 @@ def _refuse_deeper(folder: Path) -> None:
 
 def own_images(root: Path) -> str:
     """What to do with the class folders in `root`, the end of a message; nothing where there are too few."""
-    count = sum(len(image_folders(folder)) for folder in (root, *split_folders(root).values()))
+    count = max(len(image_folders(root)), sum(len(image_folders(part)) for part in split_folders(root).values()))
     return f", but {count:,} folders with images: for images of your own, --data {quoted(root)}" if count > 2 else ""
 
 
