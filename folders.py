@@ -2,8 +2,11 @@
 
     FOLDER/CLASS/*.jpg                  split by class, with a shuffle of the class names
     FOLDER/{train,val,test}/CLASS/*.jpg as they are
+
+The images of a class may lie in CLASS/images/ instead, as in Tiny ImageNet.
 """
 
+import argparse
 import os
 import random
 from collections.abc import Sequence
@@ -12,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 import images
-from files import UserError, listed
+from files import UserError, listed, quoted
 from images import FORMATS, ImageFile, ImageSet
 from tasks import Dataset
 
@@ -24,13 +27,14 @@ OTHER_EXTENSIONS = (".webp", ".tif", ".tiff", ".avif", ".heic", ".ppm", ".pgm") 
 NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
-def dataset(root: str, name: str | None, channels: int, mean: Sequence[float], std: Sequence[float], imgsz: int,
-            resample: Image.Resampling, cache: str | None) -> Dataset:
-    """Your own images, for `training.train`; `channels` is 1 (greyscale) or 3 (colour), for files of either kind."""
-    if channels not in (1, 3):
-        raise UserError(f"--imgc {channels}: images are read as greyscale (1) or colour (3)")
-    return images.dataset(lambda: find(root, resample, cache), lambda: name or f"images in {Path(root).resolve().name}",
-                          channels, mean, std, imgsz)
+def dataset(args: argparse.Namespace, mean: Sequence[float], std: Sequence[float],
+            resample: Image.Resampling) -> Dataset:
+    """The images of --data, for `training.train`; --imgc is 1 (greyscale) or 3 (colour), for files of either kind."""
+    if args.imgc not in (1, 3):
+        raise UserError(f"--imgc {args.imgc}: images are read as greyscale (1) or colour (3)")
+    return images.dataset(lambda: find(args.data, resample, args.cache),
+                          lambda: args.data_name or f"images in {Path(args.data).resolve().name}",
+                          args.imgc, mean, std, args.imgsz)
 
 
 def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None = None) -> ImageSet:
@@ -56,12 +60,14 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
         top = Path(inner[0])
     if len(parts) == 3:
         layout = f"folders {', '.join(path.name for path in parts.values())} of class folders"
-        splits = {split: class_folders(parts[split]) for split in parts}
+        splits = split_classes(parts)
     elif parts and any(map(class_folders, parts.values())):
         missing = ", ".join(f"{split}/" for split in NAMES if split not in parts)
         raise UserError(f"{top} has {', '.join(path.name for path in parts.values())} and no {missing}; add it, or put "
                         "all class folders into one, to have them split automatically")
     elif len(classes) < 3:
+        if not classes:
+            _refuse_deeper(top)
         loose = sum(file.name.lower().endswith(EXTENSIONS) for file in images.entries(top))
         raise UserError(f"{top} holds {len(classes)} class folders ({loose:,} images outside of any); put the images "
                         f"of each class ({', '.join(EXTENSIONS)}) into a folder of its own in it, at least 3 classes")
@@ -89,6 +95,51 @@ def split_folders(root: Path) -> dict[str, Path]:
     return {split: paths[0] for split, paths in parts.items() if paths}
 
 
+def split_classes(parts: dict[str, Path]) -> dict[str, dict[str, list[ImageFile]]]:
+    """Split -> class -> its images, of the folders of the three splits.
+
+    Raises:
+        UserError: as `class_folders`, or the folder of a split has its images in other places than class folders.
+    """
+    splits = {split: class_folders(folder) for split, folder in parts.items()}
+    for split, classes in splits.items():
+        if not classes:
+            _refuse_deeper(parts[split])
+        if split != "train" and list(classes) == ["images"]:  # Tiny ImageNet's val/images and test/images
+            raise UserError(f"{parts[split]} has one folder, images, where class folders are needed; put the images of "
+                            f"each class into a folder of its own in it, or have the classes of {parts['train'].name}/ "
+                            f"alone split, with --data {quoted(parts['train'])}")
+    return splits
+
+
+def _refuse_deeper(folder: Path) -> None:
+    """Refuse class folders that lie one level too deep, such as the characters of several alphabets."""
+    names = [f"{entry.name}/{name}" for entry in images.subfolders(folder) for name in image_folders(entry)]
+    if names:
+        raise UserError(f"{folder} has {len(names):,} class folders one level too deep, such as {names[0]}; move them "
+                        f"up into {folder}, each under a name of its own")
+
+
+def own_images(root: Path) -> str:
+    """What to do with the class folders in `root`, the end of a message; nothing where there are too few."""
+    count = max(len(image_folders(root)), sum(len(image_folders(part)) for part in split_folders(root).values()))
+    return f", but {count:,} folders with images: for images of your own, --data {quoted(root)}" if count > 2 else ""
+
+
+def image_folders(folder: Path | os.DirEntry) -> list[str]:
+    """Names of the folders in `folder` that have images."""
+    return [entry.name for entry in images.subfolders(folder)
+            if any(file.name.lower().endswith(EXTENSIONS) for file in _files(entry))]
+
+
+def _files(folder: os.DirEntry) -> list[os.DirEntry]:
+    """What is in a class folder; if that has no images itself, in its folder images/."""
+    files, inner = images.entries(folder), os.path.join(folder, "images")
+    if os.path.isdir(inner) and not any(file.name.lower().endswith(EXTENSIONS) for file in files):
+        return images.entries(inner)
+    return files
+
+
 def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     """Class -> its images, both sorted by name, for each folder in `folder` that has images.
 
@@ -97,7 +148,7 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     """
     classes, others = {}, []
     for entry in images.subfolders(folder):
-        for file in images.entries(entry):
+        for file in _files(entry):
             if file.name.lower().endswith(EXTENSIONS):
                 image = images.image_file(file, f"{folder.name}/{entry.name}/{file.name}")
                 classes.setdefault(images.normal(entry.name), []).append(image)

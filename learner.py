@@ -11,6 +11,8 @@ MAML's inner loop runs the same layers with theta and with the fast weights of e
 Inside, images are channels last, [T, N, h, w, c]: there a convolution is a matrix product.
 """
 
+import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -41,6 +43,7 @@ LAYERS = {
     "mean": "[]",  # over height and width
     "reshape": "[shape without the batch]",
 }
+LEAST = {"in": 1, "out": 1, "channels": 1, "kernel": 1, "stride": 1, "padding": 0}  # of params, all whole numbers
 SHIFT_EPS = 1e-3  # of bn_shift, added to the variance
 BLOCK_STARTS = ("conv2d", "convt2d", "linear")
 CONV_INIT = {"kaiming": nn.init.kaiming_normal_, "xavier": nn.init.xavier_uniform_}  # --conv_init
@@ -60,9 +63,9 @@ class Learner(nn.Module):
         initial: layer name -> function that fills a weight tensor, [out, in, k, k] or [out, in], in place.
         head_std: if given, the last linear layer's weights start from N(0, head_std^2) instead.
     Raises:
-        ValueError: an unknown layer, params of the wrong number, or a layer that can't take what comes before it
-            (an image too small for the kernel, other channels); the text names the layer. Or head_std without a
-            linear layer at the end.
+        ValueError: an unknown layer, params of the wrong number or out of range, or a layer that can't take what comes
+            before it (an image too small for the kernel, other channels); the text names the layer. Or head_std without
+            a linear layer at the end.
     """
 
     def __init__(self, config: Config, imgc: int, imgsz: int, initial: Mapping[str, Callable] | None = None,
@@ -161,12 +164,26 @@ def output_shape(config: Config, imgc: int, imgsz: int) -> list[int]:
         return Learner(config, imgc, imgsz).shapes[-1]
 
 
+def differing_layer(recorded: Sequence, config: Config) -> str | None:
+    """The first layer in which `config` differs from the layers of a run, as JSON holds them; None if in none."""
+    recorded, config = json.loads(json.dumps([recorded, config]))  # tuples become lists
+    for i, (then, now) in enumerate(itertools.zip_longest(recorded, config)):
+        if then != now:
+            then, now = (f"{layer[0]}{layer[1]}" if layer else "absent" for layer in (then, now))
+            return f"layer {i} was {then} in the run and is {now} here"
+    return None
+
+
 def _check(name: str, params: Sequence, shape: list[int]) -> None:
-    """What torch would not refuse, or not in words that lead out."""
+    """Mistakes that torch accepts, or reports unhelpfully."""
     if name not in LAYERS:
         raise ValueError(f"unknown layer {name!r}; there are {', '.join(LAYERS)}")
     if name != "reshape" and len(params) != len(LAYERS[name].strip("[]").split()):
         raise ValueError(f"params must be {LAYERS[name]}")
+    for what, value in zip(LAYERS[name].strip("[]").split(", "), params):
+        least, choice = LEAST.get(what), ', or "same"' if (name, what) == ("conv2d", "padding") else ""
+        if least is not None and not (isinstance(value, int) and value >= least) and not (choice and value == "same"):
+            raise ValueError(f"{what} must be a whole number from {least}{choice}, not {value!r}")
     if name in ("conv2d", "convt2d", "max_pool2d", "avg_pool2d", "upsample", "mean") and len(shape) != 3:
         raise ValueError("takes an image [c, h, w]")
     if name in ("conv2d", "convt2d") and params[2] != params[3]:

@@ -59,7 +59,7 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
         splits, layout = _from_tables(top, parts)
         remedy += " of the CSV file"
     elif layout == FOLDERS:
-        splits = {split: folders.class_folders(parts[split]) for split in SPLITS}
+        splits = folders.split_classes(parts)
     else:
         splits = {split: pickles.classes(parts[split], split) for split in SPLITS}
     return ImageSet("miniimagenet", layout, splits, RESAMPLE, Path(cache) if cache else root / "cache", remedy)
@@ -92,9 +92,7 @@ def _missing(root: Path) -> str:
             names = ", ".join(path.name for path in parts.values())
             missing = ", ".join(split for split in SPLITS if split not in parts)
             return f"{root} has {names} but none for {missing} (needed: {layout})"
-    classes = len(folders.class_folders(root))
-    return f"{root} has no CSV files, no folders train/, val/ and test/ and no caches" + (
-        f", but {classes:,} folders with images: for images of your own, --data {root}" if classes else "")
+    return f"{root} has no CSV files, no folders train/, val/ and test/ and no caches{folders.own_images(root)}"
 
 
 def _where(root: Path) -> str:

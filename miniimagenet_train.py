@@ -60,12 +60,9 @@ def dataset(args: argparse.Namespace) -> Dataset:
     channels = miniimagenet.CHANNELS
     common = channels, *normalisation(args.pixels, channels, miniimagenet.MEAN, miniimagenet.STD)
     if args.synthetic:
-        sizes = {split: (classes, synthetic.PHOTO_IMAGES) for split, (_, classes) in synthetic.PHOTO_SPLITS.items()}
-        return Dataset(lambda: synthetic.PHOTOS, *common, lambda: sizes,
-                       lambda split: synthetic.load_photos(split, args.imgsz))
+        return synthetic.dataset(synthetic.PHOTOS, *common, args.imgsz)
     if args.data is not None:
-        return folders.dataset(args.data, args.data_name, args.imgc, *common[1:], args.imgsz, miniimagenet.RESAMPLE,
-                               args.cache)
+        return folders.dataset(args, *common[1:], miniimagenet.RESAMPLE)
 
     def name() -> str:
         real = photos.sizes() == {"train": (64, 600), "val": (16, 600), "test": (20, 600)}

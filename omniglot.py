@@ -17,6 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
+import folders
 import images
 from files import UserError, reading
 from images import ImageFile, ImageSet
@@ -48,12 +49,16 @@ def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffl
         cache: folder of the decoded images; `<root>/cache` if None.
         split: shuffled or vinyals, see `split_names`.
     Raises:
-        UserError: no data and no download; a character or a drawing too many or too few; a file that can't be read.
+        UserError: no data and no download, or other images instead; a character or a drawing too many or too few; a
+            file that can't be read.
     """
     root = Path(root)
     with reading(root, "name another folder with --root FOLDER"):
         missing = [part for part in PARTS if not _candidates(root, part)]
     if missing:
+        if os.path.isdir(root) and (others := folders.own_images(root)):
+            raise UserError(f"{root} has no {' and no '.join(missing)}{others}; to download Omniglot, name another "
+                            "folder with --root FOLDER")
         _download(root, missing)
     chosen, characters = [], {}
     for part in PARTS:  # of several, the one with the most drawings: the zip file, not a half-unpacked folder

@@ -66,13 +66,9 @@ def dataset(args: argparse.Namespace) -> Dataset:
     channels = omniglot.CHANNELS
     common = channels, *normalisation(args.pixels, channels, omniglot.MEAN, omniglot.STD)
     if args.synthetic:
-        sizes = {split: (classes, synthetic.CHARACTER_IMAGES)
-                 for split, (_, classes) in synthetic.CHARACTER_SPLITS.items()}
-        return Dataset(lambda: synthetic.CHARACTERS, *common, lambda: sizes,
-                       lambda split: synthetic.load_characters(split, args.imgsz))
+        return synthetic.dataset(synthetic.CHARACTERS, *common, args.imgsz)
     if args.data is not None:
-        return folders.dataset(args.data, args.data_name, args.imgc, *common[1:], args.imgsz, omniglot.RESAMPLE,
-                               args.cache)
+        return folders.dataset(args, *common[1:], omniglot.RESAMPLE)
     sizes = {split: (classes, omniglot.DRAWINGS)
              for split, classes in (omniglot.VINYALS if args.split == "vinyals" else omniglot.SPLITS).items()}
     characters = images.dataset(lambda: omniglot.find(args.root, args.cache, args.split),

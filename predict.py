@@ -10,9 +10,10 @@ Images are file names, PIL images or uint8 arrays of any size. They are resized 
 import python_version  # first: the others do not parse on an older Python  # noqa: F401, I001
 
 import argparse
+import json
 import os
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 import checkpoint
+import files
 import miniimagenet
 import miniimagenet_train
 import omniglot
@@ -31,7 +33,7 @@ from baselines import BASELINES
 from device import select_device
 from files import UserError, reading
 from images import decode
-from learner import Learner
+from learner import Learner, differing_layer
 from measuring import scores
 from meta import adapt, inner_rates
 from tasks import Dataset, Tasks, as_tasks, chunks
@@ -50,14 +52,21 @@ def load(run: str | os.PathLike, weights: str | None = None, device: str = "cpu"
         weights: "best", "last" or "weights-STEP"; None: those that the run tests (--test_weights).
         device: where to compute, as --device.
     Raises:
-        UserError: one line, if the folder, the weights or the device can't be used.
+        UserError: one line, if the folder, the weights or the device can't be used, or the network is another one.
     """
+    run = Path(os.path.expanduser(run))
     script, args = settings_of(run, f"--device={device}")
     torch_device, net = select_device(args.device), script.network(args)
+    path = run / "args.json"
+    with reading(path, wrong="is not what a run writes"):
+        layers = json.loads(path.read_bytes()).get("layers")  # older versions recorded none
+        difference = None if layers is None else differing_layer(layers, net.config)
+    if difference:
+        raise UserError(f"{path}: {difference}; use the code that made the run")
     name = (weights or args.test_weights).removesuffix(".pt")
-    names = sorted(file.stem for file in Path(run).glob("*.pt") if file.stem.startswith(("best", "last", "weights")))
+    names = sorted(file.stem for file in run.glob("*.pt") if file.stem.startswith(("best", "last", "weights")))
     remedy = f"weights can be {', '.join(names)}" if names else f"{run} has no weights yet"
-    checkpoint.load_weights(Path(run) / f"{name}.pt", net, torch_device, remedy)
+    checkpoint.load_weights(run / f"{name}.pt", net, torch_device, remedy)
     return Model(net.to(torch_device), args, script.dataset(args))
 
 
@@ -88,8 +97,8 @@ class Model:
         self.net, self.args, self.dataset = net, args, dataset
 
     @torch.no_grad()
-    def predict(self, support_images: Sequence[Picture], support_labels: Sequence[Hashable],
-                query_images: Sequence[Picture], transductive: bool = False) -> list[Hashable]:
+    def predict(self, support_images: Iterable[Picture], support_labels: Iterable[Hashable],
+                query_images: Iterable[Picture], transductive: bool = False) -> list[Hashable]:
         """The label of each query image, after adaptation to the support set.
 
         MAML, ANIL and BOIL take the run's --update_step_test inner steps from the trained weights. ProtoNet and the
@@ -105,34 +114,41 @@ class Model:
         Raises:
             UserError: one line, if an image can't be read, or labels and images don't fit.
         """
-        labels = [label.item() if isinstance(label, (Tensor, np.generic)) else label for label in support_labels]
-        classes = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        try:
+            labels = [label.item() if isinstance(label, (Tensor, np.ndarray, np.generic)) else label
+                      for label in support_labels]
+            classes = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        except (TypeError, ValueError, RuntimeError) as error:  # a list is not hashable, a row of an array has no item
+            raise UserError("each label must be one number, string or other hashable object; of one-hot rows give "
+                            "labels.argmax(1)") from error
         if len(classes) != self.args.n_way:
             raise UserError(f"the support set has {len(classes)} different labels; this run's network needs "
                             f"{self.args.n_way}")
-        if len(support_images) != len(labels):
-            raise UserError(f"there are {len(support_images)} support images and {len(labels)} labels; give one each")
         x_spt, x_qry = self.pixels(support_images), self.pixels(query_images)
+        total = x_qry.shape[1]
+        if x_spt.shape[1] != len(labels):
+            raise UserError(f"there are {x_spt.shape[1]} support images and {len(labels)} labels; give one each")
         y_spt = torch.tensor([[classes[label] for label in labels]], device=x_spt.device)
-        if transductive and 0 < len(query_images) < len(classes):
-            warnings.warn(f"{len(query_images)} queries of {len(classes)} classes are normalised together: their "
+        if transductive and 0 < total < len(classes):
+            warnings.warn(f"{total} queries of {len(classes)} classes are normalised together: their "
                           "statistics mean little; leave transductive out", stacklevel=3)
         by_mean = self.args.learner in BASELINES
         rates = inner_rates(self.net, self.args.learner, self.args.update_lr, self.args.head_lr)
         *_, weights = adapt(self.net, self.net.weights, x_spt, y_spt, rates,
                             0 if by_mean else self.args.update_step_test)
-        names, answers, total = list(classes), [], x_qry.shape[1]
+        names, answers = list(classes), []
         for queries, in chunks(total if transductive else QUERIES_PER_PASS, total, x_qry[0]) if total else ():
             tasks = Tasks(x_spt, y_spt, queries[None], y_spt)  # the last, the queries' labels, is not used
             logits, similarity, _ = scores(self.net, tasks, weights, transductive)
             answers += [names[i] for i in (similarity if by_mean else logits)[0].argmax(-1).tolist()]
         return answers
 
-    def pixels(self, pictures: Sequence[Picture]) -> Tensor:
+    def pixels(self, pictures: Iterable[Picture]) -> Tensor:
         """The network's input, one task [1, N, c, h, w]: resized, scaled to 0..1 and normalised (--pixels)."""
         shape = getattr(pictures, "shape", ())
         if isinstance(pictures, (str, os.PathLike, Image.Image)) or len(shape) == 2 or shape[2:] == (3,):
             raise UserError("a single image was given; give a list of images")
+        pictures = list(pictures)
         size, (_, resample) = self.args.imgsz, SCRIPTS[self.args.script]
         images = np.zeros((len(pictures), self.args.imgc, size, size), np.uint8)
         for i, picture in enumerate(pictures):
@@ -148,8 +164,17 @@ def _content(picture: Picture, name: str) -> tuple[bytes | np.ndarray | Image.Im
         return picture, name
     if isinstance(picture, (str, os.PathLike)):
         with reading(picture, "name an image"):
-            return Path(picture).read_bytes(), str(picture)
+            return Path(os.path.expanduser(picture)).read_bytes(), str(picture)
     array = picture.cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
     if array.dtype != np.uint8 or array.ndim != 2 and array.shape[2:] != (3,):
         raise UserError(f"{name} is {array.dtype} {list(array.shape)}; give uint8 [h, w] or [h, w, 3] in 0..255")
     return array, name
+
+
+def main() -> None:
+    raise UserError('predict.py is used from Python: model = predict.load("RUN"), then '
+                    "model.predict(support_images, support_labels, query_images)")
+
+
+if __name__ == "__main__":
+    files.run(main)

@@ -10,13 +10,14 @@ drawn. The splits are ranges of class numbers under one seed, so they share no c
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations, product
 
 import numpy as np
 import torch
 
 from files import progress
+from tasks import Dataset
 
 CHARACTERS = "synthetic characters"
 PHOTOS = "synthetic photos"
@@ -30,6 +31,14 @@ SEED = 222
 
 _T = np.linspace(0, 1, 33)[:, None]
 _BEZIER = np.concatenate([math.comb(3, i) * _T**i * (1 - _T) ** (3 - i) for i in range(4)], 1)  # [points, 4]
+
+
+def dataset(name: str, channels: int, mean: Sequence[float], std: Sequence[float], imgsz: int) -> Dataset:
+    """CHARACTERS or PHOTOS, for `training.train`."""
+    splits, count, load = {CHARACTERS: (CHARACTER_SPLITS, CHARACTER_IMAGES, load_characters),
+                           PHOTOS: (PHOTO_SPLITS, PHOTO_IMAGES, load_photos)}[name]
+    sizes = {split: (classes, count) for split, (_, classes) in splits.items()}
+    return Dataset(lambda: name, channels, mean, std, lambda: sizes, lambda split: load(split, imgsz))
 
 
 def load_characters(split: str, imgsz: int = 28) -> torch.Tensor:

@@ -12,6 +12,7 @@ from PIL import Image
 
 import folders
 import images
+import miniimagenet
 import miniimagenet_train
 import omniglot_train
 
@@ -65,6 +66,32 @@ def test_decoded_images_are_no_class_and_hide_no_folder(tmp_path, top, cache):
     assert len(listing(tmp_path / (cache or ".cache"))) == 1
 
 
+def test_the_images_of_a_class_may_lie_in_a_folder_images(tmp_path):
+    """As in Tiny ImageNet's train/, whose val/ and test/ have one folder of images without classes."""
+    write_classes(tmp_path / "plain", 3)
+    for label in range(3):
+        inner = tmp_path / f"tiny/train/class {label}/images"
+        shutil.copytree(tmp_path / f"plain/class {label}", inner)
+        (inner.parent / "boxes.txt").write_text("0 0 9 9")
+    plain, tiny = find(tmp_path / "plain"), find(tmp_path / "tiny/train")
+    assert plain.summary == tiny.summary
+    assert all(torch.equal(plain.load(split, 8, 3), tiny.load(split, 8, 3)) for split in images.SPLITS)
+    for split in ("val", "test"):
+        shutil.copytree(tmp_path / "plain/class 0", tmp_path / "tiny" / split / "images")
+    for find_images in (find, miniimagenet.find):
+        with refused("tiny/val has one folder, images", f"train/ alone split, with --data {tmp_path}/tiny/train"):
+            find_images(tmp_path / "tiny")
+    for split in ("val", "test"):
+        shutil.rmtree(tmp_path / "tiny" / split)
+        write_classes(tmp_path / "tiny" / split, 3, 1 + len(split), name=split)
+    assert list(miniimagenet.find(tmp_path / "tiny").splits["train"]) == ["class 0", "class 1", "class 2"]
+
+
+def move_up(root: Path, depth: str) -> None:
+    for path in list(root.glob(depth)):
+        path.rename(path.parent.with_name(f"{path.parent.name} {path.name}"))
+
+
 def split_folders(*splits: str):
     return lambda root: [write_classes(root / split, 3) for split in splits]
 
@@ -89,6 +116,12 @@ def name_apart(root: Path) -> None:
      ["mine: ", "symbolic links; check the links"], lambda root: (root / "a").unlink()),
     (lambda root: write_classes(root, 2), ["holds 2 class folders", "at least 3 classes"],
      lambda root: write_classes(root, 5, name="more")),
+    (lambda root: [write_classes(root / alphabet, 3) for alphabet in ("Greek", "Latin")],
+     ["has 6 class folders one level too deep, such as Greek/class 0; move them up into"],
+     lambda root: move_up(root, "*/*")),
+    (lambda root: [write_classes(root / split / "Greek", 3, len(split), name=split) for split in images.SPLITS],
+     ["mine/train has 3 class folders one level too deep, such as Greek/train 0; move them up into", "mine/train,"],
+     lambda root: move_up(root, "*/*/*")),
     (no_folders, ["0 class folders (1 images outside of any)"], lambda root: write_classes(root, 3)),
     (split_folders("train", "test"), ["has train, test and no val/"],
      lambda root: write_classes(root / "val", 3, 1) or name_apart(root)),

@@ -8,7 +8,7 @@ from oracle import forward
 
 import miniimagenet_train
 import omniglot_train
-from learner import LAYERS, Learner
+from learner import LAYERS, Learner, differing_layer
 
 # name of a case: (channels, image size, layers). Each ends flat, so that the order of values counts.
 FLAT = ("flatten", [])
@@ -155,8 +155,25 @@ def test_initial_weights():
     ([FLAT, ("linear", [5, 192.0])], r"layer 1, linear"), ([("conv2d", [4, 3, 3, 3, 2.0, 0])], r"layer 0, conv2d"),
     ([("bn", 3), ("tanh", None)], r"layer 1, tanh.*\[\]"),
     ([("reshape", [5, 5])], r"layer 0, reshape.*invalid for input"),
-    ([("conv2d", [4, 3, 3, 3, 0, 0])], r"layer 0, conv2d"), ([("max_pool2d", [2, 0, 0])], r"layer 0, max_pool2d"),
+    ([("conv2d", [4, 3, 3, 3, 0, 0])], r"layer 0, conv2d.*stride must be a whole number from 1, not 0"),
+    ([("conv2d", [4, 3, 3, 3, (1, 1), 1])], r"layer 0, conv2d.*stride must be a whole number from 1, not \(1, 1\)"),
+    ([("conv2d", [4, 3, 3, 3, 1, -1])], r"layer 0, conv2d.*padding must be a whole number from 0, or \"same\", not -1"),
+    ([("conv2d", [4, 3, 3, 3, 1, "valid"])], r"layer 0, conv2d.*padding must .*, or \"same\", not 'valid'"),
+    ([("conv2d", [4, 3, 0, 0, 1, 0])], r"layer 0, conv2d.*kernel must be a whole number from 1, not 0"),
+    ([("convt2d", [3, 4, 3, 3, 1, "same"])], r"layer 0, convt2d.*padding must be a whole number from 0, not 'same'"),
+    ([("max_pool2d", [2, 0, 0])], r"layer 0, max_pool2d.*stride must"),
+    ([("avg_pool2d", [2, None, 0])], r"layer 0, avg_pool2d.*stride must be a whole number from 1, not None"),
 ])
 def test_layers_that_do_not_fit_are_refused_by_name(config, text):
     with pytest.raises(ValueError, match=text):
         Learner(config, imgc=3, imgsz=8)
+
+
+@pytest.mark.parametrize("recorded, said", [
+    ([["reshape", [2, [3]]], ["relu", [True]]], None),
+    ([["reshape", [2, [3]]], ["tanh", []]], "layer 1 was tanh[] in the run and is relu[True] here"),
+    ([["reshape", [2, [3]]]], "layer 1 was absent in the run and is relu[True] here"),
+    ([["reshape", [2, [3]]], ["relu", [True]], ["mean", []]], "layer 2 was mean[] in the run and is absent here"),
+])
+def test_the_first_layer_that_differs_from_a_run_s(recorded, said):
+    assert differing_layer(recorded, (("reshape", (2, (3,))), ("relu", [True]))) == said

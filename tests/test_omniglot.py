@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from data_files import listing, load, real_data, refused, write_folders, write_zips
+from data_files import listing, load, real_data, refused, write_classes, write_folders, write_zips
 from PIL import Image
 
 import omniglot
@@ -98,6 +98,17 @@ def test_what_is_there_and_what_is_missing_are_named_and_the_zips_lead_out(tmp_p
         load(omniglot, tmp_path, "train", 28)
     write_zips(tmp_path, small_omniglot)  # as advised
     assert load(omniglot, tmp_path, "train", 28).shape[0] == 3
+
+
+@pytest.mark.parametrize("split", ["", "train"])
+def test_other_images_start_no_download(tmp_path, official, monkeypatch, split):
+    write_classes(tmp_path / "mine" / split, 3)
+    with server(official) as url:
+        monkeypatch.setattr(omniglot, "URL", url)
+        with refused("images_evaluation, but 3 folders with images", f"--data {tmp_path / 'mine'};", "--root FOLDER"):
+            omniglot.find(tmp_path / "mine")
+        assert omniglot.find(tmp_path / "other").sizes()["train"] == (3, 4)
+    assert len(list((tmp_path / "mine").iterdir())) == (1 if split else 3)
 
 
 def test_damaged_zips(tmp_path, small_omniglot):

@@ -1,6 +1,7 @@
 """A trained model on images of one's own: every answer is recomputed from the plain inner loop."""
 
 import json
+import runpy
 import shutil
 
 import numpy as np
@@ -135,11 +136,48 @@ def test_an_older_run_without_the_newer_settings(tmp_path, runs):
     assert model.args.learner == "maml" and model.args.pixels == "unit"
 
 
+def test_layers_other_than_the_run_s_are_refused(tmp_path, runs):
+    """With the same weights, so that nothing else tells."""
+    net = predict.load(runs / "maml").net
+    shutil.copytree(runs / "maml", tmp_path / "run")
+    args = json.loads((tmp_path / "run/args.json").read_text())
+    layers = [list(layer) for layer in net.config]
+    (tmp_path / "run/args.json").write_text(json.dumps(args | {"layers": layers}))
+    assert predict.load(tmp_path / "run").net.config == net.config
+    layers[2] = ["tanh", []]
+    (tmp_path / "run/args.json").write_text(json.dumps(args | {"layers": layers}))
+    with refused("args.json: layer 2 was tanh[] in the run and is relu[True] here; use the code that made the run"):
+        predict.load(tmp_path / "run")
+    (tmp_path / "run/args.json").write_text(json.dumps(args | {"layers": [1]}))
+    with refused("args.json is not what a run writes"):
+        predict.load(tmp_path / "run")
+
+
+def test_paths_in_the_home_folder_and_generators(tmp_path, runs, images, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    shutil.copytree(runs / "maml", tmp_path / "run")
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    given = (f"~/{i}.png" for i in range(4)), (label for label in LABELS), (f"~/{i}.png" for i in range(4, 13))
+    assert predict.load("~/run").predict(*given) == predict.load(runs / "maml").predict(images[:4], LABELS, images[4:])
+
+
+def test_as_a_program_it_says_how_it_is_used(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(predict.__file__, run_name="__main__")
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("error: ") and 'predict.load("RUN")' in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("wrong, said", [
     (lambda run, model, four: predict.load(run.parent), "args.json: No such file"),
     (lambda run, model, four: predict.load(run, "weights-9"), "weights can be best, last, weights-0, weights-1"),
     (lambda run, model, four: predict.load(run, device="mps"), "--device mps"),
     (lambda run, model, four: model.predict(four, [0, 1, 1, 1], four), "2 different labels; this run's network needs"),
+    (lambda run, model, four: model.predict(four, [[0], [1], [2], [1]], four), "each label must be one number, string"),
+    (lambda run, model, four: model.predict(four, np.eye(3)[INDEX], four), "of one-hot rows give labels.argmax(1)"),
+    (lambda run, model, four: model.predict(four, torch.eye(3)[INDEX], four), "of one-hot rows"),
     (lambda run, model, four: model.predict(four[:3], LABELS, four), "3 support images and 4 labels"),
     (lambda run, model, four: model.predict(four, LABELS, "query.png"), "give a list"),
     (lambda run, model, four: model.predict(four, LABELS, [run / "absent.png"]), "absent.png: No such file"),
