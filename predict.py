@@ -10,7 +10,6 @@ Images are file names, PIL images or uint8 arrays of any size. They are resized 
 import python_version  # first: the others do not parse on an older Python  # noqa: F401, I001
 
 import argparse
-import json
 import os
 import warnings
 from collections.abc import Hashable, Iterable
@@ -28,12 +27,13 @@ import miniimagenet
 import miniimagenet_train
 import omniglot
 import omniglot_train
+import record
 import settings
 from baselines import BASELINES
 from device import select_device
 from files import UserError, reading
 from images import decode
-from learner import Learner, differing_layer
+from learner import Learner
 from measuring import scores
 from meta import adapt, inner_rates
 from tasks import Dataset, Tasks, as_tasks, chunks
@@ -57,12 +57,7 @@ def load(run: str | os.PathLike, weights: str | None = None, device: str = "cpu"
     run = Path(os.path.expanduser(run))
     script, args = settings_of(run, f"--device={device}")
     torch_device, net = select_device(args.device), script.network(args)
-    path = run / "args.json"
-    with reading(path, wrong="is not what a run writes"):
-        layers = json.loads(path.read_bytes()).get("layers")  # older versions recorded none
-        difference = None if layers is None else differing_layer(layers, net.config)
-    if difference:
-        raise UserError(f"{path}: {difference}; use the code that made the run")
+    record.check_network(run, net)
     name = (weights or args.test_weights).removesuffix(".pt")
     names = sorted(file.stem for file in run.glob("*.pt") if file.stem.startswith(("best", "last", "weights")))
     remedy = f"weights can be {', '.join(names)}" if names else f"{run} has no weights yet"

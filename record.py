@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 import device as devices
 import nc_metrics
-from files import UserError, atomic, locked, quoted, remove_stale
+from files import UserError, atomic, locked, quoted, reading, remove_stale
+from learner import Learner, differing_layer
 
 WRITTEN = ("args.json", "*.pt", "figure.png", "result.json", "timing.json")  # files that are written whole
 PER_TASK = ("within", "between", "nc1", "cdnv", "directional_cdnv", "ncc_accuracy")  # what log.jsonl keeps per task
@@ -78,6 +79,19 @@ def _commit() -> str | None:
     with contextlib.suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return None
+
+
+def check_network(run: Path, net: Learner) -> None:
+    """Refuse the run if the network that it recorded is another one; older versions recorded none.
+
+    Raises:
+        UserError: names the first layer that differs.
+    """
+    with reading(run / "args.json", wrong="is not what a run writes"):
+        layers = _args(run).get("layers")
+        difference = None if layers is None else differing_layer(layers, net.config)
+    if difference:
+        raise UserError(f"{run / 'args.json'}: {difference}; use the code that made the run")
 
 
 def complete(out: Path, epoch: int) -> bool:

@@ -67,6 +67,8 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Cal
     devices.set_arithmetic(args.precision, args.deterministic)
     torch.manual_seed(args.seed)
     net, data = network(args), Data(args, dataset, device)
+    if again := args.resume or args.test:
+        record.check_network(Path(again), net)
     if args.learner == "classifier" and args.test is None:
         net.classes = nn.Linear(net.weights[net.classifier].shape[1], sizes["train"][0] * data.turns("train"))
     net.to(device)

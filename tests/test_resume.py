@@ -258,6 +258,15 @@ def test_a_file_that_is_wrong(mode, settings, line, whole, tmp_path):
     assert line in refused(f"--{mode}", path if mode == "from_args" else str(run))
 
 
+@pytest.mark.parametrize("mode", ["resume", "test"])
+def test_another_network_is_refused(mode, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    recorded = json.loads((run / "args.json").read_text())
+    recorded["layers"][2] = ["tanh", []]
+    (run / "args.json").write_text(json.dumps(recorded))
+    assert "layer 2 was tanh[] in the run and is relu[True] here; use the code" in refused(f"--{mode}", str(run))
+
+
 def test_modes_exclude_each_other(whole):
     assert refused("--test", str(whole), "--resume", str(whole)) == "--resume and --test exclude each other; give one"
     assert "--recipe can't be set with --resume" in refused("--resume", str(whole), "--recipe", "paper")
