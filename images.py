@@ -87,6 +87,10 @@ class ImageSet:
         """Split -> (classes, images of the smallest class)."""
         return {split: (len(classes), min(map(len, classes.values()))) for split, classes in self.splits.items()}
 
+    def digest(self, split: str) -> str:
+        """Of the names of a split's classes, in the order of the tensor."""
+        return hashlib.sha256("\n".join(self.splits[split]).encode(errors="surrogateescape")).hexdigest()[:16]
+
     def counts(self, split: str) -> list[int] | None:
         """Images per class; None if all classes have the same number."""
         counts = [len(files) for files in self.splits[split].values()]
@@ -157,7 +161,7 @@ def dataset(find: Callable[[], ImageSet], name: Callable[[], str], channels: int
         mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
     return Dataset(name, channels, mean, std, lambda: find().sizes(),
                    lambda split: find().load(split, imgsz, channels),
-                   lambda: find().summary, lambda split: find().counts(split))
+                   lambda: find().summary, lambda split: find().counts(split), lambda split: find().digest(split))
 
 
 def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int) -> torch.Tensor:

@@ -34,6 +34,7 @@ class Dataset:
     load: Callable[[str], Tensor]  # split -> uint8 [class, image, c, h, w]
     found: Callable[[], str] = str  # where and how the images were found, in words
     counts: Callable[[str], Sequence[int] | None] = lambda split: None  # images per class, where they are unequal
+    digest: Callable[[str], str | None] = lambda split: None  # of the names of a split's classes
 
 
 # ---- trees: tensors in dicts, lists and tuples

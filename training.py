@@ -169,7 +169,8 @@ class _Run:
         if args.cuda_graph and train_images.is_cuda:
             self.meta_step = GraphedStep(maml, self.eager_step, self.sampler.generator)
         description = {"name": dataset.name(), "synthetic": args.synthetic, "splits": {
-            split: {"classes": classes, "images_per_class": count} for split, (classes, count) in sizes.items()}}
+            split: {"classes": classes, "images_per_class": count, "classes_digest": dataset.digest(split)}
+            for split, (classes, count) in sizes.items()}}
         self.experiment = experiment(args) | {
             "data": description, "device": self.device.type, "images on": train_images.device.type}
         self.started = time.perf_counter()

@@ -149,15 +149,19 @@ def test_training_on_images_of_ones_own(tmp_path, script, flags, capsys):
     script.main([*TINY, *flags, "--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run")])
     data = json.loads((tmp_path / "run/args.json").read_text())["data"]
     assert data["name"] == ("mine" if "mine" in flags else "images in pictures")
-    assert data["splits"]["train"] == {"classes": 8, "images_per_class": 4}
+    digest = data["splits"]["train"].pop("classes_digest")
+    assert data["splits"]["train"] == {"classes": 8, "images_per_class": 4} and len(digest) == 16
     assert data["found"].startswith("class folders, split by a shuffle of their names with seed 2015: train 8 classes")
     assert data["found"] in capsys.readouterr().out
 
 
-def test_resuming_after_the_folder_got_another_name(tmp_path):
+def test_resuming_needs_the_same_classes_in_a_folder_of_any_name(tmp_path):
     write_classes(tmp_path / "pictures", 12)
     out = str(tmp_path / "run")
     omniglot_train.main([*TINY, "--data", str(tmp_path / "pictures"), "--out", out])
+    write_classes(tmp_path / "others", 12, name="other")
+    with refused("is of a run with data", "classes_digest"):
+        omniglot_train.main(["--resume", out, "--data", str(tmp_path / "others"), "--epoch", "2"])
     (tmp_path / "pictures").rename(tmp_path / "renamed")
     omniglot_train.main(["--resume", out, "--data", str(tmp_path / "renamed"), "--epoch", "2"])
     assert json.loads((tmp_path / "run/result.json").read_text())["data"] == "images in pictures"
