@@ -59,7 +59,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("small-images-slow-head", "images of 16 x 16, classifier from N(0, 0.18²), its inner step 0.5",
             f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --head_lr 0.5", (1, 2)),
     Setting("small-images-slower-head", "images of 16 x 16, classifier from N(0, 0.18²), its inner step 0.125",
-            f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --head_lr 0.125", (1,)),
+            f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --head_lr 0.125", (1, 2)),
     Setting("fast-head", "classifier from N(0, 0.18²), its inner step 8",
             f"{_ONE_CHANGE} --head_std 0.177 --head_lr 8", (1,)),
     Setting("flat-slow-head", "classifier from N(0, 0.18²), its inner step 0.5, no spatial mean",
