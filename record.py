@@ -101,9 +101,9 @@ def complete(out: Path, epoch: int) -> bool:
 
 def resumed(out: Path, epoch: int, steps: int) -> None:
     """Remove the results of the weights so far, and write a larger --epoch to args.json; its rest stays."""
-    recorded = _args(out)
     if devices.rank() > 0:
         return
+    recorded = _args(out)
     # before args.json: a run with a result is complete
     for path in (out / "result.json", out / "timing.json", *out.glob("controls*.json"), *out.glob("test-*.json")):
         path.unlink(missing_ok=True)

@@ -203,10 +203,9 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
     if mode != "resume":
         if settings["device"].startswith("cuda") and not torch.cuda.is_available():
             settings["device"] = "cpu"  # a run that was made on a GPU can be repeated and tested anywhere
-        if flags.get("synthetic"):
-            settings |= {"data": None, "data_name": None}
-        elif flags.get("data", settings["data"]) != settings["data"]:  # other images have another name
-            settings |= {"synthetic": False, "data_name": None} | ({"split": "shuffled"} if "split" in settings else {})
+        if flags.get("synthetic") or flags.get("data", settings["data"]) != settings["data"]:  # other images
+            shuffled = {"split": "shuffled"} if "split" in settings else {}
+            settings |= {"data": None, "data_name": None, "synthetic": False, **shuffled}
     if mode == "from_args":
         return argparse.Namespace(**settings | {"out": None} | flags)
     for name, value in flags.items():

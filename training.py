@@ -21,6 +21,7 @@ that step's validation: a run that resumes from it does and logs what the stoppe
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -343,8 +344,9 @@ def _evaluate(maml: Meta, data: Data, split: str, images: Tensor, n_tasks: int, 
     """`maml.finetune` on `n_tasks` tasks, as many at a time as in training. The seed gives the same on every device."""
     sampler = data.sampler(split, images, seed)
     batches, results = held_out_tasks(sampler, n_tasks, data.args.task_num), []
-    if split == "test" and devices.rank() == 0:  # validations are on the training's bar
-        batches = progress(batches, "testing", math.ceil(n_tasks / data.args.task_num), "batches")
+    if devices.rank() == 0 and (split == "test" or not sys.stderr.isatty()):  # on a terminal, training's bar stays
+        what = "testing" if split == "test" else "validating"
+        batches = progress(batches, what, math.ceil(n_tasks / data.args.task_num), "batches")
     for i, (start, part) in enumerate(batches):
         if i % devices.size() == 0:
             signals.check(data.device)

@@ -107,6 +107,12 @@ def test_log_has_every_measurement_once(omniglot_run):
     assert len(row["inner"]["accuracy"]["mean"]) == 3
 
 
+def test_a_validation_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(time, "monotonic", itertools.count(0, 5).__next__)
+    omniglot_train.main([*TINY, "--epoch", "1", "--nc_every", "0", "--eval_tasks", "4", "--out", str(tmp_path / "run")])
+    assert "validating: 1 of 2 batches\n" in capsys.readouterr().err
+
+
 def test_testing_again(omniglot_run, monkeypatch, capsys):
     (omniglot_run / ".test-3tasks.json.abcd1234.tmp").write_text("half")  # a killed test's
     with monkeypatch.context() as patch:
