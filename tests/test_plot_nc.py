@@ -77,7 +77,29 @@ def test_other_settings_are_drawn_in_other_colours_and_not_averaged(tmp_path):
     assert list(map(len, groups)) == [2, 1]
     assert len({colour for _, colour, _ in figures.colours(groups)}) == 2
     assert "the seeds of one setting" in refused(*runs)
-    assert "seed of another run" in refused(runs[0], write_run(tmp_path / "again", seed=1))
+    again = write_run(tmp_path / "again", seed=1)
+    assert refused(runs[0], again) == f"{again} has the same settings and seed as {runs[0]}; give only one"
+
+
+def test_runs_on_other_images_or_networks_are_not_seeds_of_one_setting(tmp_path):
+    """What an older run did not record is taken as equal."""
+    def run(name, **recorded):
+        folder = write_run(tmp_path / name, seed=len(list(tmp_path.iterdir())))
+        args = json.loads((folder / "args.json").read_text())
+        args["data"]["splits"] = {"train": {"classes": 9} | recorded.pop("train", {}), "val": {"classes": 9}}
+        (folder / "args.json").write_text(json.dumps(args | recorded))
+        return folder
+
+    older, same = run("older"), run("same", train={"classes_digest": "a1"}, layers=[["flatten"]])
+    images, network = run("images", train={"classes_digest": "b2"}), run("network", layers=[["flatten"], ["linear"]])
+    assert list(map(len, logs.read_groups([older, same, images, network]))) == [2, 2]
+    assert list(map(len, logs.read_groups([same, images]))) == [1, 1]
+    assert logs.differing(*map(logs.read_run, (same, images))) == ["classes of train"]
+    assert logs.differing(*map(logs.read_run, (same, network))) == ["layers"]
+    for index, folder in enumerate((older, same, images)):
+        folder.rename(tmp_path / f"birds-seed{index}")
+    with pytest.raises(UserError, match="birds-seed1 and .*birds-seed2 differ in classes of train; rename one"):
+        logs.Study(tmp_path)["birds"]
 
 
 def test_the_committed_figures_have_the_colours_of_their_settings():
@@ -236,6 +258,9 @@ def test_a_log_itself_compressed_or_half_written(tmp_path, capsys):
 def test_other_refusals(tmp_path):
     run = write_run(tmp_path / "run")
     assert "no run at" in refused(tmp_path / "nowhere") and "no run at" in refused(run / "args.json")
+    parent = refused(tmp_path)
+    assert parent == f"no run at {tmp_path}, but there are some in it: {run}; name one or several of them"
+    assert "; name the folder that a training script wrote" in refused(PROJECT / "tests")
     assert "no layer 'block9'" in refused(run, "--layer", "block9")
     assert "ends in .png" in refused(run, "-o", tmp_path / "x.pdf")
     for flag, value in (("-o", tmp_path / "x.png"), ("--figure", "layers"), ("--layer", "block1")):
