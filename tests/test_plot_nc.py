@@ -16,6 +16,7 @@ from PIL import Image, ImageColor
 import plot_nc
 from files import UserError
 from study import effects, figures, logs, report
+from study.design import label
 
 PROJECT = Path(plot_nc.__file__).parent
 
@@ -100,6 +101,11 @@ def test_runs_on_other_images_or_networks_are_not_seeds_of_one_setting(tmp_path)
         folder.rename(tmp_path / f"birds-seed{index}")
     with pytest.raises(UserError, match="birds-seed1 and .*birds-seed2 differ in classes of train; rename one"):
         logs.Study(tmp_path)["birds"]
+
+
+def test_a_run_of_the_study_has_its_label_and_another_of_that_name_has_not(tmp_path):
+    for parent, name in (("res", "ANIL"), ("runs/study", "ANIL"), ("mine", "5-way 1-shot, second order")):
+        assert label(logs.read_run(write_run(tmp_path / parent / "contrast-anil-seed7"))) == name
 
 
 def test_the_committed_figures_have_the_colours_of_their_settings():
