@@ -56,6 +56,38 @@ def test_every_figure_of_any_run_is_small_and_the_same_twice(name, tmp_path):
     assert picture == (tmp_path / "b.png").read_bytes() and 5_000 < len(picture) < 60_000
 
 
+def test_the_figures_name_the_data_the_tasks_and_the_layer(tmp_path):
+    whole = write_run(tmp_path / "whole", k_spt=5)
+    part = write_run(tmp_path / "part", [row for row in nc_logs.log() if row["classes"] == "train"], name="$x^$")
+
+    def heading(name, *runs, layer=None):
+        return figures.ANY[name](logs.read_groups(runs), layer).get_suptitle()
+
+    assert heading("traces", whole) == "Omniglot, 5-way 5-shot, second order"
+    assert heading("metrics", whole) == "Omniglot, held-out tasks, block4"
+    assert heading("metrics", part, layer="block2") == "$x^$, training tasks, block2"
+    assert heading("layers", part, whole) == "$x^$ and Omniglot, training tasks"
+    assert heading("accuracy", whole) == "Omniglot, held-out tasks"
+    keys = [text.get_text() for text in figures.accuracy(logs.read_groups([whole]), "block2").legends[0].get_texts()]
+    assert keys[-1] == "nearest support mean at block2, before adaptation"
+    names = [name for _, _, name in figures.colours(logs.read_groups([whole, part]))]
+    assert names == ["Omniglot, 5-way 5-shot, second order", r"\$x^\$, 5-way 1-shot, second order"]
+    plot_nc.draw([str(whole), str(part), "--figure", "layers"])
+    assert "draws all layers; leave --layer out" in refused(whole, "--figure", "layers", "--layer", "block2")
+
+
+def test_many_settings_have_panels_that_can_be_read_or_are_refused(tmp_path):
+    runs = [write_run(tmp_path / str(ways), n_way=ways, first_order=True, net="original") for ways in range(2, 10)]
+    figure = figures.layers(logs.read_groups(runs))
+    figure.draw_without_rendering()
+    boxes = [axes.title.get_window_extent() for axes in figure.axes]
+    assert len(boxes) == 8
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    for name in ("metrics", "accuracy"):
+        plot_nc.draw([*map(str, runs[:6]), "--figure", name])
+        assert "7 settings, and there are 6 colours; name runs of fewer" in refused(*runs[:7], "--figure", name)
+
+
 @pytest.mark.slow
 def test_no_argument_redraws_the_figures_of_the_runs_that_are_there(tmp_path):
     with pytest.raises(UserError, match="no run of the study"):
