@@ -39,10 +39,12 @@ def draw(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folder or log; several: seeds, settings")
     parser.add_argument("--figure", choices=figures.ANY, default="traces", help="of the RUNs (default: traces)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="PNG to write (default: in the first RUN)")
-    parser.add_argument("--layer", metavar="NAME", help="layer to draw (default: the classifier's input)")
+    parser.add_argument("--layer", metavar="NAME", help="not of --figure layers (default: the classifier's input)")
     options = parser.parse_args(arguments)
     if not options.runs and (options.output or options.layer or options.figure != parser.get_default("figure")):
         raise UserError("name a RUN: without one, all figures are redrawn, and -o, --layer and --figure have no effect")
+    if options.layer and options.figure == "layers":
+        raise UserError("--figure layers draws all layers; leave --layer out")
     if options.output is not None and options.output.suffix.lower() != ".png":
         raise UserError(f"-o {options.output}: name a file that ends in .png")
     with matplotlib.rc_context():

@@ -98,6 +98,8 @@ METRICS = {"relative_within": "relative within trace", "nc1": "tr(S_W S_B⁺)/C"
 
 
 def label(run: Run) -> str:
-    """The label of the run's setting in the study; of another run, its description."""
-    name = run.path.name.rpartition("-seed")[0]
-    return SETTINGS[name].label if name in SETTINGS else describe(run)
+    """The label of the run's setting in the study if it lies in res/ or runs/study/; else its description."""
+    *_, grandparent, parent, folder = ("", "", *run.path.resolve().parts)
+    name = folder.rpartition("-seed")[0]
+    in_study = parent == "res" or (grandparent, parent) == ("runs", "study")
+    return SETTINGS[name].label if in_study and name in SETTINGS else describe(run)

@@ -6,6 +6,7 @@ mean. Curves of training tasks, of which a measurement has few, are smoothed ove
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 GREY, DARK = "#777777", "#333333"
 STYLES = {"finetuned": "-", "meta": (0, (4, 2))}
 SPLITS = {"train": "-", "heldout": ":"}
+TASKS = {"train": "training tasks", "heldout": "held-out tasks"}
 STYLE = {"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "axes.axisbelow": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "legend.frameon": False,
          "legend.fontsize": 8, "axes.titlelocation": "left", "lines.solid_capstyle": "butt"}
@@ -51,11 +53,17 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def colours(groups: Sequence[Group]) -> list[tuple[Group, str, str]]:
-    """Each group with its colour and its name in the legend; where several have one name, with a folder's name."""
-    names = [label(group[0]) for group in groups]
-    folders = [one_line(group[0].path.resolve().name).replace("$", r"\$") for group in groups]
+    """Each group with its colour and its name in the legend.
+
+    The name includes the data's name if there are several, and the folder's name if two groups share a name.
+    """
+    runs = [group[0] for group in groups]
+    several = len({run.data for run in runs}) > 1
+    names = [f"{run.data}, {name}" if several and name == describe(run) else name
+             for run, name in zip(runs, map(label, runs))]
+    folders = [one_line(run.path.resolve().name) for run in runs]
     names = [f"{name} ({folder})" if names.count(name) > 1 else name for name, folder in zip(names, folders)]
-    return [(group, PALETTE[i % len(PALETTE)], names[i]) for i, group in enumerate(groups)]
+    return [(group, PALETTE[i % len(PALETTE)], names[i].replace("$", r"\$")) for i, group in enumerate(groups)]
 
 
 def draw(axes: Axes, group: Group, curve: Curve, colour: str, style="-", smooth: bool = False) -> None:
@@ -134,7 +142,9 @@ def key(label: str, colour: str = DARK, **style) -> Line2D:
 
 
 def keys(groups: Sequence[Group], *others: Line2D, models: bool = False) -> list[Line2D]:
-    """The legend of the settings, of the two models if asked for, and `others`."""
+    """The legend of the settings, of the two models if asked for, and `others`; refuses more settings than colours."""
+    if len(groups) > len(PALETTE):
+        raise UserError(f"{len(groups)} settings, and there are {len(PALETTE)} colours; name runs of fewer settings")
     lines = [key(MODELS[model], linestyle=style) for model, style in STYLES.items() if models]
     return [*(key(name, colour, linewidth=2.2) for _, colour, name in colours(groups)), *lines, *others]
 
@@ -150,6 +160,16 @@ def frame(rows: int, columns: int, height: float, legend: Sequence[Line2D], **op
     share = below / (height + below)
     figure.set_layout_engine("constrained", rect=(0.003, share, 0.994, 1 - share))
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def hidden(groups: Sequence[Group]) -> str:
+    return " and ".join(dict.fromkeys(run.hidden for run, *_ in groups))
+
+
+def headline(figure: Figure, groups: Sequence[Group], *words: str) -> None:
+    """The names of the data, and `words`, above the panels."""
+    data = " and ".join(dict.fromkeys(run.data for run, *_ in groups))
+    figure.suptitle(textwrap.fill(", ".join([data, *words]), 100), fontsize=10, parse_math=False)
 
 
 def reference(axes: Axes, level: float, name: str) -> None:
@@ -179,7 +199,7 @@ def traces(groups: Sequence[Group], layer: str | None = None) -> Figure:
     group, run = groups[0], groups[0][0]
     kinds = {"within": PALETTE[0], "between": PALETTE[1]}
     legend = [key(f"{name} classes", colour, linewidth=2.2) for name, colour in kinds.items()]
-    figure, panels = frame(2, 2, 4.6, [*legend, key("training tasks"), key("held-out tasks", linestyle=":")])
+    figure, panels = frame(2, 2, 4.6, [*legend, *(key(TASKS[split], linestyle=SPLITS[split]) for split in TASKS)])
     for (left, right), model in zip(panels, ("meta", "finetuned")):
         for split, style in SPLITS.items():
             smooth = split == "train"
@@ -193,7 +213,7 @@ def traces(groups: Sequence[Group], layer: str | None = None) -> Figure:
             fit(axes)
             step_axis(axes, groups)
         right.set_ylim(0, 1.02)
-    figure.suptitle(f"{run.data}, {describe(run)}", fontsize=10, parse_math=False)
+    headline(figure, groups, describe(run))
     return figure
 
 
@@ -208,7 +228,8 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
     one_size = len({(run.settings["n_way"], run.queries) for run, *_ in groups}) == 1
     references = [(groups[0][0], GREY)] if one_size else [(group[0], colour) for group, colour, _ in colours(groups)]
     note = key("permuted labels; NC2: random directions", GREY, linestyle=":")
-    figure, panels = frame(2, 3, 4.2, keys(groups, note, models=True))
+    figure, panels = frame(2, 3, 4.4, keys(groups, note, models=True))
+    headline(figure, groups, TASKS[split], layer or hidden(groups))
     for axes, (metric, title) in zip(panels.flat, LABELS.items()):
         for group, colour, _ in colours(groups):
             for model, style in STYLES.items():
@@ -237,8 +258,13 @@ def layers(groups: Sequence[Group], layer: str | None = None) -> Figure:
                     for step in (0, 250, 1_000, 6_000, 20_000, 60_000) if step <= max(measured, default=-1)})
     shades = dict(zip(steps, matplotlib.colormaps["viridis_r"](np.linspace(0.12, 1, len(steps)))))
     legend = [key(f"meta-step {step:,}", shade, linewidth=2.2) for step, shade in shades.items()]
-    figure, (panels,) = frame(1, len(groups), 2.5, [*legend, *keys([], models=True)], sharey=True)
-    for axes, (group, _, title) in zip(panels, colours(groups)):
+    rows = math.ceil(len(groups) / 3)
+    columns = math.ceil(len(groups) / rows)
+    figure, panels = frame(rows, columns, 0.2 + 2.5 * rows, [*legend, *keys([], models=True)], sharey=True)
+    headline(figure, groups, TASKS[split])
+    for axes in panels.flat[len(groups):]:
+        axes.remove()
+    for axes, (group, _, title) in zip(panels.flat, colours(groups)):
         for model, style in STYLES.items():
             curves = [[effects.series(run, split, model, "relative_within", name) for name in run.layers]
                       for run in group]
@@ -246,8 +272,9 @@ def layers(groups: Sequence[Group], layer: str | None = None) -> Figure:
                 if all(step in run.rows[split] for run in group):
                     values = [[curve.mean[np.abs(curve.steps - step).argmin()] for curve in row] for row in curves]
                     axes.plot(group[0].layers, np.mean(values, 0), "o", color=shade, linestyle=style, markersize=2.5)
-        axes.set(title=title, ylim=(0, 1))
-    panels[0].set_ylabel("relative within trace")
+        axes.set(title=textwrap.fill(title, 120 // columns), ylim=(0, 1))
+    for axes in panels[:, 0]:
+        axes.set_ylabel("relative within trace")
     return figure
 
 
@@ -256,12 +283,13 @@ def accuracy(groups: Sequence[Group], layer: str | None = None) -> Figure:
     for run in [run for group in groups for run in group]:
         if run.layers and not run.rows["heldout"]:
             raise UserError(f"{run.path} has no measurement on held-out tasks; let it run to its first validation")
-    before = key("nearest support mean, before adaptation", linestyle=STYLES["meta"])
-    figure, ((axes,),) = frame(1, 1, 2.9, keys(groups, key("adapted classifier"), before))
+    before = key(f"nearest support mean at {layer or hidden(groups)}, before adaptation", linestyle=STYLES["meta"])
+    figure, ((axes,),) = frame(1, 1, 3.1, keys(groups, key("adapted classifier"), before))
+    headline(figure, groups, TASKS["heldout"])
     for group, colour, _ in colours(groups):
         draw(axes, group, of_accuracy("heldout"), colour)
         draw(axes, group, of_metric("heldout", "meta", "ncc_accuracy", layer, scale=100), colour, STYLES["meta"])
-    axes.set_ylabel("held-out accuracy, %")
+    axes.set_ylabel("accuracy, %")
     fit(axes)
     step_axis(axes, groups)
     zoom_on_accuracy(axes)

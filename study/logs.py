@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from files import UserError, one_line, reading
+from files import UserError, listed, one_line, reading
 
 HOME = Path(__file__).resolve().parent.parent
 
@@ -59,6 +59,14 @@ class Run:
     @property
     def data(self) -> str:
         return one_line(str(self.arguments["data"]["name"]))[:100]
+
+    @property
+    def recorded(self) -> dict:
+        """The network's layers and a digest of each split's classes, which older runs lack."""
+        digests = {f"classes of {split}": about.get("classes_digest")
+                   for split, about in self.arguments["data"].get("splits", {}).items()}
+        everything = {"layers": self.arguments.get("layers")} | digests
+        return {name: value for name, value in everything.items() if value is not None}
 
     @property
     def queries(self) -> int:
@@ -138,7 +146,10 @@ def read_run(path: Path) -> Run:
     """
     path = Path(path)
     if os.path.isdir(path):
-        path = next((path / name for name in ("log.jsonl", "log.jsonl.gz") if (path / name).exists()), path / "log")
+        log = next((path / name for name in ("log.jsonl", "log.jsonl.gz") if (path / name).exists()), None)
+        inside = [] if log else sorted({str(log.parent) for log in path.glob("*/log.jsonl*")})
+        listed(inside, f"no run at {path}, but there are some in it", "name one or several of them")
+        path = log or path
     if not os.path.isfile(path) or path.suffix == ".json":
         raise UserError(f"no run at {path}; name the folder that a training script wrote, or its log")
     args_path = path.parent / "args.json"
@@ -146,6 +157,7 @@ def read_run(path: Path) -> Run:
     with reading(args_path, remedy, "isn't a run's args.json"):
         arguments = json.loads(args_path.read_bytes())
         str(arguments["data"]["name"]), [arguments["settings"][name] + 0 for name in ("n_way", "k_spt", "k_qry")]
+        [dict(split) for split in arguments["data"].get("splits", {}).values()]
     return Run(path.parent, arguments, read_log(path))
 
 
@@ -191,19 +203,22 @@ def read_groups(paths: Sequence[Path]) -> list[list[Run]]:
     """
     groups: list[list[Run]] = []
     for run in map(read_run, paths):
-        group = next((group for group in groups if not differing(group[0], run)), None)
+        group = next((group for group in groups if not any(differing(other, run) for other in group)), None)
         if group is None:
             groups.append(group := [])
-        if any(run.settings.get("seed") == other.settings.get("seed") for other in group):
-            raise UserError(f"{run.path} has the seed of another run of its setting; name one of them")
+        for other in group:
+            if run.settings.get("seed") == other.settings.get("seed"):
+                raise UserError(f"{run.path} has the same settings and seed as {other.path}; give only one")
         group.append(run)
     return groups
 
 
 def differing(run: Run, other: Run) -> list[str]:
-    """Names of the settings in which two runs are different experiments."""
+    """Names of what makes two runs different experiments: data, settings, and what both recorded of the others."""
     names = sorted({*run.settings, *other.settings} - NOT_COMPARED)
     different = [name for name in names if run.settings.get(name) != other.settings.get(name)]
+    one, two = run.recorded, other.recorded
+    different += [name for name in one if name in two and one[name] != two[name]]
     return ["data"] * (run.data != other.data) + different
 
 
@@ -226,7 +241,8 @@ class Study:
         """
         groups = read_groups(self.paths.get(name, []))
         if len(groups) > 1:
-            one, other = groups[0][0], groups[1][0]
+            other = groups[1][0]
+            one = next(run for run in groups[0] if differing(run, other))
             what = ", ".join(differing(one, other))
             raise UserError(f"{one.path} and {other.path} differ in {what}; rename one: -seedN is for seeds")
         return groups[0] if groups else []

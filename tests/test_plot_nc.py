@@ -16,6 +16,7 @@ from PIL import Image, ImageColor
 import plot_nc
 from files import UserError
 from study import effects, figures, logs, report
+from study.design import label
 
 PROJECT = Path(plot_nc.__file__).parent
 
@@ -55,6 +56,38 @@ def test_every_figure_of_any_run_is_small_and_the_same_twice(name, tmp_path):
     assert picture == (tmp_path / "b.png").read_bytes() and 5_000 < len(picture) < 60_000
 
 
+def test_the_figures_name_the_data_the_tasks_and_the_layer(tmp_path):
+    whole = write_run(tmp_path / "whole", k_spt=5)
+    part = write_run(tmp_path / "part", [row for row in nc_logs.log() if row["classes"] == "train"], name="$x^$")
+
+    def heading(name, *runs, layer=None):
+        return figures.ANY[name](logs.read_groups(runs), layer).get_suptitle()
+
+    assert heading("traces", whole) == "Omniglot, 5-way 5-shot, second order"
+    assert heading("metrics", whole) == "Omniglot, held-out tasks, block4"
+    assert heading("metrics", part, layer="block2") == "$x^$, training tasks, block2"
+    assert heading("layers", part, whole) == "$x^$ and Omniglot, training tasks"
+    assert heading("accuracy", whole) == "Omniglot, held-out tasks"
+    keys = [text.get_text() for text in figures.accuracy(logs.read_groups([whole]), "block2").legends[0].get_texts()]
+    assert keys[-1] == "nearest support mean at block2, before adaptation"
+    names = [name for _, _, name in figures.colours(logs.read_groups([whole, part]))]
+    assert names == ["Omniglot, 5-way 5-shot, second order", r"\$x^\$, 5-way 1-shot, second order"]
+    plot_nc.draw([str(whole), str(part), "--figure", "layers"])
+    assert "draws all layers; leave --layer out" in refused(whole, "--figure", "layers", "--layer", "block2")
+
+
+def test_many_settings_have_panels_that_can_be_read_or_are_refused(tmp_path):
+    runs = [write_run(tmp_path / str(ways), n_way=ways, first_order=True, net="original") for ways in range(2, 10)]
+    figure = figures.layers(logs.read_groups(runs))
+    figure.draw_without_rendering()
+    boxes = [axes.title.get_window_extent() for axes in figure.axes]
+    assert len(boxes) == 8
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    for name in ("metrics", "accuracy"):
+        plot_nc.draw([*map(str, runs[:6]), "--figure", name])
+        assert "7 settings, and there are 6 colours; name runs of fewer" in refused(*runs[:7], "--figure", name)
+
+
 @pytest.mark.slow
 def test_no_argument_redraws_the_figures_of_the_runs_that_are_there(tmp_path):
     with pytest.raises(UserError, match="no run of the study"):
@@ -77,7 +110,34 @@ def test_other_settings_are_drawn_in_other_colours_and_not_averaged(tmp_path):
     assert list(map(len, groups)) == [2, 1]
     assert len({colour for _, colour, _ in figures.colours(groups)}) == 2
     assert "the seeds of one setting" in refused(*runs)
-    assert "seed of another run" in refused(runs[0], write_run(tmp_path / "again", seed=1))
+    again = write_run(tmp_path / "again", seed=1)
+    assert refused(runs[0], again) == f"{again} has the same settings and seed as {runs[0]}; give only one"
+
+
+def test_runs_on_other_images_or_networks_are_not_seeds_of_one_setting(tmp_path):
+    """What an older run did not record is taken as equal."""
+    def run(name, **recorded):
+        folder = write_run(tmp_path / name, seed=len(list(tmp_path.iterdir())))
+        args = json.loads((folder / "args.json").read_text())
+        args["data"]["splits"] = {"train": {"classes": 9} | recorded.pop("train", {}), "val": {"classes": 9}}
+        (folder / "args.json").write_text(json.dumps(args | recorded))
+        return folder
+
+    older, same = run("older"), run("same", train={"classes_digest": "a1"}, layers=[["flatten"]])
+    images, network = run("images", train={"classes_digest": "b2"}), run("network", layers=[["flatten"], ["linear"]])
+    assert list(map(len, logs.read_groups([older, same, images, network]))) == [2, 2]
+    assert list(map(len, logs.read_groups([same, images]))) == [1, 1]
+    assert logs.differing(*map(logs.read_run, (same, images))) == ["classes of train"]
+    assert logs.differing(*map(logs.read_run, (same, network))) == ["layers"]
+    for index, folder in enumerate((older, same, images)):
+        folder.rename(tmp_path / f"birds-seed{index}")
+    with pytest.raises(UserError, match="birds-seed1 and .*birds-seed2 differ in classes of train; rename one"):
+        logs.Study(tmp_path)["birds"]
+
+
+def test_a_run_of_the_study_has_its_label_and_another_of_that_name_has_not(tmp_path):
+    for parent, name in (("res", "ANIL"), ("runs/study", "ANIL"), ("mine", "5-way 1-shot, second order")):
+        assert label(logs.read_run(write_run(tmp_path / parent / "contrast-anil-seed7"))) == name
 
 
 def test_the_committed_figures_have_the_colours_of_their_settings():
@@ -236,6 +296,9 @@ def test_a_log_itself_compressed_or_half_written(tmp_path, capsys):
 def test_other_refusals(tmp_path):
     run = write_run(tmp_path / "run")
     assert "no run at" in refused(tmp_path / "nowhere") and "no run at" in refused(run / "args.json")
+    parent = refused(tmp_path)
+    assert parent == f"no run at {tmp_path}, but there are some in it: {run}; name one or several of them"
+    assert "; name the folder that a training script wrote" in refused(PROJECT / "tests")
     assert "no layer 'block9'" in refused(run, "--layer", "block9")
     assert "ends in .png" in refused(run, "-o", tmp_path / "x.pdf")
     for flag, value in (("-o", tmp_path / "x.png"), ("--figure", "layers"), ("--layer", "block1")):
