@@ -59,13 +59,15 @@ def parse_args(description: str, defaults: dict, paper: dict, argv: Sequence[str
             raise UserError(f"--recipe paper: the paper has no {n_way}-way {k_spt}-shot; there are {cases}")
         parser.set_defaults(**paper[n_way, k_spt])
     if "rotations" in defaults and "data" in flags:
-        parser.set_defaults(rotations=False)
+        parser.set_defaults(rotations=False, rotate_heldout=False)
     fewer_tasks = defaults["synthetic_tasks"] if flags.get("synthetic") else {}
     return argparse.Namespace(**vars(parser.parse_args([])) | fewer_tasks | flags)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action: argparse.Action) -> str:
+        """With the default, where there is one: the texts of the other flags say what holds if they are not given."""
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> argparse.ArgumentParser:
@@ -103,7 +105,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("meta_lr", None, "learning rate of the outer loop, Adam")
     flag("update_lr", None, "learning rate of the inner loop, SGD on the mean cross-entropy; the paper's "
          "code sums over the classes, so that its 0.4 is 2.0 here in 5-way")
-    flag("head_lr", None, "the same of the last layer alone; UPDATE_LR if not given", type=float)
+    flag("head_lr", None, "the same for the last layer alone; UPDATE_LR if not given", type=float)
     flag("lr_schedule", "constant", "schedule of the outer learning rate: constant, or half a cosine that ends at 0",
          choices=["constant", "cosine"])
     flag("update_step", None, "inner steps in training")
@@ -125,7 +127,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     if "rotations" in defaults:
         choice("rotations", None, "in training, each class of a task is turned by a random multiple of 90 degrees; off "
                "with --data if not given")
-        choice("rotate_heldout", False, "turn the classes in validation and testing too")
+        choice("rotate_heldout", False, "turn the classes in validation and testing too; off with --data if not given")
     choice("random_labels", False, "put the training images into classes at random: a control with nothing to learn")
     choice("transductive", True, "validate, and choose the best weights, with batch norm over the whole query set; "
            "--no-transductive: each query is normalised together with the support set alone. A test reports both; the "
