@@ -168,7 +168,7 @@ def test_results_of_an_unfinished_run_go_when_it_is_resumed(stopped):
     for path in others:
         path.write_text("{}")
     with pytest.raises(UserError, match="is not finished; continue it with --resume"):
-        controls.main([str(stopped)])
+        controls.main([str(stopped), "--tasks", "2"])
     resume(stopped)
     assert not any(path.exists() for path in others)
 
