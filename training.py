@@ -2,7 +2,7 @@
 
 A run writes its own folder:
 
-    args.json      every setting, versions, device, data: before the first step
+    args.json      every setting, the network, versions, device, data: before the first step
     log.jsonl      one JSON object per line: "run" (the data's name), then "train", "nc" (metrics) and "val"
     checkpoint.pt  the run's state, every --save_every steps and when it is stopped: --resume continues from it
     best.pt        weights with the best validation accuracy so far

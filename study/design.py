@@ -61,7 +61,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("small-images-slower-head", "images of 16 x 16, classifier from N(0, 0.18²), its inner step 0.125",
             f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --head_lr 0.125", (1, 2)),
     Setting("fast-head", "classifier from N(0, 0.18²), its inner step 8",
-            f"{_ONE_CHANGE} --head_std 0.177 --head_lr 8", (1,)),
+            f"{_ONE_CHANGE} --head_std 0.177 --head_lr 8", (1, 2)),
     Setting("flat-slow-head", "classifier from N(0, 0.18²), its inner step 0.5, no spatial mean",
             f"{_ONE_CHANGE} --head_std 0.177 --no-spatial_mean --head_lr 0.5", (1,)),
     Setting("other-network-xavier", "conv-bn-relu with Xavier convolutions",
