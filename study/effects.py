@@ -282,7 +282,7 @@ def accuracy_in(test: dict | None, key: str, place: int) -> float:
 
 
 def by_parts(run: Run, quantity: str, kind: str = BY_PARTS) -> list[float]:
-    """The "accuracy" or "margin" before adaptation, and after the first step of the classifier, of the body, of both."""
+    """Accuracy or margin before adaptation, and after the first step of the classifier, of the body, of both."""
     return run.controls().get(kind, {}).get(quantity, [math.nan] * 4)
 
 
