@@ -129,13 +129,15 @@ def atomic(path: Path, mode: str = "wb", remedy: str = "free some space or name 
         _remove(temporary)
 
 
-def remove_stale(folder: Path, pattern: str) -> None:
+def remove_stale(folder: Path, pattern: str, age: float = 0) -> None:
     """Delete the temporary files in `folder` of killed `atomic` writes to names that match `pattern`.
 
-    Call it only while holding their writers' lock: it would delete a running writer's file too.
+    It would delete a running writer's file too: hold the writers' lock, or give an age in seconds that none reaches.
     """
     for leftover in Path(folder).glob(f".{pattern}.????????.tmp"):
-        _remove(leftover)
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime >= age:
+                leftover.unlink()
 
 
 def _remove(path: Path) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from files import UserError, atomic, listed, progress, reading, short
+from files import UserError, atomic, listed, progress, reading, remove_stale, short
 from tasks import Dataset
 
 SPLITS = ("train", "val", "test")
@@ -121,6 +121,7 @@ class ImageSet:
         if os.path.exists(path):
             _say(f"the cache {path} is damaged: building it again")
         with atomic(path, remedy="free some space, or name another folder with --cache FOLDER") as file:
+            remove_stale(self.cache, "*.npy", age=24 * 3600)
             images, hashes = decode_all(classes, f"the {split} split", shape, self.resample, self.remedy)
             np.save(file, images)
             np.save(file, hashes)

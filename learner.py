@@ -45,6 +45,7 @@ LAYERS = {
 }
 LEAST = {"in": 1, "out": 1, "channels": 1, "kernel": 1, "stride": 1, "padding": 0}  # of params, all whole numbers
 SHIFT_EPS = 1e-3  # of bn_shift, added to the variance
+SAME_SHAPE = ("bn", "bn_shift", "relu", "leakyrelu", "tanh", "sigmoid")  # the output has the shape of the input
 BLOCK_STARTS = ("conv2d", "convt2d", "linear")
 CONV_INIT = {"kaiming": nn.init.kaiming_normal_, "xavier": nn.init.xavier_uniform_}  # --conv_init
 
@@ -197,6 +198,8 @@ def _check(name: str, params: Sequence, shape: list[int]) -> None:
 
 def _output_shape(name: str, params: Sequence, shape: list[int], own: Iterable[Tensor]) -> list[int]:
     """What the layer makes of one image of this shape; the layer itself says, on the meta device."""
+    if name in SAME_SHAPE:
+        return shape
     h = torch.empty(1, 2, *shape[1:], shape[0], device="meta")
     *sides, channels = apply_layer(name, params, h, [w[None].to("meta") for w in own]).shape[2:]
     return [channels, *sides]

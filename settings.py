@@ -24,6 +24,7 @@ UNSET = object()  # the value of a flag that is not on the command line
 PATHS = (*MODES, "root", "data", "cache", "out")  # ~ is the home folder, as in a shell
 LEAST = {"n_way": 2, "eval_tasks": 2, "test_tasks": 2, "nc_every": 0, "nc_every_late": 0, "keep_every": 0,
          "save_every": 0, "task_chunk": 0, "seed": 0}  # smallest value of an integer flag, if not 1
+NC_QRY = 15  # --nc_qry where it is not given and the classes have enough images
 RATES = ("meta_lr", "update_lr", "head_lr")  # may not be 0
 MAY_CHANGE = {  # flags that may change a run's settings
     "resume": ("epoch", *PLACE, "save_every", "task_chunk", "cuda_graph", "tensorboard"),
@@ -97,7 +98,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("k_spt", None, "support images per class (k-shot)")
     flag("k_qry", None, "query images per class")
     flag("k_qry_test", None, "query images per class in validation and testing; K_QRY if not given", type=int)
-    flag("nc_qry", None, "query images per class that neural collapse is measured on; 15 if not given, or in "
+    flag("nc_qry", None, f"query images per class that neural collapse is measured on; {NC_QRY} if not given, or in "
          "small classes all that are not support", type=int)
     flag("imgsz", None, "images are resized to this square, pixels")
     flag("imgc", None, "channels of an image")
@@ -209,6 +210,8 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
             shuffled = {"split": "shuffled"} if "split" in settings else {}
             settings |= {"data": None, "data_name": None, "synthetic": False, **shuffled}
     if mode == "from_args":
+        if settings["nc_qry"] == NC_QRY:  # what `check` fills in is recorded too
+            settings["nc_qry"] = None
         return argparse.Namespace(**settings | {"out": None} | flags)
     for name, value in flags.items():
         if name not in MAY_CHANGE[mode] and name != mode and (name == "out" or value != settings[name]):
@@ -311,7 +314,7 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
                 raise UserError(f"--k_spt {args.k_spt} --{name} {getattr(args, name)}: {dataset.name()} has {images} "
                                 f"images per class in its {split} split; their sum can be at most that")
     if args.nc_qry is None:
-        args.nc_qry = min(15, min(images for _, images in sizes.values()) - args.k_spt)
+        args.nc_qry = min(NC_QRY, min(images for _, images in sizes.values()) - args.k_spt)
     if args.nc_every and args.nc_qry < 2 and not tests_only:
         raise UserError(f"--nc_qry {args.nc_qry}: within-class spread needs 2 query images per class; "
                         f"change --nc_qry or --k_spt {args.k_spt}, or measure nothing with --nc_every 0")

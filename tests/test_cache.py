@@ -57,6 +57,16 @@ def test_cache_is_taken_and_rebuilt_when_anything_changes(photos, builds):
     assert len(keys) == len(builds) == 7  # the key alone tells splits and sizes apart
 
 
+def test_what_a_killed_decoding_left_goes_a_day_later(photos):
+    (photos / "cache").mkdir()
+    yesterday, running = ((photos / "cache" / f".miniimagenet-train-84px-{key}.npy.abcd1234.tmp") for key in "ab")
+    for path in (yesterday, running):
+        path.write_bytes(b"half")
+    os.utime(yesterday, (0, 0))
+    load(miniimagenet, photos, "train", 12)
+    assert running.exists() and not yesterday.exists()
+
+
 def test_omniglot_cache_follows_the_zip_content(tmp_path, small_omniglot, builds):
     write_zips(tmp_path, small_omniglot)
     first = load(omniglot, tmp_path, "train", 28)

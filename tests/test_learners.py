@@ -84,7 +84,7 @@ def test_the_papers_sizes_and_initial_weights():
     ("boil", lambda name: "linear" not in name and "bn_shift" not in name)])
 def test_which_weights_the_inner_loop_adapts(net, learner, changes, head_lr, second_order):
     """The weights after adaptation, and the meta-gradient."""
-    (tasks, _), steps = make_tasks(), 2
+    (tasks, _), steps = make_tasks(n_tasks=2), 2
     maml = Meta(net, update_lr=0.5, learner=learner, head_lr=head_lr)
 
     def lr(name):

@@ -223,8 +223,10 @@ def null_labels(monkeypatch):
     return drawn
 
 
-@both_orders
-@pytest.mark.parametrize("chunks, k_spt, test_steps", [((4, 4), 1, 3), ((1, 1), 2, 1), ((3, 2), 2, 5), ((2, 4), 1, 2)])
+@pytest.mark.parametrize("chunks, k_spt, test_steps, first_order", [
+    ((4, 4), 1, 3, False), ((1, 1), 2, 1, True), ((3, 2), 2, 5, False), ((2, 4), 1, 2, True),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ((4, 4), 1, 3, True), ((1, 1), 2, 1, False), ((3, 2), 2, 5, True), ((2, 4), 1, 2, False)])])
 def test_whatever_the_chunks_a_step_and_an_adaptation_are_the_plain_loops(monkeypatch, null_labels, chunks, k_spt,
                                                                           test_steps, first_order):
     net, tasks, lr, steps = small_net(), make_tasks(k_spt=k_spt), 0.3, 2

@@ -29,6 +29,11 @@ def refused(*arguments: object) -> str:
     return str(caught.value)
 
 
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    monkeypatch.setattr(figures, "DPI", 20)  # drawn in no time
+
+
 def drawn(axes) -> list[tuple[list, list]]:
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()]
 
@@ -48,7 +53,8 @@ def test_a_run_is_drawn_into_its_folder_without_torch_or_a_window(tmp_path):
 
 
 @pytest.mark.parametrize("name", figures.ANY)
-def test_every_figure_of_any_run_is_small_and_the_same_twice(name, tmp_path):
+def test_every_figure_of_any_run_is_small_and_the_same_twice(name, tmp_path, monkeypatch):
+    monkeypatch.undo()  # at its own size
     runs = [str(write_run(tmp_path / str(seed), seed=seed)) for seed in range(2)]
     for file in ("a.png", "b.png"):
         plot_nc.draw([*runs, "--figure", name, "-o", str(tmp_path / file)])
@@ -77,14 +83,16 @@ def test_the_figures_name_the_data_the_tasks_and_the_layer(tmp_path):
 
 
 def test_many_settings_have_panels_that_can_be_read_or_are_refused(tmp_path):
-    runs = [write_run(tmp_path / str(ways), n_way=ways, first_order=True, net="original") for ways in range(2, 10)]
-    figure = figures.layers(logs.read_groups(runs))
+    runs = [write_run(tmp_path / str(ways), nc_logs.log(30), n_way=ways, first_order=True, net="original")
+            for ways in range(2, 10)]
+    groups = logs.read_groups(runs)
+    figure = figures.layers(groups)
     figure.draw_without_rendering()
     boxes = [axes.title.get_window_extent() for axes in figure.axes]
     assert len(boxes) == 8
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
     for name in ("metrics", "accuracy"):
-        plot_nc.draw([*map(str, runs[:6]), "--figure", name])
+        figures.ANY[name](groups[:6])
         assert "7 settings, and there are 6 colours; name runs of fewer" in refused(*runs[:7], "--figure", name)
 
 

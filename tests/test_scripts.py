@@ -1,5 +1,6 @@
 """Both training scripts from the command line: what they refuse, write, say and repeat."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -15,10 +16,11 @@ import torch
 import miniimagenet_train
 import omniglot_train
 import plot_nc
+import record
 import settings
 import synthetic
 import training
-from files import UserError
+from files import UserError, run
 from learner import Learner
 from record import draw_figure
 
@@ -34,17 +36,14 @@ def lines(run: Path, kind: str) -> list[dict]:
     return [row for row in rows if row["kind"] == kind]
 
 
-def program(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, PROJECT / name, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-
-
 @pytest.fixture(scope="module")
 def omniglot_run(tmp_path_factory) -> Path:
+    """With its figure; `said` next to it holds what it printed, to streams of ASCII."""
     out = tmp_path_factory.mktemp("runs") / "omniglot"
-    done = program("omniglot_train.py", *OMNIGLOT, "--out", str(out), PYTHONIOENCODING="ascii")
-    assert done.returncode == 0, done.stderr
-    (out.parent / "stdout").write_text(done.stdout + done.stderr)
+    with pytest.MonkeyPatch.context() as patch, (out.parent / "said").open("w", encoding="ascii") as stream, \
+            contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        patch.setattr(record, "draw_figure", draw_figure)
+        run(lambda: omniglot_train.main([*OMNIGLOT, "--out", str(out)]))
     return out
 
 
@@ -52,7 +51,7 @@ def omniglot_run(tmp_path_factory) -> Path:
 
 
 def test_a_run_says_what_the_original_says(omniglot_run):
-    said = (omniglot_run.parent / "stdout").read_text()
+    said = (omniglot_run.parent / "said").read_text()
     for part in ("n_way=5", "conv2d[64, 1, 3, 3, 2, 0] -> [64, 13, 13]", "Total trainable parameters: 91781",
                  "5 meta-steps", "training acc: [", "meta within", "validation acc: [", "synthetic characters",
                  "5/5 steps, acc=", "(last ? "):  # a "±", on a stream of ASCII
@@ -60,7 +59,7 @@ def test_a_run_says_what_the_original_says(omniglot_run):
 
 
 def test_a_run_ends_by_drawing_its_figure(omniglot_run, tmp_path, monkeypatch, capsys):
-    assert f"wrote {omniglot_run / 'figure.png'}" in (omniglot_run.parent / "stdout").read_text()
+    assert f"wrote {omniglot_run / 'figure.png'}" in (omniglot_run.parent / "said").read_text()
     plot_nc.draw([str(omniglot_run), "-o", str(tmp_path / "figure.png")])
     assert (tmp_path / "figure.png").read_bytes() == (omniglot_run / "figure.png").read_bytes()
     (tmp_path / "run").mkdir()
@@ -215,8 +214,8 @@ def test_without_posix_and_without_removing_open_files(tmp_path):
                           env=os.environ | {"PYTHONPATH": str(PROJECT)})
     assert done.returncode == 2, done.stderr
     assert done.stderr.endswith("error: o is in use by another process; name another folder\n")  # progress before it
-    for run in ("o", "p"):
-        assert sorted(path.name for path in (tmp_path / run).iterdir()) == [
+    for folder in ("o", "p"):
+        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == [
             "args.json", "best.pt", "checkpoint.pt", "figure.png", "last.pt", "log.jsonl", "result.json", "timing.json"]
 
 
@@ -261,7 +260,8 @@ def test_settings_that_are_refused(script, flags, line, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_refusal_is_one_line_and_status_2(tmp_path):
-    done = program("miniimagenet_train.py", "--root", str(tmp_path / "nothing"))
+    done = subprocess.run([sys.executable, PROJECT / "miniimagenet_train.py", "--root", tmp_path / "nothing"],
+                          capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "--synthetic" in done.stderr
@@ -308,10 +308,11 @@ def test_what_other_data_changes(tmp_path, monkeypatch):
     assert not parsed("--recipe", "paper", "--data", "mine").rotate_heldout
     assert parsed("--rotations", "--data", "mine").rotations and parsed().rotations
     path = tmp_path / "args.json"
-    path.write_text(json.dumps({"settings": settings.recorded_settings(own) | {"device": "cuda:0"}}))
+    path.write_text(json.dumps({"settings": settings.recorded_settings(own) | {"device": "cuda:0", "nc_qry": 15}}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     same = omniglot_train.arguments(["--from_args", str(path)])
     assert same.data == own.data and same.data_name == "my glyphs" and same.device == "cpu"
+    assert same.nc_qry is None  # filled in by the run, and again for the next
     for flags, data, name in (("--synthetic", None, None), ("--data other", "other", None),
                               ("--data other --data_name x", "other", "x")):
         again = omniglot_train.arguments(["--from_args", str(path), *flags.split()])
