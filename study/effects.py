@@ -286,6 +286,11 @@ def by_parts(run: Run, quantity: str, kind: str = BY_PARTS) -> list[float]:
     return run.controls().get(kind, {}).get(quantity, [math.nan] * 4)
 
 
+def accuracy_after(run: Run, part: str) -> float:
+    """Accuracy after the first inner step of the "classifier" or the "body" alone."""
+    return by_parts(run, "accuracy")[("classifier", "body").index(part) + 1]
+
+
 def body_part(run: Run, kind: str = BY_PARTS) -> float:
     """The body's part of the margin that the first inner step adds, if classifier and body step one at a time."""
     before, classifier, body, _ = by_parts(run, "margin", kind)

@@ -162,14 +162,14 @@ def frame(rows: int, columns: int, height: float, legend: Sequence[Line2D], **op
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def hidden(groups: Sequence[Group]) -> str:
-    return " and ".join(dict.fromkeys(run.hidden for run, *_ in groups))
+def distinct(groups: Sequence[Group], what: str) -> str:
+    """An attribute of the groups' runs, each value once."""
+    return " and ".join(dict.fromkeys(getattr(run, what) for run, *_ in groups))
 
 
 def headline(figure: Figure, groups: Sequence[Group], *words: str) -> None:
     """The names of the data, and `words`, above the panels."""
-    data = " and ".join(dict.fromkeys(run.data for run, *_ in groups))
-    figure.suptitle(textwrap.fill(", ".join([data, *words]), 100), fontsize=10, parse_math=False)
+    figure.suptitle(textwrap.fill(", ".join([distinct(groups, "data"), *words]), 100), fontsize=10, parse_math=False)
 
 
 def reference(axes: Axes, level: float, name: str) -> None:
@@ -229,7 +229,7 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
     references = [(groups[0][0], GREY)] if one_size else [(group[0], colour) for group, colour, _ in colours(groups)]
     note = key("permuted labels; NC2: random directions", GREY, linestyle=":")
     figure, panels = frame(2, 3, 4.4, keys(groups, note, models=True))
-    headline(figure, groups, TASKS[split], layer or hidden(groups))
+    headline(figure, groups, TASKS[split], layer or distinct(groups, "hidden"))
     for axes, (metric, title) in zip(panels.flat, LABELS.items()):
         for group, colour, _ in colours(groups):
             for model, style in STYLES.items():
@@ -283,7 +283,8 @@ def accuracy(groups: Sequence[Group], layer: str | None = None) -> Figure:
     for run in [run for group in groups for run in group]:
         if run.layers and not run.rows["heldout"]:
             raise UserError(f"{run.path} has no measurement on held-out tasks; let it run to its first validation")
-    before = key(f"nearest support mean at {layer or hidden(groups)}, before adaptation", linestyle=STYLES["meta"])
+    shown = layer or distinct(groups, "hidden")
+    before = key(f"nearest support mean at {shown}, before adaptation", linestyle=STYLES["meta"])
     figure, ((axes,),) = frame(1, 1, 3.1, keys(groups, key("adapted classifier"), before))
     headline(figure, groups, TASKS["heldout"])
     for group, colour, _ in colours(groups):

@@ -156,9 +156,9 @@ def changes(study: Study) -> Figure:
     before_and_after(part, groups, lambda run: effects.body_part(run, f"{effects.BY_PARTS}, untrained"),
                      effects.body_part)
     share.set_yticklabels([label(group[0]) for group, _ in groups])
-    share.set(title="A  Share within classes", xlim=(0, 0.8))
+    share.set(title="A  Share within", xlim=(0, 0.8))
     right.set(title="B  Accuracy, %")
-    part.set(title="C  Body's part", xlim=(-0.05, 1.05))
+    part.set(title="C  Body's part", xlabel="open: untrained", xlim=(-0.05, 1.05))
     return figure
 
 

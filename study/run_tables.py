@@ -72,8 +72,8 @@ def changes(study: Study) -> str:
 
     columns = {"body's part of the step, untrained": over(effects.body_part, kind=f"{effects.BY_PARTS}, untrained"),
                "trained": over(effects.body_part), "accuracy after the classifier's step alone, %":
-               over(lambda run: effects.by_parts(run, "accuracy")[1], 100),
-               "after the body's alone, %": over(lambda run: effects.by_parts(run, "accuracy")[2], 100)}
+               over(effects.accuracy_after, 100, part="classifier"),
+               "after the body's alone, %": over(effects.accuracy_after, 100, part="body")}
     columns |= {f"relative within trace, {when}": over(at, metric="relative_within", model=model)
                 for model, when in MODELS.items()}
     columns["nearest support mean before adaptation, %"] = over(at, 100, metric="ncc_accuracy", model="meta")
@@ -94,13 +94,13 @@ def machine(run: Run) -> str:
 def runs(study: Study, names: Sequence[str] = (), columns: Sequence[str] = ()) -> str:
     """What was trained, how long it took, what it reached: all runs and columns, or those named."""
     rows = []
-    names = names or (*SETTINGS, *sorted(study.paths.keys() - SETTINGS.keys()))
-    for group in study.groups(names):
+    for name in names or (*SETTINGS, *sorted(study.paths.keys() - SETTINGS.keys())):
+        if not (group := study[name]):
+            continue
         run, tests = group[0], [run.file("result.json")["test"] for run in group]
         minutes = sorted(round(run.file("timing.json")["training_minutes"]) for run in group)
-        in_study = run.path.name.rpartition("-seed")[0] in SETTINGS
         rows.append({
-            "": label(run) if in_study else f"{run.data}, {describe(run)}",
+            "": SETTINGS[name].label if name in SETTINGS else f"{run.data}, {describe(run)}",
             "recipe": run.settings["recipe"],
             "seeds": ", ".join(str(one.settings["seed"]) for one in group),
             "meta-steps x tasks": f"{run.arguments['meta_steps']:,} x {run.settings['task_num']}",

@@ -301,8 +301,7 @@ def adaptation(study: Study) -> str:
             *((f"adapted{start}", share(model="finetuned", kind=kind)) for start, kind in kinds.items()),
             *((f"classifier, adapted{start}, %", accuracy_of(kind)) for start, kind in kinds.items())]
     rows += [(f"accuracy after the first step of the {part} alone, %",
-              over(lambda run, place=place: effects.by_parts(run, "accuracy")[place], 100))
-             for place, part in ((1, "classifier"), (2, "body"))]
+              over(effects.accuracy_after, 100, part=part)) for part in ("classifier", "body")]
     rows += [(f"5-shot, unbiased: {samples} features, {when}",
               over(effects.five_shot_share, samples=samples, inner_step=inner_step))
              for samples in ("query", "support") for inner_step, when in ((0, "before adaptation"), (-1, "adapted"))]
