@@ -63,7 +63,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("fast-head", "classifier from N(0, 0.18²), its inner step 8",
             f"{_ONE_CHANGE} --head_std 0.177 --head_lr 8", (1, 2)),
     Setting("flat-slow-head", "classifier from N(0, 0.18²), its inner step 0.5, no spatial mean",
-            f"{_ONE_CHANGE} --head_std 0.177 --no-spatial_mean --head_lr 0.5", (1,)),
+            f"{_ONE_CHANGE} --head_std 0.177 --no-spatial_mean --head_lr 0.5", (1, 2)),
     Setting("other-network-xavier", "conv-bn-relu with Xavier convolutions",
             f"{_ONE_CHANGE} --net conv_bn_relu --conv_init xavier", (1,)),
     Setting("other-network-large-images", "conv-bn-relu, images of 36 x 36",
