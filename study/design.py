@@ -60,6 +60,14 @@ SETTINGS = {setting.name: setting for setting in (
             f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --head_lr 0.5", (1, 2)),
     Setting("small-images-slower-head", "images of 16 x 16, classifier from N(0, 0.18²), its inner step 0.125",
             f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --head_lr 0.125", (1, 2)),
+    Setting("small-images-first-order", "images of 16 x 16, classifier from N(0, 0.18²), first order",
+            f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --first_order", (1,)),
+    Setting("small-images-slow-head-first-order",
+            "images of 16 x 16, classifier from N(0, 0.18²), its inner step 0.5, first order",
+            f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --head_lr 0.5 --first_order", (1,)),
+    Setting("small-images-slower-head-first-order",
+            "images of 16 x 16, classifier from N(0, 0.18²), its inner step 0.125, first order",
+            f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --head_lr 0.125 --first_order", (1,)),
     Setting("fast-head", "classifier from N(0, 0.18²), its inner step 8",
             f"{_ONE_CHANGE} --head_std 0.177 --head_lr 8", (1, 2)),
     Setting("flat-slow-head", "classifier from N(0, 0.18²), its inner step 0.5, no spatial mean",
@@ -89,6 +97,7 @@ CHANGES = {  # by what the classifier takes from the last map
     "all of 2 x 2": ("small-head-flat", "flat-slow-head", "smaller-head-flat", "other-network-larger-head",
                      "other-network-large-images"),
     "1 x 1": ("small-images", "small-images-small-head", "small-images-slow-head", "small-images-slower-head",
+              "small-images-first-order", "small-images-slow-head-first-order", "small-images-slower-head-first-order",
               "other-network", "other-network-xavier", "other-network-no-scale", "other-network-large-head")}
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
