@@ -15,7 +15,8 @@ The tasks are those of the run's test. The controls, each with all metrics and a
     queries 1, 5, 19   the final weights with so many queries per class, which batch norm takes together
     5-shot         the final weights with 5 support images per class: their features can be measured too
     first step by parts   the final weights after the first inner step of the classifier alone, the body alone, both:
-                   accuracy, and the margin, the true class's logit minus the mean of the others
+                   accuracy, and the margin, the true class's logit minus the mean of the others; and how far apart the
+                   classifier's rows are, and how far the body's weights move
     first step by parts, untrained   the same of the untrained network
     batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
     batch norm by the support set                 the same, by statistics without the query
@@ -48,7 +49,7 @@ from measuring import accuracies, accuracy, class_means, collapse_metrics, permu
 from meta import Adapted, Meta
 from record import numbers, other_images, say, summary
 from settings import check
-from tasks import Dataset, Tasks, as_tasks, cat
+from tasks import Dataset, Tasks, as_tasks, cat, tree_map
 from training import TEST_SEED, Data, held_out_tasks
 
 QUERIES = 15  # per class, if nothing else is said
@@ -161,15 +162,25 @@ def not_adapted(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
 
 
 def by_parts(maml: Meta, tasks: Tasks, null_seed: int) -> dict[str, Tensor]:
-    """Accuracy and margin [T, 4]: before adaptation, after the first step of the classifier, of the body, of both."""
-    before, after = maml.adapt(tasks, 1)
+    """Accuracy and margin [T, 4]: before adaptation, after the first step of the classifier, of the body, of both.
+
+    With them "rows" [T, 1], the norm of the classifier's rows minus their mean before adaptation, and "body" [T, 1],
+    the norm of the body's step as a multiple of that of the weights that it changes.
+    """
+    net, (before, after) = maml.net, maml.adapt(tasks, 1)
     results = []
     for body, classifier in itertools.product((before, after), repeat=2):
-        logits = maml.net(tasks.x_qry, body | {name: classifier[name] for name in maml.net.head})
+        logits = net(tasks.x_qry, body | {name: classifier[name] for name in net.head})
         true = logits.gather(2, tasks.y_qry[:, :, None])[:, :, 0]
         margin = true - (logits.sum(2) - true) / (logits.shape[2] - 1)
         results.append((accuracy(logits, tasks.y_qry), margin.mean(1)))
-    return {name: torch.stack(values, 1) for name, values in zip(("accuracy", "margin"), zip(*results))}
+    rows = before[net.classifier] - before[net.classifier].mean(1, keepdim=True)
+    body = [name for name in net.adaptable if name not in net.head]
+    steps, weights = (torch.cat([values[name].flatten(1) for name in body], 1)
+                      for values in (tree_map(torch.sub, after, before), before))
+    accuracies, margins = (torch.stack(values, 1) for values in zip(*results))
+    return {"accuracy": accuracies, "margin": margins, "rows": rows.flatten(1).norm(dim=1, keepdim=True),
+            "body": steps.norm(dim=1, keepdim=True) / weights.norm(dim=1, keepdim=True)}
 
 
 def not_transductive(maml: Meta, tasks: Tasks, null_seed: int, score: Callable) -> Adapted:

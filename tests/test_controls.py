@@ -91,6 +91,15 @@ def test_controls(tmp_path):
     for name, net in zip(PARTS, nets.values()):
         logits = [torch.stack([oracle.forward(net.config, weights, x)[0] for x, weights in zip(tasks.x_qry, parts)])
                   for parts in zip(*(stepped(net, x, y, args.update_lr) for x, y in zip(tasks.x_spt, tasks.y_spt)))]
+        rows = net.weights[net.classifier] - net.weights[net.classifier].mean(0)
+        assert found[name]["rows"] == pytest.approx([rows.norm().item()], 1e-4)
+        body = [key for key in net.weights if "linear" not in key]
+        moved = []
+        for x, y in zip(tasks.x_spt, tasks.y_spt):
+            before, *_, after = stepped(net, x, y, args.update_lr)
+            step = sum((after[key] - before[key]).square().sum() for key in body)
+            moved.append((step / sum(before[key].square().sum() for key in body)).sqrt().item())
+        assert found[name]["body"] == pytest.approx([sum(moved) / len(moved)], 1e-3)
         true = [one.gather(2, tasks.y_qry[..., None])[..., 0] for one in logits]
         assert found[name]["margin"] == pytest.approx([((3 * t - one.sum(2)) / 2).mean().item()
                                                        for t, one in zip(true, logits)], abs=1e-4)
