@@ -72,12 +72,14 @@ def draw(axes: Axes, group: Group, curve: Curve, colour: str, style="-", smooth:
     for run in group:
         steps, values, *half = curve(run)
         if not len(steps):
-            return
+            continue
         if smooth:
             values, *half = (effects.smoothed(steps, numbers) for numbers in (values, *half))
         seeds.append(dict(zip(steps, values)))
         if len(group) == 1 and half:
             axes.fill_between(steps, values - half[0], values + half[0], color=colour, alpha=0.15, linewidth=0)
+    if not seeds:
+        return
     if len(group) > 1:
         for seed in seeds:
             axes.plot(seed.keys(), seed.values(), color=colour, linestyle=style, linewidth=0.6, alpha=0.5)

@@ -104,6 +104,11 @@ def run_all(jobs: Sequence[Job], at_once: int, threads: int, roots: dict[str, st
         raise UserError(f"failed: {', '.join(job.folder.name for job in failed)}; {failed[0].folder}.txt says why")
 
 
+def contents(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """What the files of these names hold, without those that are absent."""
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+
+
 def collect(jobs: Sequence[Job], results: Path) -> None:
     """Copy the log (compressed), settings, results and weights of every finished run to `results`/NAME-seedS.
 
@@ -120,9 +125,14 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
         copies = {"log.jsonl.gz": gzip.compress(log, mtime=0),
                   "args.json": (json.dumps(arguments, indent=1) + "\n").encode()}
         others = [*RESULTS, *WEIGHTS, *(path.name for path in job.folder.glob("test-*.json"))]
-        copies |= {name: (job.folder / name).read_bytes() for name in others if (job.folder / name).exists()}
+        copies |= contents(job.folder, others)
+        folder = results / job.folder.name
+        if contents(folder, WEIGHTS) != contents(job.folder, WEIGHTS):
+            for path in (*folder.glob("controls*.json"), *folder.glob("test-*.json")):
+                path.unlink()  # measured with other weights
+                print(f"{path} is of other weights and removed")
         for name, content in copies.items():
-            with atomic(results / job.folder.name / name) as file:
+            with atomic(folder / name) as file:
                 file.write(content)
         print(f"{job.folder.name}: {sum(map(len, copies.values())) / 1000:,.0f} kB")
 

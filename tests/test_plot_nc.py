@@ -196,6 +196,10 @@ def test_the_thick_line_is_the_mean_at_the_steps_that_all_seeds_have(tmp_path):
     *seeds, (steps, mean) = drawn(axes)
     assert [len(x) for x, _ in seeds] == [10, 4]
     assert steps == [0, 30, 60, 90] and mean == [1.5] * 4
+    nothing = group[0]
+    axes.clear()
+    figures.draw(axes, group, lambda run: (np.empty(0),) * 2 if run is nothing else ([0, 1], [2, 3]), "k")
+    assert drawn(axes)[-1] == ([0, 1], [2, 3])  # of the seeds that have it
     legend, = figures.layers([group]).legends  # held-out tasks: 0, 250, 300 and 0, 120
     assert [text.get_text() for text in legend.get_texts() if "step" in text.get_text()] == ["meta-step 0"]
 

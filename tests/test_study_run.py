@@ -97,7 +97,15 @@ def test_collected_files_name_no_place_and_no_time(place, capsys):
         assert json.loads(collected["args.json"])["settings"] == {
             "seed": 1, "root": "omniglot/", "cache": None, "out": None}
     assert f"{SETTING}-seed2: not finished, left out" in capsys.readouterr().out
-    (run.jobs_of([SETTING], [1], Path("runs/study"))[0].folder / "args.json").write_text("{")
+    job, = run.jobs_of([SETTING], [1], Path("runs/study"))
+    measured = place / "res" / job.folder.name / "controls.json"
+    measured.write_text("{}")
+    run.main([SETTING, "--seeds", "1", "--collect"])
+    assert measured.exists()
+    (job.folder / "last.pt").write_text("other weights")
+    run.main([SETTING, "--seeds", "1", "--collect"])
+    assert not measured.exists()
+    (job.folder / "args.json").write_text("{")
     with pytest.raises(UserError, match="seed1 is damaged .*; let it train again"):
         run.main([SETTING, "--seeds", "1", "--collect"])
 
