@@ -43,7 +43,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("small-step", "1 inner step of 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1,)),
     Setting("small-head", "classifier from N(0, 0.18²)", f"{_ONE_CHANGE} --head_std 0.177", (1, 2)),
     Setting("small-head-flat", "classifier from N(0, 0.18²), no spatial mean",
-            f"{_ONE_CHANGE} --head_std 0.177 --no-spatial_mean", (1,)),
+            f"{_ONE_CHANGE} --head_std 0.177 --no-spatial_mean", (1, 2)),
     Setting("smaller-head-flat", "classifier from N(0, 0.09²), no spatial mean",
             f"{_ONE_CHANGE} --head_std 0.0884 --no-spatial_mean", (1,)),
     Setting("other-network", "conv-bn-relu", f"{_ONE_CHANGE} --net conv_bn_relu"),

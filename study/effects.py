@@ -282,8 +282,16 @@ def accuracy_in(test: dict | None, key: str, place: int) -> float:
 
 
 def by_parts(run: Run, quantity: str, kind: str = BY_PARTS) -> list[float]:
-    """Accuracy or margin before adaptation, and after the first step of the classifier, of the body, of both."""
+    """Accuracy or margin before adaptation, and after the first step of the classifier, of the body, of both.
+
+    Of "rows" and "body" one value: see `first_step`.
+    """
     return run.controls().get(kind, {}).get(quantity, [math.nan] * 4)
+
+
+def first_step(run: Run, quantity: str, kind: str = BY_PARTS) -> float:
+    """ "rows": the norm of the classifier's rows minus their mean; "body": of the body's first step, over its own."""
+    return by_parts(run, quantity, kind)[0]
 
 
 def accuracy_after(run: Run, part: str) -> float:

@@ -143,22 +143,24 @@ def before_and_after(axes: Axes, groups: Sequence[tuple[figures.Group, str]], be
 
 
 def changes(study: Study) -> Figure:
-    """Where one thing is changed: the share and accuracy before and after adaptation, the body's part of the step."""
+    """One thing changed: share and accuracy before and after adaptation, and the spread of the classifier's rows."""
     colour_of = dict(zip(CHANGES, figures.PALETTE))
     groups = [(group, colour_of[size]) for size, names in CHANGES.items() for group in study.groups(names)]
     sizes = [figures.key(size, colour, linewidth=2.2) for size, colour in colour_of.items()]
-    figure, ((share, right, part),) = figures.frame(1, 3, 0.5 + 0.27 * len(groups), [*sizes, *POINTS])
+    figure, ((share, right, spread),) = figures.frame(1, 3, 0.5 + 0.27 * len(groups), [*sizes, *POINTS])
     at = functools.partial(effects.nearest, split="heldout", step=5_000)
     before_and_after(share, groups, *(functools.partial(at, metric="relative_within", model=model)
                                       for model in ("meta", "finetuned")))
     before_and_after(right, groups, lambda run: 100 * at(run, metric="ncc_accuracy", model="meta"),
                      functools.partial(at, metric="accuracy"))
-    before_and_after(part, groups, lambda run: effects.body_part(run, f"{effects.BY_PARTS}, untrained"),
-                     effects.body_part)
-    share.set_yticklabels([label(group[0]) for group, _ in groups])
+    before_and_after(spread, groups, *(functools.partial(effects.first_step, quantity="rows", kind=kind)
+                                       for kind in (f"{effects.BY_PARTS}, untrained", effects.BY_PARTS)))
+    share.set_yticklabels([label(group[0]).replace("classifier from ", "") for group, _ in groups])
     share.set(title="A  Share within", xlim=(0, 0.8))
     right.set(title="B  Accuracy, %")
-    part.set(title="C  Body's part", xlabel="open: untrained", xlim=(-0.05, 1.05))
+    spread.set(title="C  Spread of rows", xlabel="open: untrained", xscale="log")
+    spread.minorticks_off()
+    spread.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
     return figure
 
 

@@ -70,10 +70,12 @@ def changes(study: Study) -> str:
     """The paper's recipe, and the same with one thing changed: a row per setting."""
     at = functools.partial(effects.nearest, split="heldout", step=5_000)
 
-    columns = {"body's part of the step, untrained": over(effects.body_part, kind=f"{effects.BY_PARTS}, untrained"),
-               "trained": over(effects.body_part), "accuracy after the classifier's step alone, %":
-               over(effects.accuracy_after, 100, part="classifier"),
-               "after the body's alone, %": over(effects.accuracy_after, 100, part="body")}
+    untrained = f"{effects.BY_PARTS}, untrained"
+    columns = {"body's part of the step, untrained": over(effects.body_part, kind=untrained),
+               "trained": over(effects.body_part),
+               "spread of the classifier's rows, untrained": over(effects.first_step, quantity="rows", kind=untrained),
+               "the same, trained": over(effects.first_step, quantity="rows"),
+               "body's step, relative": over(effects.first_step, quantity="body")}
     columns |= {f"relative within trace, {when}": over(at, metric="relative_within", model=model)
                 for model, when in MODELS.items()}
     columns["nearest support mean before adaptation, %"] = over(at, 100, metric="ncc_accuracy", model="meta")
