@@ -68,6 +68,12 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("small-images-slower-head-first-order",
             "images of 16 x 16, classifier from N(0, 0.18²), its inner step 0.125, first order",
             f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --head_lr 0.125 --first_order", (1,)),
+    Setting("five-steps", "images of 16 x 16, classifier from N(0, 0.18²), 5 inner steps of 0.4",
+            f"{_SHORT} --epoch 3000 --imgsz 16 --head_std 0.177 --update_step 5 --update_lr 0.4 --update_step_test 5",
+            (1,)),
+    Setting("five-steps-slow-head", "images of 16 x 16, classifier from N(0, 0.18²), 5 inner steps of 0.4, its own 0.1",
+            f"{_SHORT} --epoch 3000 --imgsz 16 --head_std 0.177 --update_step 5 --update_lr 0.4 --update_step_test 5 "
+            "--head_lr 0.1", (1,)),
     Setting("fast-head", "classifier from N(0, 0.18²), its inner step 8",
             f"{_ONE_CHANGE} --head_std 0.177 --head_lr 8", (1, 2)),
     Setting("flat-slow-head", "classifier from N(0, 0.18²), its inner step 0.5, no spatial mean",
@@ -98,6 +104,7 @@ CHANGES = {  # by what the classifier takes from the last map
                      "other-network-large-images"),
     "1 x 1": ("small-images", "small-images-small-head", "small-images-slow-head", "small-images-slower-head",
               "small-images-first-order", "small-images-slow-head-first-order", "small-images-slower-head-first-order",
+              "five-steps", "five-steps-slow-head",
               "other-network", "other-network-xavier", "other-network-no-scale", "other-network-large-head")}
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
