@@ -99,14 +99,22 @@ def complete(out: Path, epoch: int) -> bool:
     return os.path.exists(out / "result.json") and _args(out)["settings"]["epoch"] == epoch
 
 
-def resumed(out: Path, epoch: int, steps: int) -> None:
-    """Remove the results of the weights so far, and write a larger --epoch to args.json; its rest stays."""
+def resumed(out: Path, epoch: int, step: int, steps: int) -> None:
+    """Remove what does not hold for the run to come, and write a larger --epoch to args.json; its rest stays.
+
+    That is the result, and where the weights of `step` are trained on, what was measured of the last ones.
+    """
     if devices.rank() > 0:
         return
     recorded = _args(out)
-    # before args.json: a run with a result is complete
-    for path in (out / "result.json", out / "timing.json", *out.glob("controls*.json"), *out.glob("test-*.json")):
+    patterns = ["result.json", "timing.json"]  # before args.json: a run with a result is complete
+    if step < steps:
+        patterns += ["last.pt", "controls*.json", "test-*.json"]
+    outdated = [path for pattern in patterns for path in sorted(out.glob(pattern))]
+    for path in outdated:
         path.unlink(missing_ok=True)
+    if outdated:
+        say(f"removed from {out}, as the run goes on: {', '.join(path.name for path in outdated)}")
     if recorded["settings"]["epoch"] != epoch:
         recorded["settings"]["epoch"], recorded["meta_steps"] = epoch, steps
         write_json(out / "args.json", recorded)

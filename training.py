@@ -182,7 +182,7 @@ class _Run:
         else:
             self.best, self.minutes, self.log_bytes = checkpoint.restore(path, saved, self.experiment, maml,
                                                                          self.sampler, remedy)
-            record.resumed(out, args.epoch, self.steps)
+            record.resumed(out, args.epoch, maml.step, self.steps)
             if self.best is not None:
                 checkpoint.write(out / "best.pt", self.best)
         self.last_checked = maml.step, self.sampler.state
