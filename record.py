@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 import device as devices
 import nc_metrics
-from files import UserError, atomic, locked, quoted, reading, remove_stale
+from files import UserError, atomic, locked, quoted, reading, remove_stale, same_place
 from learner import Learner, differing_layer
 
 WRITTEN = ("args.json", "*.pt", "figure.png", "result.json", "timing.json")  # files that are written whole
@@ -138,9 +139,17 @@ def write_json(path: Path, value: dict, remedy: str = REMEDY) -> None:
 
 
 def other_images(run: Path, args: argparse.Namespace) -> str:
-    """What ends the name of a file about a run on other images than its own: "-FOLDER", or "-NAME" of --data_name."""
-    own = args.data == _args(run)["settings"].get("data")
-    return "" if own else f"-{args.data_name or Path(args.data).resolve().name}"
+    """What ends the name of a file about a run on other images than its own: "-FOLDER", or "-NAME" of --data_name.
+
+    Every --root of Omniglot holds the same images; other photographs may lie in another --root.
+    """
+    recorded = _args(run)["settings"]
+    if args.data is not None:
+        other, name = not same_place(args.data, recorded.get("data")), args.data_name or Path(args.data).resolve().name
+    else:
+        other = args.script == "miniimagenet_train" and not args.synthetic
+        other, name = other and not same_place(args.root, recorded.get("root")), Path(args.root).resolve().name
+    return "-" + re.sub(r"[^\w.-]", "_", name) if other else ""
 
 
 def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ import torch
 
 import device as devices
 from baselines import BASELINES
-from files import Parser, UserError, quoted, reading
+from files import Parser, UserError, quoted, reading, same_place
 from learner import Learner
 from tasks import Dataset
 
@@ -206,9 +206,12 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
     if mode != "resume":
         if settings["device"].startswith("cuda") and not torch.cuda.is_available():
             settings["device"] = "cpu"  # a run that was made on a GPU can be repeated and tested anywhere
-        if flags.get("synthetic") or flags.get("data", settings["data"]) != settings["data"]:  # other images
-            shuffled = {"split": "shuffled"} if "split" in settings else {}
-            settings |= {"data": None, "data_name": None, "synthetic": False, **shuffled}
+        to_synthetic = flags.get("synthetic", False) and not settings["synthetic"]
+        other_folder = not same_place(flags.get("data", settings["data"]), settings["data"])
+        if to_synthetic or other_folder:
+            own = {"split": "shuffled"} | dict.fromkeys(("rotations", "rotate_heldout") if other_folder else (), False)
+            settings |= {"data": None, "data_name": None, "synthetic": False}
+            settings |= {name: value for name, value in own.items() if name in settings}
     if mode == "from_args":
         if settings["nc_qry"] == NC_QRY:  # what `check` fills in is recorded too
             settings["nc_qry"] = None
