@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import listing, refused, write_classes
+from data_files import encode, listing, refused, write_classes
 from PIL import Image
 
 import folders
@@ -51,13 +51,15 @@ def test_split_folders_are_used_as_they_are(tmp_path, names):
         f"{split} {2 + i} classes of 4 ('{names[i]} 0') to {5 + i} images" for i, split in enumerate(images.SPLITS))
 
 
-@pytest.mark.parametrize("top, cache", [("", None), ("pictures", None), ("cache/cache", None), ("pictures", "decoded")])
+@pytest.mark.parametrize("top, cache", [("", None), ("pictures", None), ("cache/cache", None), ("pictures", "decoded"),
+                                        ("", "decoded"), ("", "some/decoded")])
 def test_decoded_images_are_no_class_and_hide_no_folder(tmp_path, top, cache):
     """In a hidden folder by default, so that a class may be named cache."""
     write_classes(tmp_path / top, 3)
     (tmp_path / top / "class 0").rename(tmp_path / top / "cache")
     (tmp_path / "__MACOSX" / "class 0").mkdir(parents=True)
-    (tmp_path / "notes").mkdir()
+    (tmp_path / top / "notes/empty").mkdir(parents=True)
+    (tmp_path / top / "notes/.thumbnails").write_text("hidden")
     for _ in range(2):  # the second finds what the first has written
         image_set = folders.find(tmp_path, BILINEAR, cache and tmp_path / cache)
         assert sorted(label for classes in image_set.splits.values() for label in classes) == [
@@ -92,6 +94,19 @@ def move_up(root: Path, depth: str) -> None:
         path.rename(path.parent.with_name(f"{path.parent.name} {path.name}"))
 
 
+def move_down(folder: Path) -> None:
+    """Put what is in the folder one level deeper."""
+    folder.rename(folder.with_name("part 1"))
+    folder.mkdir()
+    folder.with_name("part 1").rename(folder / "part 1")
+
+
+def convert(root: Path, pattern: str) -> None:
+    for number, path in enumerate(list(root.glob(pattern))):
+        path.write_bytes(encode(np.full((9, 9), number, np.uint8), "JPEG"))
+        path.rename(path.with_suffix(".jpe"))
+
+
 def split_folders(*splits: str):
     return lambda root: [write_classes(root / split, 3) for split in splits]
 
@@ -112,6 +127,20 @@ def name_apart(root: Path) -> None:
     (lambda root: None, ["there is no folder", "--data FOLDER"], lambda root: write_classes(root, 3)),
     (lambda root: write_classes(root, 3) or (root / "class 0/0.png").rename(root / "class 0/a.WebP"),
      ["in other formats than JPEG, PNG", "class 0/a.WebP; convert"], lambda root: (root / "class 0/a.WebP").unlink()),
+    *((lambda root, name=name: write_classes(root, 3) or (root / f"class 0/{name}").write_text("image"),
+       ["in other formats than JPEG, PNG", f"class 0/{name}; convert"], lambda root: convert(root, "class 0/a.*"))
+      for name in ("a.heif", "a.jp2", "a.JXL", "a.tga", "a.pnm")),
+    (lambda root: write_classes(root, 5) or move_down(root / "class 1"),
+     ["folders in", "have files and no images of their own: 'class 1'; put the images of each class (.jpg,"],
+     lambda root: move_up(root, "class 1/*")),
+    (lambda root: [write_classes(root / split, 3 + len(split), name=split) for split in images.SPLITS]
+     and (root / "val/val 1").rename(root / "val/b") and move_down(root / "val/b"),
+     ["mine/val have files and no images of their own: 'b'; put"], lambda root: shutil.rmtree(root / "val/b")),
+    (lambda root: write_classes(root, 5) or [file.rename(file.with_suffix(".xyz")) for file in root.glob("*[12]/*")],
+     ["have files and no images of their own: 'class 1'; 'class 2'; put"], lambda root: convert(root, "class [12]/*")),
+    (lambda root: [write_classes(root, 4), write_classes(root, 3, 1, name=" class")],
+     ["differ only in blanks or in the form of Unicode: ' class 0' and 'class 0'; ' class 1' and", "rename them"],
+     lambda root: [path.rename(root / f"other{path.name}") for path in root.glob(" *")]),
     (lambda root: write_classes(root, 3) or (root / "a").symlink_to("a"),
      ["mine: ", "symbolic links; check the links"], lambda root: (root / "a").unlink()),
     (lambda root: write_classes(root, 2), ["holds 2 class folders", "at least 3 classes"],
