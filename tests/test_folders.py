@@ -196,9 +196,20 @@ def test_resuming_needs_the_same_classes_in_a_folder_of_any_name(tmp_path):
     assert json.loads((tmp_path / "run/result.json").read_text())["data"] == "images in pictures"
 
 
+def test_query_images_are_needed_where_they_are_drawn_alone(tmp_path):
+    for split, count in (("train", 6), ("val", 3), ("test", 3)):
+        write_classes(tmp_path / "pictures" / split, 3, len(split), count, name=split)
+    flags = [*TINY, "--data", str(tmp_path / "pictures"), "--k_qry", "4", "--nc_qry", "2"]
+    with refused("--k_spt 1 --k_qry 4", "3 images per class in its val split"):
+        omniglot_train.main([*flags, "--out", str(tmp_path / "run")])
+    omniglot_train.main([*flags, "--k_qry_test", "1", "--out", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run/result.json").read_text())["test"]["k_qry"] == 1
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--k_qry", "9"], ["--k_spt 1 --k_qry 9", "4 images"]), (["--n_way", "9"], ["--n_way 9", "8 classes"]),
-    (["--imgc", "2"], ["--imgc 2"])])
+    (["--k_qry_test", "30"], ["--k_spt 1 --k_qry_test 30", "images per class in its val split"]),
+    (["--nc_qry", "4"], ["--k_spt 1 --nc_qry 4", "4 images"]), (["--imgc", "2"], ["--imgc 2"])])
 def test_settings_that_ones_own_images_are_too_few_for(tmp_path, flags, words):
     write_classes(tmp_path / "pictures", 12)
     with refused(*words):

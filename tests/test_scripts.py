@@ -229,6 +229,10 @@ def test_without_posix_and_without_removing_open_files(tmp_path):
     (omniglot_train, "--k_qry 20", "--k_spt 1 --k_qry 20: Omniglot has 20 images per class"),
     (omniglot_train, "--n_way 101", "--n_way 101: Omniglot has 100 classes in its val split"),
     (omniglot_train, "--imgsz 14", "--imgsz 14: layer"),
+    (omniglot_train, "--imgsz 14", "; a larger --imgsz or --net paper may fit"),
+    (miniimagenet_train, f"--test {PROJECT}/res/contrast-maml-seed1", "(script omniglot_train); give it to omniglot"),
+    (miniimagenet_train, f"--resume {PROJECT}/res/contrast-maml-seed1", "; give it to omniglot_train.py"),
+    (miniimagenet_train, f"--from_args {PROJECT}/res/contrast-maml-seed1/args.json", "; give it to omniglot_train.py"),
     (omniglot_train, "--imgc 3", "--imgc 3: Omniglot has 1"),
     *((omniglot_train, f"--{name} {value}", f"--{name} {value}: must be") for name, value in {
         "update_lr": -0.1, "meta_lr": "nan", "clip": "inf", "update_step": 0, "epoch": 0, "n_way": 1, "task_num": -4,
@@ -259,6 +263,13 @@ def test_settings_that_are_refused(script, flags, line, tmp_path, monkeypatch):
         script.main(flags.split())
     assert line in str(refused.value) and "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())  # nothing read, downloaded or made
+
+
+@pytest.mark.parametrize("layer", [("reshape", [5]), ("upsample", [0])])
+def test_a_larger_image_is_advised_only_where_one_is_too_small(layer, monkeypatch):
+    monkeypatch.setattr(omniglot_train, "layers", lambda args: [layer])
+    with pytest.raises(UserError, match="layers at --imgsz 28: layer 0, (?!.*larger --imgsz)"):
+        omniglot_train.main(["--synthetic"])
 
 
 @pytest.mark.slow
@@ -298,6 +309,7 @@ def test_help_tells_every_flag_and_default(script, capsys):
     flags = {name: value for name, value in vars(script.arguments([])).items() if name not in ("script", "print_every")}
     assert all(f"--{flag} " in said or f"--{flag}, " in said for flag in flags)
     assert ("--no-rotations" in said) == (script is omniglot_train)
+    assert "mean and deviation of ImageNet in miniimagenet_train.py" in " ".join(said.split())
     assert said.count("(default:") == sum(value is not None for value in flags.values()) and "None" not in said
 
 
