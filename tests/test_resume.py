@@ -322,6 +322,12 @@ class Code:
      "is of a run with update_lr 0.1, and here it is"),
     (lambda saved: saved | {"experiment": saved["experiment"] | {"device": "cuda"}},
      "is of a run with device cuda, and here it is"),
+    (lambda saved: saved | {"experiment": saved["experiment"] | {"device": "cuda"}},
+     "here it is cpu; resume it on the kind of device that it was on, or start again: python omniglot_train.py"),
+    (lambda saved: saved | {"experiment": saved["experiment"] | {"images on": "cuda"}},
+     "here it is cpu; resume it on the kind of machine that it was on, or start again: python omniglot_train.py"),
+    (lambda saved: saved | {"experiment": saved["experiment"] | {"seed": 3}},
+     "a run with seed 3, and here it is 222; put it back, or start again: python omniglot_train.py"),
     (lambda saved: saved | {"weights": {name: weight[:1] for name, weight in saved["weights"].items()}}, "is damaged"),
     (lambda saved: saved | {"adam": {"state": {i: values | {"exp_avg": torch.zeros(3)} for i, values in
                                                saved["adam"]["state"].items()}}}, "is damaged"),
