@@ -26,6 +26,9 @@ from meta import Meta
 from tasks import Sampler, tree_map
 
 UNUSABLE = "is damaged, or belongs to another program, run or network"  # a file that can't be used
+ELSEWHERE = {"device": "resume it on the kind of device that it was on",  # where an experiment differs by its place
+             "images on": "resume it on the kind of machine that it was on",
+             "data": "restore the run's images"}
 
 
 def write(path: Path, value: dict) -> None:
@@ -86,19 +89,24 @@ def save(path: Path, maml: Meta, rest: dict) -> None:
 
 
 def restore(path: Path, saved: dict, experiment: dict, maml: Meta, sampler: Sampler,
-            remedy: str) -> tuple[dict | None, float, int]:
+            again: str) -> tuple[dict | None, float, int]:
     """Restore `maml`, the generators and `sampler` from `saved`, which `read` returned, bit for bit.
 
     Returns:
         What best.pt held, minutes of training, bytes of the log.
     Raises:
-        UserError: `saved` is of another experiment, or its parts don't fit; the line ends in `remedy`.
+        UserError: `saved` is of another experiment, or its parts don't fit; the line ends in `again`, the last way out.
     """
-    with reading(path, remedy, UNUSABLE):
+    with reading(path, f"put it back, or {again}", UNUSABLE):
         for name, value in experiment.items():
             other = saved["experiment"].get(name)
             if repr(other) != repr(value):
-                raise UserError(f"{path} is of a run with {name} {other}, and here it is {value}; {remedy}")
+                difference, remedy = f"{name} {other}, and here it is {value}", ELSEWHERE.get(name, "put it back")
+                if name == "data":
+                    here, there = _by_split(value), _by_split(other)
+                    differing = ", ".join(key for key in here | there if here.get(key) != there.get(key))
+                    difference = f"data of other classes or sizes than these ({differing})"
+                raise UserError(f"{path} is of a run with {difference}; {remedy}, or {again}")
         step, updates, best = int(saved["step"]), int(saved["updates"]), saved["best"]
         if not 0 <= updates <= step < 2**31:
             raise ValueError("impossible counts")
@@ -115,3 +123,9 @@ def restore(path: Path, saved: dict, experiment: dict, maml: Meta, sampler: Samp
         if maml.updates.is_cuda:
             torch.cuda.set_rng_state(saved["cuda_generator"].cpu(), maml.updates.device)
         return best, float(saved["minutes"]), int(saved["log_bytes"])
+
+
+def _by_split(data: dict) -> dict:
+    """A run's description of its data as one level: "classes of train" and so on."""
+    return {key: value for key, value in data.items() if key != "splits"} | {
+        f"{key} of {split}": value for split, sizes in data["splits"].items() for key, value in sizes.items()}

@@ -49,7 +49,7 @@ from measuring import accuracies, accuracy, class_means, collapse_metrics, permu
 from meta import Adapted, Meta
 from record import numbers, other_images, say, summary
 from settings import check
-from tasks import Dataset, Tasks, as_tasks, cat, tree_map
+from tasks import Dataset, Tasks, as_tasks, cat, chunked, tree_map
 from training import TEST_SEED, Data, held_out_tasks
 
 QUERIES = 15  # per class, if nothing else is said
@@ -141,10 +141,15 @@ def with_classifier(net: Learner, other: Learner | None) -> Learner:
 
 
 def measured(maml: Meta, data: Data, images: Tensor, function: Callable) -> Iterator[Adapted | dict[str, Tensor]]:
-    """`function` of the run's test tasks, as many at a time as in its test."""
+    """`function` of the run's test tasks, as many at a time as in its test, or --task_chunk."""
     sampler = data.sampler("test", images, TEST_SEED)
     for start, part in held_out_tasks(sampler, data.args.test_tasks, data.args.task_num):
-        yield function(maml, sampler.gather(part), maml.seed + start)
+        tasks, seed = sampler.gather(part), maml.seed + start
+        if function is together:  # it takes chunks itself
+            yield together(maml, tasks, seed)
+        else:
+            total = len(tasks.y_qry)
+            yield chunked(partial(function, maml), maml.task_chunk or total, total, tasks, permuted_labels(tasks, seed))
 
 
 def together(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
@@ -152,16 +157,16 @@ def together(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
     return maml.finetune(tasks, measure=True, null_seed=null_seed)
 
 
-def not_adapted(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
+def not_adapted(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor]) -> Adapted:
     """The classifier's input alone, before adaptation; nothing of the classifier."""
     start = maml.adapt(tasks, 0)
-    metrics = collapse_metrics(maml.net, tasks, start, permuted_labels(tasks, null_seed))["meta"]
+    metrics = collapse_metrics(maml.net, tasks, start, null)["meta"]
     metrics = {name: values[:, :1] for name, values in metrics.items()
                if name.removesuffix("_null") not in CLASSIFIER_METRICS}
     return Adapted(None, accuracies(maml.net, tasks, start)["nearest_mean"], {"meta": metrics}, None)
 
 
-def by_parts(maml: Meta, tasks: Tasks, null_seed: int) -> dict[str, Tensor]:
+def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """Accuracy and margin [T, 4]: before adaptation, after the first step of the classifier, of the body, of both.
 
     With them "rows" [T, 1], the norm of the classifier's rows minus their mean before adaptation, and "body" [T, 1],
@@ -183,18 +188,18 @@ def by_parts(maml: Meta, tasks: Tasks, null_seed: int) -> dict[str, Tensor]:
             "body": steps.norm(dim=1, keepdim=True) / weights.norm(dim=1, keepdim=True)}
 
 
-def not_transductive(maml: Meta, tasks: Tasks, null_seed: int, score: Callable) -> Adapted:
+def not_transductive(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], score: Callable) -> Adapted:
     """Each query apart from the others, by `score`; accuracies before adaptation and after the last inner step."""
     net, steps = maml.net, (0, maml.update_step, maml.update_step_test)
     trajectory = maml.adapt(tasks, max(steps))
     results = {k: score(net, tasks, trajectory[k]) for k in set(steps)}
     right = {k: [accuracy(answers, tasks.y_qry) for answers in results[k][:2]] for k in results}
-    _, null = permuted_labels(tasks, null_seed)
+    _, null_qry = null
     metrics = {}
     for model, k in zip(("meta", "finetuned"), steps):
         logits, _, query = results[k]
         queries, weight = ([query, logits], tasks.y_qry), trajectory[k][net.classifier]
-        values = nc_metrics.measure(*queries, *queries, logits.shape[-1], weight, null, null)
+        values = nc_metrics.measure(*queries, *queries, logits.shape[-1], weight, null_qry, null_qry)
         metrics[model] = {name: value[:1].T for name, value in values.items() if not name.startswith("ncc_")}
         metrics[model]["ncc_accuracy"] = right[k][1][:, None]  # by support means of its own for every query
     ends = (torch.stack(pair, 1) for pair in zip(right[0], right[maml.update_step_test]))

@@ -75,6 +75,11 @@ def quoted(path: Path | str) -> str:
     return f'"{path}"' if " " in str(path) else str(path)
 
 
+def same_place(one: str | Path | None, other: str | Path | None) -> bool:
+    """Whether two paths lead to one place, however they are spelled; None is no path."""
+    return one == other or None not in (one, other) and os.path.realpath(one) == os.path.realpath(other)
+
+
 def listed(faults: Sequence[str], what: str, remedy: str) -> None:
     """Refuse `faults`, if there are any, in one line.
 

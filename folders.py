@@ -15,15 +15,16 @@ from pathlib import Path
 from PIL import Image
 
 import images
-from files import UserError, listed, quoted
+from files import UserError, listed, quoted, short
 from images import FORMATS, ImageFile, ImageSet
 from tasks import Dataset
 
 SPLIT_SEED = 2015  # of the shuffle of the class names; fixed, so that --seed never moves a class to another split
 SHARES = {"train": 0.64, "val": 0.16, "test": 0.20}  # of the classes, as miniImageNet's
 REMEDY = "replace or convert them, or take them out"  # of images that can't be read
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp")
-OTHER_EXTENSIONS = (".webp", ".tif", ".tiff", ".avif", ".heic", ".ppm", ".pgm")  # refused, not silently left out
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp")
+OTHER_EXTENSIONS = (".webp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".ppm", ".pgm",
+                    ".pnm")  # refused, not silently left out
 NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
@@ -46,7 +47,7 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
     Raises:
         UserError: there is no folder with images, it can't be read, or it has too few classes for three splits.
     """
-    top = Path(root)
+    top, cache = Path(root), Path(cache or Path(root) / ".cache")  # hidden: FOLDER/cache may be a class
     if not os.path.isdir(root):
         raise UserError(f"there is no folder {root} that can be read; name the folder of the class folders with "
                         "--data FOLDER")
@@ -72,13 +73,13 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
         raise UserError(f"{top} holds {len(classes)} class folders ({loose:,} images outside of any); put the images "
                         f"of each class ({', '.join(EXTENSIONS)}) into a folder of its own in it, at least 3 classes")
     else:
+        _refuse_left_out(top, classes, cache)
         layout = f"class folders, split by a shuffle of their names with seed {SPLIT_SEED}"
         names = sorted(classes)
         random.Random(SPLIT_SEED).shuffle(names)
         n_test, n_val = (max(1, round(len(names) * SHARES[split])) for split in ("test", "val"))
         cut = {"train": names[n_test + n_val:], "val": names[n_test:n_test + n_val], "test": names[:n_test]}
         splits = {split: {label: classes[label] for label in sorted(cut[split])} for split in cut}
-    cache = Path(cache or Path(root) / ".cache")  # hidden: FOLDER/cache would be among the user's class folders
     return ImageSet("folders", layout, splits, resample, cache, REMEDY)
 
 
@@ -105,6 +106,7 @@ def split_classes(parts: dict[str, Path]) -> dict[str, dict[str, list[ImageFile]
     for split, classes in splits.items():
         if not classes:
             _refuse_deeper(parts[split])
+        _refuse_left_out(parts[split], classes)
         if split != "train" and list(classes) == ["images"]:  # Tiny ImageNet's val/images and test/images
             raise UserError(f"{parts[split]} has one folder, images, where class folders are needed; put the images of "
                             f"each class into a folder of its own in it, or have the classes of {parts['train'].name}/ "
@@ -118,6 +120,19 @@ def _refuse_deeper(folder: Path) -> None:
     if names:
         raise UserError(f"{folder} has {len(names):,} class folders one level too deep, such as {names[0]}; move them "
                         f"up into {folder}, each under a name of its own")
+
+
+def _refuse_left_out(folder: Path, classes: dict[str, list[ImageFile]], cache: Path | None = None) -> None:
+    """Refuse folders that have files and no image, next to those of `classes`; `cache` may be among them."""
+    left_out = [short(entry.name) for entry in images.subfolders(folder) if images.normal(entry.name) not in classes
+                and _has_files(entry) and not (cache and cache.resolve().is_relative_to(Path(entry).resolve()))]
+    listed(left_out if classes else [], f"folders in {folder} have files and no images of their own",
+           f"put the images of each class ({', '.join(EXTENSIONS)}) right into its folder, or take these folders out")
+
+
+def _has_files(folder: os.DirEntry) -> bool:
+    """Whether there is a file in the folder, or in a folder in it."""
+    return any(not entry.is_dir(follow_symlinks=False) or _has_files(entry) for entry in images.entries(folder))
 
 
 def own_images(root: Path) -> str:
@@ -144,15 +159,19 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     """Class -> its images, both sorted by name, for each folder in `folder` that has images.
 
     Raises:
-        UserError: a folder can't be read, or has images of a format that isn't.
+        UserError: a folder can't be read, has images of a format that isn't, or has the name of another.
     """
-    classes, others = {}, []
+    classes, names, others = {}, {}, []
     for entry in images.subfolders(folder):
         for file in _files(entry):
             if file.name.lower().endswith(EXTENSIONS):
                 image = images.image_file(file, f"{folder.name}/{entry.name}/{file.name}")
-                classes.setdefault(images.normal(entry.name), []).append(image)
+                label = images.normal(entry.name)
+                classes.setdefault(label, []).append(image)
+                names.setdefault(label, {})[entry.name] = short(entry.name)
             elif file.name.lower().endswith(OTHER_EXTENSIONS):
                 others.append(f"{entry.name}/{file.name}")
     listed(others, f"images in {folder} in other formats than {', '.join(FORMATS)}", "convert them, or take them out")
+    listed([" and ".join(same.values()) for same in names.values() if len(same) > 1],
+           f"class folders in {folder} whose names differ only in blanks or in the form of Unicode", "rename them")
     return classes

@@ -64,15 +64,15 @@ class Learner(nn.Module):
         initial: layer name -> function that fills a weight tensor, [out, in, k, k] or [out, in], in place.
         head_std: if given, the last linear layer's weights start from N(0, head_std^2) instead.
     Raises:
-        ValueError: an unknown layer, params of the wrong number or out of range, or a layer that can't take what comes
-            before it (an image too small for the kernel, other channels); the text names the layer. Or head_std without
-            a linear layer at the end.
+        ValueError: what is no pair, an unknown layer, params of the wrong number or out of range, or a layer that can't
+            take what comes before it (an image too small for the kernel, other channels); the text names the layer. Or
+            head_std without a linear layer at the end.
     """
 
     def __init__(self, config: Config, imgc: int, imgsz: int, initial: Mapping[str, Callable] | None = None,
                  head_std: float | None = None):
         super().__init__()
-        self.config = [(name, list(params) if isinstance(params, Iterable) else [params]) for name, params in config]
+        self.config = [_name_and_params(i, layer) for i, layer in enumerate(config)]
         self.input_shape = (imgc, imgsz, imgsz)
         self.shapes: list[list[int]] = []  # [c, h, w] or [features] after each layer
         self.weights = nn.ParameterDict()
@@ -84,7 +84,8 @@ class Learner(nn.Module):
                 own = _initial_weights(name, params, (initial or {}).get(name, nn.init.kaiming_normal_))
                 shape = _output_shape(name, params, shape, own.values())
             except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-                raise ValueError(f"layer {i}, {name}{tuple(params)}, after {tuple(shape)}: {error}") from error
+                reason, *_ = str(error).split("\n")
+                raise ValueError(f"layer {i}, {name}{tuple(params)}, after {tuple(shape)}: {reason}") from error
             for kind, weight in own.items():
                 self.weights[f"{i}_{name}_{kind}"] = nn.Parameter(weight)
             self.shapes.append(shape)
@@ -173,6 +174,14 @@ def differing_layer(recorded: Sequence, config: Config) -> str | None:
             then, now = (f"{layer[0]}{layer[1]}" if layer else "absent" for layer in (then, now))
             return f"layer {i} was {then} in the run and is {now} here"
     return None
+
+
+def _name_and_params(i: int, layer: Sequence) -> tuple[str, list]:
+    try:
+        name, params = () if isinstance(layer, str) else layer
+    except (TypeError, ValueError):
+        raise ValueError(f"layer {i}, {layer!r}: must be a pair (name, params), such as ('relu', [True])") from None
+    return name, list(params) if isinstance(params, Iterable) else [params]
 
 
 def _check(name: str, params: Sequence, shape: list[int]) -> None:

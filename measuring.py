@@ -20,8 +20,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of right answers in each task: [T, N, C], [T, N] -> [T]."""
-    return (logits.argmax(-1) == labels).float().mean(1)
+    """Share of right answers in each task: [T, N, C], [T, N] -> [T]. Logits that are not finite are a wrong answer."""
+    return ((logits.argmax(-1) == labels) & logits.isfinite().all(-1)).float().mean(1)
 
 
 def class_means(features: Tensor, labels: Tensor, n_way: int) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 import device as devices
 import nc_metrics
-from files import UserError, atomic, locked, quoted, reading, remove_stale
+from files import UserError, atomic, locked, quoted, reading, remove_stale, same_place
 from learner import Learner, differing_layer
 
 WRITTEN = ("args.json", "*.pt", "figure.png", "result.json", "timing.json")  # files that are written whole
@@ -99,14 +100,22 @@ def complete(out: Path, epoch: int) -> bool:
     return os.path.exists(out / "result.json") and _args(out)["settings"]["epoch"] == epoch
 
 
-def resumed(out: Path, epoch: int, steps: int) -> None:
-    """Remove the results of the weights so far, and write a larger --epoch to args.json; its rest stays."""
+def resumed(out: Path, epoch: int, step: int, steps: int) -> None:
+    """Remove what does not hold for the run to come, and write a larger --epoch to args.json; its rest stays.
+
+    That is the result, and where the weights of `step` are trained on, what was measured of the last ones.
+    """
     if devices.rank() > 0:
         return
     recorded = _args(out)
-    # before args.json: a run with a result is complete
-    for path in (out / "result.json", out / "timing.json", *out.glob("controls*.json"), *out.glob("test-*.json")):
+    patterns = ["result.json", "timing.json"]  # before args.json: a run with a result is complete
+    if step < steps:
+        patterns += ["last.pt", "controls*.json", "test-*.json"]
+    outdated = [path for pattern in patterns for path in sorted(out.glob(pattern))]
+    for path in outdated:
         path.unlink(missing_ok=True)
+    if outdated:
+        say(f"removed from {out}, as the run goes on: {', '.join(path.name for path in outdated)}")
     if recorded["settings"]["epoch"] != epoch:
         recorded["settings"]["epoch"], recorded["meta_steps"] = epoch, steps
         write_json(out / "args.json", recorded)
@@ -130,9 +139,17 @@ def write_json(path: Path, value: dict, remedy: str = REMEDY) -> None:
 
 
 def other_images(run: Path, args: argparse.Namespace) -> str:
-    """What ends the name of a file about a run on other images than its own: "-FOLDER", or "-NAME" of --data_name."""
-    own = args.data == _args(run)["settings"].get("data")
-    return "" if own else f"-{args.data_name or Path(args.data).resolve().name}"
+    """What ends the name of a file about a run on other images than its own: "-FOLDER", or "-NAME" of --data_name.
+
+    Every --root of Omniglot holds the same images; other photographs may lie in another --root.
+    """
+    recorded = _args(run)["settings"]
+    if args.data is not None:
+        other, name = not same_place(args.data, recorded.get("data")), args.data_name or Path(args.data).resolve().name
+    else:
+        other = args.script == "miniimagenet_train" and not args.synthetic
+        other, name = other and not same_place(args.root, recorded.get("root")), Path(args.root).resolve().name
+    return "-" + re.sub(r"[^\w.-]", "_", name) if other else ""
 
 
 def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:

@@ -14,11 +14,12 @@ import torch
 
 import device as devices
 from baselines import BASELINES
-from files import Parser, UserError, quoted, reading
+from files import Parser, UserError, quoted, reading, same_place
 from learner import Learner
 from tasks import Dataset
 
 MODES = ("resume", "test", "from_args")  # flags that name the run whose settings hold; not settings themselves
+SCRIPTS = ("omniglot_train", "miniimagenet_train")
 PLACE = ("root", "data", "cache", "device")  # where a run happens; not part of the experiment
 UNSET = object()  # the value of a flag that is not on the command line
 PATHS = (*MODES, "root", "data", "cache", "out")  # ~ is the home folder, as in a shell
@@ -123,7 +124,8 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
          "not given", choices=["kaiming", "xavier"])
     flag("head_std", None, "standard deviation of the last layer's initial weights; the network's own if not given",
          type=float)
-    flag("pixels", None, "normalised: by the data's mean and deviation; unit: 0..1; inverted: 1..0",
+    flag("pixels", None, "normalised: by fixed numbers, the mean and deviation of ImageNet in "
+         "miniimagenet_train.py, and none in omniglot_train.py, where it is unit; unit: 0..1; inverted: 1..0",
          choices=["normalised", "unit", "inverted"])
     if "rotations" in defaults:
         choice("rotations", None, "in training, each class of a task is turned by a random multiple of 90 degrees; off "
@@ -193,8 +195,10 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
         different |= defaults.keys() - recorded.keys() - {*MODES, *MAY_CHANGE["resume"]}
     other_script = recorded.get("script") != defaults["script"]
     if different or other_script:
-        which = f"script {recorded.get('script')}" if other_script else ", ".join(sorted(different))
-        raise UserError(f"{path} is not of this script and version ({which}); use the code that made the run")
+        script = recorded.get("script")
+        which = f"script {script}" if other_script else ", ".join(sorted(different))
+        remedy = f"give it to {script}.py" if other_script and script in SCRIPTS else "use the code that made the run"
+        raise UserError(f"{path} is not of this script and version ({which}); {remedy}")
     if "recipe" not in recorded and recorded.get("net") == "paper":
         recorded["net"] = "conv_bn_relu"  # older versions called this network "paper"
     try:
@@ -206,9 +210,12 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
     if mode != "resume":
         if settings["device"].startswith("cuda") and not torch.cuda.is_available():
             settings["device"] = "cpu"  # a run that was made on a GPU can be repeated and tested anywhere
-        if flags.get("synthetic") or flags.get("data", settings["data"]) != settings["data"]:  # other images
-            shuffled = {"split": "shuffled"} if "split" in settings else {}
-            settings |= {"data": None, "data_name": None, "synthetic": False, **shuffled}
+        to_synthetic = flags.get("synthetic", False) and not settings["synthetic"]
+        other_folder = not same_place(flags.get("data", settings["data"]), settings["data"])
+        if to_synthetic or other_folder:
+            own = {"split": "shuffled"} | dict.fromkeys(("rotations", "rotate_heldout") if other_folder else (), False)
+            settings |= {"data": None, "data_name": None, "synthetic": False}
+            settings |= {name: value for name, value in own.items() if name in settings}
     if mode == "from_args":
         if settings["nc_qry"] == NC_QRY:  # what `check` fills in is recorded too
             settings["nc_qry"] = None
@@ -309,7 +316,7 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
         if args.n_way > classes:
             raise UserError(f"--n_way {args.n_way}: {dataset.name()} has {classes} classes in its {split} split"
                             + "; lower --n_way, or divide them yourself into train/, val/ and test/" * bool(args.data))
-        for name in ("k_qry", "k_qry_test", "nc_qry"):
+        for name in ("k_qry" if split == "train" or args.k_qry_test is None else "k_qry_test", "nc_qry"):
             if args.k_spt + (getattr(args, name) or 0) > images:
                 raise UserError(f"--k_spt {args.k_spt} --{name} {getattr(args, name)}: {dataset.name()} has {images} "
                                 f"images per class in its {split} split; their sum can be at most that")
@@ -326,7 +333,8 @@ def _check_network(args: argparse.Namespace, network: Callable[[argparse.Namespa
     try:
         net = network(args)
     except ValueError as error:
-        hint = "; a larger --imgsz or --net paper may fit" if "size" in str(error) else ""
+        too_small = any(text in str(error) for text in ("Kernel size can't be greater", "Output size is too small"))
+        hint = "; a larger --imgsz or --net paper may fit" if too_small else ""
         raise UserError(f"layers at --imgsz {args.imgsz}: {error}{hint}") from error
     last = net.config[-1][0] if net.config else "missing"
     if last != "linear":

@@ -158,8 +158,8 @@ class _Run:
         self.log: Log | None = None
         self.minutes, self.log_bytes = 0.0, 0  # of the processes before this one
         path = out / "checkpoint.pt"
-        remedy = f"put it back, or start again: python {args.script}.py --from_args {quoted(out / 'args.json')}"
-        saved = None if args.resume is None else checkpoint.read(path, self.device, remedy)
+        again = f"start again: python {args.script}.py --from_args {quoted(out / 'args.json')}"
+        saved = None if args.resume is None else checkpoint.read(path, self.device, f"put it back, or {again}")
         if saved is not None and args.data is not None:  # the folder may have another name now
             name = record.data_name(out)
             dataset = data.dataset = replace(dataset, name=lambda: name)
@@ -181,8 +181,8 @@ class _Run:
                               description | {"found": dataset.found()}, self.device)
         else:
             self.best, self.minutes, self.log_bytes = checkpoint.restore(path, saved, self.experiment, maml,
-                                                                         self.sampler, remedy)
-            record.resumed(out, args.epoch, self.steps)
+                                                                         self.sampler, again)
+            record.resumed(out, args.epoch, maml.step, self.steps)
             if self.best is not None:
                 checkpoint.write(out / "best.pt", self.best)
         self.last_checked = maml.step, self.sampler.state

@@ -15,6 +15,7 @@ import predict
 import synthetic
 import training
 from files import UserError
+from learner import Learner
 from study import effects
 from study.logs import read_run
 
@@ -146,6 +147,28 @@ def test_controls(tmp_path):
     assert effects.measured(read, "meta", "nc1", "pixels") == found["pixels"]["meta"]["nc1"]["mean"][0]
     assert effects.dimension(read, "untrained") == again["untrained"]["effective_dimension"]["meta"]
     assert effects.accuracy_in(read.controls()["pixels"], "nearest_mean", 0) == found["pixels"]["nearest_mean"][0]
+
+
+def test_no_more_tasks_go_together_than_asked_for(tmp_path, monkeypatch):
+    """By the largest number of tasks that the network sees at once. The permuted labels don't depend on it."""
+    run, largest, found, forward = str(tmp_path / "run"), [], [], Learner.forward
+    omniglot_train.main([*FLAGS, "--out", run])
+
+    def watched(net, x, *args, **options):
+        largest[-1] = max(largest[-1], len(x))
+        return forward(net, x, *args, **options)
+
+    monkeypatch.setattr(Learner, "forward", watched)
+    monkeypatch.setattr(controls, "dimension", lambda *_: torch.zeros(1))  # of all test classes together
+    for chunk in (0, 1, 2):
+        for kind in (controls.BY_PARTS, "pixels", controls.ALONE, controls.BY_SUPPORT):
+            largest.append(0)
+            controls.main([run, "--tasks", "5", "--only", kind, "--task_chunk", str(chunk)])
+        one = json.loads((tmp_path / "run/controls.json").read_text())
+        found.append([*one[controls.BY_PARTS]["margin"], one["pixels"]["meta"]["nc1_null"]["mean"][0],
+                      *(one[kind]["meta"]["nc1_null"]["mean"][0] for kind in (controls.ALONE, controls.BY_SUPPORT))])
+    assert largest == [3] * 4 + [1] * 4 + [2] * 4
+    assert found[1] == pytest.approx(found[0], 1e-3) and found[2] == pytest.approx(found[0], 1e-3)
 
 
 def test_classes_of_fewer_images_than_five_shots_and_the_usual_queries(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import listing, refused, write_classes
+from data_files import encode, listing, refused, write_classes
 from PIL import Image
 
 import folders
@@ -51,13 +51,15 @@ def test_split_folders_are_used_as_they_are(tmp_path, names):
         f"{split} {2 + i} classes of 4 ('{names[i]} 0') to {5 + i} images" for i, split in enumerate(images.SPLITS))
 
 
-@pytest.mark.parametrize("top, cache", [("", None), ("pictures", None), ("cache/cache", None), ("pictures", "decoded")])
+@pytest.mark.parametrize("top, cache", [("", None), ("pictures", None), ("cache/cache", None), ("pictures", "decoded"),
+                                        ("", "decoded"), ("", "some/decoded")])
 def test_decoded_images_are_no_class_and_hide_no_folder(tmp_path, top, cache):
     """In a hidden folder by default, so that a class may be named cache."""
     write_classes(tmp_path / top, 3)
     (tmp_path / top / "class 0").rename(tmp_path / top / "cache")
     (tmp_path / "__MACOSX" / "class 0").mkdir(parents=True)
-    (tmp_path / "notes").mkdir()
+    (tmp_path / top / "notes/empty").mkdir(parents=True)
+    (tmp_path / top / "notes/.thumbnails").write_text("hidden")
     for _ in range(2):  # the second finds what the first has written
         image_set = folders.find(tmp_path, BILINEAR, cache and tmp_path / cache)
         assert sorted(label for classes in image_set.splits.values() for label in classes) == [
@@ -87,9 +89,40 @@ def test_the_images_of_a_class_may_lie_in_a_folder_images(tmp_path):
     assert list(miniimagenet.find(tmp_path / "tiny").splits["train"]) == ["class 0", "class 1", "class 2"]
 
 
+def test_an_image_that_a_class_has_twice_is_said(tmp_path, capsys):
+    """The classes of the training split have 12 copies; two classes share one image, which is no copy in either."""
+    for folder, classes in (("train", 13), ("val", 2), ("test", 2)):
+        write_classes(tmp_path / folder, classes, len(folder), name=folder)
+    for label in range(12):
+        for copy in "ab"[:1 + (label == 0)]:
+            shutil.copy(tmp_path / f"train/train {label}/0.png", tmp_path / f"train/train {label}/{copy}.png")
+    shutil.copy(tmp_path / "train/train 0/0.png", tmp_path / "train/train 12/c.png")
+    shutil.copy(tmp_path / "train/train 1/0.png", tmp_path / "train/train 0/c.png")
+    image_set = find(tmp_path)
+    for split in (*images.SPLITS, "train"):
+        image_set.load(split, 8, 3)
+    line, = capsys.readouterr().err.splitlines()
+    names = [f"train/train {label}/0.png = train/train {label}/a.png" for label in (1, 10, 11, *range(2, 8))]
+    first = "train/train 0/0.png = train/train 0/a.png = train/train 0/b.png"
+    assert line == f"note: 12 images are twice or more within a class of train: {'; '.join([first, *names])}"
+
+
 def move_up(root: Path, depth: str) -> None:
     for path in list(root.glob(depth)):
         path.rename(path.parent.with_name(f"{path.parent.name} {path.name}"))
+
+
+def move_down(folder: Path) -> None:
+    """Put what is in the folder one level deeper."""
+    folder.rename(folder.with_name("part 1"))
+    folder.mkdir()
+    folder.with_name("part 1").rename(folder / "part 1")
+
+
+def convert(root: Path, pattern: str) -> None:
+    for number, path in enumerate(list(root.glob(pattern))):
+        path.write_bytes(encode(np.full((9, 9), number, np.uint8), "JPEG"))
+        path.rename(path.with_suffix(".jpe"))
 
 
 def split_folders(*splits: str):
@@ -112,6 +145,20 @@ def name_apart(root: Path) -> None:
     (lambda root: None, ["there is no folder", "--data FOLDER"], lambda root: write_classes(root, 3)),
     (lambda root: write_classes(root, 3) or (root / "class 0/0.png").rename(root / "class 0/a.WebP"),
      ["in other formats than JPEG, PNG", "class 0/a.WebP; convert"], lambda root: (root / "class 0/a.WebP").unlink()),
+    *((lambda root, name=name: write_classes(root, 3) or (root / f"class 0/{name}").write_text("image"),
+       ["in other formats than JPEG, PNG", f"class 0/{name}; convert"], lambda root: convert(root, "class 0/a.*"))
+      for name in ("a.heif", "a.jp2", "a.JXL", "a.tga", "a.pnm")),
+    (lambda root: write_classes(root, 5) or move_down(root / "class 1"),
+     ["folders in", "have files and no images of their own: 'class 1'; put the images of each class (.jpg,"],
+     lambda root: move_up(root, "class 1/*")),
+    (lambda root: [write_classes(root / split, 3 + len(split), name=split) for split in images.SPLITS]
+     and (root / "val/val 1").rename(root / "val/b") and move_down(root / "val/b"),
+     ["mine/val have files and no images of their own: 'b'; put"], lambda root: shutil.rmtree(root / "val/b")),
+    (lambda root: write_classes(root, 5) or [file.rename(file.with_suffix(".xyz")) for file in root.glob("*[12]/*")],
+     ["have files and no images of their own: 'class 1'; 'class 2'; put"], lambda root: convert(root, "class [12]/*")),
+    (lambda root: [write_classes(root, 4), write_classes(root, 3, 1, name=" class")],
+     ["differ only in blanks or in the form of Unicode: ' class 0' and 'class 0'; ' class 1' and", "rename them"],
+     lambda root: [path.rename(root / f"other{path.name}") for path in root.glob(" *")]),
     (lambda root: write_classes(root, 3) or (root / "a").symlink_to("a"),
      ["mine: ", "symbolic links; check the links"], lambda root: (root / "a").unlink()),
     (lambda root: write_classes(root, 2), ["holds 2 class folders", "at least 3 classes"],
@@ -160,16 +207,28 @@ def test_resuming_needs_the_same_classes_in_a_folder_of_any_name(tmp_path):
     out = str(tmp_path / "run")
     omniglot_train.main([*TINY, "--data", str(tmp_path / "pictures"), "--out", out])
     write_classes(tmp_path / "others", 12, name="other")
-    with refused("is of a run with data", "classes_digest"):
+    with refused("is of a run with data", "classes_digest", "of other classes or sizes than these (classes_digest of "
+                 "train, classes_digest of val, classes_digest of test); restore the run's images, or start again: "):
         omniglot_train.main(["--resume", out, "--data", str(tmp_path / "others"), "--epoch", "2"])
     (tmp_path / "pictures").rename(tmp_path / "renamed")
     omniglot_train.main(["--resume", out, "--data", str(tmp_path / "renamed"), "--epoch", "2"])
     assert json.loads((tmp_path / "run/result.json").read_text())["data"] == "images in pictures"
 
 
+def test_query_images_are_needed_where_they_are_drawn_alone(tmp_path):
+    for split, count in (("train", 6), ("val", 3), ("test", 3)):
+        write_classes(tmp_path / "pictures" / split, 3, len(split), count, name=split)
+    flags = [*TINY, "--data", str(tmp_path / "pictures"), "--k_qry", "4", "--nc_qry", "2"]
+    with refused("--k_spt 1 --k_qry 4", "3 images per class in its val split"):
+        omniglot_train.main([*flags, "--out", str(tmp_path / "run")])
+    omniglot_train.main([*flags, "--k_qry_test", "1", "--out", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run/result.json").read_text())["test"]["k_qry"] == 1
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--k_qry", "9"], ["--k_spt 1 --k_qry 9", "4 images"]), (["--n_way", "9"], ["--n_way 9", "8 classes"]),
-    (["--imgc", "2"], ["--imgc 2"])])
+    (["--k_qry_test", "30"], ["--k_spt 1 --k_qry_test 30", "images per class in its val split"]),
+    (["--nc_qry", "4"], ["--k_spt 1 --nc_qry 4", "4 images"]), (["--imgc", "2"], ["--imgc 2"])])
 def test_settings_that_ones_own_images_are_too_few_for(tmp_path, flags, words):
     write_classes(tmp_path / "pictures", 12)
     with refused(*words):

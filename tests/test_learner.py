@@ -162,6 +162,9 @@ def test_initial_weights():
     ([("conv2d", [4, 3, 0, 0, 1, 0])], r"layer 0, conv2d.*kernel must be a whole number from 1, not 0"),
     ([("convt2d", [3, 4, 3, 3, 1, "same"])], r"layer 0, convt2d.*padding must be a whole number from 0, not 'same'"),
     ([("max_pool2d", [2, 0, 0])], r"layer 0, max_pool2d.*stride must"),
+    (["nope"], r"layer 0, 'nope': must be a pair \(name, params\)"), ([FLAT, "ab"], "layer 1, 'ab': must be a pair"),
+    ([FLAT, ("relu",)], r"layer 1, \('relu',\): must be a pair"), ([("relu", [], 1)], "layer 0, .*: must be a pair"),
+    ([None], "layer 0, None: must be a pair"), ([("upsample", ["x"])], r"layer 0, upsample.*invalid combination.*of:$"),
     ([("avg_pool2d", [2, None, 0])], r"layer 0, avg_pool2d.*stride must be a whole number from 1, not None"),
 ])
 def test_layers_that_do_not_fit_are_refused_by_name(config, text):

@@ -1,6 +1,7 @@
 """MAML against the plain loop over tasks, torch's own optimisers and finite differences, all in float64."""
 
 import copy
+import math
 
 import oracle
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 import device
+import measuring
 import meta
 import miniimagenet_train
 import nc_metrics
@@ -25,6 +27,13 @@ SMOOTH = [("conv2d", [4, 1, 3, 3, 1, 0]), ("bn", [4]), ("tanh", []), ("avg_pool2
           ("conv2d", [5, 4, 2, 2, 1, 0]), ("bn", [5]), ("sigmoid", []),
           ("flatten", []), ("linear", [N_WAY, 45])]
 both_orders = pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_a_wrong_answer(value):
+    logits = torch.eye(3).repeat(2, 1, 1)
+    logits[1, :2] = value
+    assert measuring.accuracy(logits, torch.arange(3).expand(2, 3)).tolist() == [1, pytest.approx(1 / 3)]
 
 
 def small_net(config=SMALL, seed=0, dtype=torch.float64):

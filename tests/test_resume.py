@@ -16,6 +16,7 @@ import torch
 import checkpoint
 import controls
 import omniglot_train
+import predict
 import record
 import synthetic
 import training
@@ -173,6 +174,21 @@ def test_results_of_an_unfinished_run_go_when_it_is_resumed(stopped):
     assert not any(path.exists() for path in others)
 
 
+def test_a_run_that_goes_on_has_no_last_weights_and_one_that_was_at_its_end_keeps_its_results(
+        tmp_path, monkeypatch, capsys):
+    run = stop_at(monkeypatch, tmp_path / "run", "finetune", 8, flags=[*TINY, "--epoch", "2"])  # in the test
+    controlled = run / "controls.json"
+    controlled.write_text("{}")
+    resume(run)
+    assert controlled.exists() and "removed" not in capsys.readouterr().out
+    stop_at(monkeypatch, run, "__call__", 2, flags=["--resume", str(run), "--epoch", "8"])
+    removed = "removed from {}, as the run goes on: result.json, timing.json, last.pt, controls.json\n"
+    assert removed.format(run) in capsys.readouterr().out
+    assert "last.pt is missing: the run hasn't got there yet" in refused("--test", str(run), "--test_weights", "last")
+    with pytest.raises(UserError, match="last.pt is missing: weights can be best"):
+        predict.load(run, "last")
+
+
 @pytest.mark.slow
 def test_a_longer_run_is_the_longer_run(whole, tmp_path, monkeypatch, capsys):
     run = train(tmp_path / "run", "--epoch", "4")
@@ -306,6 +322,12 @@ class Code:
      "is of a run with update_lr 0.1, and here it is"),
     (lambda saved: saved | {"experiment": saved["experiment"] | {"device": "cuda"}},
      "is of a run with device cuda, and here it is"),
+    (lambda saved: saved | {"experiment": saved["experiment"] | {"device": "cuda"}},
+     "here it is cpu; resume it on the kind of device that it was on, or start again: python omniglot_train.py"),
+    (lambda saved: saved | {"experiment": saved["experiment"] | {"images on": "cuda"}},
+     "here it is cpu; resume it on the kind of machine that it was on, or start again: python omniglot_train.py"),
+    (lambda saved: saved | {"experiment": saved["experiment"] | {"seed": 3}},
+     "a run with seed 3, and here it is 222; put it back, or start again: python omniglot_train.py"),
     (lambda saved: saved | {"weights": {name: weight[:1] for name, weight in saved["weights"].items()}}, "is damaged"),
     (lambda saved: saved | {"adam": {"state": {i: values | {"exp_avg": torch.zeros(3)} for i, values in
                                                saved["adam"]["state"].items()}}}, "is damaged"),

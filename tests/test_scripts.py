@@ -123,6 +123,9 @@ def test_testing_again(omniglot_run, monkeypatch, capsys):
     omniglot_train.main(["--test", str(omniglot_run), "--k_qry", "1", "--update_step_test", "1", "--test_tasks", "4"])
     other = json.loads((omniglot_run / "test-4tasks-1qry-1steps.json").read_text())["test"]
     assert (other["tasks"], other["k_qry"], len(other["accuracy"])) == (4, 1, 2)
+    assert omniglot_train.arguments(["--test", str(omniglot_run), "--synthetic"]).synthetic
+    with pytest.raises(UserError, match="--synthetic can't be set with --test"):
+        omniglot_train.main(["--test", str(PROJECT / "res/contrast-maml-seed1"), "--synthetic"])
     with pytest.raises(UserError, match="--n_way can't be set with --test"):
         omniglot_train.main(["--test", str(omniglot_run), "--n_way", "4"])
 
@@ -226,6 +229,10 @@ def test_without_posix_and_without_removing_open_files(tmp_path):
     (omniglot_train, "--k_qry 20", "--k_spt 1 --k_qry 20: Omniglot has 20 images per class"),
     (omniglot_train, "--n_way 101", "--n_way 101: Omniglot has 100 classes in its val split"),
     (omniglot_train, "--imgsz 14", "--imgsz 14: layer"),
+    (omniglot_train, "--imgsz 14", "; a larger --imgsz or --net paper may fit"),
+    (miniimagenet_train, f"--test {PROJECT}/res/contrast-maml-seed1", "(script omniglot_train); give it to omniglot"),
+    (miniimagenet_train, f"--resume {PROJECT}/res/contrast-maml-seed1", "; give it to omniglot_train.py"),
+    (miniimagenet_train, f"--from_args {PROJECT}/res/contrast-maml-seed1/args.json", "; give it to omniglot_train.py"),
     (omniglot_train, "--imgc 3", "--imgc 3: Omniglot has 1"),
     *((omniglot_train, f"--{name} {value}", f"--{name} {value}: must be") for name, value in {
         "update_lr": -0.1, "meta_lr": "nan", "clip": "inf", "update_step": 0, "epoch": 0, "n_way": 1, "task_num": -4,
@@ -256,6 +263,13 @@ def test_settings_that_are_refused(script, flags, line, tmp_path, monkeypatch):
         script.main(flags.split())
     assert line in str(refused.value) and "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())  # nothing read, downloaded or made
+
+
+@pytest.mark.parametrize("layer", [("reshape", [5]), ("upsample", [0])])
+def test_a_larger_image_is_advised_only_where_one_is_too_small(layer, monkeypatch):
+    monkeypatch.setattr(omniglot_train, "layers", lambda args: [layer])
+    with pytest.raises(UserError, match="layers at --imgsz 28: layer 0, (?!.*larger --imgsz)"):
+        omniglot_train.main(["--synthetic"])
 
 
 @pytest.mark.slow
@@ -295,6 +309,7 @@ def test_help_tells_every_flag_and_default(script, capsys):
     flags = {name: value for name, value in vars(script.arguments([])).items() if name not in ("script", "print_every")}
     assert all(f"--{flag} " in said or f"--{flag}, " in said for flag in flags)
     assert ("--no-rotations" in said) == (script is omniglot_train)
+    assert "mean and deviation of ImageNet in miniimagenet_train.py" in " ".join(said.split())
     assert said.count("(default:") == sum(value is not None for value in flags.values()) and "None" not in said
 
 
@@ -307,6 +322,18 @@ def test_what_other_data_changes(tmp_path, monkeypatch):
     assert own.data == os.path.expanduser("~/mine") != "~/mine" and own.rotations is False
     assert not parsed("--recipe", "paper", "--data", "mine").rotate_heldout
     assert parsed("--rotations", "--data", "mine").rotations and parsed().rotations
+    turned = tmp_path / "turned"
+    turned.mkdir()
+    for given, flags, expected in (([], "--data other", (False, False)), ([], "--synthetic", (True, True)),
+                                   (["--data", str(turned)], f"--data {tmp_path}/./turned/", (True, True)),
+                                   ([], "--data other --rotations", (True, False))):
+        recorded = settings.recorded_settings(parsed("--rotations", "--rotate_heldout", *given))
+        (turned / "args.json").write_text(json.dumps({"settings": recorded}))
+        again = omniglot_train.arguments(["--from_args", str(turned / "args.json"), *flags.split()])
+        assert (again.rotations, again.rotate_heldout) == expected, flags
+        if not {"--rotations", "--synthetic"} & {*flags.split()}:
+            tested = omniglot_train.arguments(["--test", str(turned), *flags.split()])
+            assert (tested.rotations, tested.rotate_heldout) == expected, flags
     path = tmp_path / "args.json"
     path.write_text(json.dumps({"settings": settings.recorded_settings(own) | {"device": "cuda:0", "nc_qry": 15}}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -317,6 +344,30 @@ def test_what_other_data_changes(tmp_path, monkeypatch):
                               ("--data other --data_name x", "other", "x")):
         again = omniglot_train.arguments(["--from_args", str(path), *flags.split()])
         assert (again.data, again.data_name, again.synthetic) == (data, name, data is None), flags
+
+
+@pytest.mark.parametrize("script, own, flags, suffix", [
+    (omniglot_train, "--data mine", "--data ./other/../mine/", ""), (omniglot_train, "--data mine", "--data link", ""),
+    (omniglot_train, "--data mine", "--data faces/v2", "-v2"), (omniglot_train, "", "--data /", "-"),
+    (omniglot_train, "", "--data mine --data_name a/../../../escaped", "-a_.._.._.._escaped"),
+    (omniglot_train, "", "--data mine --data_name été:1", "-été_1"), (omniglot_train, "", "--root other", ""),
+    (miniimagenet_train, "--root mine", "--root ./mine", ""), (miniimagenet_train, "--root mine", "", ""),
+    (miniimagenet_train, "--root mine --data_name x", "--root a/other", "-other"),
+    (miniimagenet_train, "--data mine", "--root other", ""), (miniimagenet_train, "--synthetic", "--root other", ""),
+    (miniimagenet_train, "--synthetic", "--data other", "-other"),
+])
+def test_a_result_on_other_images_has_a_file_of_its_own_in_the_run(script, own, flags, suffix, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("link").symlink_to("mine")
+    run = tmp_path / "run"
+    run.mkdir()
+    settings_of_run = settings.recorded_settings(script.arguments(["--device", "cpu", *own.split()]))
+    (run / "args.json").write_text(json.dumps({"settings": settings_of_run}))
+    args = script.arguments(["--test", "run", *flags.split()])
+    assert record.other_images(run, args) == suffix
+    record.write_test(run, {}, args)
+    assert len(list(run.glob(f"test-*steps{suffix}.json"))) == len(list(run.glob("test*"))) == 1
 
 
 def test_synthetic_evaluates_on_fewer_tasks():
