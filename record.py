@@ -141,14 +141,15 @@ def write_json(path: Path, value: dict, remedy: str = REMEDY) -> None:
 def other_images(run: Path, args: argparse.Namespace) -> str:
     """What ends the name of a file about a run on other images than its own: "-FOLDER", or "-NAME" of --data_name.
 
-    Every --root of Omniglot holds the same images; other photographs may lie in another --root.
+    Every --root of Omniglot has the same images. Another --root has other photographs if the run's own is still there.
     """
     recorded = _args(run)["settings"]
     if args.data is not None:
         other, name = not same_place(args.data, recorded.get("data")), args.data_name or Path(args.data).resolve().name
     else:
-        other = args.script == "miniimagenet_train" and not args.synthetic
-        other, name = other and not same_place(args.root, recorded.get("root")), Path(args.root).resolve().name
+        own, name = recorded.get("root"), Path(args.root).resolve().name
+        photographs = args.script == "miniimagenet_train" and not args.synthetic
+        other = photographs and os.path.isdir(str(own)) and not same_place(args.root, own)
     return "-" + re.sub(r"[^\w.-]", "_", name) if other else ""
 
 

@@ -353,6 +353,7 @@ def test_what_other_data_changes(tmp_path, monkeypatch):
     (omniglot_train, "", "--data mine --data_name été:1", "-été_1"), (omniglot_train, "", "--root other", ""),
     (miniimagenet_train, "--root mine", "--root ./mine", ""), (miniimagenet_train, "--root mine", "", ""),
     (miniimagenet_train, "--root mine --data_name x", "--root a/other", "-other"),
+    (miniimagenet_train, "--root moved", "--root other", ""),
     (miniimagenet_train, "--data mine", "--root other", ""), (miniimagenet_train, "--synthetic", "--root other", ""),
     (miniimagenet_train, "--synthetic", "--data other", "-other"),
 ])
