@@ -406,8 +406,9 @@ def measure_features(features: Array, labels: Array, *, classifier_weight: Array
 
     Args:
         features: [N, D] or [N, C, H, W], which is flattened.
-        labels: one number, string or row (one-hot, or a tuple) per sample. Classes are in sorted order, each of two
-            samples or more: S_W and S_B are means over classes. Permuted labels give the null.
+        labels: one number, string or row (one-hot, or a tuple) per sample. Classes are in sorted order (numbers in
+            strings as numbers), each of two samples or more: S_W and S_B are means over classes. Permuted labels give
+            the null.
         classifier_weight: [C, D], the rows of the classifier that takes the features; adds self_duality (NC3).
         logits: [N, C], of the same samples; adds ncc_mismatch (NC4). Needs the support set.
         support_features, support_labels: other samples, e.g. the training set, of any number per class. They give the
@@ -463,6 +464,8 @@ def _classes(name: str, labels: Array, n_samples: int) -> tuple[np.ndarray, Tens
     if y.dtype.kind in "biuf" and y.shape[1] > 1 and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
         y = y.argmax(1)[:, None]   # one-hot: rows in sorted order would reverse the classes
     y = y[:, 0] if y.shape[1] == 1 else y.astype(str) if y.dtype == object else y
+    if y.ndim == 1 and all(isinstance(value, str) and value.isdecimal() and value == str(int(value)) for value in y):
+        y = y.astype(np.int64)  # "10" comes after "2", as the classifier's rows do
     try:
         classes, index = np.unique(y, axis=None if y.ndim == 1 else 0, return_inverse=True)
     except TypeError as error:
