@@ -149,6 +149,7 @@ def test_controls(tmp_path):
     assert effects.accuracy_in(read.controls()["pixels"], "nearest_mean", 0) == found["pixels"]["nearest_mean"][0]
 
 
+@pytest.mark.slow
 def test_no_more_tasks_go_together_than_asked_for(tmp_path, monkeypatch):
     """By the largest number of tasks that the network sees at once. The permuted labels don't depend on it."""
     run, largest, found, forward = str(tmp_path / "run"), [], [], Learner.forward
