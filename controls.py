@@ -49,7 +49,7 @@ from measuring import accuracies, accuracy, class_means, collapse_metrics, permu
 from meta import Adapted, Meta
 from record import numbers, other_images, say, summary
 from settings import check
-from tasks import Dataset, Tasks, as_tasks, cat, chunked, tree_map
+from tasks import Dataset, Tasks, as_tasks, cat, chunked
 from training import TEST_SEED, Data, held_out_tasks
 
 QUERIES = 15  # per class, if nothing else is said
@@ -181,11 +181,10 @@ def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str
         results.append((accuracy(logits, tasks.y_qry), margin.mean(1)))
     rows = before[net.classifier] - before[net.classifier].mean(1, keepdim=True)
     body = [name for name in net.adaptable if name not in net.head]
-    steps, weights = (torch.cat([values[name].flatten(1) for name in body], 1)
-                      for values in (tree_map(torch.sub, after, before), before))
-    accuracies, margins = (torch.stack(values, 1) for values in zip(*results))
-    return {"accuracy": accuracies, "margin": margins, "rows": rows.flatten(1).norm(dim=1, keepdim=True),
-            "body": steps.norm(dim=1, keepdim=True) / weights.norm(dim=1, keepdim=True)}
+    start, end = (torch.cat([weights[name].flatten(1) for name in body], 1) for weights in (before, after))
+    right, margins = (torch.stack(values, 1) for values in zip(*results))
+    return {"accuracy": right, "margin": margins, "rows": rows.flatten(1).norm(dim=1, keepdim=True),
+            "body": (end - start).norm(dim=1, keepdim=True) / start.norm(dim=1, keepdim=True)}
 
 
 def not_transductive(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], score: Callable) -> Adapted:

@@ -133,8 +133,9 @@ class ImageSet:
         Raises:
             UserError: more than a `SHARED` part of its images is in another split too.
         """
-        others = [] if split in self._hashes else list(self._hashes)
-        if split not in self._hashes:
+        first = split not in self._hashes
+        others = list(self._hashes) if first else []
+        if first:
             self._note_twice(split, hashes)
         self._hashes[split] = hashes
         for other in others:

@@ -115,7 +115,7 @@ def resumed(out: Path, epoch: int, step: int, steps: int) -> None:
     for path in outdated:
         path.unlink(missing_ok=True)
     if outdated:
-        say(f"removed from {out}, as the run goes on: {', '.join(path.name for path in outdated)}")
+        say(f"removed from {out}, as the run continues: {', '.join(path.name for path in outdated)}")
     if recorded["settings"]["epoch"] != epoch:
         recorded["settings"]["epoch"], recorded["meta_steps"] = epoch, steps
         write_json(out / "args.json", recorded)

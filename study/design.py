@@ -21,6 +21,9 @@ _PHOTOS = ("--data_name 'Tiny ImageNet in the miniImageNet layout' --task_num 2 
 _LONG = "--recipe paper --eval_every 1000 --keep_every 10000 --save_every 5000"
 _SHORT = "--recipe paper --nc_every 100 --eval_every 1000 --save_every 5000"
 _CONTRAST, _ONE_CHANGE = f"{_SHORT} --epoch 10000", f"{_SHORT} --epoch 5000"
+_SMALL_IMAGES = f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177"
+_FIVE_STEPS = (f"{_SHORT} --epoch 3000 --imgsz 16 --head_std 0.177 --update_step 5 --update_lr 0.4 "
+               "--update_step_test 5")
 _IN_LAYOUT = "tinyimagenet-in-miniimagenet-layout-5w5s"
 SETTINGS = {setting.name: setting for setting in (
     Setting("omniglot-5w1s", "1-shot, second order", _ORIGINAL),
@@ -55,29 +58,27 @@ SETTINGS = {setting.name: setting for setting in (
             f"{_ONE_CHANGE} --bn_scale --head_std 0.177", (1,)),
     Setting("small-images", "images of 16 x 16", f"{_ONE_CHANGE} --imgsz 16", (1,)),
     Setting("small-images-small-head", "images of 16 x 16, classifier from N(0, 0.18²)",
-            f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177", (1, 2)),
+            _SMALL_IMAGES, (1, 2)),
     Setting("small-images-slow-head", "images of 16 x 16, classifier from N(0, 0.18²), its inner step 0.5",
-            f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --head_lr 0.5", (1, 2)),
+            f"{_SMALL_IMAGES} --head_lr 0.5", (1, 2)),
     Setting("small-images-slower-head", "images of 16 x 16, classifier from N(0, 0.18²), its inner step 0.125",
-            f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --head_lr 0.125", (1, 2)),
+            f"{_SMALL_IMAGES} --head_lr 0.125", (1, 2)),
     Setting("small-images-first-order", "images of 16 x 16, classifier from N(0, 0.18²), first order",
-            f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --first_order", (1, 2)),
+            f"{_SMALL_IMAGES} --first_order", (1, 2)),
     Setting("small-images-slow-head-first-order",
             "images of 16 x 16, classifier from N(0, 0.18²), its inner step 0.5, first order",
-            f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --head_lr 0.5 --first_order", (1,)),
+            f"{_SMALL_IMAGES} --head_lr 0.5 --first_order", (1,)),
     Setting("small-images-slower-head-first-order",
             "images of 16 x 16, classifier from N(0, 0.18²), its inner step 0.125, first order",
-            f"{_ONE_CHANGE} --imgsz 16 --head_std 0.177 --head_lr 0.125 --first_order", (1, 2)),
+            f"{_SMALL_IMAGES} --head_lr 0.125 --first_order", (1, 2)),
     Setting("first-order-small-head", "classifier from N(0, 0.18²), first order",
             f"{_ONE_CHANGE} --head_std 0.177 --first_order", (1,)),
     Setting("first-order-slow-head", "classifier from N(0, 0.18²), its inner step 0.5, first order",
             f"{_ONE_CHANGE} --head_std 0.177 --head_lr 0.5 --first_order", (1,)),
     Setting("five-steps", "images of 16 x 16, classifier from N(0, 0.18²), 5 inner steps of 0.4",
-            f"{_SHORT} --epoch 3000 --imgsz 16 --head_std 0.177 --update_step 5 --update_lr 0.4 --update_step_test 5",
-            (1,)),
+            _FIVE_STEPS, (1,)),
     Setting("five-steps-slow-head", "images of 16 x 16, classifier from N(0, 0.18²), 5 inner steps of 0.4, its own 0.1",
-            f"{_SHORT} --epoch 3000 --imgsz 16 --head_std 0.177 --update_step 5 --update_lr 0.4 --update_step_test 5 "
-            "--head_lr 0.1", (1,)),
+            f"{_FIVE_STEPS} --head_lr 0.1", (1,)),
     Setting("fast-head", "classifier from N(0, 0.18²), its inner step 8",
             f"{_ONE_CHANGE} --head_std 0.177 --head_lr 8", (1, 2)),
     Setting("flat-slow-head", "classifier from N(0, 0.18²), its inner step 0.5, no spatial mean",

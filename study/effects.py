@@ -19,6 +19,7 @@ from study.logs import Run, Series, number
 END_SHARE = 0.1  # the last part of training, whose measurements are averaged
 HIDDEN = -2      # the classifier's input; a layer is a name, or an index into the run's layers
 BY_PARTS = "first step by parts"  # the control in controls.json
+UNTRAINED = f"{BY_PARTS}, untrained"
 CONTROL_QUERIES = 15  # per class in controls.json, if its name says nothing else
 LATE = 1_000     # correlations and drops use the checkpoints from this meta-step on, after the steep beginning
 

@@ -154,7 +154,7 @@ def changes(study: Study) -> Figure:
     before_and_after(right, groups, lambda run: 100 * at(run, metric="ncc_accuracy", model="meta"),
                      functools.partial(at, metric="accuracy"))
     before_and_after(spread, groups, *(functools.partial(effects.first_step, quantity="rows", kind=kind)
-                                       for kind in (f"{effects.BY_PARTS}, untrained", effects.BY_PARTS)))
+                                       for kind in (effects.UNTRAINED, effects.BY_PARTS)))
     share.set_yticklabels([label(group[0]).replace("classifier from ", "") for group, _ in groups])
     share.set(title="A  Share within", xlim=(0, 0.8))
     right.set(title="B  Accuracy, %")

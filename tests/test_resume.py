@@ -174,7 +174,7 @@ def test_results_of_an_unfinished_run_go_when_it_is_resumed(stopped):
     assert not any(path.exists() for path in others)
 
 
-def test_a_run_that_goes_on_has_no_last_weights_and_one_that_was_at_its_end_keeps_its_results(
+def test_a_run_that_continues_has_no_last_weights_and_one_that_was_at_its_end_keeps_its_results(
         tmp_path, monkeypatch, capsys):
     run = stop_at(monkeypatch, tmp_path / "run", "finetune", 8, flags=[*TINY, "--epoch", "2"])  # in the test
     controlled = run / "controls.json"
@@ -182,7 +182,7 @@ def test_a_run_that_goes_on_has_no_last_weights_and_one_that_was_at_its_end_keep
     resume(run)
     assert controlled.exists() and "removed" not in capsys.readouterr().out
     stop_at(monkeypatch, run, "__call__", 2, flags=["--resume", str(run), "--epoch", "8"])
-    removed = "removed from {}, as the run goes on: result.json, timing.json, last.pt, controls.json\n"
+    removed = "removed from {}, as the run continues: result.json, timing.json, last.pt, controls.json\n"
     assert removed.format(run) in capsys.readouterr().out
     assert "last.pt is missing: the run hasn't got there yet" in refused("--test", str(run), "--test_weights", "last")
     with pytest.raises(UserError, match="last.pt is missing: weights can be best"):
