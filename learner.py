@@ -73,6 +73,7 @@ class Learner(nn.Module):
                  head_std: float | None = None):
         super().__init__()
         self.config = [_name_and_params(i, layer) for i, layer in enumerate(config)]
+        self.order = _pools_before_relus(self.config)
         self.input_shape = (imgc, imgsz, imgsz)
         self.shapes: list[list[int]] = []  # [c, h, w] or [features] after each layer
         self.weights = nn.ParameterDict()
@@ -135,7 +136,7 @@ class Learner(nn.Module):
         # a copy even of one channel, whose stride torch takes to tell the layout: channels last, for all that follows
         h = tasks.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format)  # [T, N, h, w, c]
         layers = []
-        for i, (name, params) in enumerate(self.config):
+        for i, name, params in self.order:
             if name in BLOCK_STARTS and i > 0:
                 layers.append(h.flatten(2))
             names = (f"{i}_{name}_weight", f"{i}_{name}_bias")
@@ -182,6 +183,18 @@ def _name_and_params(i: int, layer: Sequence) -> tuple[str, list]:
     except (TypeError, ValueError):
         raise ValueError(f"layer {i}, {layer!r}: must be a pair (name, params), such as ('relu', [True])") from None
     return name, list(params) if isinstance(params, Iterable) else [params]
+
+
+def _pools_before_relus(config: Config) -> list[tuple[int, str, Sequence]]:
+    """The layers with their numbers, in the order of `forward`: a relu after the max pooling that follows it.
+
+    There it has fewer values. Output and gradient stay the same: that goes to the first largest value if positive.
+    """
+    order = [(i, *layer) for i, layer in enumerate(config)]
+    for i in range(1, len(order)):
+        if (order[i - 1][1], order[i][1]) == ("relu", "max_pool2d"):
+            order[i - 1:i + 1] = order[i], order[i - 1]
+    return order
 
 
 def _check(name: str, params: Sequence, shape: list[int]) -> None:

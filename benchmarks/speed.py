@@ -8,16 +8,15 @@
 
 benchmarks/README.md says what is compared. Tasks are random images: the time does not depend on what they show. First
 all gradients are compared in float64, on a small part of each case. Then the implementations take turns in float32,
-`--repeats` rounds after a warm-up, in a process of their own. On Linux there are two such processes, because glibc's
-default returns large blocks to the system, which slows some implementations: one runs with the default, one with
-MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ raised. The table shows the better of the two.
+`--repeats` rounds after a warm-up, in a process of their own. On a CPU there are two such processes, because glibc's
+default returns large blocks to the system, which slows most implementations: one runs with the default, one with
+`device.keep_memory`, as the training scripts do. The table shows the better of the two.
 """
 
 import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -43,7 +42,6 @@ from tasks import Tasks
 SEED = 222
 TOLERANCE = 1e-6  # relative error of a gradient in float64; correct implementations agree to about 1e-10
 CHECKED = {"tasks": 2, "steps": 2, "k_qry": 5}  # at most, in the comparison of gradients: float64 is slow
-KEPT = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_": str(2**25)}  # 2^25: glibc's maximum
 
 
 def script_case(title: str, script: ModuleType, n_way: int, k_spt: int, **sizes: int) -> Case:
@@ -95,8 +93,10 @@ def check(case: Case, device: torch.device) -> dict[str, float]:
     return errors
 
 
-def measure(case: Case, args: argparse.Namespace) -> dict:
+def measure(case: Case, args: argparse.Namespace, keep: bool) -> dict:
     """Time the implementations in turn: {"GFLOP", "times": {name: {"s": median, "min_s", "first_s": the warm-up}}}."""
+    if keep:
+        devices.keep_memory()
     device = start(args)
     implementations, net, tasks = prepare(case, device, torch.float32)
     implementations[PRODUCT] = product = MatrixProduct(case, net, tasks)
@@ -127,14 +127,10 @@ def start(args: argparse.Namespace) -> torch.device:
 
 def measure_in_processes(case: Case, args: argparse.Namespace) -> dict:
     """`measure`, with each implementation under the allocator setting that suits it better."""
-    glibc = platform.libc_ver()[0] == "glibc" and args.device == "cpu"
     runs = []
-    for environment in ({}, KEPT) if glibc else ({},):
-        for name in KEPT:
-            os.environ.pop(name, None)
-        os.environ.update(environment)  # the process inherits it
+    for keep in (False, True) if args.device == "cpu" else (False,):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            runs.append(pool.submit(measure, case, args).result())
+            runs.append(pool.submit(measure, case, args, keep).result())
     times = [run["times"] for run in runs]
     return runs[0] | {"times": {name: min((rows[name] for rows in times), key=lambda row: row["s"])
                                 for name in times[0]}}
