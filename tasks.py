@@ -53,7 +53,8 @@ def tree_map(function: Callable, tree: Any, *others: Any) -> Any:
 
 
 def chunks(size: int, total: int, *trees: Any) -> Iterator[tuple]:
-    """The trees, `size` of their `total` tasks (axis 0 of every tensor) at a time."""
+    """The trees, at most `size` of their `total` tasks (axis 0 of every tensor) at a time, in parts of equal size."""
+    size = -(-total // -(-total // size))
     for start in range(0, total, size):
         yield tree_map(lambda values, start=start: values[start:start + size], trees)
 
