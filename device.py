@@ -83,7 +83,7 @@ def set_arithmetic(precision: str, deterministic: bool) -> None:
 def keep_memory() -> None:
     """Let glibc keep freed blocks: the inner loop frees and allocates the same megabytes thousands of times.
 
-    On one CPU core this took 8% off a meta-step of Omniglot's defaults, 14% off one of 1 query and 1 inner step.
+    Large blocks that go back to the system come back page by page: benchmarks/README.md has what this saves.
     """
     if platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         libc = ctypes.CDLL(None)
