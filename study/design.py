@@ -45,6 +45,8 @@ SETTINGS = {setting.name: setting for setting in (
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
     Setting("small-step", "1 inner step of 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1,)),
     Setting("small-head", "classifier from N(0, 0.18²)", f"{_ONE_CHANGE} --head_std 0.177", (1, 2)),
+    Setting("slow-head", "classifier from N(0, 0.18²), its inner step 0.5",
+            f"{_ONE_CHANGE} --head_std 0.177 --head_lr 0.5", (1,)),
     Setting("small-head-flat", "classifier from N(0, 0.18²), no spatial mean",
             f"{_ONE_CHANGE} --head_std 0.177 --no-spatial_mean", (1, 2)),
     Setting("smaller-head-flat", "classifier from N(0, 0.09²), no spatial mean",
@@ -95,7 +97,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("paper-omniglot-5w1s-first-order", "paper's recipe, 5-way 1-shot, first order",
             f"{_LONG} --first_order --epoch 20000", (1,)),
     Setting("paper-omniglot-5w5s", "paper's recipe, 5-way 5-shot", f"{_LONG} --k_spt 5 --epoch 5000", (1,)),
-    Setting("paper-omniglot-20w1s", "paper's recipe, 20-way 1-shot", f"{_LONG} --n_way 20 --epoch 5000", (1,)),
+    Setting("paper-omniglot-20w1s", "paper's recipe, 20-way 1-shot", f"{_LONG} --n_way 20 --epoch 4000", (1,)),
 )}
 
 MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
@@ -103,7 +105,7 @@ PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
 CHANGES = {  # by what the classifier takes from the last map
-    "mean of 2 x 2": ("contrast-maml", "small-step", "small-head", "fast-head", "small-head-with-scale",
+    "mean of 2 x 2": ("contrast-maml", "small-step", "small-head", "slow-head", "fast-head", "small-head-with-scale",
                       "first-order-small-head", "first-order-slow-head", "other-network-mean"),
     "all of 2 x 2": ("small-head-flat", "flat-slow-head", "smaller-head-flat", "other-network-larger-head",
                      "other-network-large-images"),
