@@ -107,7 +107,7 @@ class Model:
             transductive: normalise all queries together, as MAML's tests do. Answers then depend on the other queries,
                 which should be balanced over the classes; with fewer than n_way queries there is a warning.
         Raises:
-            UserError: one line, if an image can't be read, or labels and images don't fit.
+            UserError: one line, if an image can't be read, labels and images don't fit, or an answer is not finite.
         """
         try:
             labels = [label.item() if isinstance(label, (Tensor, np.ndarray, np.generic)) else label
@@ -135,7 +135,11 @@ class Model:
         for queries, in chunks(total if transductive else QUERIES_PER_PASS, total, x_qry[0]) if total else ():
             tasks = Tasks(x_spt, y_spt, queries[None], y_spt)  # the last, the queries' labels, is not used
             logits, similarity, _ = scores(self.net, tasks, weights, transductive)
-            answers += [names[i] for i in (similarity if by_mean else logits)[0].argmax(-1).tolist()]
+            answer = (similarity if by_mean else logits)[0]
+            if not answer.isfinite().all():
+                raise UserError("the network's answers are not finite: the inner loop diverges on these images, or in "
+                                "training the weights did")
+            answers += [names[i] for i in answer.argmax(-1).tolist()]
         return answers
 
     def pixels(self, pictures: Iterable[Picture]) -> Tensor:

@@ -186,7 +186,9 @@ def test_as_a_program_it_says_how_it_is_used(capsys):
     (lambda run, model, four: model.predict(four, LABELS, [four[0][:0]]), "image 0 is empty"),
     (lambda run, model, four: model.predict(four, LABELS, [four[0][:, :0]]), "image 0 can't be decoded (it has no pix"),
     (lambda run, model, four: model.predict(four, LABELS, np.stack([four[0]] * 3, 2)), "a single image was given"),
-    (lambda run, model, four: model.predict(four, LABELS, [Image.fromarray(four[0] / np.float32(255))]), "floats")])
+    (lambda run, model, four: model.predict(four, LABELS, [Image.fromarray(four[0] / np.float32(255))]), "floats"),
+    (lambda run, model, four: [setattr(model.args, "update_lr", 1e38), model.predict(four, LABELS, four)],
+     "answers are not finite")])
 def test_errors(runs, images, wrong, said):
     with refused(said):
         wrong(runs / "maml", predict.load(runs / "maml"), images[:4])
