@@ -16,8 +16,9 @@ class Setting(NamedTuple):
 
 
 _ORIGINAL = "--task_num 8 --epoch 6000 --nc_every 30 --eval_every 250"
-_PHOTOS = ("--data_name 'Tiny ImageNet in the miniImageNet layout' --task_num 2 --nc_every 30 --eval_every 150 "
-           "--eval_tasks 50")
+_PHOTO_DATA = "--data_name 'Tiny ImageNet in the miniImageNet layout'"
+_PHOTOS = f"{_PHOTO_DATA} --task_num 2 --nc_every 30 --eval_every 150 --eval_tasks 50"
+_SMALL_PHOTOS = f"{_PHOTO_DATA} --recipe paper --k_spt 1 --imgsz 32 --epoch 12000 --nc_every 100"
 _LONG = "--recipe paper --eval_every 1000 --keep_every 10000 --save_every 5000"
 _SHORT = "--recipe paper --nc_every 100 --eval_every 1000 --save_every 5000"
 _CONTRAST, _ONE_CHANGE = f"{_SHORT} --epoch 10000", f"{_SHORT} --epoch 5000"
@@ -41,6 +42,10 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("contrast-boil", "BOIL", f"{_CONTRAST} --learner boil"),
     Setting("contrast-protonet", "ProtoNet", f"{_CONTRAST} --learner protonet"),
     Setting("contrast-classifier", "classifier", f"{_CONTRAST} --learner classifier"),
+    *(Setting(f"photographs-{learner}", f"photographs of 32 x 32, {label}", f"{_SMALL_PHOTOS} --learner {learner}",
+              (1,), "miniimagenet_train.py")
+      for learner, label in (("maml", "MAML"), ("anil", "ANIL"), ("protonet", "ProtoNet"),
+                             ("classifier", "classifier"))),
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
     Setting("small-step", "1 inner step of 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1,)),
