@@ -18,7 +18,7 @@ import numpy as np
 import files
 from files import Parser, UserError, atomic
 from study import effects
-from study.design import CELLS, LEARNERS, LONG, MAIN, METRICS, MODELS, PHOTOGRAPHS, label
+from study.design import CELLS, LEARNERS, LONG, MAIN, METRICS, MODELS, PHOTOGRAPH_LEARNERS, PHOTOGRAPHS, label
 from study.logs import HOME, Run, Study
 from study.markdown import MISSING, Cell, correlated, fixed, over, table
 from study.run_tables import accuracies, changes, length, runs, tests
@@ -194,10 +194,10 @@ def control_accuracies(runs: list[Run], kind: str) -> list[str]:
     return [over(value, 100, key=key, place=place)(runs) for key, place in RULES.values()]
 
 
-def floors(study: Study) -> list[tuple[str, list[Run], str]]:
+def floors(groups: list[list[Run]]) -> list[tuple[str, list[Run], str]]:
     """What every learner is compared with: its name, runs, and the control of theirs that measured it."""
-    with_pixels = [run for group in study.groups((*LEARNERS, *LONG)) for run in group if "pixels" in run.controls()]
-    untrained = "untrained", study.groups(LEARNERS)[0], "untrained"
+    with_pixels = [run for group in groups for run in group if "pixels" in run.controls()]
+    untrained = "untrained", groups[0], "untrained"
     return [("raw pixels", with_pixels[:1], "pixels"), untrained] if with_pixels else [untrained]
 
 
@@ -223,7 +223,7 @@ def learners(study: Study) -> str:
     groups = study.groups(LEARNERS)
     if not groups:
         return ""
-    columns = [*(row(*floor) for floor in floors(study)),
+    columns = [*(row(*floor) for floor in floors(groups)),
                *(row(label(group[0]), group) for group in study.groups(("random-labels", *LEARNERS)))]
     names = ["", "seeds", *METRICS.values(), "dimension", *(f"{name}, adapted" for name in METRICS.values()),
              "between trace / untrained", "within trace / untrained",
@@ -232,7 +232,7 @@ def learners(study: Study) -> str:
     return table(header, rows)
 
 
-def contrast(study: Study) -> str:
+def contrast(study: Study, names: Sequence[str] = LEARNERS) -> str:
     """The floors and the learners, narrower, for README.md."""
     def row(name: str, runs: list[Run], kind: str = "final") -> list[str]:
         metrics = [over(effects.measured, metric=metric, model=model, kind=kind)(runs)
@@ -241,11 +241,16 @@ def contrast(study: Study) -> str:
         own = over(effects.own_accuracy, 100, transductive=False)(runs) if kind == "final" else MISSING
         return [name, str(len(runs)), *metrics, nearest, classifier, own]
 
-    groups = study.groups(LEARNERS)
-    rows = [row(*floor) for floor in floors(study)] if groups else []
+    groups = study.groups(names)
+    rows = [row(*floor) for floor in floors(groups)] if groups else []
     return table(["trained as", "seeds", METRICS["relative_within"], "the same, adapted", METRICS["nc1"], "adapted",
                   "nearest support mean, %", "adapted classifier, %", "by its own rule, not transductive, %"],
                  [*rows, *(row(label(group[0]), group) for group in groups)])
+
+
+def photographs(study: Study) -> str:
+    """The same of photographs, after the last meta-step."""
+    return contrast(study, PHOTOGRAPH_LEARNERS)
 
 
 def ranking(study: Study) -> str:
@@ -262,7 +267,7 @@ def ranking(study: Study) -> str:
     predictors["larger dimension of all class means"] = effects.dimension
     rules = {"nearest support mean before adaptation": lambda run: effects.tested(run, "nearest_mean", 0),
              "the learner's own rule": effects.own_accuracy}
-    measured = [(runs, "final") for runs in groups] + [(runs, kind) for _, runs, kind in floors(study)]
+    measured = [(runs, "final") for runs in groups] + [(runs, kind) for _, runs, kind in floors(groups)]
     rows = []
     for name, predictor in predictors.items():
         row = [name]
@@ -312,7 +317,7 @@ def adaptation(study: Study) -> str:
 
 TABLES: dict[str, Callable[[Study], str]] = {function.__name__: function for function in (
     contrast, accuracies, collapse, accuracy, layers, inner_steps, correlation, original, cells, learners,
-    ranking, adaptation, changes, length, tests, controls, runs)}
+    photographs, ranking, adaptation, changes, length, tests, controls, runs)}
 
 
 # ---- the program
