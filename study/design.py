@@ -46,6 +46,9 @@ SETTINGS = {setting.name: setting for setting in (
               (1,), "miniimagenet_train.py")
       for learner, label in (("maml", "MAML"), ("anil", "ANIL"), ("protonet", "ProtoNet"),
                              ("classifier", "classifier"))),
+    Setting("photographs-large-step", "photographs of 32 x 32, MAML, inner loop and classifier as on Omniglot",
+            f"{_SMALL_PHOTOS} --update_step 1 --update_lr 2 --update_step_test 3 --spatial_mean --head_std 1", (1,),
+            "miniimagenet_train.py"),
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
     Setting("small-step", "1 inner step of 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1,)),
