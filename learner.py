@@ -188,7 +188,8 @@ def _name_and_params(i: int, layer: Sequence) -> tuple[str, list]:
 def _pools_before_relus(config: Config) -> list[tuple[int, str, Sequence]]:
     """The layers with their numbers, in the order of `forward`: a relu after the max pooling that follows it.
 
-    There it has fewer values. Output and gradient stay the same: that goes to the first largest value if positive.
+    It has fewer values there. The output is the same, and so is the gradient: in either order it goes to the first
+    largest value of a window if that is positive, else nowhere.
     """
     order = [(i, *layer) for i, layer in enumerate(config)]
     for i in range(1, len(order)):

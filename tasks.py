@@ -5,6 +5,7 @@ A task picks `n_way` classes and, of each, `k_spt` support and `k_qry` query ima
 0..n_way-1: which class gets which label is drawn for every task.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -53,8 +54,8 @@ def tree_map(function: Callable, tree: Any, *others: Any) -> Any:
 
 
 def chunks(size: int, total: int, *trees: Any) -> Iterator[tuple]:
-    """The trees, at most `size` of their `total` tasks (axis 0 of every tensor) at a time, in parts of equal size."""
-    size = -(-total // -(-total // size))
+    """The trees, at most `size` of their `total` tasks (axis 0 of every tensor) at a time, evenly."""
+    size = math.ceil(total / math.ceil(total / size))
     for start in range(0, total, size):
         yield tree_map(lambda values, start=start: values[start:start + size], trees)
 
