@@ -8,7 +8,7 @@
 
 benchmarks/README.md says what is compared. Tasks are random images: the time does not depend on what they show. First
 all gradients are compared in float64, on a small part of each case. Then the implementations take turns in float32,
-`--repeats` rounds after a warm-up, in a process of their own. On a CPU there are two such processes, because glibc's
+`--repeats` rounds after a warm-up, in a process of their own. On Linux there are two such processes, because glibc's
 default returns large blocks to the system, which slows most implementations: one runs with the default, one with
 `device.keep_memory`, as the training scripts do. The table shows the better of the two.
 """
@@ -17,6 +17,7 @@ import argparse
 import gc
 import json
 import os
+import platform
 import statistics
 import sys
 import time
@@ -127,8 +128,9 @@ def start(args: argparse.Namespace) -> torch.device:
 
 def measure_in_processes(case: Case, args: argparse.Namespace) -> dict:
     """`measure`, with each implementation under the allocator setting that suits it better."""
+    glibc = platform.libc_ver()[0] == "glibc" and args.device == "cpu"  # elsewhere keep_memory has no effect
     runs = []
-    for keep in (False, True) if args.device == "cpu" else (False,):
+    for keep in (False, True) if glibc else (False,):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             runs.append(pool.submit(measure, case, args, keep).result())
     times = [run["times"] for run in runs]

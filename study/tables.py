@@ -249,7 +249,7 @@ def contrast(study: Study, names: Sequence[str] = LEARNERS) -> str:
 
 
 def photographs(study: Study) -> str:
-    """The same of photographs, after the last meta-step."""
+    """The same of the learners trained on photographs."""
     return contrast(study, PHOTOGRAPH_LEARNERS)
 
 

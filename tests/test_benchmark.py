@@ -76,9 +76,13 @@ def test_each_time_is_under_the_better_allocator_setting(monkeypatch):
 
     monkeypatch.setattr(speed, "measure", measure)
     monkeypatch.setattr(speed, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(speed.platform, "libc_ver", lambda: ("glibc", "2.36"))
     fastest = speed.measure_in_processes(TINY, speed.argparse.Namespace(device="cpu"))
     assert settings == [False, True]
     assert fastest == {"GFLOP": 1.0, "times": {"a": {"s": 1}, "b": {"s": -2}}}
+    monkeypatch.setattr(speed.platform, "libc_ver", lambda: ("", ""))
+    speed.measure_in_processes(TINY, speed.argparse.Namespace(device="cpu"))
+    assert settings == [False, True, False]  # once where keep_memory has no effect
 
 
 def test_matrix_product_has_the_flops_of_the_plain_loop():
