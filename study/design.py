@@ -18,7 +18,7 @@ class Setting(NamedTuple):
 _ORIGINAL = "--task_num 8 --epoch 6000 --nc_every 30 --eval_every 250"
 _PHOTO_DATA = "--data_name 'Tiny ImageNet in the miniImageNet layout'"
 _PHOTOS = f"{_PHOTO_DATA} --task_num 2 --nc_every 30 --eval_every 150 --eval_tasks 50"
-_SMALL_PHOTOS = f"{_PHOTO_DATA} --recipe paper --k_spt 1 --imgsz 32 --epoch 12000 --nc_every 100"
+_SMALL_PHOTOS = f"{_PHOTO_DATA} --recipe paper --k_spt 1 --imgsz 32 --nc_every 100"
 _LONG = "--recipe paper --eval_every 1000 --keep_every 10000 --save_every 5000"
 _SHORT = "--recipe paper --nc_every 100 --eval_every 1000 --save_every 5000"
 _CONTRAST, _ONE_CHANGE = f"{_SHORT} --epoch 10000", f"{_SHORT} --epoch 5000"
@@ -42,31 +42,40 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("contrast-boil", "BOIL", f"{_CONTRAST} --learner boil"),
     Setting("contrast-protonet", "ProtoNet", f"{_CONTRAST} --learner protonet"),
     Setting("contrast-classifier", "classifier", f"{_CONTRAST} --learner classifier"),
-    *(Setting(f"photographs-{learner}", f"photographs of 32 x 32, {label}", f"{_SMALL_PHOTOS} --learner {learner}",
-              (1,), "miniimagenet_train.py")
+    *(Setting(f"photographs-{learner}", f"photographs of 32 x 32, {label}",
+              f"{_SMALL_PHOTOS} --epoch 40000 --learner {learner}", (1,), "miniimagenet_train.py")
       for learner, label in (("maml", "MAML"), ("anil", "ANIL"), ("protonet", "ProtoNet"),
                              ("classifier", "classifier"))),
-    Setting("photographs-large-step", "photographs of 32 x 32, MAML, inner loop and classifier as on Omniglot",
-            f"{_SMALL_PHOTOS} --update_step 1 --update_lr 2 --update_step_test 3 --spatial_mean --head_std 1", (1,),
-            "miniimagenet_train.py"),
+    *(Setting(f"photographs-{name}", f"photographs of 32 x 32, MAML, {label}", f"{_SMALL_PHOTOS} {flags}", (1,),
+              "miniimagenet_train.py")
+      for name, label, flags in (
+          ("omniglot-loop", "inner loop and classifier as on Omniglot",
+           "--epoch 40000 --update_step 1 --update_lr 2 --update_step_test 3 --spatial_mean --head_std 1"),
+          ("large-step", "5 inner steps of 0.5", "--epoch 28000 --update_lr 0.5"),
+          ("large-body-step", "5 inner steps of 0.5, the classifier's 0.05",
+           "--epoch 28000 --update_lr 0.5 --head_lr 0.05"),
+          ("slow-head", "the classifier's inner step 0.005", "--epoch 28000 --head_lr 0.005"))),
+    Setting("omniglot-photographs-loop", "Omniglot, MAML, inner loop and classifier as on photographs",
+            f"{_CONTRAST} --update_step 5 --update_lr 0.05 --update_step_test 10 --no-spatial_mean --head_std 0.0875",
+            (1,)),
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
-    Setting("small-step", "1 inner step of 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1,)),
+    Setting("small-step", "1 inner step of 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1, 2)),
     Setting("small-head", "classifier from N(0, 0.18²)", f"{_ONE_CHANGE} --head_std 0.177", (1, 2)),
     Setting("slow-head", "classifier from N(0, 0.18²), its inner step 0.5",
-            f"{_ONE_CHANGE} --head_std 0.177 --head_lr 0.5", (1,)),
+            f"{_ONE_CHANGE} --head_std 0.177 --head_lr 0.5", (1, 2)),
     Setting("small-head-flat", "classifier from N(0, 0.18²), no spatial mean",
             f"{_ONE_CHANGE} --head_std 0.177 --no-spatial_mean", (1, 2)),
     Setting("smaller-head-flat", "classifier from N(0, 0.09²), no spatial mean",
-            f"{_ONE_CHANGE} --head_std 0.0884 --no-spatial_mean", (1,)),
+            f"{_ONE_CHANGE} --head_std 0.0884 --no-spatial_mean", (1, 2)),
     Setting("other-network", "conv-bn-relu", f"{_ONE_CHANGE} --net conv_bn_relu"),
     Setting("other-network-large-head", "conv-bn-relu, classifier from N(0, 1)",
             f"{_SHORT} --epoch 2000 --net conv_bn_relu --head_std 1", (1,)),
     Setting("other-network-no-scale", "conv-bn-relu, batch norm without scale",
             f"{_ONE_CHANGE} --net conv_bn_relu --no-bn_scale", (1,)),
     Setting("small-head-with-scale", "classifier from N(0, 0.18²), batch norm with scale",
-            f"{_ONE_CHANGE} --bn_scale --head_std 0.177", (1,)),
-    Setting("small-images", "images of 16 x 16", f"{_ONE_CHANGE} --imgsz 16", (1,)),
+            f"{_ONE_CHANGE} --bn_scale --head_std 0.177", (1, 2)),
+    Setting("small-images", "images of 16 x 16", f"{_ONE_CHANGE} --imgsz 16", (1, 2)),
     Setting("small-images-small-head", "images of 16 x 16, classifier from N(0, 0.18²)",
             _SMALL_IMAGES, (1, 2)),
     Setting("small-images-slow-head", "images of 16 x 16, classifier from N(0, 0.18²), its inner step 0.5",
@@ -77,16 +86,16 @@ SETTINGS = {setting.name: setting for setting in (
             f"{_SMALL_IMAGES} --first_order", (1, 2)),
     Setting("small-images-slow-head-first-order",
             "images of 16 x 16, classifier from N(0, 0.18²), its inner step 0.5, first order",
-            f"{_SMALL_IMAGES} --head_lr 0.5 --first_order", (1,)),
+            f"{_SMALL_IMAGES} --head_lr 0.5 --first_order", (1, 2)),
     Setting("small-images-slower-head-first-order",
             "images of 16 x 16, classifier from N(0, 0.18²), its inner step 0.125, first order",
             f"{_SMALL_IMAGES} --head_lr 0.125 --first_order", (1, 2)),
     Setting("first-order-small-head", "classifier from N(0, 0.18²), first order",
-            f"{_ONE_CHANGE} --head_std 0.177 --first_order", (1,)),
+            f"{_ONE_CHANGE} --head_std 0.177 --first_order", (1, 2)),
     Setting("first-order-slow-head", "classifier from N(0, 0.18²), its inner step 0.5, first order",
-            f"{_ONE_CHANGE} --head_std 0.177 --head_lr 0.5 --first_order", (1,)),
+            f"{_ONE_CHANGE} --head_std 0.177 --head_lr 0.5 --first_order", (1, 2)),
     Setting("five-steps", "images of 16 x 16, classifier from N(0, 0.18²), 5 inner steps of 0.4",
-            _FIVE_STEPS, (1,)),
+            _FIVE_STEPS, (1, 2)),
     Setting("five-steps-slow-head", "images of 16 x 16, classifier from N(0, 0.18²), 5 inner steps of 0.4, its own 0.1",
             f"{_FIVE_STEPS} --head_lr 0.1", (1,)),
     Setting("fast-head", "classifier from N(0, 0.18²), its inner step 8",
@@ -103,9 +112,10 @@ SETTINGS = {setting.name: setting for setting in (
             f"{_ONE_CHANGE} --net conv_bn_relu --imgsz 36 --spatial_mean", (1, 2)),
     Setting("paper-omniglot-5w1s", "paper's recipe, 5-way 1-shot", _LONG),
     Setting("paper-omniglot-5w1s-first-order", "paper's recipe, 5-way 1-shot, first order",
-            f"{_LONG} --first_order --epoch 20000", (1,)),
-    Setting("paper-omniglot-5w5s", "paper's recipe, 5-way 5-shot", f"{_LONG} --k_spt 5 --epoch 5000", (1,)),
-    Setting("paper-omniglot-20w1s", "paper's recipe, 20-way 1-shot", f"{_LONG} --n_way 20 --epoch 4000", (1,)),
+            f"{_LONG} --first_order", (1,)),
+    Setting("paper-omniglot-5w5s", "paper's recipe, 5-way 5-shot", f"{_LONG} --k_spt 5 --epoch 35000", (1,)),
+    Setting("paper-omniglot-20w1s", "paper's recipe, 20-way 1-shot",
+            f"{_LONG} --n_way 20 --epoch 24000 --nc_every 100 --nc_every_late 300", (1,)),
 )}
 
 MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from study import effects
-from study.design import CHANGES, LONG, MAIN, METRICS, MODELS, PHOTOGRAPHS, SETTINGS, label
+from study.design import CHANGES, LONG, MAIN, METRICS, MODELS, SETTINGS, label
 from study.logs import Run, Study, describe, number
 from study.markdown import fixed, over, table
 
@@ -120,6 +120,6 @@ def runs(study: Study, names: Sequence[str] = (), columns: Sequence[str] = ()) -
 
 def accuracies(study: Study) -> str:
     """The same, narrower, of the recipes' own runs, for README.md."""
-    return runs(study, (*LONG, *MAIN, *PHOTOGRAPHS), (
+    return runs(study, (*LONG, *MAIN), (
         "", "recipe", "meta-steps x tasks", "queries per class; inner steps", "test accuracy, %", "not transductive, %",
         "published"))
