@@ -96,15 +96,20 @@ def check_network(run: Path, net: Learner) -> None:
 
 
 def complete(out: Path, epoch: int) -> bool:
-    """Whether the run is finished and no larger --epoch is requested."""
+    """Whether the run is finished and no other --epoch is requested."""
     return os.path.exists(out / "result.json") and _args(out)["settings"]["epoch"] == epoch
 
 
 def resumed(out: Path, epoch: int, step: int, steps: int) -> None:
-    """Remove what does not hold for the run to come, and write a larger --epoch to args.json; its rest stays.
+    """Remove what does not hold for the run to come, and write another --epoch to args.json; its rest stays.
 
     That is the result, and where the weights of `step` are trained on, what was measured of the last ones.
+
+    Raises:
+        UserError: the run has taken more than `steps` meta-steps.
     """
+    if step > steps:
+        raise UserError(f"--epoch {epoch}: the run is at meta-step {step:,} of then {steps:,}; it can't end before it")
     if devices.rank() > 0:
         return
     recorded = _args(out)

@@ -167,7 +167,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("save_every", 500, "meta-steps between two checkpoints; 0: only at the start, at the end and when stopped")
     choice("tensorboard", False, "also write loss, accuracy and relative within traces to OUT/tensorboard")
     flag("resume", None, f"resume a stopped run on its own settings; {_flags(MAY_CHANGE['resume'])} may be "
-         "changed, and EPOCH may only grow", metavar="RUN_FOLDER")
+         "changed, and EPOCH may end the run earlier or later", metavar="RUN_FOLDER")
     flag("test", None, f"test a finished run again, on its own settings; {_flags(MAY_CHANGE['test'])} may be changed",
          metavar="RUN_FOLDER")
     flag("from_args", None, "repeat a run in a new folder; other flags change its settings",
@@ -228,12 +228,10 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
         queries = flags.get("k_qry_test", flags.get("k_qry", settings["k_qry_test"] or settings["k_qry"]))
         one_query_set = {"k_qry": queries, "k_qry_test": queries, "nc_qry": None}  # a test measures no neural collapse
         return argparse.Namespace(**settings | flags | one_query_set)
-    epoch, new_epoch = settings["epoch"], flags.get("epoch", settings["epoch"])
-    if new_epoch < epoch:
-        raise UserError(f"--epoch {new_epoch}: the run has {epoch}; that may only grow")
-    if new_epoch > epoch and settings["lr_schedule"] == "cosine":
-        raise UserError(f"--epoch {new_epoch}: the run's cosine ends at {epoch}; "
-                        f"start a longer one with --from_args {quoted(path)}")
+    epoch = flags.get("epoch", settings["epoch"])
+    if epoch != settings["epoch"] and settings["lr_schedule"] == "cosine":
+        raise UserError(f"--epoch {epoch}: the run's cosine ends at {settings['epoch']}; "
+                        f"start another with --from_args {quoted(path)}")
     return argparse.Namespace(**settings | flags | {"out": flags["resume"]})
 
 

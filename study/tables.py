@@ -232,25 +232,31 @@ def learners(study: Study) -> str:
     return table(header, rows)
 
 
-def contrast(study: Study, names: Sequence[str] = LEARNERS) -> str:
-    """The floors and the learners, narrower, for README.md."""
+def contrast(study: Study, names: Sequence[str] = LEARNERS, more: Sequence[tuple[str, Cell]] = ()) -> str:
+    """The floors and the learners, narrower, for README.md; with columns of the runs alone, by their names."""
     def row(name: str, runs: list[Run], kind: str = "final") -> list[str]:
         metrics = [over(effects.measured, metric=metric, model=model, kind=kind)(runs)
                    for metric in ("relative_within", "nc1") for model in MODELS]
         nearest, _, classifier = accuracies_by_rule(runs, kind)
         own = over(effects.own_accuracy, 100, transductive=False)(runs) if kind == "final" else MISSING
-        return [name, str(len(runs)), *metrics, nearest, classifier, own]
+        others = [cell(runs) if kind == "final" else MISSING for _, cell in more]
+        return [name, str(len(runs)), *metrics, nearest, classifier, own, *others]
 
     groups = study.groups(names)
     rows = [row(*floor) for floor in floors(groups)] if groups else []
     return table(["trained as", "seeds", METRICS["relative_within"], "the same, adapted", METRICS["nc1"], "adapted",
-                  "nearest support mean, %", "adapted classifier, %", "by its own rule, not transductive, %"],
+                  "nearest support mean, %", "adapted classifier, %", "by its own rule, not transductive, %",
+                  *(column for column, _ in more)],
                  [*rows, *(row(label(group[0]), group) for group in groups)])
 
 
 def photographs(study: Study) -> str:
-    """The same of the learners trained on photographs."""
-    return contrast(study, PHOTOGRAPH_LEARNERS)
+    """The same of what was trained on photographs, and what the inner loop finds and changes there."""
+    return contrast(study, PHOTOGRAPH_LEARNERS, [
+        ("spread of the classifier's rows, untrained",
+         over(effects.first_step, quantity="rows", kind=effects.UNTRAINED)),
+        ("the same, trained", over(effects.first_step, quantity="rows")),
+        ("body's step, relative", over(effects.first_step, quantity="body"))])
 
 
 def ranking(study: Study) -> str:

@@ -206,7 +206,9 @@ def test_a_longer_run_is_the_longer_run(whole, tmp_path, monkeypatch, capsys):
     same(run, whole)
     one, two = (json.loads((folder / "args.json").read_text()) for folder in (run, whole))
     assert one["meta_steps"] == 8 and one["settings"] == two["settings"] | {"out": str(run)}
-    assert "--epoch 4: the run has 8; that may only grow" in refused("--resume", str(run), "--epoch", "4")
+    before = kill.state(run)
+    assert "--epoch 4: the run is at meta-step 8 of then 4" in refused("--resume", str(run), "--epoch", "4")
+    assert not kill.differences(kill.state(run), before)
 
 
 def test_resuming_takes_the_runs_own_flags_and_where_it_happens(stopped, whole, tmp_path):
