@@ -18,7 +18,7 @@ import numpy as np
 import files
 from files import Parser, UserError, atomic
 from study import effects
-from study.design import CELLS, LEARNERS, LONG, MAIN, METRICS, MODELS, PHOTOGRAPH_LEARNERS, PHOTOGRAPHS, label
+from study.design import CELLS, LEARNERS, LONG, MAIN, METRICS, MODELS, PHOTOGRAPHS, SMALL_PHOTOGRAPHS, label
 from study.logs import HOME, Run, Study
 from study.markdown import MISSING, Cell, correlated, fixed, over, table
 from study.run_tables import accuracies, changes, length, runs, tests
@@ -252,7 +252,7 @@ def contrast(study: Study, names: Sequence[str] = LEARNERS, more: Sequence[tuple
 
 def photographs(study: Study) -> str:
     """The same of what was trained on photographs, and what the inner loop finds and changes there."""
-    return contrast(study, PHOTOGRAPH_LEARNERS, [
+    return contrast(study, SMALL_PHOTOGRAPHS, [
         ("spread of the classifier's rows, untrained",
          over(effects.first_step, quantity="rows", kind=effects.UNTRAINED)),
         ("the same, trained", over(effects.first_step, quantity="rows")),
