@@ -109,7 +109,7 @@ def resumed(out: Path, epoch: int, step: int, steps: int) -> None:
         UserError: the run has taken more than `steps` meta-steps.
     """
     if step > steps:
-        raise UserError(f"--epoch {epoch}: the run is at meta-step {step:,} of then {steps:,}; it can't end before it")
+        raise UserError(f"--epoch {epoch} ends the run after {steps:,} meta-steps, and it has taken {step:,} already")
     if devices.rank() > 0:
         return
     recorded = _args(out)

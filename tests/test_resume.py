@@ -207,7 +207,8 @@ def test_a_longer_run_is_the_longer_run(whole, tmp_path, monkeypatch, capsys):
     one, two = (json.loads((folder / "args.json").read_text()) for folder in (run, whole))
     assert one["meta_steps"] == 8 and one["settings"] == two["settings"] | {"out": str(run)}
     before = kill.state(run)
-    assert "--epoch 4: the run is at meta-step 8 of then 4" in refused("--resume", str(run), "--epoch", "4")
+    said = refused("--resume", str(run), "--epoch", "4")
+    assert "--epoch 4 ends the run after 4 meta-steps, and it has taken 8 already" in said
     assert not kill.differences(kill.state(run), before)
 
 
