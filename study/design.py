@@ -42,19 +42,19 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("contrast-boil", "BOIL", f"{_CONTRAST} --learner boil"),
     Setting("contrast-protonet", "ProtoNet", f"{_CONTRAST} --learner protonet"),
     Setting("contrast-classifier", "classifier", f"{_CONTRAST} --learner classifier"),
-    *(Setting(f"photographs-{learner}", f"photographs of 32 x 32, {label}",
-              f"{_SMALL_PHOTOS} --epoch 40000 --learner {learner}", (1,), "miniimagenet_train.py")
-      for learner, label in (("maml", "MAML"), ("anil", "ANIL"), ("protonet", "ProtoNet"),
-                             ("classifier", "classifier"))),
-    *(Setting(f"photographs-{name}", f"photographs of 32 x 32, MAML, {label}", f"{_SMALL_PHOTOS} {flags}", (1,),
-              "miniimagenet_train.py")
-      for name, label, flags in (
-          ("omniglot-loop", "inner loop and classifier as on Omniglot",
-           "--epoch 40000 --update_step 1 --update_lr 2 --update_step_test 3 --spatial_mean --head_std 1"),
-          ("large-step", "5 inner steps of 0.5", "--epoch 28000 --update_lr 0.5"),
-          ("large-body-step", "5 inner steps of 0.5, the classifier's 0.05",
-           "--epoch 28000 --update_lr 0.5 --head_lr 0.05"),
-          ("slow-head", "the classifier's inner step 0.005", "--epoch 28000 --head_lr 0.005"))),
+    *(Setting(f"photographs-{name}", f"photographs of 32 x 32, {label}", f"{_SMALL_PHOTOS} --epoch {epoch} {flags}",
+              (1,), "miniimagenet_train.py")
+      for name, label, epoch, flags in (
+          ("maml", "MAML", 40000, "--learner maml"),
+          ("anil", "ANIL", 40000, "--learner anil"),
+          ("protonet", "ProtoNet", 40000, "--learner protonet"),
+          ("classifier", "classifier", 40000, "--learner classifier"),
+          ("omniglot-loop", "MAML, inner loop and classifier as on Omniglot", 40000,
+           "--update_step 1 --update_lr 2 --update_step_test 3 --spatial_mean --head_std 1"),
+          ("large-step", "MAML, 5 inner steps of 0.5", 28000, "--update_lr 0.5"),
+          ("large-body-step", "MAML, 5 inner steps of 0.5, the classifier's 0.05", 28000,
+           "--update_lr 0.5 --head_lr 0.05"),
+          ("slow-head", "MAML, the classifier's inner step 0.005", 28000, "--head_lr 0.005"))),
     Setting("omniglot-photographs-loop", "Omniglot, MAML, inner loop and classifier as on photographs",
             f"{_CONTRAST} --update_step 5 --update_lr 0.05 --update_step_test 10 --no-spatial_mean --head_std 0.0875",
             (1,)),
