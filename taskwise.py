@@ -13,6 +13,7 @@ channel's statistics.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-5  # batch norm's, as torch.nn.BatchNorm2d
+LARGE = 2**18  # values of a task's im2col, above which a CPU's native kernel is faster than a batched product
 LONG = 2**14  # rows of a sum that a GPU does better in parts: cuBLAS gives it to few threads where the product is small
 
 
@@ -93,8 +95,8 @@ def _no_third_derivative(compute: Callable) -> Callable:
 
 
 # A convolution is bilinear in image and kernel. Its gradients are its two adjoints, and the gradients of those are
-# the same three maps again. Each map has two ways: one task goes to the native kernel; several go through im2col, and
-# become one batched matrix product.
+# the same three maps again. Each map has two ways: a task that is alone or large goes to the native kernel; several
+# small ones go through im2col, and become one batched matrix product.
 
 
 class _Conv(torch.autograd.Function):
@@ -144,27 +146,26 @@ class _ConvGradients(torch.autograd.Function):
 
 def _convolve(x, weight, bias, stride, padding, columns=None):
     """[T, N, h, w, c], [T, o, c, k, k], [T, o] -> [T, N, h', w', o], and the columns where some were made."""
-    if len(x) == 1:
-        y = F.conv2d(_nchw(x), _kernel(weight), None if bias is None else bias[0], stride, padding)
-        return y.permute(0, 2, 3, 1)[None], None
-    tasks, samples, h, w, _ = x.shape
+    if _native(x, weight, stride):
+        biases = [None] * len(x) if bias is None else bias
+        return _stack([F.conv2d(*task, stride, padding) for task in zip(_nchw(x), _kernels(weight), biases)]), None
     o, k = weight.shape[1], weight.shape[-1]
     if columns is None:
         columns = _im2col(x, k, stride)
     matrix = _matrix(weight).transpose(1, 2)
     y = torch.bmm(columns, matrix) if bias is None else torch.baddbmm(bias[:, None], columns, matrix)
-    return y.view(tasks, samples, (h - k) // stride + 1, (w - k) // stride + 1, o), columns
+    return y.view(*x.shape[:2], *_output_sides(x, k, stride), o), columns
 
 
 def _adjoints(x, weight, g, columns, stride, padding, wanted):
     """Gradients of <g, conv(x, weight) + bias> with respect to x, weight and bias; None where not wanted."""
     for_x, for_weight, for_bias = wanted
-    if len(x) == 1:
-        gx, gw, gb = torch.ops.aten.convolution_backward(
-            _nchw(g), _nchw(x), _kernel(weight), [weight.shape[1]], [stride] * 2, [padding] * 2, [1, 1], False,
-            [0, 0], 1, wanted)
-        return (gx.permute(0, 2, 3, 1)[None] if for_x else None, gw[None] if for_weight else None,
-                gb[None] if for_bias else None)
+    if _native(x, weight, stride):
+        gx, gw, gb = zip(*(torch.ops.aten.convolution_backward(
+            *task, [weight.shape[1]], [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, wanted)
+            for task in zip(_nchw(g), _nchw(x), _kernels(weight))))
+        return (_stack(gx) if for_x else None, _stack(gw).permute(0, 1, 4, 2, 3) if for_weight else None,
+                torch.stack(gb) if for_bias else None)
     tasks, o, c, k, _ = weight.shape
     rows = g.reshape(tasks, -1, o)
     gx = _col2im(torch.bmm(rows, _matrix(weight)), x.shape, k, stride) if for_x else None
@@ -182,12 +183,27 @@ def _adjoints(x, weight, g, columns, stride, padding, wanted):
     return gx, gw, rows.sum(1) if for_bias else None
 
 
-def _nchw(x):  # [1, N, h, w, c] -> [N, c, h, w], in channels-last memory
-    return x[0].permute(0, 3, 1, 2)
+def _native(x, weight, stride):
+    k = weight.shape[-1]
+    values = x.shape[1] * math.prod(_output_sides(x, k, stride)) * k * k * x.shape[-1]
+    return len(x) == 1 or x.device.type == "cpu" and values > LARGE
 
 
-def _kernel(weight):
-    return weight[0].contiguous(memory_format=torch.channels_last)
+def _output_sides(x, k, stride):  # of an x that is padded already
+    return [(side - k) // stride + 1 for side in x.shape[2:4]]
+
+
+def _nchw(x):  # [T, N, h, w, c] -> T times [N, c, h, w], in channels-last memory
+    return x.permute(0, 1, 4, 2, 3).unbind()
+
+
+def _kernels(weight):
+    return [kernel.contiguous(memory_format=torch.channels_last) for kernel in weight.unbind()]
+
+
+def _stack(values):  # the inverse of _nchw; stacked channels first, they would be copied into another memory order
+    values = [value.permute(0, 2, 3, 1) for value in values]
+    return torch.stack(values) if len(values) > 1 else values[0][None]  # one is not copied
 
 
 def _matrix(weight):  # [T, o, c, k, k] -> [T, o, k*k*c], a view where the memory is [o, k, k, c]
@@ -198,7 +214,7 @@ def _im2col(x, k, stride):
     """[T, N, h, w, c] -> [T, N*h'*w', k*k*c], each row the patch under one output pixel."""
     tasks, samples, h, w, c = x.shape
     t, n, y, z, d = x.stride()
-    rows, cols = (h - k) // stride + 1, (w - k) // stride + 1
+    rows, cols = _output_sides(x, k, stride)
     patches = x.as_strided((tasks, samples, rows, cols, k, k, c), (t, n, y * stride, z * stride, y, z, d),
                            x.storage_offset())
     return patches.reshape(tasks, samples * rows * cols, k * k * c)
