@@ -43,7 +43,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("contrast-protonet", "ProtoNet", f"{_CONTRAST} --learner protonet"),
     Setting("contrast-classifier", "classifier", f"{_CONTRAST} --learner classifier"),
     *(Setting(f"photographs-{name}", f"photographs of 32 x 32, {label}", f"{_SMALL_PHOTOS} --epoch {epoch} {flags}",
-              (1,), "miniimagenet_train.py")
+              (1, 2) if name in ("maml", "slow-head") else (1,), "miniimagenet_train.py")
       for name, label, epoch, flags in (
           ("maml", "MAML", 40000, "--learner maml"),
           ("anil", "ANIL", 40000, "--learner anil"),
@@ -57,7 +57,7 @@ SETTINGS = {setting.name: setting for setting in (
           ("slow-head", "MAML, the classifier's inner step 0.005", 28000, "--head_lr 0.005"))),
     Setting("omniglot-photographs-loop", "Omniglot, MAML, inner loop and classifier as on photographs",
             f"{_CONTRAST} --update_step 5 --update_lr 0.05 --update_step_test 10 --no-spatial_mean --head_std 0.0875",
-            (1,)),
+            (1, 2)),
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
     Setting("small-step", "1 inner step of 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1, 2)),
