@@ -43,18 +43,18 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("contrast-protonet", "ProtoNet", f"{_CONTRAST} --learner protonet"),
     Setting("contrast-classifier", "classifier", f"{_CONTRAST} --learner classifier"),
     *(Setting(f"photographs-{name}", f"photographs of 32 x 32, {label}", f"{_SMALL_PHOTOS} --epoch {epoch} {flags}",
-              (1, 2) if name in ("maml", "slow-head") else (1,), "miniimagenet_train.py")
-      for name, label, epoch, flags in (
-          ("maml", "MAML", 40000, "--learner maml"),
-          ("anil", "ANIL", 40000, "--learner anil"),
-          ("protonet", "ProtoNet", 40000, "--learner protonet"),
-          ("classifier", "classifier", 40000, "--learner classifier"),
-          ("omniglot-loop", "MAML, inner loop and classifier as on Omniglot", 40000,
+              seeds, "miniimagenet_train.py")
+      for name, label, seeds, epoch, flags in (
+          ("maml", "MAML", (1, 2), 40000, "--learner maml"),
+          ("anil", "ANIL", (1,), 40000, "--learner anil"),
+          ("protonet", "ProtoNet", (1,), 40000, "--learner protonet"),
+          ("classifier", "classifier", (1,), 40000, "--learner classifier"),
+          ("omniglot-loop", "MAML, inner loop and classifier as on Omniglot", (1,), 40000,
            "--update_step 1 --update_lr 2 --update_step_test 3 --spatial_mean --head_std 1"),
-          ("large-step", "MAML, 5 inner steps of 0.5", 28000, "--update_lr 0.5"),
-          ("large-body-step", "MAML, 5 inner steps of 0.5, the classifier's 0.05", 28000,
+          ("large-step", "MAML, 5 inner steps of 0.5", (1,), 28000, "--update_lr 0.5"),
+          ("large-body-step", "MAML, 5 inner steps of 0.5, the classifier's 0.05", (1,), 28000,
            "--update_lr 0.5 --head_lr 0.05"),
-          ("slow-head", "MAML, the classifier's inner step 0.005", 28000, "--head_lr 0.005"))),
+          ("slow-head", "MAML, the classifier's inner step 0.005", (1, 2), 28000, "--head_lr 0.005"))),
     Setting("omniglot-photographs-loop", "Omniglot, MAML, inner loop and classifier as on photographs",
             f"{_CONTRAST} --update_step 5 --update_lr 0.05 --update_step_test 10 --no-spatial_mean --head_std 0.0875",
             (1, 2)),
