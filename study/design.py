@@ -58,6 +58,9 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("omniglot-photographs-loop", "Omniglot, MAML, inner loop and classifier as on photographs",
             f"{_CONTRAST} --update_step 5 --update_lr 0.05 --update_step_test 10 --no-spatial_mean --head_std 0.0875",
             (1, 2)),
+    Setting("omniglot-as-photographs", "Omniglot's images, all else as on photographs",
+            "--data omniglot/folders --data_name 'Omniglot in class folders' --recipe paper --k_spt 1 --imgsz 32 "
+            "--nc_every 100 --epoch 40000", (1, 2), "miniimagenet_train.py"),
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
     Setting("small-step", "1 inner step of 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1, 2)),
@@ -122,8 +125,9 @@ MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
 PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
-# of 32 x 32, and the same inner loop on Omniglot
-SMALL_PHOTOGRAPHS = (*(name for name in SETTINGS if name.startswith("photographs-")), "omniglot-photographs-loop")
+# of 32 x 32, the same inner loop on Omniglot, and all of it on Omniglot's images
+SMALL_PHOTOGRAPHS = (*(name for name in SETTINGS if name.startswith("photographs-")),
+                     "omniglot-photographs-loop", "omniglot-as-photographs")
 CHANGES = {  # by what the classifier takes from the last map
     "mean of 2 x 2": ("contrast-maml", "small-step", "small-head", "slow-head", "fast-head", "small-head-with-scale",
                       "first-order-small-head", "first-order-slow-head", "other-network-mean"),
