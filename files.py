@@ -198,14 +198,17 @@ def _lock(descriptor: int) -> None:
         pass
 
 
-def progress(items: Iterable, what: str, total: int, unit: str) -> Iterator:
-    """`items`, with a bar on a terminal, else with a line every ten seconds. Both begin after two seconds."""
+class _Lines(tqdm):
+    """A bar for a file: its text as a line of its own. tqdm itself would rewrite one endless line."""
+
+    def display(self, *_, **__) -> None:
+        self.fp.write(f"{self}\n")
+
+
+def progress(items: Iterable | None, what: str, total: int, unit: str, delay: float = 2, **options) -> tqdm:
+    """`items` with a bar on a terminal, else a line every ten seconds; nothing in the first `delay` seconds."""
+    options |= {"total": total, "delay": delay, "miniters": 1}
     if sys.stderr.isatty():
-        yield from tqdm(items, what, total, delay=2, unit=f" {unit}")
-        return
-    next_line = time.monotonic() + 2
-    for done, item in enumerate(items, start=1):
-        yield item
-        if time.monotonic() > next_line:
-            next_line = time.monotonic() + 10
-            print(f"{what}: {done:,} of {total:,} {unit}", file=sys.stderr, flush=True)
+        return tqdm(items, what, unit=f" {unit}", dynamic_ncols=True, **options)
+    text = f"{what and f'{what}: '}{{n_fmt}}/{{total_fmt}} {unit}{{postfix}}, {{remaining}} left"
+    return _Lines(items, mininterval=10, bar_format=text, **options)

@@ -133,10 +133,7 @@ class ImageSet:
         Raises:
             UserError: more than a `SHARED` part of its images is in another split too.
         """
-        first = split not in self._hashes
-        others = list(self._hashes) if first else []
-        if first:
-            self._note_twice(split, hashes)
+        others = [] if split in self._hashes else list(self._hashes)
         self._hashes[split] = hashes
         for other in others:
             shared = [value for value in np.intersect1d(hashes, self._hashes[other]) if value]  # 0: no image
@@ -146,16 +143,6 @@ class ImageSet:
                 listed(pairs, f"{what}, which must not share any", "take each out of one of them")
             elif shared:
                 _say(f"note: {what}: {'; '.join(pairs[:10])}")
-
-    def _note_twice(self, split: str, hashes: np.ndarray) -> None:
-        """Say which images a class of a split has twice: a task may have one of them in support and query."""
-        ordered, classes = np.sort(hashes, 1), list(self.splits[split].values())
-        rows, places = np.nonzero((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > 0))  # 0: no image
-        twice = list(dict.fromkeys(zip(rows, ordered[rows, places])))
-        names = [" = ".join(classes[row][column].name for column in np.flatnonzero(hashes[row] == value))
-                 for row, value in twice[:10]]
-        if twice:
-            _say(f"note: {len(twice):,} images are twice or more within a class of {split}: {'; '.join(names)}")
 
     def _name(self, split: str, value: int) -> str:
         """The name of the first image whose pixels have this hash."""

@@ -330,18 +330,3 @@ def say(text: str) -> None:
 
 def percent(values: Tensor) -> str:
     return "[" + " ".join(f"{100 * value:.2f}" for value in values.tolist()) + "]"
-
-
-class _Lines(tqdm):
-    """A bar for a file: its text as a line of its own. tqdm itself would rewrite one endless line."""
-
-    def display(self, *_, **__) -> None:
-        self.fp.write(f"{self}\n")
-
-
-def progress(steps: int, done: int) -> tqdm:
-    """A bar on a terminal, else a line every ten seconds; `done` of the `steps` were taken before this process."""
-    common = {"total": steps, "initial": done, "miniters": 1, "disable": devices.rank() > 0}
-    if sys.stderr.isatty():
-        return tqdm(unit="step", dynamic_ncols=True, **common)
-    return _Lines(mininterval=10, bar_format="{n_fmt}/{total_fmt} steps{postfix}, {remaining} left", **common)

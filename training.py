@@ -191,7 +191,8 @@ class _Run:
         """Train to the last step. It leaves the weights of the last step in place, and a checkpoint of them."""
         board = record.tensorboard(self.out, self.maml.step) if self.args.tensorboard else None
         with Log(self.out / "log.jsonl", self.log_bytes, board) as self.log, \
-                record.progress(self.steps, self.maml.step) as self.bar:
+                progress(None, "", self.steps, "steps", delay=0, initial=self.maml.step,
+                         disable=devices.rank() > 0) as self.bar:
             if not self.log_bytes:
                 self.log.add("run", 0, data=self.data.dataset.name())
             try:

@@ -139,6 +139,7 @@ CHANGES = {  # by what the classifier takes from the last map
               "other-network", "other-network-xavier", "other-network-no-scale", "other-network-large-head")}
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
+TASKS = {"train": "training tasks", "heldout": "held-out tasks"}
 MODELS = {"meta": "before adaptation", "finetuned": "adapted"}
 METRICS = {"relative_within": "relative within trace", "nc1": "tr(S_W S_B⁺)/C", "cdnv_unbiased": "CDNV, unbiased",
            "directional_cdnv": "directional CDNV", "etf_error": "ETF error"}

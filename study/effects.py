@@ -21,7 +21,6 @@ HIDDEN = -2      # the classifier's input; a layer is a name, or an index into t
 BY_PARTS = "first step by parts"  # the control in controls.json
 UNTRAINED = f"{BY_PARTS}, untrained"
 CONTROL_QUERIES = 15  # per class in controls.json, if its name says nothing else
-LATE = 1_000     # correlations and drops use the checkpoints from this meta-step on, after the steep beginning
 
 # 97.5% points of Student's t for 1..10 degrees of freedom; beyond them the last one, which is slightly too wide.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -48,22 +47,12 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def correlations_over_seeds(values: Sequence[float]) -> Estimate:
-    """Mean and t interval of correlations by Fisher's z, which keeps the interval within -1 and 1."""
-    with np.errstate(divide="ignore"):
-        return Estimate(*map(math.tanh, over_seeds(np.arctanh(np.array(values, float)))))
-
-
 def share_over_tasks(run: Run) -> float:
     """Half of the 95% interval over held-out tasks of the adapted relative within trace at the end of one run.
 
-    The percentile interval of 2,000 resampled means, if the log has the traces of each task; else 1.96 standard errors.
+    The percentile interval of 2,000 resampled means.
     """
-    rows = [row.get("per_task", {}).get("finetuned", {})
-            for step, row in run.rows["heldout"].items() if step >= end_from(run)]
-    if not rows or any(trace not in row for row in rows for trace in ("within", "between")):
-        steps, _, se = series(run, "heldout", "finetuned", "relative_within")
-        return 1.96 * mean_at_end(run, steps, se)
+    rows = [row["per_task"]["finetuned"] for step, row in run.rows["heldout"].items() if step >= end_from(run)]
     traces = np.array([[row[trace] for row in rows] for trace in ("within", "between")], float)  # [2, S, T]
     shares = within_share(traces).mean(0)  # [T], as the tasks are the same at every measurement
     drawn = np.random.default_rng(0).integers(len(shares), size=(2_000, len(shares)))
@@ -98,10 +87,6 @@ def nearest(run: Run, split: str, metric: str, step: int, model: str = "finetune
     else:
         steps, values, _ = series(run, split, model, metric)
     return float(values[np.abs(steps - step).argmin()])
-
-
-def logged(run: Run, model: str, metric: str) -> bool:
-    return run.has("heldout", model, "cdnv" if metric == "cdnv_unbiased" else metric)
 
 
 def unbiased_cdnv(measured: np.ndarray, queries: int) -> np.ndarray:
@@ -148,19 +133,6 @@ def lowest(run: Run, model: str, metric: str) -> float:
     return float(series(run, "heldout", model, metric).mean.min()) / untrained(run, model, metric)
 
 
-def adapted_minus_meta(run: Run, metric: str, layer: int | str = HIDDEN) -> float:
-    return end(run, "finetuned", metric, layer) - end(run, "meta", metric, layer)
-
-
-def heldout_minus_train(run: Run, model: str, metric: str) -> float:
-    return end(run, model, metric) - end(run, model, metric, split="train")
-
-
-def matched_dimension(run: Run, model: str) -> float:
-    """`matching_dimension` of the ETF error at the end."""
-    return matching_dimension(end(run, model, "etf_error"), run.settings["n_way"])
-
-
 def accuracy_at_end(run: Run, inner_step: int, split: str = "heldout") -> float:
     """Query accuracy of the classifier after `inner_step` inner steps; -1: after the last one."""
     steps, values = run.along_inner_loop(split, "accuracy")
@@ -181,28 +153,14 @@ def within_share(traces: np.ndarray | Sequence) -> np.ndarray:
     return traces[0] / (traces[0] + traces[1])
 
 
-def logit_share_change(run: Run, model: str, suffix: str, start: int, split: str = "train") -> float:
-    """Change of the relative within trace of the logits, from the measurement nearest to step `start` to the end."""
+def logit_share_change(run: Run, model: str, suffix: str, split: str = "train") -> float:
+    """Change of the relative within trace of the logits, from the untrained network to the end."""
     steps, traces = logit_traces(run, model, suffix, split)
-    start_traces = traces[:, np.abs(steps - start).argmin()]
     end_traces = [mean_at_end(run, steps, trace) for trace in traces]
-    return float(within_share(end_traces) - within_share(start_traces))
+    return float(within_share(end_traces) - within_share(traces[:, 0]))
 
 
-# ---- collapse against accuracy
-
-
-def late_error(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Meta-steps from LATE on, and the error of the adapted classifier on held-out tasks then: [S], [S]."""
-    steps, values = run.along_inner_loop("heldout", "accuracy")
-    late = steps >= LATE
-    return steps[late], 1 - values[late, -1]
-
-
-def detrended(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The values minus their straight line (least squares) in log step: [S], [S] -> [S]."""
-    x = np.log10(steps) - np.log10(steps).mean()
-    return values - values.mean() - x * ((x @ values) / (x @ x))
+# ---- series and ranks
 
 
 def smoothed(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -211,39 +169,6 @@ def smoothed(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     near = (np.abs(steps[:, None] - steps) <= 0.1 * steps[:, None]) & defined
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(defined, near @ np.where(defined, values, 0) / near.sum(1), np.nan)
-
-
-def residuals(run: Run, model: str, metric: str, layer: int | str) -> tuple[np.ndarray, np.ndarray]:
-    """Log metric and log held-out error from meta-step LATE on, each minus its trend; empty if undefined."""
-    steps, error = late_error(run)
-    metric_steps, values, _ = series(run, "heldout", model, metric, layer)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log([values[metric_steps >= LATE], error])
-    if len(steps) < 4 or not np.isfinite(logs).all():  # three points are too few for a trend; 0 has no logarithm
-        return np.empty(0), np.empty(0)
-    return detrended(steps, logs[0]), detrended(steps, logs[1])
-
-
-def correlation(run: Run, model: str, metric: str, layer: int | str) -> float:
-    """Of the `residuals`: positive if checkpoints less collapsed than their neighbours are less accurate."""
-    x, y = residuals(run, model, metric, layer)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return float(np.corrcoef(x, y)[0, 1]) if len(x) else math.nan
-
-
-def error_spread(run: Run) -> float:
-    """Standard deviation of log held-out error minus its trend, from meta-step LATE on: 0.1 is a tenth of the error."""
-    steps, error = late_error(run)
-    if len(steps) < 4 or not error.all():
-        return math.nan
-    deviations = detrended(steps, np.log(error))
-    return float(np.sqrt((deviations**2).sum() / (len(steps) - 2)))
-
-
-def largest_drop(run: Run) -> float:
-    """The largest drop of held-out accuracy from one checkpoint to the next, from meta-step LATE on."""
-    _, error = late_error(run)
-    return float(np.diff(error).max()) if len(error) > 1 else math.nan
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
@@ -256,53 +181,40 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
         return float(np.corrcoef(*ranks)[0, 1])
 
 
-# ---- of saved weights (controls.json, result.json), else of the log
+# ---- of saved weights: controls.json, result.json
 
 
 def measured(run: Run, model: str, metric: str, kind: str = "final") -> float:
-    """On the test tasks of the control `kind` in controls.json; without it, from the log, of held-out tasks."""
-    if control := run.controls().get(kind):
-        values = control.get(model, {}).get("cdnv" if metric == "cdnv_unbiased" else metric, {}).get("mean") or [None]
-        value = number(values[max(len(values) - 2, 0)])
-        queries = int(kind.split()[1]) if kind.startswith("queries") else CONTROL_QUERIES
-        return float(unbiased_cdnv(value, queries)) if metric == "cdnv_unbiased" else value
-    value_of = {"final": end, "untrained": untrained}.get(kind)
-    return value_of(run, model, metric) if value_of and logged(run, model, metric) else math.nan
+    """On the test tasks of the control `kind` in controls.json; nan without it."""
+    measured = run.controls().get(kind, {}).get(model, {})
+    values = measured.get("cdnv" if metric == "cdnv_unbiased" else metric, {}).get("mean") or [None]
+    value = number(values[max(len(values) - 2, 0)])
+    queries = int(kind.split()[1]) if kind.startswith("queries") else CONTROL_QUERIES
+    return float(unbiased_cdnv(value, queries)) if metric == "cdnv_unbiased" else value
 
 
 def dimension(run: Run, kind: str = "final") -> float:
-    """Participation ratio of the means of all test classes before adaptation; without controls.json, matched to NC2."""
-    if control := run.controls().get(kind):
-        return number(control["effective_dimension"]["meta"])
-    return matching_dimension(measured(run, "meta", "etf_error", kind), run.settings["n_way"])
+    """Participation ratio of the means of all test classes before adaptation; nan without controls.json."""
+    return number(run.controls().get(kind, {}).get("effective_dimension", {}).get("meta"))
 
 
-def accuracy_in(test: dict | None, key: str, place: int) -> float:
-    """A test's "accuracy" or "nearest_mean" before (0) or after (-1) adaptation; nan if it has none."""
-    return number(((test or {}).get(key) or [None])[place])
+def in_control(run: Run, kind: str, key: str, place: int) -> float:
+    """A control's "accuracy" or "nearest_mean" before (0) or after (-1) adaptation; nan if it has none."""
+    return number(run.controls().get(kind, {}).get(key, [None])[place])
 
 
-def by_parts(run: Run, quantity: str, kind: str = BY_PARTS) -> list[float]:
-    """Accuracy or margin before adaptation, and after the first step of the classifier, of the body, of both.
+def first_step(run: Run, quantity: str, kind: str = BY_PARTS, place: int = 0) -> float:
+    """What the control of the first inner step by parts holds.
 
-    Of "rows" and "body" one value: see `first_step`.
+    "accuracy" or "margin" before adaptation (place 0), and after the step of the classifier (1), of the body (2), of
+    both (3). "rows": the norm of the classifier's rows minus their mean. "body": that of the body's step, over its own.
     """
-    return run.controls().get(kind, {}).get(quantity, [math.nan] * 4)
-
-
-def first_step(run: Run, quantity: str, kind: str = BY_PARTS) -> float:
-    """ "rows": the norm of the classifier's rows minus their mean; "body": of the body's first step, over its own."""
-    return by_parts(run, quantity, kind)[0]
-
-
-def accuracy_after(run: Run, part: str) -> float:
-    """Accuracy after the first inner step of the "classifier" or the "body" alone."""
-    return by_parts(run, "accuracy")[("classifier", "body").index(part) + 1]
+    return number(run.controls().get(kind, {}).get(quantity, [None] * 4)[place])
 
 
 def body_part(run: Run, kind: str = BY_PARTS) -> float:
     """The body's part of the margin that the first inner step adds, if classifier and body step one at a time."""
-    before, classifier, body, _ = by_parts(run, "margin", kind)
+    before, classifier, body = (first_step(run, "margin", kind, place) for place in range(3))
     return (body - before) / (body - before + classifier - before)
 
 
@@ -321,9 +233,9 @@ def five_shot_share(run: Run, samples: str, inner_step: int) -> float:
 
 
 def tested(run: Run, key: str, place: int, transductive: bool = True) -> float:
-    """`accuracy_in` the test of result.json."""
+    """The same of the test in result.json."""
     name = "test" if transductive else "test_nontransductive"
-    return accuracy_in(run.file("result.json").get(name), key, place)
+    return number(run.file("result.json").get(name, {}).get(key, [None])[place])
 
 
 def own_accuracy(run: Run, transductive: bool = True, interval: bool = False) -> float:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from files import UserError, atomic, one_line
 from study import effects
-from study.design import MODELS, label
+from study.design import MODELS, TASKS, label
 from study.logs import Run, describe
 
 Group = list[Run]  # the seeds of a setting
@@ -29,7 +29,6 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 GREY, DARK = "#777777", "#333333"
 STYLES = {"finetuned": "-", "meta": (0, (4, 2))}
 SPLITS = {"train": "-", "heldout": ":"}
-TASKS = {"train": "training tasks", "heldout": "held-out tasks"}
 STYLE = {"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "axes.axisbelow": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "legend.frameon": False,
          "legend.fontsize": 8, "axes.titlelocation": "left", "lines.solid_capstyle": "butt"}

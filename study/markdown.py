@@ -41,12 +41,6 @@ def written(estimate: Estimate) -> str:
     return f"{fixed(mean, decimals)} [{fixed(low, decimals)}, {fixed(high, decimals)}]"
 
 
-def correlated(estimate: Estimate) -> str:
-    """A correlation and its interval, to two decimals."""
-    mean, low, high = (fixed(value, 2) for value in estimate)
-    return mean if low == MISSING else f"{mean} [{low}, {high}]"
-
-
 def over(value: Callable[..., float], scale: float = 1, **options) -> Cell:
     """A cell: `scale` times value(run, **options), mean and interval over seeds; of two seeds both values."""
     def cell(runs: list[Run]) -> str:

@@ -12,7 +12,6 @@ from files import UserError
 from study import effects, figures
 from study.design import CHANGES, LEARNERS, LONG, MAIN, PHOTOGRAPHS, label
 from study.logs import Run, Study
-from study.markdown import correlated
 
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
           for name, style in (("before adaptation", {"markerfacecolor": "white"}), ("adapted", {}))]
@@ -61,24 +60,6 @@ def relative_to_start(run: Run, trace: str) -> tuple[np.ndarray, np.ndarray]:
     """A trace of the adapted model on training tasks as a multiple of the within trace at the first step."""
     steps, mean, _ = effects.series(run, "train", "finetuned", trace)
     return steps, mean / effects.series(run, "train", "finetuned", "within").mean[0]
-
-
-def correlation(study: Study) -> Figure:
-    """Log CDNV at block 3 and log held-out error, each minus its trend: a point per checkpoint, a shape per seed."""
-    layer = "block3"
-    groups = study.groups(MAIN)
-    figure = Figure(figsize=(figures.WIDTH, 2.9))
-    figure.set_layout_engine("constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(groups), sharex=True, sharey=True))
-    for axes, (group, colour, title) in zip(panels, figures.colours(groups)):
-        for run, marker in zip(group, "o^sDv"):
-            axes.scatter(*effects.residuals(run, "finetuned", "cdnv", layer), s=14, color=colour, marker=marker,
-                         alpha=0.75, linewidths=0)
-        r = effects.correlations_over_seeds([effects.correlation(run, "finetuned", "cdnv", layer) for run in group])
-        axes.set(title=title, xlabel="log CDNV minus its trend")
-        axes.text(0.03, 0.97, f"r = {correlated(r)}", transform=axes.transAxes, va="top")
-    panels[0].set_ylabel("log held-out error minus its trend")
-    return figure
 
 
 def original(study: Study) -> Figure:
@@ -187,8 +168,7 @@ def all_figures(study: Study) -> dict[str, Figure]:
     main = study.groups(MAIN)
     if not main:
         raise UserError(f"no run of the study in {study.folder}; run python -m study.run, and then with --collect")
-    drawn = {"metrics": figures.metrics(main), "layers": figures.layers(main), "correlation": correlation(study),
-             "original": original(study)}
+    drawn = {"metrics": figures.metrics(main), "layers": figures.layers(main), "original": original(study)}
     if study.groups(LEARNERS):
         drawn["learners"] = learners(study)
     if study.groups(CHANGES["1 x 1"]):

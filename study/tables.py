@@ -18,9 +18,9 @@ import numpy as np
 import files
 from files import Parser, UserError, atomic
 from study import effects
-from study.design import CELLS, LEARNERS, LONG, MAIN, METRICS, MODELS, PHOTOGRAPHS, SMALL_PHOTOGRAPHS, label
+from study.design import CELLS, LEARNERS, LONG, MAIN, METRICS, MODELS, PHOTOGRAPHS, SMALL_PHOTOGRAPHS, TASKS, label
 from study.logs import HOME, Run, Study
-from study.markdown import MISSING, Cell, correlated, fixed, over, table
+from study.markdown import MISSING, Cell, fixed, over, table
 from study.run_tables import accuracies, changes, length, runs, tests
 
 NAMED_LAYERS = tuple(zip(range(-5, 0), ("block 1", "block 2", "block 3", "block 4", "logits")))
@@ -40,14 +40,12 @@ def compared(study: Study, names: Sequence[str], rows: Sequence[tuple[str, Cell]
                   for name, cell in [("seeds", lambda runs: str(len(runs))), *rows]])
 
 
-# ---- the original's recipe: collapse, layers, adaptation, correlation, the original's measure
+# ---- the original's recipe: collapse, layers, adaptation, the original's measure
 
 
 def from_untrained(model: str, metric: str, layer: int = effects.HIDDEN) -> Cell:
     """ "untrained → end" on held-out tasks."""
     def cell(runs: list[Run]) -> str:
-        if not all(effects.logged(run, model, metric) for run in runs):
-            return MISSING
         start, stop = (over(value, model=model, metric=metric, layer=layer)(runs)
                        for value in (effects.untrained, effects.end))
         start_alone = re.split(r" [±[]", start)[0]
@@ -58,7 +56,8 @@ def from_untrained(model: str, metric: str, layer: int = effects.HIDDEN) -> Cell
 
 def heldout_gap(runs: list[Run]) -> str:
     """Held-out minus training tasks; the interval over seeds, over tasks, and both together."""
-    gaps = [effects.heldout_minus_train(run, "finetuned", "relative_within") for run in runs]
+    share = functools.partial(effects.end, model="finetuned", metric="relative_within")
+    gaps = [share(run) - share(run, split="train") for run in runs]
     mean, low, high = effects.over_seeds(gaps)
     if not math.isfinite(mean):
         return MISSING
@@ -77,12 +76,14 @@ NC1 = ("tr(S_W S_B⁺)/C, adapted", from_untrained("finetuned", "nc1"))
 CDNV = ("CDNV, unbiased, adapted", from_untrained("finetuned", "cdnv_unbiased"))
 NEAREST_MEAN = ("nearest support mean before adaptation, %",
                 over(effects.end, 100, model="meta", metric="ncc_accuracy"))
-DEVIATION = ("deviation of log error from its trend, from step 1,000", over(effects.error_spread))
 
 
 def collapse(study: Study) -> str:
     def cdnv_reduction(run: Run) -> float:
         return 1 / effects.growth(run, "finetuned", "cdnv_unbiased")
+
+    def matched_dimension(run: Run, model: str) -> float:
+        return effects.matching_dimension(effects.end(run, model, "etf_error"), run.settings["n_way"])
 
     return compared(study, (*MAIN, *PHOTOGRAPHS), [
         ("relative within trace, before adaptation", from_untrained("meta", "relative_within")),
@@ -96,9 +97,9 @@ def collapse(study: Study) -> str:
         ("CDNV, unbiased, untrained / end", over(cdnv_reduction)),
         ("directional CDNV, adapted", from_untrained("finetuned", "directional_cdnv")),
         ("NC2: ETF error, adapted", from_untrained("finetuned", "etf_error")),
-        ("dimension of random directions with that error", over(effects.matched_dimension, model="finetuned")),
+        ("dimension of random directions with that error", over(matched_dimension, model="finetuned")),
         ("NC2 before adaptation: ETF error", from_untrained("meta", "etf_error")),
-        ("dimension of random directions with that error", over(effects.matched_dimension, model="meta")),
+        ("dimension of random directions with that error", over(matched_dimension, model="meta")),
         ("NC3: self-duality, adapted", from_untrained("finetuned", "self_duality")),
         ("NC4: mismatch with the nearest support mean, adapted", from_untrained("finetuned", "ncc_mismatch")),
     ])
@@ -115,16 +116,17 @@ def accuracy(study: Study) -> str:
         ("classifier, adapted, %", over(effects.accuracy_at_end, 100, inner_step=-1)),
         ("difference, points", over(difference, 100)),
         ("classifier, adapted, training tasks, %", over(effects.accuracy_at_end, 100, inner_step=-1, split="train")),
-        ("largest drop between checkpoints from step 1,000, points", over(effects.largest_drop, 100)),
-        DEVIATION,
     ])
 
 
 def layers(study: Study) -> str:
+    def change(run: Run, layer: int) -> float:
+        adapted, before = (effects.end(run, model, "relative_within", layer) for model in ("finetuned", "meta"))
+        return adapted - before
+
     shares = [(f"{model_name}, {layer_name}", from_untrained(model, "relative_within", layer))
               for model, model_name in MODELS.items() for layer, layer_name in NAMED_LAYERS]
-    changes = [(f"adapted minus before, {layer_name}",
-                over(effects.adapted_minus_meta, metric="relative_within", layer=layer))
+    changes = [(f"adapted minus before, {layer_name}", over(change, layer=layer))
                for layer, layer_name in NAMED_LAYERS]
     return compared(study, MAIN, shares + changes)
 
@@ -144,119 +146,96 @@ def inner_steps(study: Study) -> str:
         for quantity, cell in quantities.items() for moment, step in moments.items()])
 
 
-def correlation(study: Study) -> str:
-    """Every layer, metric and model: detrended log metric with detrended log held-out error, from step 1,000."""
-    metrics = {"relative_within": METRICS["relative_within"], "cdnv": "CDNV", "nc1": METRICS["nc1"]}
-    rows, blocks = [], []
-    for group in study.groups(MAIN):
-        blocks = group[0].layers[:-1]
-        for metric, metric_name in metrics.items():
-            for model, model_name in MODELS.items():
-                by_layer = np.array([[effects.correlation(run, model, metric, layer) for layer in blocks]
-                                     for run in group])  # [seeds, layers]
-                mean = np.tanh(np.arctanh(by_layer).mean(1))
-                cells = [correlated(effects.correlations_over_seeds(values)) for values in (*by_layer.T, mean)]
-                rows.append([label(group[0]), metric_name, model_name, *cells])
-    return table(["", "metric", "model", *blocks, "mean over layers"], rows)
-
-
 def original(study: Study) -> str:
     """Change of the relative within trace of the logits: by label and as the original took it."""
-    spans = {"training tasks, from untrained": ("train", 0), "training tasks, from about step 100": ("train", 100),
-             "held-out tasks, from untrained": ("heldout", 0)}
     return compared(study, (*MAIN, *PHOTOGRAPHS), [
-        (f"{model_name}, {span}, {how}",
-         over(effects.logit_share_change, model=model, suffix=suffix, start=start, split=split))
-        for model, model_name in MODELS.items() for span, (split, start) in spans.items()
+        (f"{model_name}, {tasks}, {how}", over(effects.logit_share_change, model=model, suffix=suffix, split=split))
+        for model, model_name in MODELS.items() for split, tasks in TASKS.items()
         for suffix, how in (("", "by label"), ("_original", "as the original"))])
 
 
 def cells(study: Study) -> str:
     """Inner gradient (first or second order) by network, the original's recipe."""
     return compared(study, CELLS, [("test accuracy, %", over(effects.own_accuracy, 100)), SHARE, *TRACES, CDNV, NC1,
-                                   NEAREST_MEAN, DEVIATION])
+                                   NEAREST_MEAN])
 
 
 # ---- learners, long runs, controls
 
-
-def before_adaptation(runs: list[Run], kind: str) -> list[str]:
-    """The first cells of the tables of learners and controls: seeds, metrics and dimension, before adaptation."""
-    metrics = [over(effects.measured, model="meta", metric=metric, kind=kind)(runs) for metric in METRICS]
-    return [str(len(runs)), *metrics, over(effects.dimension, kind=kind)(runs)]
+Value = Callable[[Run, str], float]  # of a run, as the control of this name measured it; "final": the trained weights
 
 
-def control_accuracies(runs: list[Run], kind: str) -> list[str]:
-    """By each rule, on the tasks of the control, which are transductive."""
-    def value(run: Run, key: str, place: int) -> float:
-        return effects.accuracy_in(run.controls().get(kind), key, place)
+def of_metric(model: str, metric: str) -> Value:
+    return lambda run, kind: effects.measured(run, model, metric, kind)
 
-    return [over(value, 100, key=key, place=place)(runs) for key, place in RULES.values()]
+
+def of_rule(key: str, place: int, transductive: bool = True) -> Value:
+    """Accuracy in the run's test; of other weights than "final" on the tasks of the control, which are transductive."""
+    def value(run: Run, kind: str) -> float:
+        if kind == "final":
+            return effects.tested(run, key, place, transductive)
+        return effects.in_control(run, kind, key, place) if transductive else math.nan
+
+    return value
+
+
+def of_trained(value: Callable[[Run], float]) -> Value:
+    """Of the trained weights alone."""
+    return lambda run, kind: value(run) if kind == "final" else math.nan
+
+
+BEFORE = {name: of_metric("meta", metric) for metric, name in METRICS.items()} | {"dimension": effects.dimension}
+LEARNER = BEFORE | {f"{name}, adapted": of_metric("finetuned", metric) for metric, name in METRICS.items()}
+LEARNER |= {f"{trace} trace, end / untrained": of_trained(functools.partial(effects.growth, model="meta", metric=trace))
+            for trace in ("between", "within")}
+LEARNER |= {f"{name}, %{how}": of_rule(key, place, not how)
+            for how in ("", ", not transductive") for name, (key, place) in RULES.items()}
+OWN = of_trained(functools.partial(effects.own_accuracy, transductive=False))
+CONTRAST = {"relative within trace": of_metric("meta", "relative_within"),
+            "the same, adapted": of_metric("finetuned", "relative_within"),
+            "tr(S_W S_B⁺)/C": of_metric("meta", "nc1"), "adapted": of_metric("finetuned", "nc1"),
+            "nearest support mean, %": of_rule("nearest_mean", 0), "adapted classifier, %": of_rule("accuracy", -1),
+            "by its own rule, not transductive, %": OWN}
+PARTS = {"spread of the classifier's rows, untrained":
+         of_trained(functools.partial(effects.first_step, quantity="rows", kind=effects.UNTRAINED)),
+         "the same, trained": of_trained(functools.partial(effects.first_step, quantity="rows")),
+         "body's step, relative": of_trained(functools.partial(effects.first_step, quantity="body"))}
 
 
 def floors(groups: list[list[Run]]) -> list[tuple[str, list[Run], str]]:
     """What every learner is compared with: its name, runs, and the control of theirs that measured it."""
-    with_pixels = [run for group in groups for run in group if "pixels" in run.controls()]
-    untrained = "untrained", groups[0], "untrained"
-    return [("raw pixels", with_pixels[:1], "pixels"), untrained] if with_pixels else [untrained]
+    return [("raw pixels", groups[0][:1], "pixels"), ("untrained", groups[0], "untrained")]
 
 
-def accuracies_by_rule(runs: list[Run], kind: str = "final", transductive: bool = True) -> list[str]:
-    """By each rule; of a floor on the tasks of its control, with 15 queries per class and transductive."""
-    if kind != "final":
-        return control_accuracies(runs, kind) if transductive else [MISSING] * len(RULES)
-    return [over(effects.tested, 100, key=key, place=place, transductive=transductive)(runs)
-            for key, place in RULES.values()]
+def cells_of(runs: list[Run], kind: str, columns: dict[str, Value]) -> list[str]:
+    """The number of seeds and the columns, which are percent where their name says so."""
+    return [str(len(runs)), *(over(value, 100 if "%" in name else 1, kind=kind)(runs)
+                              for name, value in columns.items())]
+
+
+def with_floors(study: Study, names: Sequence[str], columns: dict[str, Value]) -> list[list[str]]:
+    """A row for the columns' names, for raw pixels, for the untrained network and for every setting with runs."""
+    groups = study.groups(names)
+    shown = [*floors(groups), *((label(runs[0]), runs, "final") for runs in groups)] if groups else []
+    return [["", "seeds", *columns], *([name, *cells_of(runs, kind, columns)] for name, runs, kind in shown)]
 
 
 def learners(study: Study) -> str:
     """Raw pixels, the untrained network and every learner, before adaptation if nothing else is said."""
-    def ratio(run: Run, trace: str) -> float:
-        return effects.measured(run, "meta", trace) / effects.measured(run, "meta", trace, "untrained")
+    header, *rows = zip(*with_floors(study, (*LEARNERS, "random-labels"), LEARNER))
+    return table(header, rows) if header[1:] else ""
 
-    def row(name: str, runs: list[Run], kind: str = "final") -> list[str]:
-        ratios = [over(ratio, trace=trace)(runs) if kind == "final" else MISSING for trace in ("between", "within")]
-        accuracies = [*accuracies_by_rule(runs, kind), *accuracies_by_rule(runs, kind, transductive=False)]
-        adapted = [over(effects.measured, model="finetuned", metric=metric, kind=kind)(runs) for metric in METRICS]
-        return [name, *before_adaptation(runs, kind), *adapted, *ratios, *accuracies]
 
-    groups = study.groups(LEARNERS)
-    if not groups:
-        return ""
-    columns = [*(row(*floor) for floor in floors(groups)),
-               *(row(label(group[0]), group) for group in study.groups(("random-labels", *LEARNERS)))]
-    names = ["", "seeds", *METRICS.values(), "dimension", *(f"{name}, adapted" for name in METRICS.values()),
-             "between trace / untrained", "within trace / untrained",
-             *(f"{name}, %{how}" for how in ("", ", not transductive") for name in RULES)]
-    header, *rows = zip(names, *columns)
+def contrast(study: Study) -> str:
+    """The same, narrower, for README.md."""
+    header, *rows = with_floors(study, LEARNERS, CONTRAST)
     return table(header, rows)
-
-
-def contrast(study: Study, names: Sequence[str] = LEARNERS, more: Sequence[tuple[str, Cell]] = ()) -> str:
-    """The floors and the learners, narrower, for README.md; with columns of the runs alone, by their names."""
-    def row(name: str, runs: list[Run], kind: str = "final") -> list[str]:
-        metrics = [over(effects.measured, metric=metric, model=model, kind=kind)(runs)
-                   for metric in ("relative_within", "nc1") for model in MODELS]
-        nearest, _, classifier = accuracies_by_rule(runs, kind)
-        own = over(effects.own_accuracy, 100, transductive=False)(runs) if kind == "final" else MISSING
-        others = [cell(runs) if kind == "final" else MISSING for _, cell in more]
-        return [name, str(len(runs)), *metrics, nearest, classifier, own, *others]
-
-    groups = study.groups(names)
-    rows = [row(*floor) for floor in floors(groups)] if groups else []
-    return table(["trained as", "seeds", METRICS["relative_within"], "the same, adapted", METRICS["nc1"], "adapted",
-                  "nearest support mean, %", "adapted classifier, %", "by its own rule, not transductive, %",
-                  *(column for column, _ in more)],
-                 [*rows, *(row(label(group[0]), group) for group in groups)])
 
 
 def photographs(study: Study) -> str:
     """The same of what was trained on photographs, and what the inner loop finds and changes there."""
-    return contrast(study, SMALL_PHOTOGRAPHS, [
-        ("spread of the classifier's rows, untrained",
-         over(effects.first_step, quantity="rows", kind=effects.UNTRAINED)),
-        ("the same, trained", over(effects.first_step, quantity="rows")),
-        ("body's step, relative", over(effects.first_step, quantity="body"))])
+    header, *rows = with_floors(study, SMALL_PHOTOGRAPHS, CONTRAST | PARTS)
+    return table(header, rows)
 
 
 def ranking(study: Study) -> str:
@@ -267,21 +246,18 @@ def ranking(study: Study) -> str:
     groups = study.groups(LEARNERS)
     if len(groups) < 3:
         return ""
-    predictors = {f"smaller {name}":
-                  lambda run, kind="final", metric=metric: -effects.measured(run, "meta", metric, kind)
-                  for metric, name in METRICS.items()}
-    predictors["larger dimension of all class means"] = effects.dimension
     rules = {"nearest support mean before adaptation": lambda run: effects.tested(run, "nearest_mean", 0),
              "the learner's own rule": effects.own_accuracy}
     measured = [(runs, "final") for runs in groups] + [(runs, kind) for _, runs, kind in floors(groups)]
     rows = []
-    for name, predictor in predictors.items():
-        row = [name]
+    for name, value in BEFORE.items():
+        sign, direction = (1, "larger") if name == "dimension" else (-1, "smaller")
+        row = [f"{direction} {name}"]
         for accuracy_of in rules.values():
-            pairs = [[(predictor(run), accuracy_of(run)) for run in runs] for runs in groups]
+            pairs = [[(sign * value(run, "final"), accuracy_of(run)) for run in runs] for runs in groups]
             for points in (sum(pairs, []), [np.mean(group, 0) for group in pairs]):
                 row.append(fixed(effects.spearman(*zip(*points)), 2))
-        points = [np.mean([(predictor(run, kind), effects.accuracy_in(run.controls().get(kind), "nearest_mean", 0))
+        points = [np.mean([(sign * value(run, kind), effects.in_control(run, kind, "nearest_mean", 0))
                            for run in runs], 0) for runs, kind in measured]
         rows.append([*row, fixed(effects.spearman(*zip(*points)), 2)])
     header = [f"{rule}, over {count}" for rule in rules
@@ -292,27 +268,27 @@ def ranking(study: Study) -> str:
 
 def controls(study: Study) -> str:
     """Every control of the long runs that have controls.json, before adaptation."""
+    columns = BEFORE | {f"{name}, %": functools.partial(effects.in_control, key=key, place=place)
+                        for name, (key, place) in RULES.items()}
     rows = []
     for group in study.groups(LONG):
         measured = [run for run in group if run.controls()]
-        rows += [[label(group[0]), kind, *before_adaptation(measured, kind), *control_accuracies(measured, kind)]
-                 for kind in dict.fromkeys(kind for run in measured for kind in run.controls()
-                                           if effects.BY_PARTS not in kind)]
-    return table(["", "control", "seeds", *METRICS.values(), "dimension", *(f"{name}, %" for name in RULES)], rows)
+        kinds = dict.fromkeys(kind for run in measured for kind in run.controls() if effects.BY_PARTS not in kind)
+        rows += [[label(group[0]), kind, *cells_of(measured, kind, columns)] for kind in kinds]
+    return table(["", "control", "seeds", *columns], rows)
 
 
 def adaptation(study: Study) -> str:
     """What the inner loop does to query and support features, and what it does from other classifiers."""
-    def accuracy_of(kind: str) -> Cell:
-        return over(lambda run: effects.accuracy_in(run.controls().get(kind), "accuracy", -1), 100)
-
     share = functools.partial(over, effects.measured, metric="relative_within")
     kinds = {"": "final"} | OTHER_CLASSIFIERS
     rows = [("relative within trace, before adaptation", share(model="meta")),
             *((f"adapted{start}", share(model="finetuned", kind=kind)) for start, kind in kinds.items()),
-            *((f"classifier, adapted{start}, %", accuracy_of(kind)) for start, kind in kinds.items())]
+            *((f"classifier, adapted{start}, %", over(effects.in_control, 100, kind=kind, key="accuracy", place=-1))
+              for start, kind in kinds.items())]
     rows += [(f"accuracy after the first step of the {part} alone, %",
-              over(effects.accuracy_after, 100, part=part)) for part in ("classifier", "body")]
+              over(effects.first_step, 100, quantity="accuracy", place=place))
+             for part, place in (("classifier", 1), ("body", 2))]
     rows += [(f"5-shot, unbiased: {samples} features, {when}",
               over(effects.five_shot_share, samples=samples, inner_step=inner_step))
              for samples in ("query", "support") for inner_step, when in ((0, "before adaptation"), (-1, "adapted"))]
@@ -322,7 +298,7 @@ def adaptation(study: Study) -> str:
 
 
 TABLES: dict[str, Callable[[Study], str]] = {function.__name__: function for function in (
-    contrast, accuracies, collapse, accuracy, layers, inner_steps, correlation, original, cells, learners,
+    contrast, accuracies, collapse, accuracy, layers, inner_steps, original, cells, learners,
     photographs, ranking, adaptation, changes, length, tests, controls, runs)}
 
 

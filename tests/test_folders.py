@@ -89,24 +89,6 @@ def test_the_images_of_a_class_may_lie_in_a_folder_images(tmp_path):
     assert list(miniimagenet.find(tmp_path / "tiny").splits["train"]) == ["class 0", "class 1", "class 2"]
 
 
-def test_an_image_that_a_class_has_twice_is_said(tmp_path, capsys):
-    """The classes of the training split have 12 copies; two classes share one image, which is no copy in either."""
-    for folder, classes in (("train", 13), ("val", 2), ("test", 2)):
-        write_classes(tmp_path / folder, classes, len(folder), name=folder)
-    for label in range(12):
-        for copy in "ab"[:1 + (label == 0)]:
-            shutil.copy(tmp_path / f"train/train {label}/0.png", tmp_path / f"train/train {label}/{copy}.png")
-    shutil.copy(tmp_path / "train/train 0/0.png", tmp_path / "train/train 12/c.png")
-    shutil.copy(tmp_path / "train/train 1/0.png", tmp_path / "train/train 0/c.png")
-    image_set = find(tmp_path)
-    for split in (*images.SPLITS, "train"):
-        image_set.load(split, 8, 3)
-    line, = capsys.readouterr().err.splitlines()
-    names = [f"train/train {label}/0.png = train/train {label}/a.png" for label in (1, 10, 11, *range(2, 8))]
-    first = "train/train 0/0.png = train/train 0/a.png = train/train 0/b.png"
-    assert line == f"note: 12 images are twice or more within a class of train: {'; '.join([first, *names])}"
-
-
 def move_up(root: Path, depth: str) -> None:
     for path in list(root.glob(depth)):
         path.rename(path.parent.with_name(f"{path.parent.name} {path.name}"))
