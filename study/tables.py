@@ -239,31 +239,29 @@ def photographs(study: Study) -> str:
 
 
 def ranking(study: Study) -> str:
-    """Spearman correlation of each metric before adaptation with accuracy, over runs, and over learners' means.
+    """Spearman correlation of each metric before adaptation with accuracy, over learners (means over seeds).
 
     In the last column with raw pixels and the untrained network, all with the accuracy of the control's 15 queries.
     """
     groups = study.groups(LEARNERS)
     if len(groups) < 3:
         return ""
-    rules = {"nearest support mean before adaptation": lambda run: effects.tested(run, "nearest_mean", 0),
-             "the learner's own rule": effects.own_accuracy}
-    measured = [(runs, "final") for runs in groups] + [(runs, kind) for _, runs, kind in floors(groups)]
+    trained = [(runs, "final") for runs in groups]
+    with_others = trained + [(runs, kind) for _, runs, kind in floors(groups)]
+    by_mean = "nearest support mean before adaptation"
+    columns = {by_mean: (of_rule("nearest_mean", 0), trained),
+               "the learner's own rule": (of_trained(effects.own_accuracy), trained),
+               f"{by_mean}, 15 queries, with the floors":
+               (functools.partial(effects.in_control, key="nearest_mean", place=0), with_others)}
     rows = []
     for name, value in BEFORE.items():
-        sign, direction = (1, "larger") if name == "dimension" else (-1, "smaller")
-        row = [f"{direction} {name}"]
-        for accuracy_of in rules.values():
-            pairs = [[(sign * value(run, "final"), accuracy_of(run)) for run in runs] for runs in groups]
-            for points in (sum(pairs, []), [np.mean(group, 0) for group in pairs]):
-                row.append(fixed(effects.spearman(*zip(*points)), 2))
-        points = [np.mean([(sign * value(run, kind), effects.in_control(run, kind, "nearest_mean", 0))
-                           for run in runs], 0) for runs, kind in measured]
-        rows.append([*row, fixed(effects.spearman(*zip(*points)), 2)])
-    header = [f"{rule}, over {count}" for rule in rules
-              for count in (f"{sum(map(len, groups))} runs", f"{len(groups)} learners")]
-    header.append(f"nearest support mean before adaptation, 15 queries, over {len(groups)} learners and the floors")
-    return table(["Spearman correlation with higher accuracy by", *header], rows)
+        sign, row = (1, [f"larger {name}"]) if name == "dimension" else (-1, [f"smaller {name}"])
+        for accuracy_of, shown in columns.values():
+            means = [np.mean([(sign * value(run, kind), accuracy_of(run, kind)) for run in runs], 0)
+                     for runs, kind in shown]
+            row.append(fixed(effects.spearman(*zip(*means)), 2))
+        rows.append(row)
+    return table(["Spearman correlation with higher accuracy by", *columns], rows)
 
 
 def controls(study: Study) -> str:

@@ -105,8 +105,8 @@ def test_what_takes_over_two_seconds_says_how_far_it_is(monkeypatch, capfd):
         clock = iter(range(1000))
         monkeypatch.setattr(tqdm.std, "time", lambda: next(clock) * seconds)
         assert list(files.progress(range(items), "reading", items, "files")) == list(range(items))
-        lines = capfd.readouterr().err.splitlines()
-        assert [line.partition(",")[0] for line in lines if line] == [f"reading: {done}/{items} files" for done in reported]
+        said = [line.partition(",")[0] for line in capfd.readouterr().err.splitlines() if line]
+        assert said == [f"reading: {done}/{items} files" for done in reported]
 
 
 PROMISED = torch.randint(256, (3, 4, 1, 8, 8), dtype=torch.uint8)
