@@ -15,8 +15,7 @@ The tasks are those of the run's test. The controls, each with all metrics and a
     queries 1, 5, 19   the final weights with so many queries per class, which batch norm takes together
     5-shot         the final weights with 5 support images per class: their features can be measured too
     first step by parts   the final weights after the first inner step of the classifier alone, the body alone, both:
-                   accuracy, and the margin, the true class's logit minus the mean of the others; and how far apart the
-                   classifier's rows are, and how far the body's weights move
+                   accuracy; and how far apart the classifier's rows are, and how far the body's weights move
     first step by parts, untrained   the same of the untrained network
     batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
     batch norm by the support set                 the same, by statistics without the query
@@ -121,7 +120,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
         results = cat(list(progress(measured(maml, data, images, function), name, batches, "batches")))
         if function is by_parts:
             written[name] = {"tasks": args.test_tasks} | with_intervals(results)
-            say(f"{name}: margin before it, of the classifier alone, the body alone, both: {written[name]['margin']}")
+            say(f"{name}: accuracy before it, after the classifier's, the body's, both: {written[name]['accuracy']}")
             continue
         if net not in dimensions:
             dimensions[net] = dimension(net, images[::data.turns("test"), :most + args.k_spt], dataset)
@@ -167,23 +166,19 @@ def not_adapted(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor]) -> Adapte
 
 
 def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Accuracy and margin [T, 4]: before adaptation, after the first step of the classifier, of the body, of both.
+    """Accuracy [T, 4]: before adaptation, after the first step of the classifier, of the body, of both.
 
-    With them "rows" [T, 1], the norm of the classifier's rows minus their mean before adaptation, and "body" [T, 1],
-    the norm of the body's step as a multiple of that of the weights that it changes.
+    With it "rows" [T, 1], the norm of the classifier's rows minus their mean before adaptation, and "body" [T, 1], the
+    norm of the body's step as a multiple of that of the weights that it changes.
     """
     net, (before, after) = maml.net, maml.adapt(tasks, 1)
-    results = []
-    for body, classifier in itertools.product((before, after), repeat=2):
-        logits = net(tasks.x_qry, body | {name: classifier[name] for name in net.head})
-        true = logits.gather(2, tasks.y_qry[:, :, None])[:, :, 0]
-        margin = true - (logits.sum(2) - true) / (logits.shape[2] - 1)
-        results.append((accuracy(logits, tasks.y_qry), margin.mean(1)))
+    parts = [body | {name: classifier[name] for name in net.head}
+             for body, classifier in itertools.product((before, after), repeat=2)]
+    right = torch.stack([accuracy(net(tasks.x_qry, weights), tasks.y_qry) for weights in parts], 1)
     rows = before[net.classifier] - before[net.classifier].mean(1, keepdim=True)
     body = [name for name in net.adaptable if name not in net.head]
     start, end = (torch.cat([weights[name].flatten(1) for name in body], 1) for weights in (before, after))
-    right, margins = (torch.stack(values, 1) for values in zip(*results))
-    return {"accuracy": right, "margin": margins, "rows": rows.flatten(1).norm(dim=1, keepdim=True),
+    return {"accuracy": right, "rows": rows.flatten(1).norm(dim=1, keepdim=True),
             "body": (end - start).norm(dim=1, keepdim=True) / start.norm(dim=1, keepdim=True)}
 
 

@@ -206,16 +206,10 @@ def in_control(run: Run, kind: str, key: str, place: int) -> float:
 def first_step(run: Run, quantity: str, kind: str = BY_PARTS, place: int = 0) -> float:
     """What the control of the first inner step by parts holds.
 
-    "accuracy" or "margin" before adaptation (place 0), and after the step of the classifier (1), of the body (2), of
-    both (3). "rows": the norm of the classifier's rows minus their mean. "body": that of the body's step, over its own.
+    "accuracy" before adaptation (place 0), and after the step of the classifier (1), of the body (2), of both (3).
+    "rows": the norm of the classifier's rows minus their mean. "body": that of the body's step, over its own.
     """
     return number(run.controls().get(kind, {}).get(quantity, [None] * 4)[place])
-
-
-def body_part(run: Run, kind: str = BY_PARTS) -> float:
-    """The body's part of the margin that the first inner step adds, if classifier and body step one at a time."""
-    before, classifier, body = (first_step(run, "margin", kind, place) for place in range(3))
-    return (body - before) / (body - before + classifier - before)
 
 
 def five_shot_share(run: Run, samples: str, inner_step: int) -> float:

@@ -70,9 +70,7 @@ def changes(study: Study) -> str:
     """The paper's recipe, and the same with one thing changed: a row per setting."""
     at = functools.partial(effects.nearest, split="heldout", step=5_000)
 
-    columns = {"body's part of the step, untrained": over(effects.body_part, kind=effects.UNTRAINED),
-               "trained": over(effects.body_part),
-               "spread of the classifier's rows, untrained":
+    columns = {"spread of the classifier's rows, untrained":
                over(effects.first_step, quantity="rows", kind=effects.UNTRAINED),
                "the same, trained": over(effects.first_step, quantity="rows"),
                "body's step, relative": over(effects.first_step, quantity="body")}

@@ -101,9 +101,6 @@ def test_controls(tmp_path):
             step = sum((after[key] - before[key]).square().sum() for key in body)
             moved.append((step / sum(before[key].square().sum() for key in body)).sqrt().item())
         assert found[name]["body"] == pytest.approx([sum(moved) / len(moved)], 1e-3)
-        true = [one.gather(2, tasks.y_qry[..., None])[..., 0] for one in logits]
-        assert found[name]["margin"] == pytest.approx([((3 * t - one.sum(2)) / 2).mean().item()
-                                                       for t, one in zip(true, logits)], abs=1e-4)
         assert found[name]["accuracy"] == pytest.approx([(one.argmax(2) == tasks.y_qry).double().mean().item()
                                                          for one in logits], abs=1e-5)
     pixels, support = tasks.x_qry.flatten(2), tasks.x_spt.flatten(2)
@@ -166,7 +163,7 @@ def test_no_more_tasks_go_together_than_asked_for(tmp_path, monkeypatch):
             largest.append(0)
             controls.main([run, "--tasks", "5", "--only", kind, "--task_chunk", str(chunk)])
         one = json.loads((tmp_path / "run/controls.json").read_text())
-        found.append([*one[controls.BY_PARTS]["margin"], one["pixels"]["meta"]["nc1_null"]["mean"][0],
+        found.append([*one[controls.BY_PARTS]["body"], one["pixels"]["meta"]["nc1_null"]["mean"][0],
                       *(one[kind]["meta"]["nc1_null"]["mean"][0] for kind in (controls.ALONE, controls.BY_SUPPORT))])
     assert largest == [3] * 4 + [1] * 4 + [2] * 4
     assert found[1] == pytest.approx(found[0], 1e-3) and found[2] == pytest.approx(found[0], 1e-3)

@@ -209,15 +209,15 @@ def test_one_change_is_compared_after_equally_many_meta_steps(tmp_path):
     log = nc_logs.log(6_000, every=1_000, eval_every=1_000, value=lambda *place: place[3] / 7_000)
     nc_logs.write_run(tmp_path / "small-step-seed1", log)
     (row,) = [row for row in log if row["classes"] == "heldout" and row["step"] == 5_000]
-    for margin in ([0.5, 1.5, 3.5, 4.0], None):
-        part = {"margin": margin, "accuracy": [0.2, 0.3, 0.6, 0.8], "rows": [2.5], "body": [0.3]} if margin else {}
+    for measured in (True, False):
+        part = {"accuracy": [0.2, 0.3, 0.6, 0.8], "rows": [2.5], "body": [0.3]} if measured else {}
         (tmp_path / "small-step-seed1/controls.json").write_text(json.dumps({"first step by parts": part}))
-        *_, first, last, untrained, rows, body, _, share, mean, accuracy = (
+        *_, untrained, rows, body, _, share, mean, accuracy = (
             tables.changes(Study(tmp_path)).split("\n")[-1].strip(" |").split(" | "))
-        assert [first, last, untrained, rows, body] == ["–", *(["0.75", "–", "2.5", "0.30"] if margin else ["–"] * 4)]
+        assert [untrained, rows, body] == ["–", *(["2.5", "0.30"] if measured else ["–"] * 2)]
         one = read_run(tmp_path / "small-step-seed1")
         accuracies = [effects.first_step(one, "accuracy", place=place) for place in (1, 2)]
-        assert accuracies == pytest.approx([0.3, 0.6] if margin else [math.nan] * 2, nan_ok=True)
+        assert accuracies == pytest.approx([0.3, 0.6] if measured else [math.nan] * 2, nan_ok=True)
     for cell, value in ((share, row["finetuned"]["relative_within"]["mean"][-2]),
                         (mean, 100 * row["meta"]["ncc_accuracy"]["mean"][-2]),
                         (accuracy, 100 * row["inner"]["accuracy"]["mean"][-1])):
