@@ -61,6 +61,9 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("omniglot-as-photographs", "Omniglot's images, all else as on photographs",
             "--data omniglot/folders --data_name 'Omniglot in class folders' --recipe paper --k_spt 1 --imgsz 32 "
             "--nc_every 100 --epoch 40000", (1, 2), "miniimagenet_train.py"),
+    Setting("omniglot-100-as-photographs", "the same with 100 of the characters, 64 of them for training",
+            "--data omniglot/folders-100 --data_name '100 characters of Omniglot' --recipe paper --k_spt 1 --imgsz 32 "
+            "--nc_every 100 --epoch 12000", (1, 2), "miniimagenet_train.py"),
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
     Setting("small-step", "1 inner step of 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1, 2)),
@@ -127,7 +130,7 @@ CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original",
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
 # of 32 x 32, the same inner loop on Omniglot, and all of it on Omniglot's images
 SMALL_PHOTOGRAPHS = (*(name for name in SETTINGS if name.startswith("photographs-")),
-                     "omniglot-photographs-loop", "omniglot-as-photographs")
+                     "omniglot-photographs-loop", "omniglot-as-photographs", "omniglot-100-as-photographs")
 CHANGES = {  # by what the classifier takes from the last map
     "mean of 2 x 2": ("contrast-maml", "small-step", "small-head", "slow-head", "fast-head", "small-head-with-scale",
                       "first-order-small-head", "first-order-slow-head", "other-network-mean"),
