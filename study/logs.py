@@ -22,7 +22,7 @@ from files import UserError, listed, one_line, reading
 HOME = Path(__file__).resolve().parent.parent
 
 # Settings that do not change the experiment: runs that differ in these alone are seeds of one setting.
-NOT_COMPARED = {"seed", "out", "root", "data", "cache", "device", "precision", "deterministic", "task_chunk",
+NOT_COMPARED = {"seed", "out", "root", "data", "cache", "device", "deterministic", "task_chunk",
                 "cuda_graph", "print_every", "save_every", "keep_every", "nc_every", "nc_every_late", "eval_every",
                 "test_tasks", "tensorboard", "resume", "from_args", "test"}
 
