@@ -202,7 +202,7 @@ PARTS = {"spread of the classifier's rows, untrained":
          "body's step, relative": of_trained(functools.partial(effects.first_step, quantity="body"))}
 
 
-def floors(groups: list[list[Run]]) -> list[tuple[str, list[Run], str]]:
+def references(groups: list[list[Run]]) -> list[tuple[str, list[Run], str]]:
     """What every learner is compared with: its name, runs, and the control of theirs that measured it."""
     return [("raw pixels", groups[0][:1], "pixels"), ("untrained", groups[0], "untrained")]
 
@@ -213,28 +213,28 @@ def cells_of(runs: list[Run], kind: str, columns: dict[str, Value]) -> list[str]
                               for name, value in columns.items())]
 
 
-def with_floors(study: Study, names: Sequence[str], columns: dict[str, Value]) -> list[list[str]]:
+def with_references(study: Study, names: Sequence[str], columns: dict[str, Value]) -> list[list[str]]:
     """A row for the columns' names, for raw pixels, for the untrained network and for every setting with runs."""
     groups = study.groups(names)
-    shown = [*floors(groups), *((label(runs[0]), runs, "final") for runs in groups)] if groups else []
+    shown = [*references(groups), *((label(runs[0]), runs, "final") for runs in groups)] if groups else []
     return [["", "seeds", *columns], *([name, *cells_of(runs, kind, columns)] for name, runs, kind in shown)]
 
 
 def learners(study: Study) -> str:
     """Raw pixels, the untrained network and every learner, before adaptation if nothing else is said."""
-    header, *rows = zip(*with_floors(study, (*LEARNERS, "random-labels"), LEARNER))
+    header, *rows = zip(*with_references(study, (*LEARNERS, "random-labels"), LEARNER))
     return table(header, rows) if header[1:] else ""
 
 
 def contrast(study: Study) -> str:
     """The same, narrower, for README.md."""
-    header, *rows = with_floors(study, LEARNERS, CONTRAST)
+    header, *rows = with_references(study, LEARNERS, CONTRAST)
     return table(header, rows)
 
 
 def photographs(study: Study) -> str:
     """The same of what was trained on photographs, and what the inner loop finds and changes there."""
-    header, *rows = with_floors(study, SMALL_PHOTOGRAPHS, CONTRAST | PARTS)
+    header, *rows = with_references(study, SMALL_PHOTOGRAPHS, CONTRAST | PARTS)
     return table(header, rows)
 
 
@@ -247,11 +247,11 @@ def ranking(study: Study) -> str:
     if len(groups) < 3:
         return ""
     trained = [(runs, "final") for runs in groups]
-    with_others = trained + [(runs, kind) for _, runs, kind in floors(groups)]
+    with_others = trained + [(runs, kind) for _, runs, kind in references(groups)]
     by_mean = "nearest support mean before adaptation"
     columns = {by_mean: (of_rule("nearest_mean", 0), trained),
                "the learner's own rule": (of_trained(effects.own_accuracy), trained),
-               f"{by_mean}, 15 queries, with the floors":
+               f"{by_mean}, 15 queries, with pixels and the untrained network":
                (functools.partial(effects.in_control, key="nearest_mean", place=0), with_others)}
     rows = []
     for name, value in BEFORE.items():
