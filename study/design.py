@@ -61,7 +61,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("omniglot-as-photographs", "Omniglot's images, all else as on photographs",
             "--data omniglot/folders --data_name 'Omniglot in class folders' --recipe paper --k_spt 1 --imgsz 32 "
             "--nc_every 100 --epoch 40000", (1, 2), "miniimagenet_train.py"),
-    Setting("omniglot-100-as-photographs", "the same with 100 of the characters, 64 of them for training",
+    Setting("omniglot-100-as-photographs", "100 of Omniglot's characters, all else as on photographs",
             "--data omniglot/folders-100 --data_name '100 characters of Omniglot' --recipe paper --k_spt 1 --imgsz 32 "
             "--nc_every 100 --epoch 12000", (1,), "miniimagenet_train.py"),
     Setting("random-labels", "MAML, labels at random",
