@@ -55,6 +55,9 @@ SETTINGS = {setting.name: setting for setting in (
           ("large-body-step", "MAML, 5 inner steps of 0.5, the classifier's 0.05", (1,), 28000,
            "--update_lr 0.5 --head_lr 0.05"),
           ("slow-head", "MAML, the classifier's inner step 0.005", (1, 2), 28000, "--head_lr 0.005"))),
+    Setting("photographs-20-images", "photographs of 32 x 32, MAML, 20 images per training class",
+            "--data miniimagenet/folders-20 --data_name 'Tiny ImageNet, 20 images per training class' --recipe paper "
+            "--k_spt 1 --imgsz 32 --nc_every 100 --epoch 40000", (1, 2), "miniimagenet_train.py"),
     Setting("omniglot-photographs-loop", "Omniglot, MAML, inner loop and classifier as on photographs",
             f"{_CONTRAST} --update_step 5 --update_lr 0.05 --update_step_test 10 --no-spatial_mean --head_std 0.0875",
             (1, 2)),
