@@ -106,7 +106,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("five-steps", "images of 16 x 16, classifier from N(0, 0.18²), 5 inner steps of 0.4",
             _FIVE_STEPS, (1, 2)),
     Setting("five-steps-slow-head", "images of 16 x 16, classifier from N(0, 0.18²), 5 inner steps of 0.4, its own 0.1",
-            f"{_FIVE_STEPS} --head_lr 0.1", (1,)),
+            f"{_FIVE_STEPS} --head_lr 0.1", (1, 2)),
     Setting("fast-head", "classifier from N(0, 0.18²), its inner step 8",
             f"{_ONE_CHANGE} --head_std 0.177 --head_lr 8", (1, 2)),
     Setting("flat-slow-head", "classifier from N(0, 0.18²), its inner step 0.5, no spatial mean",
