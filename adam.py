@@ -17,7 +17,7 @@ class GuardedAdam:
         weights: all on one device.
         rate: learning rate.
         cosine_steps: the rate falls from `rate` to 0 as half a cosine over this many updates; 0: it is constant.
-        clip: bound of each value of the gradient; 0: none.
+        clip: each value of the gradient is clipped to -clip..clip; 0: none.
         skip_nonfinite: continue after a step that is not finite; else `halted` is set, and no later step changes
             anything.
 

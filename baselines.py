@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from learner import Learner
-from measuring import accuracy, class_means, cross_entropy, squared_distances
+from measuring import accuracy, cross_entropy, scores
 from tasks import Tasks
 
 
@@ -19,10 +19,8 @@ def protonet_gradient(net: Learner, tasks: Tasks, classes: Tensor | None = None)
     Returns:
         The gradient of the sum of the tasks' losses per parameter of `net`, losses [T], accuracies [T].
     """
-    _, support = net(tasks.x_spt, features=True)
-    logits, query = net(tasks.x_qry, features=True)
-    logits = -squared_distances(query[-2], class_means(support[-2], tasks.y_spt, logits.shape[-1]))
-    return _gradient(net, logits, tasks.y_qry)
+    _, similarity, _ = scores(net, tasks, net.weights, transductive=True)
+    return _gradient(net, similarity, tasks.y_qry)
 
 
 def classifier_gradient(net: Learner, tasks: Tasks, classes: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:

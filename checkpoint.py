@@ -42,7 +42,7 @@ def write(path: Path, value: dict) -> None:
 
 
 def read(path: Path, device: torch.device, remedy: str) -> dict:
-    """Read what `write` wrote, and check every byte against the checksums in the file.
+    """Read what `write` wrote, and check the content against the checksums in the file.
 
     Raises:
         UserError: it is missing, can't be read, or is damaged; the line ends in `remedy`.
@@ -95,7 +95,7 @@ def restore(path: Path, saved: dict, experiment: dict, maml: Meta, sampler: Samp
     Returns:
         What best.pt held, minutes of training, bytes of the log.
     Raises:
-        UserError: `saved` is of another experiment, or its parts don't fit; the line ends in `again`, the last way out.
+        UserError: `saved` is of another experiment, or its parts don't fit; the line ends in `again`, the last resort.
     """
     with reading(path, f"put it back, or {again}", UNUSABLE):
         for name, value in experiment.items():
@@ -118,7 +118,7 @@ def restore(path: Path, saved: dict, experiment: dict, maml: Meta, sampler: Samp
                  saved["adam"]["state"])  # learning rate and other options are the run's settings
         maml.step = step
         maml.updates.fill_(updates)
-        sampler.state = saved["tasks"].cpu()
+        sampler.generator.set_state(saved["tasks"].cpu())
         torch.set_rng_state(saved["generator"].cpu())
         if maml.updates.is_cuda:
             torch.cuda.set_rng_state(saved["cuda_generator"].cpu(), maml.updates.device)

@@ -1,4 +1,4 @@
-"""The device: which one, its arithmetic and memory; several processes; signals; a meta-step as a CUDA graph.
+"""Choice of the device, its arithmetic and memory; several processes; signals; a meta-step as a CUDA graph.
 
 Several processes share one meta-step: `torchrun --nproc_per_node=N omniglot_train.py`. Every process draws the same
 tasks and adapts its share of them. The gradients are summed, so every process takes the same Adam step. Only the
@@ -12,7 +12,6 @@ import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -20,9 +19,6 @@ from torch import Tensor
 
 from files import UserError
 from tasks import tree_map
-
-if TYPE_CHECKING:
-    from meta import Meta, Step
 
 NO_LIMIT = 2**31 - 1
 CACHED = 5 * 2**19  # on a CPU, values of the largest activation, of all tasks that go together (10 MB)
@@ -249,10 +245,10 @@ class GraphedStep:
         generator: the CUDA generator that `step` draws tasks from.
     """
 
-    def __init__(self, maml: "Meta", step: "Callable[..., Step]", generator: torch.Generator):
+    def __init__(self, maml, step: Callable, generator: torch.Generator):
         self.maml, self.step, self.generator, self.graph = maml, step, generator, None
 
-    def __call__(self, every_step: bool = False) -> "Step":
+    def __call__(self, every_step: bool = False):
         """Take one meta-step.
 
         Raises:
@@ -262,8 +258,7 @@ class GraphedStep:
             return self.step(every_step=every_step)
         if self.graph is None:
             try:
-                with self._unchanged():
-                    self.graph, self.result = self._capture()
+                self.graph, self.result = self._capture()
             except (RuntimeError, MemoryError) as error:
                 reason = str(error).partition("\n")[0] or "out of memory"
                 raise UserError(f"--cuda_graph: the step can't be captured here ({reason}); "
@@ -272,29 +267,26 @@ class GraphedStep:
         self.maml.step += 1
         return self.result
 
-    def _capture(self) -> "tuple[torch.cuda.CUDAGraph, Step]":
-        """Capture one step: the graph, and the tensors that a replay writes its result into."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self.step()
-                self.maml.step -= 1  # or a warm-up step might become one that measures
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        if torch.__version__ < (2, 14):  # newer versions find the generators of a capture, and warn of this call
-            graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
-            result = self.step()
-        return graph, result
+    def _capture(self) -> tuple:
+        """Capture one step: the graph, and the tensors that a replay writes its result into.
 
-    @contextlib.contextmanager
-    def _unchanged(self) -> Iterator[None]:
-        """Restore `maml` and `generator` afterwards, so that training is the same with a graph and without."""
+        `maml` and `generator` are restored, so that training is the same with a graph and without.
+        """
         tensors, step, drawn = self.maml.state(), self.maml.step, self.generator.get_state()
         before = [tensor.detach().clone() for tensor in tensors]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         try:
-            yield
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    self.step()
+                    self.maml.step -= 1  # or a warm-up step might become one that measures
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            if torch.__version__ < (2, 14):  # newer versions find the generators of a capture, and warn of this call
+                graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph):
+                return graph, self.step()
         finally:
             torch.cuda.synchronize()  # a failed warm-up may still be writing on its stream
             with torch.no_grad():

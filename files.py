@@ -1,7 +1,6 @@
 """Files written whole or not at all, locks, and errors that the user can fix.
 
-A program that can't do its work prints one line that says what is wrong and
-what to do, and ends with exit status 2 (`run`).
+A program that can't do its work prints one line, what is wrong and what to do, and ends with exit status 2 (`run`).
 """
 
 import argparse
@@ -168,7 +167,8 @@ def locked(path: Path, remedy: str = "name another folder") -> Iterator[None]:
             raise BlockingIOError  # its holder has just removed it
     except (BlockingIOError, PermissionError):
         os.close(descriptor)
-        raise UserError(f"{path.parent} is in use by another process; name another folder") from None
+        raise UserError(f"{path.parent} is in use by another process; wait until it ends, or name another "
+                        "folder") from None
     try:
         yield
     finally:

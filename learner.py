@@ -11,8 +11,6 @@ MAML's inner loop runs the same layers with theta and with the fast weights of e
 Inside, images are channels last, [T, N, h, w, c]: there a convolution is a matrix product.
 """
 
-import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -45,7 +43,6 @@ LAYERS = {
 }
 LEAST = {"in": 1, "out": 1, "channels": 1, "kernel": 1, "stride": 1, "padding": 0}  # of params, all whole numbers
 SHIFT_EPS = 1e-3  # of bn_shift, added to the variance
-SAME_SHAPE = ("bn", "bn_shift", "relu", "leakyrelu", "tanh", "sigmoid")  # the output has the shape of the input
 BLOCK_STARTS = ("conv2d", "convt2d", "linear")
 CONV_INIT = {"kaiming": nn.init.kaiming_normal_, "xavier": nn.init.xavier_uniform_}  # --conv_init
 
@@ -61,12 +58,12 @@ class Learner(nn.Module):
         config: the layers in order, as (name, params); LAYERS says what the params of each mean.
         imgc: channels of an image.
         imgsz: height and width of an image, in pixels.
-        initial: layer name -> function that fills a weight tensor, [out, in, k, k] or [out, in], in place.
+        initial: layer name -> function that fills a weight tensor in place and returns it, as those of torch.nn.init.
         head_std: if given, the last linear layer's weights start from N(0, head_std^2) instead.
     Raises:
-        ValueError: what is no pair, an unknown layer, params of the wrong number or out of range, or a layer that can't
-            take what comes before it (an image too small for the kernel, other channels); the text names the layer. Or
-            head_std without a linear layer at the end.
+        ValueError: a layer that is no pair (name, params), that is unknown, has params of the wrong number or out of
+            range, or can't take what comes before it (an image too small for the kernel, other channels); the text
+            names the layer. Or head_std without a linear layer at the end.
     """
 
     def __init__(self, config: Config, imgc: int, imgsz: int, initial: Mapping[str, Callable] | None = None,
@@ -127,13 +124,13 @@ class Learner(nn.Module):
                 and last the logits: a list of [N, D] or [T, N, D], in the order of `blocks`. A feature's position
                 in D is that of the memory (channels last), not torch's flatten.
             groups: batch norm's statistics are of N / groups consecutive images instead of all N of a task.
-            first: they are of the first `first` images of each group alone, and normalise all its images.
+            first: they are of the first `first` images of each group, and are applied to all its images.
         Returns:
             Logits [N, n_way] or [T, N, n_way]; with features, (logits, list).
         """
         tasks = x if x.dim() == 5 else x[None]
         weights = self.per_task(self.weights if weights is None else weights, len(tasks))
-        # a copy even of one channel, whose stride torch takes to tell the layout: channels last, for all that follows
+        # always copied: with one channel the strides don't show the layout, and all that follows must be channels last
         h = tasks.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format)  # [T, N, h, w, c]
         layers = []
         for i, name, params in self.order:
@@ -158,23 +155,13 @@ class Learner(nn.Module):
 
 
 def output_shape(config: Config, imgc: int, imgsz: int) -> list[int]:
-    """Shape [c, h, w] or [features] of one image after the layers; no memory is taken.
+    """Shape [c, h, w] or [features] of one image after the layers, computed without allocating memory.
 
     Raises:
         ValueError: as `Learner`.
     """
     with torch.device("meta"):
         return Learner(config, imgc, imgsz).shapes[-1]
-
-
-def differing_layer(recorded: Sequence, config: Config) -> str | None:
-    """The first layer in which `config` differs from the layers of a run, as JSON holds them; None if in none."""
-    recorded, config = json.loads(json.dumps([recorded, config]))  # tuples become lists
-    for i, (then, now) in enumerate(itertools.zip_longest(recorded, config)):
-        if then != now:
-            then, now = (f"{layer[0]}{layer[1]}" if layer else "absent" for layer in (then, now))
-            return f"layer {i} was {then} in the run and is {now} here"
-    return None
 
 
 def _name_and_params(i: int, layer: Sequence) -> tuple[str, list]:
@@ -220,9 +207,7 @@ def _check(name: str, params: Sequence, shape: list[int]) -> None:
 
 
 def _output_shape(name: str, params: Sequence, shape: list[int], own: Iterable[Tensor]) -> list[int]:
-    """What the layer makes of one image of this shape; the layer itself says, on the meta device."""
-    if name in SAME_SHAPE:
-        return shape
+    """The output shape for one image, found by running the layer on the meta device."""
     h = torch.empty(1, 2, *shape[1:], shape[0], device="meta")
     *sides, channels = apply_layer(name, params, h, [w[None].to("meta") for w in own]).shape[2:]
     return [channels, *sides]

@@ -42,15 +42,13 @@ def accuracies(net: Learner, tasks: Tasks, trajectory: Sequence[Weights], transd
     Returns:
         "accuracy", "nearest_mean": [T, K+1].
     """
-    steps = []
-    for weights in trajectory:
-        logits, similarity, _ = scores(net, tasks, weights, transductive)
-        steps.append([accuracy(logits, tasks.y_qry), accuracy(similarity, tasks.y_qry)])
-    return {name: torch.stack(values, 1) for name, values in zip(("accuracy", "nearest_mean"), zip(*steps))}
+    answers = [scores(net, tasks, weights, transductive)[:2] for weights in trajectory]
+    return {name: torch.stack([accuracy(one, tasks.y_qry) for one in along], 1)
+            for name, along in zip(("accuracy", "nearest_mean"), zip(*answers))}
 
 
 def one_by_one(net: Learner, tasks: Tasks, trajectory: Sequence[Weights], every_query: bool) -> dict | None:
-    """As `accuracies`, not transductive: of all queries, or of the first of each class alone. None without weights."""
+    """`accuracies` without transduction, of all queries or of the first of each class; None for an empty trajectory."""
     if not every_query:  # queries lie class after class
         first = slice(None, None, tasks.y_qry.shape[1] // net.shapes[-1][0])
         tasks = tasks._replace(x_qry=tasks.x_qry[:, first], y_qry=tasks.y_qry[:, first])
@@ -79,7 +77,7 @@ def scores(net: Learner, tasks: Tasks, weights: Weights, transductive: bool) -> 
 def _with_own_support(net: Learner, tasks: Tasks, weights: Weights) -> list[Tensor]:
     """Logits [T, N_qry, C], features of a support set per query [T, N_qry, N_spt, D] and of the queries [T, N_qry, D].
 
-    Each query is in a batch with the support set. As many images go at once as the query set has.
+    Each query is in a batch with the support set. About as many images go at once as the query set has.
     """
     n_support, n_query = tasks.x_spt.shape[1], tasks.x_qry.shape[1]
     parts = []
@@ -111,8 +109,8 @@ def collapse_metrics(net: Learner, tasks: Tasks, trajectory: Sequence[Weights],
     Returns:
         "meta" (before adaptation), "finetuned" (after the last inner step): entries of `nc_metrics.measure`, [T, L].
         "inner": "within" and "between" [T, K+1, L], "accuracy" [T, K+1]: before and after each inner step.
-        Where a class has two support images or more, which one alone has no spread: "support", the adapted model's
-        support features as "finetuned"; and in "inner" their traces, "support_within" and "support_between".
+        With two or more support images per class (one has no spread) also "support", the same entries for the adapted
+        model's support features, and in "inner" their traces, "support_within" and "support_between".
     """
     null_spt, null_qry = null
     n_way, last = net.shapes[-1][0], len(trajectory) - 1

@@ -1,8 +1,8 @@
 """Model-agnostic meta-learning (Finn, Abbeel, Levine 2017), all tasks of a meta-step together.
 
-`adapt` is the inner loop (the paper's equation 1, K times), `meta_gradient` the outer gradient (its algorithm 2,
-line 10), `Meta` one meta-step after the other. Second order differentiates through the inner gradients; first order
-takes them as constants.
+`adapt` is the inner loop (the paper's algorithm 2, lines 6 and 7, K times), `meta_gradient` the outer gradient (its
+line 10), and `Meta` takes the meta-steps. Second order differentiates through the inner gradients; first order takes
+them as constants.
 
     net = Learner(layers, imgc=1, imgsz=28)
     maml = Meta(net, update_lr=0.4, update_step=5)
@@ -33,8 +33,8 @@ LATE = 7_500  # the meta-step from which `nc_every_late` holds instead of `nc_ev
 class Step(NamedTuple):
     """What one meta-step saw, before its update; all on the device."""
 
-    losses: Tensor  # [T], query cross-entropy of the adapted weights, mean over samples; of a baseline its own loss
-    accuracy: Tensor  # on the query set, [T, 1] after the inner loop, or [T, K+1] from before it; of a baseline [T, 1]
+    losses: Tensor  # [T], mean query cross-entropy of the adapted weights; a baseline's own loss
+    accuracy: Tensor  # of the queries: [T, 1] after the inner loop, or [T, K+1] with every_step; of a baseline [T, 1]
     metrics: dict | None  # as `measuring.collapse_metrics`, at every nc_every-th step
 
 
@@ -44,7 +44,7 @@ class Adapted(NamedTuple):
     accuracy: Tensor  # [T, K+1]
     nearest_mean: Tensor  # [T, K+1] accuracy of the nearest support mean at the classifier's input
     metrics: dict | None  # as `measuring.collapse_metrics`
-    nontransductive: dict | None  # the same two without transduction, [T, n], after each of n numbers of inner steps
+    nontransductive: dict | None  # the same two, each query normalised with the support set alone: [T, n], as asked for
 
 
 def leaves(weights: Weights) -> dict[str, Tensor]:
@@ -65,10 +65,10 @@ def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapp
         K+1 sets of weights, each [T, ...]: the start, and after each step.
     """
     lr = lr if isinstance(lr, Mapping) else dict.fromkeys(net.adaptable, lr)
-    trajectory = [net.per_task(weights, len(x))]
-    for _ in range(steps):
-        weights = trajectory[-1] if second_order else leaves(trajectory[-1])
-        with torch.enable_grad():
+    with torch.enable_grad():
+        trajectory = [net.per_task(weights, len(x))]
+        for _ in range(steps):
+            weights = trajectory[-1] if second_order else leaves(trajectory[-1])
             loss = cross_entropy(net(x, weights), y).sum()  # tasks share nothing: each gets its own gradient
             gradients = torch.autograd.grad(loss, [weights[name] for name in lr], create_graph=second_order)
             trajectory.append(weights | {name: weights[name].add(g, alpha=-lr[name]) for name, g in zip(lr, gradients)})
@@ -126,11 +126,11 @@ class Meta:
     update_step_test: int = 10  # inner steps in `finetune`
     first_order: bool = False  # take the inner gradients as constants
     nc_every: int = 0  # measure at meta-steps 0, nc_every, 2 nc_every, ...; 0: never
-    task_chunk: int = 0  # tasks in memory together at most: less memory, the same result; 0: all, or as fits the device
+    task_chunk: int = 0  # tasks in memory at once at most; fewer take less memory, the result is the same; 0: as fits
     seed: int = 222  # of the permuted labels (the metrics' null)
     nc_every_late: int | None = None  # nc_every from meta-step LATE on; None: the same
-    clip: float = 0.0  # bound of each value of the outer gradient, as in the paper's code; 0: none
-    skip_nonfinite: bool = False  # after such an update, continue with the next tasks
+    clip: float = 0.0  # each value of the outer gradient is clipped to -clip..clip, as in the paper's code; 0: none
+    skip_nonfinite: bool = False  # skip an update that is not finite and continue, else training halts there
     learner: str = "maml"  # or anil, boil (see `inner_rates`); protonet, classifier: no inner loop in training
     head_lr: float | None = None  # inner learning rate of the last layer; None: update_lr
     cosine_steps: int = 0  # Adam's rate falls to 0 as half a cosine over this many updates; 0: it is constant
@@ -177,7 +177,7 @@ class Meta:
         return step
 
     def losses(self, tasks: Tasks, classes: Tensor | None = None) -> Tensor:
-        """What a meta-step would see as `Step.losses`, [T]; nothing is updated."""
+        """The losses [T] that a meta-step on these tasks would return; nothing is updated."""
         inner, query = self._together(tasks, trains=True)
         return chunked(lambda *chunk: self._gradient(*chunk, query, first_order=True)[1],  # both orders: equal losses
                        inner, len(tasks.y_spt), tasks, classes)
@@ -189,8 +189,9 @@ class Meta:
         Args:
             measure: also the metrics, after `update_step` inner steps as in training; `measured` as in `__call__`.
             null_seed: of the permuted labels; seed + step if None.
-            nontransductive: numbers of inner steps after which each query is also answered without the other queries.
-            every_query: do so for all queries, or for the first of each class: each costs a pass of the support set.
+            nontransductive: numbers of inner steps after which each query is also classified alone, normalised with the
+                support set only.
+            every_query: do so for all queries, or for the first of each class: each needs a pass of the support set.
         """
         steps = max(self.update_step_test, self.update_step if measure else 0)
         measured = (measured or tasks) if measure else None

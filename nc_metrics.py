@@ -14,10 +14,10 @@ Notation: C classes (`n_way`), n = N/C samples per class, mu_c the mean of class
 M the C x D matrix of rows mu_c - mu_G, v_c the mean of ||h - mu_c||^2 in class c,
 S_W = 1/N sum (h - mu_c)(h - mu_c)^T, S_B = 1/C sum (mu_c - mu_G)(mu_c - mu_G)^T.
 
-- If D is much larger than N, pure noise looks collapsed to `nc1`, `etf_error` and nearest means from the same rows.
-  Compare with the same metric of permuted labels (`permuted`). Take the means for NC4 from the support set.
+- If D is much larger than N, pure noise looks collapsed by `nc1`, by `etf_error` and by nearest means of the same
+  samples. Compare with the same metric of permuted labels (`permuted`). Take the means for NC4 from the support set.
 - What depends on spread is nan for one sample per class. A zero denominator gives nan, e.g. when class means are equal.
-  A value that is zero up to the rounding of a mean of N rows counts as zero. A dead layer would else report noise.
+  A value within rounding error of zero counts as zero; otherwise a dead layer would report noise.
 - Labels are 0..C-1 in any order, each equally often. A task with other labels or a feature that is not finite gets nan.
 - Everything is float64. No D x D matrix is formed. Nothing waits for a GPU, except the svd of a C x C matrix in `nc1`.
 """
@@ -75,7 +75,8 @@ def _group(features: Tensor, one_hot: Tensor, off_span: Tensor | float = 0.0,
            tolerance: Tensor | None = None) -> _Group:
     """Sorts features [..., N, D] by classes [..., N, C], in few passes: reading N x D numbers is what takes the time.
 
-    off_span [..., N] is the part of ||h - mu_c||^2 that projected features lack; they come with their tolerance.
+    Of projected features, off_span [..., N] is the part of ||h - mu_c||^2 outside the projection, and tolerance that of
+    the full features.
     """
     n_samples, n_way = one_hot.shape[-2:]
     residual = features.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
@@ -116,7 +117,7 @@ def _off_diagonal_mean(pairs: Tensor) -> Tensor:
 
 
 def _of_features(metric: Callable) -> Callable:
-    """Makes a metric of a `_Group` one of features, labels and n_way; `measure` calls the former, as `of_group`."""
+    """Turns a function of a `_Group` into one of (features, labels, n_way); `measure` calls the former, `of_group`."""
     def of_features(features: Tensor, labels: Tensor, n_way: int) -> Tensor | tuple[Tensor, Tensor]:
         return metric(_group(features, _one_hot(labels, n_way)))
     of_features.__name__, of_features.__doc__, of_features.of_group = metric.__name__, metric.__doc__, metric
@@ -148,7 +149,7 @@ def unbiased_traces(group: _Group) -> tuple[Tensor, Tensor]:
 
 
 def relative_within(within: Tensor, between: Tensor) -> Tensor:
-    """within / (within + between) of either pair of traces: 0 at full collapse, (n-1)/(n-1 + (C-1)/C) on noise."""
+    """within / (within + between): 0 at full collapse; on noise (n-1)/(n-1 + (C-1)/C), of the unbiased traces 1."""
     return _ratio(within.double(), within.double() + between.double())
 
 

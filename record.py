@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from tqdm import tqdm
 import device as devices
 import nc_metrics
 from files import UserError, atomic, locked, quoted, reading, remove_stale, same_place
-from learner import Learner, differing_layer
+from learner import Learner
 
 WRITTEN = ("args.json", "*.pt", "figure.png", "result.json", "timing.json")  # files that are written whole
 PER_TASK = ("within", "between", "nc1", "cdnv", "directional_cdnv", "ncc_accuracy")  # what log.jsonl keeps per task
@@ -89,10 +90,12 @@ def check_network(run: Path, net: Learner) -> None:
         UserError: names the first layer that differs.
     """
     with reading(run / "args.json", wrong="is not what a run writes"):
-        layers = _args(run).get("layers")
-        difference = None if layers is None else differing_layer(layers, net.config)
-    if difference:
-        raise UserError(f"{run / 'args.json'}: {difference}; use the code that made the run")
+        layers = json.loads(json.dumps(net.config))  # tuples become lists
+        for i, (then, now) in enumerate(itertools.zip_longest(_args(run).get("layers", layers), layers)):
+            if then != now:
+                then, now = (f"{layer[0]}{layer[1]}" if layer else "absent" for layer in (then, now))
+                raise UserError(f"{run / 'args.json'}: layer {i} was {then} in the run and is {now} here; use the code "
+                                "that made the run")
 
 
 def complete(out: Path, epoch: int) -> bool:
@@ -101,9 +104,10 @@ def complete(out: Path, epoch: int) -> bool:
 
 
 def resumed(out: Path, epoch: int, step: int, steps: int) -> None:
-    """Remove what does not hold for the run to come, and write another --epoch to args.json; its rest stays.
+    """Prepare a run's folder for resuming.
 
-    That is the result, and where the weights of `step` are trained on, what was measured of the last ones.
+    The result is removed and, if training continues, last.pt and what was measured on it. A changed --epoch is written
+    to args.json; nothing else there changes.
 
     Raises:
         UserError: the run has taken more than `steps` meta-steps.
@@ -144,7 +148,7 @@ def write_json(path: Path, value: dict, remedy: str = REMEDY) -> None:
 
 
 def other_images(run: Path, args: argparse.Namespace) -> str:
-    """What ends the name of a file about a run on other images than its own: "-FOLDER", or "-NAME" of --data_name.
+    """Suffix for the name of a result file if the images are not the run's own: "-FOLDER", or "-NAME" of --data_name.
 
     Every --root of Omniglot has the same images. Another --root has other photographs if the run's own is still there.
     """
@@ -167,7 +171,7 @@ def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
         name += "-not-transductive"
     path = run / f"{name}{other_images(run, args)}.json"
     if devices.rank() == 0:
-        remove_stale(run, "test-*.json")
+        remove_stale(run, path.name)  # not other names: another test may be writing its own
         write_json(path, result, "free some space or give rights there, then test again")
     say(f"written to {path}")
 

@@ -92,15 +92,16 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("recipe", "original", "defaults of the other flags: those of this code's original, or of MAML's paper (listed "
          "at the end)", choices=["original", "paper"])
     flag("learner", "maml", "anil: the inner loop adapts only the last layer; boil: all but the last; protonet: a "
-         "prototypical network; classifier: one over all training classes. The last two train without an inner loop",
+         "prototypical network; classifier: an ordinary one over all training classes. The last two train without an "
+         "inner loop",
          choices=["maml", "anil", "boil", *BASELINES])
     flag("epoch", None, epoch_help)
     flag("n_way", None, "classes per task")
     flag("k_spt", None, "support images per class (k-shot)")
     flag("k_qry", None, "query images per class")
     flag("k_qry_test", None, "query images per class in validation and testing; K_QRY if not given", type=int)
-    flag("nc_qry", None, f"query images per class that neural collapse is measured on; {NC_QRY} if not given, or in "
-         "small classes all that are not support", type=int)
+    flag("nc_qry", None, f"query images per class that neural collapse is measured on; {NC_QRY} if not given, or all "
+         "images of a class that are not support, if these are fewer", type=int)
     flag("imgsz", None, "images are resized to this square, pixels")
     flag("imgc", None, "channels of an image")
     flag("task_num", None, "tasks per meta-step (the meta-batch)")
@@ -113,7 +114,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("update_step", None, "inner steps in training")
     flag("update_step_test", None, "inner steps in validation and testing")
     choice("first_order", False, "treat the inner gradients as constants (first-order MAML)")
-    flag("net", "conv_bn_relu", "original: blocks of conv, relu, batch norm; conv_bn_relu: the same in that order; "
+    flag("net", "conv_bn_relu", "original: blocks of conv, relu, batch norm; conv_bn_relu: of conv, batch norm, relu; "
          "paper: the network and initial weights of the paper's code (padded, batch norm without scale)",
          choices=["original", "conv_bn_relu", "paper"])
     choice("bn_scale", None, "batch norm has a scale, and the inner loop adapts scale and shift; --no-bn_scale: it "
@@ -124,8 +125,8 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
          "not given", choices=["kaiming", "xavier"])
     flag("head_std", None, "standard deviation of the last layer's initial weights; the network's own if not given",
          type=float)
-    flag("pixels", None, "normalised: by fixed numbers, the mean and deviation of ImageNet in "
-         "miniimagenet_train.py, and none in omniglot_train.py, where it is unit; unit: 0..1; inverted: 1..0",
+    flag("pixels", None, "normalised: with ImageNet's mean and standard deviation (in omniglot_train.py the same as "
+         "unit); unit: 0..1; inverted: 1..0",
          choices=["normalised", "unit", "inverted"])
     if "rotations" in defaults:
         choice("rotations", None, "in training, each class of a task is turned by a random multiple of 90 degrees; off "
@@ -142,14 +143,15 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("root", None, "folder of the data")
     flag("data", None, "your own images instead: a folder of class folders, or of train/, val/ and test/ with class "
          "folders; IMGC 1 or 3 makes them greyscale or colour", metavar="FOLDER")
-    flag("data_name", None, "name of the data in logs and figures, instead of its own")
+    flag("data_name", None, "name of the data in logs and figures; the data's own if not given")
     if "split" in defaults:
         flag("split", None, "which characters are for training, validation and testing: shuffled = a fixed shuffle of "
              "all, vinyals = the alphabets of Vinyals et al. (2016)", choices=["shuffled", "vinyals"])
     flag("cache", None, "folder of the decoded images; if not given, ROOT/cache, or FOLDER/.cache with --data FOLDER")
     choice("synthetic", False, "train on generated images, with no data at all, and evaluate on fewer tasks")
     flag("out", None, "folder of the run; runs/SCRIPT-<n>w<k>s-seed<seed>-<time> if not given")
-    flag("task_chunk", 0, "tasks in memory together at most: less memory, the same result; 0: as fits the device")
+    flag("task_chunk", 0, "tasks in memory at once at most; fewer take less memory and give the same result; "
+         "0: as fits the device")
     choice("cuda_graph", True, "on CUDA, capture the training step once and replay it: the same result, faster")
     flag("precision", "float32", "of matrix products: tf32 (CUDA) is faster and coarser",
          choices=["float32", "tf32"])
@@ -217,7 +219,7 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
             settings |= {"data": None, "data_name": None, "synthetic": False}
             settings |= {name: value for name, value in own.items() if name in settings}
     if mode == "from_args":
-        if settings["nc_qry"] == NC_QRY:  # what `check` fills in is recorded too
+        if settings["nc_qry"] == NC_QRY or "k_spt" in flags:  # what `check` fills in is recorded too
             settings["nc_qry"] = None
         return argparse.Namespace(**settings | {"out": None} | flags)
     for name, value in flags.items():
@@ -284,7 +286,7 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
         if isinstance(value, float):
             bound = "above" if name in RATES else "from"
             if not 0 <= value <= torch.finfo(torch.float32).max or bound == "above" and value == 0:
-                raise UserError(f"--{name} {value}: must be a number {bound} 0 that a float32 holds")
+                raise UserError(f"--{name} {value}: must be a number {bound} 0 that fits into a float32")
     if args.synthetic and args.data is not None:
         raise UserError(f"--data {args.data}: with --synthetic the images are generated; leave --data out, "
                         "or give --no-synthetic")
@@ -305,7 +307,7 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     if args.learner == "classifier" and not tests_only and (devices.size() > 1 or args.task_chunk):
         raise UserError("--learner classifier: batch norm is over all images of a step, so one process takes them "
                         "together; leave --task_chunk and torchrun out")
-    if args.task_num % devices.size():
+    if args.task_num % devices.size() and not tests_only:
         raise UserError(f"--task_num {args.task_num}: {devices.size()} processes need a multiple of {devices.size()}")
     with torch.device("meta"):  # shapes alone: --n_way 1000000000 is refused below, and not by the memory
         _check_network(args, network)

@@ -31,7 +31,7 @@ class Dataset:
     channels: int
     mean: Sequence[float]  # per channel, of images scaled to 0..1
     std: Sequence[float]
-    sizes: Callable[[], dict[str, tuple[int, int]]]  # split -> (classes, images of the smallest); reads no image
+    sizes: Callable[[], dict[str, tuple[int, int]]]  # split -> (classes, images in the smallest); reads no image
     load: Callable[[str], Tensor]  # split -> uint8 [class, image, c, h, w]
     found: Callable[[], str] = str  # where and how the images were found, in words
     counts: Callable[[str], Sequence[int] | None] = lambda split: None  # images per class, where they are unequal
@@ -96,11 +96,11 @@ def draw(classes: int, per_class: int, n_tasks: int, n_way: int, k: int, generat
          turns: int = 1, device: torch.device | str = "cpu", counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Indices of tasks: (class [T, n_way, 1], image [T, n_way, k]), on the generator's device; `device` without one.
 
-    The first images of a larger k are those of a smaller one.
+    From the same generator state, a larger k starts with the images of a smaller one.
 
     Args:
-        classes: distinct classes; with `turns` there are turns * classes rows of images, a class's one after the other.
-        turns: a task takes each of its classes in one random orientation, so a character never meets its rotation.
+        classes: before rotation; there are turns * classes rows of images, a class's rotations one after the other.
+        turns: rotations per class; a task takes each class in one random rotation, so a character never meets its own.
         counts: images of each class [classes], where some have fewer than per_class; on the generator's device. Each
             must have k.
     Raises:
@@ -119,11 +119,6 @@ def draw(classes: int, per_class: int, n_tasks: int, n_way: int, k: int, generat
     if turns > 1:
         chosen = chosen * turns + torch.randint(turns, chosen.shape, **random)
     return chosen[..., None], order
-
-
-def _pick(images: Tensor, index: tuple[Tensor, Tensor]) -> Tensor:
-    """The images that `draw` chose, [T, n_way, k, c, h, w], where `images` are."""
-    return images[tuple(part.to(images.device) for part in index)]
 
 
 def as_tasks(picked: Tensor, k_spt: int, mean: Tensor | Sequence[float], std: Tensor | Sequence[float]) -> Tasks:
@@ -154,7 +149,8 @@ def sample_tasks(images: Tensor, n_tasks: int, n_way: int, k_spt: int, k_qry: in
     device = generator.device if generator else images.device
     k = k_spt + k_qry
     index = draw(*images.shape[:2], n_tasks, n_way, k, generator, device=device, counts=_counts(counts, k, device))
-    return as_tasks(_pick(images, index), k_spt, mean, std)
+    classes, order = (part.to(images.device) for part in index)
+    return as_tasks(images[classes, order], k_spt, mean, std)
 
 
 def _counts(counts: Sequence[int] | None, k: int, device: torch.device | str) -> Tensor | None:
@@ -199,15 +195,6 @@ class Sampler:
 
     def gather(self, index: tuple[Tensor, Tensor], measured: bool = False) -> Tasks:
         """The tasks of these indices, with `nc_qry` query images per class if `measured`, else with `k_qry`."""
-        classes, order = index
+        classes, order = (part.to(self.images.device) for part in index)
         order = order[..., :self.k_spt + (self.nc_qry if measured else self.k_qry)]
-        return as_tasks(_pick(self.images, (classes, order)).to(self.device), self.k_spt, self.mean, self.std)
-
-    @property
-    def state(self) -> Tensor:
-        """Of the generator; a checkpoint holds it."""
-        return self.generator.get_state()
-
-    @state.setter
-    def state(self, state: Tensor) -> None:
-        self.generator.set_state(state)
+        return as_tasks(self.images[classes, order].to(self.device), self.k_spt, self.mean, self.std)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 EPS = 1e-5  # batch norm's, as torch.nn.BatchNorm2d
 LARGE = 2**18  # values of a task's im2col, above which a CPU's native kernel is faster than a batched product
-LONG = 2**14  # rows of a sum that a GPU does better in parts: cuBLAS gives it to few threads where the product is small
+LONG = 2**14  # rows above which a GPU sums in two stages: cuBLAS uses few threads for a small product with a long sum
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int | tuple[int, int] = 0) -> Tensor:
@@ -50,7 +50,7 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor, eps: float = EPS,
         weight: the scale, [T, c]; None: no scale.
         bias: [T, c].
         eps: added to the variance.
-        first: the statistics are those of the first `first` samples alone, and normalise all N; of all N if None.
+        first: the statistics are of the first `first` samples, and are applied to all N; of all N if None.
     Returns:
         As x.
     """
@@ -95,8 +95,8 @@ def _no_third_derivative(compute: Callable) -> Callable:
 
 
 # A convolution is bilinear in image and kernel. Its gradients are its two adjoints, and the gradients of those are
-# the same three maps again. Each map has two ways: a task that is alone or large goes to the native kernel; several
-# small ones go through im2col, and become one batched matrix product.
+# the same three maps again. Each map is computed in one of two ways: a single or large task by torch's kernel, several
+# small ones by im2col and one batched matrix product.
 
 
 class _Conv(torch.autograd.Function):

@@ -11,7 +11,7 @@ A run writes its own folder:
     tensorboard/   the log's scalars, with --tensorboard
     figure.png     neural collapse during training, as `python plot_nc.py RUN` draws it
     result.json    test accuracy of the best weights, or of the last with --test_weights last
-    timing.json    minutes and memory, which the seed does not determine
+    timing.json    minutes and memory, which differ from run to run
     test-*.json    results of later tests (--test)
     controls.json  the weights measured under other conditions (`python controls.py RUN`)
 
@@ -84,7 +84,7 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Cal
         return record.write_test(run, result, args)
     with record.lock_run(args) as out:
         if args.resume is not None and record.complete(out, args.epoch):
-            return say(f"{out} is complete; more steps with a larger --epoch, another test with --test {quoted(out)}")
+            return say(f"{out} is complete; a larger --epoch adds steps, --test {quoted(out)} tests it again")
         run = _Run(maml, data, sizes, out)
         flags = ", ".join(f"{name}={value}" for name, value in recorded_settings(args).items())
         parameters = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
@@ -185,7 +185,7 @@ class _Run:
             record.resumed(out, args.epoch, maml.step, self.steps)
             if self.best is not None:
                 checkpoint.write(out / "best.pt", self.best)
-        self.last_checked = maml.step, self.sampler.state
+        self.last_checked = maml.step, self.sampler.generator.get_state()
 
     def train(self) -> None:
         """Train to the last step. It leaves the weights of the last step in place, and a checkpoint of them."""
@@ -252,7 +252,7 @@ class _Run:
         self.stop_if_not_finite()
         log_bytes = self.log.sync() if self.log else self.log_bytes
         checkpoint.save(self.out / "checkpoint.pt", self.maml, {
-            "tasks": self.sampler.state, "best": self.best, "log_bytes": log_bytes,
+            "tasks": self.sampler.generator.get_state(), "best": self.best, "log_bytes": log_bytes,
             "minutes": self.minutes_in_all(), "experiment": self.experiment})
 
     def stop_if_not_finite(self) -> None:
@@ -265,10 +265,11 @@ class _Run:
         """
         args, path = self.args, self.out / "nonfinite.pt"
         if args.skip_nonfinite or not self.skipped():
-            self.last_checked = self.maml.step, self.sampler.state
+            self.last_checked = self.maml.step, self.sampler.generator.get_state()
             return
         step = int(self.maml.updates)  # the first whose update was skipped
-        checked, self.sampler.state = self.last_checked
+        checked, state = self.last_checked
+        self.sampler.generator.set_state(state)
         for _ in range(checked, step):
             self.sampler.draw(args.task_num)
         _, tasks, classes = self.next_tasks()
@@ -289,7 +290,10 @@ class _Run:
         return self.maml.step - int(self.maml.updates)
 
     def validate(self) -> float:
-        """Validate, log, keep the weights if they are the best yet; their accuracy. If stopped, nothing has changed."""
+        """Validate, log, keep the weights if they are the best so far. Returns their accuracy.
+
+        A signal stops it before anything is logged or kept.
+        """
         args, maml = self.args, self.maml
         self.stop_if_not_finite()
         adapted = _evaluate(maml, self.data, "val", self.held_out, args.eval_tasks, VAL_SEED, self.signals,

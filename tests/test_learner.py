@@ -8,7 +8,7 @@ from oracle import forward
 
 import miniimagenet_train
 import omniglot_train
-from learner import LAYERS, Learner, differing_layer
+from learner import LAYERS, Learner
 
 # name of a case: (channels, image size, layers). Each ends flat, so that the order of values counts.
 FLAT = ("flatten", [])
@@ -170,13 +170,3 @@ def test_initial_weights():
 def test_layers_that_do_not_fit_are_refused_by_name(config, text):
     with pytest.raises(ValueError, match=text):
         Learner(config, imgc=3, imgsz=8)
-
-
-@pytest.mark.parametrize("recorded, said", [
-    ([["reshape", [2, [3]]], ["relu", [True]]], None),
-    ([["reshape", [2, [3]]], ["tanh", []]], "layer 1 was tanh[] in the run and is relu[True] here"),
-    ([["reshape", [2, [3]]]], "layer 1 was absent in the run and is relu[True] here"),
-    ([["reshape", [2, [3]]], ["relu", [True]], ["mean", []]], "layer 2 was mean[] in the run and is absent here"),
-])
-def test_the_first_layer_that_differs_from_a_run_s(recorded, said):
-    assert differing_layer(recorded, (("reshape", (2, (3,))), ("relu", [True]))) == said

@@ -94,9 +94,11 @@ def test_adapt_is_sgd_on_each_task_and_changes_nothing_that_is_passed_in(first_o
             optimizer.zero_grad()
             F.cross_entropy(oracle.forward(net.config, expected, x)[0], y).backward()
             optimizer.step()
-    with torch.no_grad():  # it starts from each task's own weights, and needs no gradients to be switched on
-        rest = adapt(net, trajectory[1], tasks.x_spt, tasks.y_spt, lr, steps - 1, not first_order)
-    assert equal(rest, trajectory[1:])
+    with torch.no_grad():  # it starts from theta or each task's own weights, and needs no gradients to be switched on
+        for start in (0, 1):
+            weights = trajectory[1] if start else dict(net.weights)
+            rest = adapt(net, weights, tasks.x_spt, tasks.y_spt, lr, steps - start, not first_order)
+            assert equal(rest, trajectory[start:])
 
 
 @pytest.mark.parametrize("config, tolerance", [(SMOOTH, 1e-7), (SMALL, 1e-6)], ids=["smooth", "relu"])

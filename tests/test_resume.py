@@ -364,7 +364,7 @@ def test_a_folder_in_use_is_refused(stopped, tmp_path, monkeypatch):
     new = tmp_path / "new"
     for run, flags in ((new, [*TINY, "--out", str(new)]), (stopped, ["--resume", str(stopped)])):
         with locked(run / ".run.lock"):
-            assert refused(*flags) == f"{run} is in use by another process; name another folder"
+            assert refused(*flags) == f"{run} is in use by another process; wait until it ends, or name another folder"
     monkeypatch.setattr(Meta, "__call__", lambda *_, **__: "in use" in refused("--resume", str(new)) and sys.exit(7))
     with pytest.raises(SystemExit) as ended:
         train(new)

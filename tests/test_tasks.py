@@ -109,9 +109,9 @@ def equal(*pairs):
 def test_a_sampler_goes_back_to_a_state_and_gathers_what_it_drew():
     sample = sampler(encoded())
     sample(4)
-    state = sample.state
+    state = sample.generator.get_state()
     first, second = sample(4), sample(4)
-    sample.state = state
+    sample.generator.set_state(state)
     again = sample.gather(sample.draw(4))
     assert equal(first, again) and equal(second, sample(4)) and not torch.equal(first.x_qry, second.x_qry)
     assert not torch.equal(first.x_qry, sampler(encoded(), seed=4)(4).x_qry)
