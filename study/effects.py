@@ -9,7 +9,6 @@ A number is of held-out tasks and at the classifier's input if nothing else is s
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -26,25 +25,15 @@ CONTROL_QUERIES = 15  # per class in controls.json, if its name says nothing els
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
-class Estimate(NamedTuple):
-    """A mean and the edges of its 95% interval; the edges are nan for a single value."""
-
-    mean: float
-    low: float
-    high: float
-
-
 # ---- intervals
 
 
-def over_seeds(values: Sequence[float]) -> Estimate:
-    """Mean over seeds and its t interval."""
-    values = np.array(values, float)
-    half = math.nan
+def over_seeds(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over seeds and half of its 95% t interval, which is nan for a single value."""
+    values, half = np.array(values, float), math.nan
     if len(values) > 1:
         half = _T[min(len(values) - 1, len(_T)) - 1] * float(values.std(ddof=1)) / math.sqrt(len(values))
-    mean = float(values.mean())
-    return Estimate(mean, mean - half, mean + half)
+    return float(values.mean()), half
 
 
 def share_over_tasks(run: Run) -> float:
@@ -82,8 +71,8 @@ def series(run: Run, split: str, model: str, metric: str, layer: int | str = HID
 def nearest(run: Run, split: str, metric: str, step: int, model: str = "finetuned") -> float:
     """A metric, or accuracy in percent, at the measurement nearest to the meta-step."""
     if metric == "accuracy":
-        steps, values = run.along_inner_loop(split, "accuracy")
-        values = 100 * values[:, -1]
+        steps, values = run.accuracy(split)
+        values = 100 * values
     else:
         steps, values, _ = series(run, split, model, metric)
     return float(values[np.abs(steps - step).argmin()])
@@ -128,24 +117,9 @@ def growth(run: Run, model: str, metric: str) -> float:
     return end(run, model, metric) / untrained(run, model, metric)
 
 
-def lowest(run: Run, model: str, metric: str) -> float:
-    """The smallest value of the run as a multiple of the untrained network's."""
-    return float(series(run, "heldout", model, metric).mean.min()) / untrained(run, model, metric)
-
-
-def accuracy_at_end(run: Run, inner_step: int, split: str = "heldout") -> float:
-    """Query accuracy of the classifier after `inner_step` inner steps; -1: after the last one."""
-    steps, values = run.along_inner_loop(split, "accuracy")
-    return mean_at_end(run, steps, values[:, inner_step]) if len(steps) else math.nan
-
-
-def logit_traces(run: Run, model: str, suffix: str, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-    """Meta-steps [S], and the traces of the logits within and between classes [2, S].
-
-    By label with the suffix ""; with "_original", what the original took for them.
-    """
-    within, between = (series(run, split, model, trace + suffix, -1) for trace in ("within", "between"))
-    return within.steps, np.array([within.mean, between.mean])
+def accuracy_at_end(run: Run, split: str = "heldout") -> float:
+    """Query accuracy of the adapted classifier."""
+    return mean_at_end(run, *run.accuracy(split))
 
 
 def within_share(traces: np.ndarray | Sequence) -> np.ndarray:
@@ -153,11 +127,14 @@ def within_share(traces: np.ndarray | Sequence) -> np.ndarray:
     return traces[0] / (traces[0] + traces[1])
 
 
-def logit_share_change(run: Run, model: str, suffix: str, split: str = "train") -> float:
-    """Change of the relative within trace of the logits, from the untrained network to the end."""
-    steps, traces = logit_traces(run, model, suffix, split)
-    end_traces = [mean_at_end(run, steps, trace) for trace in traces]
-    return float(within_share(end_traces) - within_share(traces[:, 0]))
+def logit_share_change(run: Run, model: str, suffix: str) -> float:
+    """Change of the relative within trace of the logits on training tasks, from the untrained network to the end.
+
+    By label with the suffix ""; with "_original", of what the original took for the traces.
+    """
+    traces = [series(run, "train", model, trace + suffix, -1) for trace in ("within", "between")]
+    ends = [mean_at_end(run, trace.steps, trace.mean) for trace in traces]
+    return float(within_share(ends) - within_share([trace.mean[0] for trace in traces]))
 
 
 # ---- series and ranks
@@ -203,13 +180,12 @@ def in_control(run: Run, kind: str, key: str, place: int) -> float:
     return number(run.controls().get(kind, {}).get(key, [None])[place])
 
 
-def first_step(run: Run, quantity: str, kind: str = BY_PARTS, place: int = 0) -> float:
-    """What the control of the first inner step by parts holds.
+def first_step(run: Run, quantity: str, kind: str = BY_PARTS) -> float:
+    """Of the control of the first inner step by parts; nan without it.
 
-    "accuracy" before adaptation (place 0), and after the step of the classifier (1), of the body (2), of both (3).
     "rows": the norm of the classifier's rows minus their mean. "body": that of the body's step, over its own.
     """
-    return number(run.controls().get(kind, {}).get(quantity, [None] * 4)[place])
+    return in_control(run, kind, quantity, 0)
 
 
 def five_shot_share(run: Run, samples: str, inner_step: int) -> float:

@@ -99,8 +99,8 @@ def of_metric(split: str, model: str, metric: str, layer: str | None = None, sca
 def of_accuracy(split: str) -> Curve:
     """Of the classifier after the inner loop, in percent."""
     def curve(run: Run) -> tuple:
-        steps, values = run.along_inner_loop(split, "accuracy")
-        return steps, 100 * values[:, -1] if len(steps) else values
+        steps, values = run.accuracy(split)
+        return steps, 100 * values
 
     return curve
 

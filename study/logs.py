@@ -112,13 +112,12 @@ class Run:
         return Series(*map(np.array, zip(*points))) if points else Series(*np.empty((3, 0)))
 
     @functools.cache
-    def along_inner_loop(self, split: str, quantity: str, layer: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Meta-steps [S], and the mean over tasks of "accuracy" or a trace after 0 to K inner steps [S, K+1]."""
+    def accuracy(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Meta-steps [S], and the accuracy of the adapted classifier, mean over tasks [S]."""
         rows = sorted(self.rows[split].items())
-        with reading(self.path, "its log is incomplete", f"lacks {quantity} along the inner loop ({split})"):
-            means = [[number(value if layer is None else value[row["layers"].index(layer)])
-                      for value in row["inner"][quantity]["mean"]] for _, row in rows]
-            return np.array([step for step, _ in rows]), np.array(means, float)
+        with reading(self.path, "its log is incomplete", f"lacks accuracy along the inner loop ({split})"):
+            return (np.array([step for step, _ in rows]),
+                    np.array([number(row["inner"]["accuracy"]["mean"][-1]) for _, row in rows]))
 
     @functools.cache
     def file(self, name: str) -> dict:

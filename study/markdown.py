@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from study.effects import Estimate, over_seeds
+from study.effects import over_seeds
 from study.logs import Run
 
 MISSING = "–"  # stands for a number that is undefined or not logged
@@ -23,22 +23,15 @@ def short(value: float) -> str:
     return fixed(value, max(1 - magnitude, 1))
 
 
-def written(estimate: Estimate) -> str:
-    """ "0.352 ± 0.021", or "0.78 [0.48, 0.91]" if not symmetric.
-
-    To two digits of the half-width, to one if these are above 35, and to four decimals at most.
-    """
-    mean, low, high = estimate
-    half = (high - low) / 2
+def written(mean: float, half: float) -> str:
+    """ "0.352 ± 0.021": to two digits of `half`, to one if these are above 35, and to four decimals at most."""
     if not half > 1e-9 * abs(mean):  # a single seed, or rounding errors alone
         return short(mean)
     decimals = 1 - math.floor(math.log10(half))
     if half * 10**decimals > 35:
         decimals -= 1
     decimals = min(max(decimals, 0), 4)
-    if math.isclose(mean - low, high - mean, rel_tol=1e-6):
-        return f"{fixed(mean, decimals)} ± {fixed(half, decimals)}"
-    return f"{fixed(mean, decimals)} [{fixed(low, decimals)}, {fixed(high, decimals)}]"
+    return f"{fixed(mean, decimals)} ± {fixed(half, decimals)}"
 
 
 def over(value: Callable[..., float], scale: float = 1, **options) -> Cell:
@@ -47,7 +40,7 @@ def over(value: Callable[..., float], scale: float = 1, **options) -> Cell:
         values = [scale * value(run, **options) for run in runs]
         if len(values) == 2 and all(map(math.isfinite, values)):  # a t interval would be far wider
             return ", ".join(map(short, values))
-        return written(over_seeds(values))
+        return written(*over_seeds(values))
 
     return cell
 

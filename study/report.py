@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from files import UserError
 from study import effects, figures
-from study.design import CHANGES, LEARNERS, LONG, MAIN, PHOTOGRAPHS, label
+from study.design import CHANGES, LEARNERS, LONG, MAIN, label
 from study.logs import Run, Study
 
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
@@ -60,29 +60,6 @@ def relative_to_start(run: Run, trace: str) -> tuple[np.ndarray, np.ndarray]:
     """A trace of the adapted model on training tasks as a multiple of the within trace at the first step."""
     steps, mean, _ = effects.series(run, "train", "finetuned", trace)
     return steps, mean / effects.series(run, "train", "finetuned", "within").mean[0]
-
-
-def original(study: Study) -> Figure:
-    """The relative within trace of the same logits, by label and as the original took it, before adaptation."""
-    groups = study.groups((*MAIN, *PHOTOGRAPHS))
-    legend = [figures.key("by label (in the setting's colour)"),
-              figures.key("class means over consecutive rows, as the original", figures.GREY,
-                          linestyle=figures.STYLES["meta"])]
-    figure, (panels,) = figures.frame(1, len(groups), 2.3, legend, sharey=True)
-
-    def share(run: Run, suffix: str) -> tuple[np.ndarray, np.ndarray]:
-        steps, traces = effects.logit_traces(run, "meta", suffix)
-        return steps, effects.within_share(traces)
-
-    for axes, (group, colour, title) in zip(panels, figures.colours(groups)):
-        figures.draw(axes, group, functools.partial(share, suffix=""), colour, smooth=True)
-        figures.draw(axes, group, functools.partial(share, suffix="_original"), figures.GREY, figures.STYLES["meta"],
-                     smooth=True)
-        axes.set(ylim=(0, 1))
-        axes.set_title(title.replace(", ", ",\n", 2), fontsize=8)
-        figures.step_axis(axes, [group])
-    panels[0].set_ylabel("relative within trace, logits")
-    return figure
 
 
 def learners(study: Study) -> Figure:
@@ -168,7 +145,7 @@ def all_figures(study: Study) -> dict[str, Figure]:
     main = study.groups(MAIN)
     if not main:
         raise UserError(f"no run of the study in {study.folder}; run python -m study.run, and then with --collect")
-    drawn = {"metrics": figures.metrics(main), "layers": figures.layers(main), "original": original(study)}
+    drawn = {"metrics": figures.metrics(main)}
     if study.groups(LEARNERS):
         drawn["learners"] = learners(study)
     if study.groups(CHANGES["1 x 1"]):

@@ -1,12 +1,11 @@
-"""The tables of what was trained and what it reached: tests, long runs, single changes, all runs."""
+"""The tables of what was trained and what it reached: long runs, single changes, all runs."""
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 from study import effects
 from study.design import CHANGES, LONG, MAIN, METRICS, MODELS, SETTINGS, label
-from study.logs import Run, Study, describe, number
+from study.logs import Run, Study
 from study.markdown import fixed, over, table
 
 # In percent, MAML / first-order MAML: Finn, Abbeel, Levine 2017; first order on Omniglot: Nichol et al. 2018.
@@ -14,8 +13,11 @@ PUBLISHED = {("Omniglot", 5, 1): "98.7 ± 0.4 / 98.3 ± 0.5", ("Omniglot", 5, 5)
              ("Omniglot", 20, 1): "95.8 ± 0.3 / 89.4 ± 0.5", ("Omniglot", 20, 5): "98.9 ± 0.2 / 97.9 ± 0.1",
              ("miniImageNet", 5, 1): "48.70 ± 1.84 / 48.07 ± 1.75",
              ("miniImageNet", 5, 5): "63.11 ± 0.92 / 63.15 ± 0.91"}
-INNER_STEPS = (0, 1, 3, 5, 10)  # shown of a test
-LENGTHS = (0, 1_000, 6_000, 20_000, 40_000, 60_000)  # meta-steps shown of a long run
+PARTS = {"spread of the classifier's rows, untrained":
+         functools.partial(effects.first_step, quantity="rows", kind=effects.UNTRAINED),
+         "the same, trained": functools.partial(effects.first_step, quantity="rows"),
+         "body's step, relative": functools.partial(effects.first_step, quantity="body")}
+LENGTHS = (1_000, 6_000, 20_000, 40_000, 60_000)  # meta-steps shown of a long run
 
 
 def published(run: Run) -> str:
@@ -24,30 +26,6 @@ def published(run: Run) -> str:
     if settings["learner"] != "maml" or settings["random_labels"]:
         return ""
     return PUBLISHED.get((run.data, settings["n_way"], settings["k_spt"]), "")
-
-
-def tests(study: Study) -> str:
-    """Every test of the paper's recipe, by queries and batch norm, after a few inner steps."""
-    rows = []
-    for group in study.groups(LONG):
-        results: dict[tuple, dict[Path, dict]] = {}  # queries, transductive -> run -> inner step -> accuracy, interval
-        for run in group:
-            files = ["result.json", *(path.name for path in sorted(run.path.glob("test-*.json")))]
-            for result in [result for result in map(run.file, files) if result["data"] == run.data]:
-                for key in ("test", "test_nontransductive"):
-                    if test := result.get(key):
-                        of_runs = results.setdefault((test["k_qry"], key == "test"), {})
-                        after = of_runs.setdefault(run.path, {})
-                        after |= zip(test["inner_steps"], zip(test["accuracy"], test["ci95"]))
-        for (queries, transductive), of_runs in sorted(results.items()):
-            tested = list(of_runs.values())
-            accuracies = [over(lambda after, step=step: number(after.get(step, (None,))[0]), 100)(tested)
-                          for step in INNER_STEPS]
-            over_tasks = fixed(max(100 * after[max(after)][1] for after in tested), 2)
-            rows.append([label(group[0]), str(len(tested)), f"{group[0].arguments['meta_steps']:,}", str(queries),
-                         "yes" if transductive else "no", *accuracies, over_tasks, published(group[0])])
-    return table(["", "seeds", "meta-steps", "queries per class", "transductive",
-                  *(f"inner steps: {step}, %" for step in INNER_STEPS), "± over tasks", "published"], rows)
 
 
 def length(study: Study) -> str:
@@ -70,18 +48,16 @@ def changes(study: Study) -> str:
     """The paper's recipe, and the same with one thing changed: a row per setting."""
     at = functools.partial(effects.nearest, split="heldout", step=5_000)
 
-    columns = {"spread of the classifier's rows, untrained":
-               over(effects.first_step, quantity="rows", kind=effects.UNTRAINED),
-               "the same, trained": over(effects.first_step, quantity="rows"),
-               "body's step, relative": over(effects.first_step, quantity="body")}
+    columns = {name: over(value) for name, value in PARTS.items()}
     columns |= {f"relative within trace, {when}": over(at, metric="relative_within", model=model)
                 for model, when in MODELS.items()}
     columns["nearest support mean before adaptation, %"] = over(at, 100, metric="ncc_accuracy", model="meta")
     columns["classifier, adapted, %"] = over(at, metric="accuracy")
-    rows = [[label(runs[0]), size, str(len(runs)), f"{min(5_000, *(run.last_step for run in runs)):,}",
-             *(cell(runs) for cell in columns.values())]
+    columns["test: nearest support mean, %"] = over(effects.tested, 100, key="nearest_mean", place=0)
+    columns["test: classifier, adapted, %"] = over(effects.tested, 100, key="accuracy", place=-1)
+    rows = [[label(runs[0]), size, str(len(runs)), *(cell(runs) for cell in columns.values())]
             for size, names in CHANGES.items() for runs in study.groups(names)]
-    return table(["", "the classifier takes", "seeds", "meta-steps", *columns], rows)
+    return table(["", "the classifier takes", "seeds", *columns], rows)
 
 
 def machine(run: Run) -> str:
@@ -94,13 +70,11 @@ def machine(run: Run) -> str:
 def runs(study: Study, names: Sequence[str] = (), columns: Sequence[str] = ()) -> str:
     """What was trained, how long it took, what it reached: all runs and columns, or those named."""
     rows = []
-    for name in names or (*SETTINGS, *sorted(study.paths.keys() - SETTINGS.keys())):
-        if not (group := study[name]):
-            continue
+    for group in study.groups(names or SETTINGS):
         run, tests = group[0], [run.file("result.json")["test"] for run in group]
         minutes = sorted(round(run.file("timing.json")["training_minutes"]) for run in group)
         rows.append({
-            "": SETTINGS[name].label if name in SETTINGS else f"{run.data}, {describe(run)}",
+            "": label(run),
             "recipe": run.settings["recipe"],
             "seeds": ", ".join(str(one.settings["seed"]) for one in group),
             "meta-steps x tasks": f"{run.arguments['meta_steps']:,} x {run.settings['task_num']}",

@@ -18,10 +18,10 @@ import numpy as np
 import files
 from files import Parser, UserError, atomic
 from study import effects
-from study.design import CELLS, LEARNERS, LONG, MAIN, METRICS, MODELS, PHOTOGRAPHS, SMALL_PHOTOGRAPHS, TASKS, label
+from study.design import CELLS, LEARNERS, LONG, MAIN, METRICS, MODELS, PHOTOGRAPHS, SMALL_PHOTOGRAPHS, label
 from study.logs import HOME, Run, Study
 from study.markdown import MISSING, Cell, fixed, over, table
-from study.run_tables import accuracies, changes, length, runs, tests
+from study.run_tables import PARTS, accuracies, changes, length, runs
 
 NAMED_LAYERS = tuple(zip(range(-5, 0), ("block 1", "block 2", "block 3", "block 4", "logits")))
 RULES = {"nearest support mean": ("nearest_mean", 0), "nearest support mean, adapted": ("nearest_mean", -1),
@@ -48,8 +48,7 @@ def from_untrained(model: str, metric: str, layer: int = effects.HIDDEN) -> Cell
     def cell(runs: list[Run]) -> str:
         start, stop = (over(value, model=model, metric=metric, layer=layer)(runs)
                        for value in (effects.untrained, effects.end))
-        start_alone = re.split(r" [±[]", start)[0]
-        return f"{start_alone} → {stop}"
+        return f"{start.split(' ±')[0]} → {stop}"
 
     return cell
 
@@ -58,20 +57,18 @@ def heldout_gap(runs: list[Run]) -> str:
     """Held-out minus training tasks; the interval over seeds, over tasks, and both together."""
     share = functools.partial(effects.end, model="finetuned", metric="relative_within")
     gaps = [share(run) - share(run, split="train") for run in runs]
-    mean, low, high = effects.over_seeds(gaps)
+    mean, seeds = effects.over_seeds(gaps)
     if not math.isfinite(mean):
         return MISSING
-    seeds, tasks = (high - low) / 2, float(np.mean([effects.share_over_tasks(run) for run in runs]))
+    tasks = float(np.mean([effects.share_over_tasks(run) for run in runs]))
     halves = {"seeds": seeds, "tasks": tasks, "both": math.hypot(seeds, tasks)}
     intervals = ", ".join(f"{name} ± {fixed(half, 3)}" for name, half in halves.items() if half > 0)
     return f"{fixed(mean, 3)}; {intervals}"
 
 
 SHARE = ("relative within trace, adapted", from_untrained("finetuned", "relative_within"))
-TRACES, TRACES_BEFORE = (
-    [(f"{trace} trace, {when}, end / untrained", over(effects.growth, model=model, metric=trace))
-     for trace in ("between", "within")]
-    for model, when in (("finetuned", "adapted"), ("meta", "before adaptation")))
+TRACES = [(f"{trace} trace, adapted, end / untrained", over(effects.growth, model="finetuned", metric=trace))
+          for trace in ("between", "within")]
 NC1 = ("tr(S_W S_B⁺)/C, adapted", from_untrained("finetuned", "nc1"))
 CDNV = ("CDNV, unbiased, adapted", from_untrained("finetuned", "cdnv_unbiased"))
 NEAREST_MEAN = ("nearest support mean before adaptation, %",
@@ -79,27 +76,19 @@ NEAREST_MEAN = ("nearest support mean before adaptation, %",
 
 
 def collapse(study: Study) -> str:
-    def cdnv_reduction(run: Run) -> float:
-        return 1 / effects.growth(run, "finetuned", "cdnv_unbiased")
+    def matched_dimension(run: Run) -> float:
+        return effects.matching_dimension(effects.end(run, "finetuned", "etf_error"), run.settings["n_way"])
 
-    def matched_dimension(run: Run, model: str) -> float:
-        return effects.matching_dimension(effects.end(run, model, "etf_error"), run.settings["n_way"])
-
-    return compared(study, (*MAIN, *PHOTOGRAPHS), [
+    return compared(study, MAIN, [
         ("relative within trace, before adaptation", from_untrained("meta", "relative_within")),
         SHARE,
         ("held-out minus training tasks, adapted, end", heldout_gap),
-        *TRACES_BEFORE,
         *TRACES,
-        ("within trace, adapted, lowest / untrained", over(effects.lowest, model="finetuned", metric="within")),
         NC1,
         CDNV,
-        ("CDNV, unbiased, untrained / end", over(cdnv_reduction)),
         ("directional CDNV, adapted", from_untrained("finetuned", "directional_cdnv")),
         ("NC2: ETF error, adapted", from_untrained("finetuned", "etf_error")),
-        ("dimension of random directions with that error", over(matched_dimension, model="finetuned")),
-        ("NC2 before adaptation: ETF error", from_untrained("meta", "etf_error")),
-        ("dimension of random directions with that error", over(matched_dimension, model="meta")),
+        ("dimension of random directions with that error", over(matched_dimension)),
         ("NC3: self-duality, adapted", from_untrained("finetuned", "self_duality")),
         ("NC4: mismatch with the nearest support mean, adapted", from_untrained("finetuned", "ncc_mismatch")),
     ])
@@ -107,15 +96,15 @@ def collapse(study: Study) -> str:
 
 def accuracy(study: Study) -> str:
     def difference(run: Run) -> float:
-        return effects.end(run, "meta", "ncc_accuracy") - effects.accuracy_at_end(run, -1)
+        return effects.end(run, "meta", "ncc_accuracy") - effects.accuracy_at_end(run)
 
-    return compared(study, (*MAIN, *PHOTOGRAPHS), [
+    return compared(study, MAIN, [
         ("nearest support mean, untrained, %", over(effects.untrained, 100, model="meta", metric="ncc_accuracy")),
         NEAREST_MEAN,
         ("nearest support mean, adapted, %", over(effects.end, 100, model="finetuned", metric="ncc_accuracy")),
-        ("classifier, adapted, %", over(effects.accuracy_at_end, 100, inner_step=-1)),
+        ("classifier, adapted, %", over(effects.accuracy_at_end, 100)),
         ("difference, points", over(difference, 100)),
-        ("classifier, adapted, training tasks, %", over(effects.accuracy_at_end, 100, inner_step=-1, split="train")),
+        ("classifier, adapted, training tasks, %", over(effects.accuracy_at_end, 100, split="train")),
     ])
 
 
@@ -124,34 +113,18 @@ def layers(study: Study) -> str:
         adapted, before = (effects.end(run, model, "relative_within", layer) for model in ("finetuned", "meta"))
         return adapted - before
 
-    shares = [(f"{model_name}, {layer_name}", from_untrained(model, "relative_within", layer))
-              for model, model_name in MODELS.items() for layer, layer_name in NAMED_LAYERS]
+    shares = [(f"adapted, {layer_name}", from_untrained("finetuned", "relative_within", layer))
+              for layer, layer_name in NAMED_LAYERS]
     changes = [(f"adapted minus before, {layer_name}", over(change, layer=layer))
                for layer, layer_name in NAMED_LAYERS]
     return compared(study, MAIN, shares + changes)
 
 
-def inner_steps(study: Study) -> str:
-    """Accuracy and relative within trace (of the mean traces) along the inner loop, held-out tasks, the end."""
-    def share(run: Run, layer: int, inner_step: int) -> float:
-        (steps, within), (_, between) = (run.along_inner_loop("heldout", trace, run.layers[layer])
-                                         for trace in ("within", "between"))
-        return effects.mean_at_end(run, steps, effects.within_share([within, between])[:, inner_step])
-    quantities = {"accuracy, %": functools.partial(over, effects.accuracy_at_end, 100),
-                  "relative within trace, classifier's input": functools.partial(over, share, layer=-2),
-                  "relative within trace, logits": functools.partial(over, share, layer=-1)}
-    moments = {"before adaptation": 0, "after 1 inner step": 1, "after the last": -1}
-    return compared(study, MAIN, [
-        (f"{quantity}: {moment}", cell(inner_step=step))
-        for quantity, cell in quantities.items() for moment, step in moments.items()])
-
-
 def original(study: Study) -> str:
-    """Change of the relative within trace of the logits: by label and as the original took it."""
+    """Change of the relative within trace of the logits on training tasks: by label and as the original took it."""
     return compared(study, (*MAIN, *PHOTOGRAPHS), [
-        (f"{model_name}, {tasks}, {how}", over(effects.logit_share_change, model=model, suffix=suffix, split=split))
-        for model, model_name in MODELS.items() for split, tasks in TASKS.items()
-        for suffix, how in (("", "by label"), ("_original", "as the original"))])
+        (f"{when}, {how}", over(effects.logit_share_change, model=model, suffix=suffix))
+        for model, when in MODELS.items() for suffix, how in (("", "by label"), ("_original", "as the original"))])
 
 
 def cells(study: Study) -> str:
@@ -186,20 +159,14 @@ def of_trained(value: Callable[[Run], float]) -> Value:
 
 BEFORE = {name: of_metric("meta", metric) for metric, name in METRICS.items()} | {"dimension": effects.dimension}
 LEARNER = BEFORE | {f"{name}, adapted": of_metric("finetuned", metric) for metric, name in METRICS.items()}
-LEARNER |= {f"{trace} trace, end / untrained": of_trained(functools.partial(effects.growth, model="meta", metric=trace))
-            for trace in ("between", "within")}
 LEARNER |= {f"{name}, %{how}": of_rule(key, place, not how)
             for how in ("", ", not transductive") for name, (key, place) in RULES.items()}
-OWN = of_trained(functools.partial(effects.own_accuracy, transductive=False))
 CONTRAST = {"relative within trace": of_metric("meta", "relative_within"),
             "the same, adapted": of_metric("finetuned", "relative_within"),
             "tr(S_W S_B⁺)/C": of_metric("meta", "nc1"), "adapted": of_metric("finetuned", "nc1"),
             "nearest support mean, %": of_rule("nearest_mean", 0), "adapted classifier, %": of_rule("accuracy", -1),
-            "by its own rule, not transductive, %": OWN}
-PARTS = {"spread of the classifier's rows, untrained":
-         of_trained(functools.partial(effects.first_step, quantity="rows", kind=effects.UNTRAINED)),
-         "the same, trained": of_trained(functools.partial(effects.first_step, quantity="rows")),
-         "body's step, relative": of_trained(functools.partial(effects.first_step, quantity="body"))}
+            "by its own rule, not transductive, %":
+            of_trained(functools.partial(effects.own_accuracy, transductive=False))}
 
 
 def references(groups: list[list[Run]]) -> list[tuple[str, list[Run], str]]:
@@ -234,7 +201,8 @@ def contrast(study: Study) -> str:
 
 def photographs(study: Study) -> str:
     """The same of what was trained on photographs, and what the inner loop finds and changes there."""
-    header, *rows = with_references(study, SMALL_PHOTOGRAPHS, CONTRAST | PARTS)
+    parts = {name: of_trained(value) for name, value in PARTS.items()}
+    header, *rows = with_references(study, SMALL_PHOTOGRAPHS, CONTRAST | parts)
     return table(header, rows)
 
 
@@ -265,15 +233,13 @@ def ranking(study: Study) -> str:
 
 
 def controls(study: Study) -> str:
-    """Every control of the long runs that have controls.json, before adaptation."""
+    """Other queries, support images and statistics of batch norm, for the long 5-way 1-shot runs, before adaptation."""
     columns = BEFORE | {f"{name}, %": functools.partial(effects.in_control, key=key, place=place)
                         for name, (key, place) in RULES.items()}
-    rows = []
-    for group in study.groups(LONG):
-        measured = [run for run in group if run.controls()]
-        kinds = dict.fromkeys(kind for run in measured for kind in run.controls() if effects.BY_PARTS not in kind)
-        rows += [[label(group[0]), kind, *cells_of(measured, kind, columns)] for kind in kinds]
-    return table(["", "control", "seeds", *columns], rows)
+    runs = study["paper-omniglot-5w1s"]
+    kinds = dict.fromkeys(kind for run in runs for kind in run.controls()
+                          if kind.split()[0] in ("final", "queries", "5-shot", "batch"))
+    return table(["control", "seeds", *columns], [[kind, *cells_of(runs, kind, columns)] for kind in kinds])
 
 
 def adaptation(study: Study) -> str:
@@ -284,9 +250,6 @@ def adaptation(study: Study) -> str:
             *((f"adapted{start}", share(model="finetuned", kind=kind)) for start, kind in kinds.items()),
             *((f"classifier, adapted{start}, %", over(effects.in_control, 100, kind=kind, key="accuracy", place=-1))
               for start, kind in kinds.items())]
-    rows += [(f"accuracy after the first step of the {part} alone, %",
-              over(effects.first_step, 100, quantity="accuracy", place=place))
-             for part, place in (("classifier", 1), ("body", 2))]
     rows += [(f"5-shot, unbiased: {samples} features, {when}",
               over(effects.five_shot_share, samples=samples, inner_step=inner_step))
              for samples in ("query", "support") for inner_step, when in ((0, "before adaptation"), (-1, "adapted"))]
@@ -296,8 +259,8 @@ def adaptation(study: Study) -> str:
 
 
 TABLES: dict[str, Callable[[Study], str]] = {function.__name__: function for function in (
-    contrast, accuracies, collapse, accuracy, layers, inner_steps, original, cells, learners,
-    photographs, ranking, adaptation, changes, length, tests, controls, runs)}
+    contrast, accuracies, collapse, accuracy, layers, original, cells, learners,
+    photographs, ranking, adaptation, changes, length, controls, runs)}
 
 
 # ---- the program

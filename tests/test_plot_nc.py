@@ -149,7 +149,7 @@ def test_a_run_of_the_study_has_its_label_and_another_of_that_name_has_not(tmp_p
 
 
 def test_the_committed_figures_have_the_colours_of_their_settings():
-    for name, settings in (("result.png", 3), ("res/original.png", 5), ("res/learners.png", 6), ("res/length.png", 3),
+    for name, settings in (("result.png", 3), ("res/learners.png", 6), ("res/length.png", 3),
                            ("res/changes.png", 3)):
         with Image.open(PROJECT / name) as picture:
             colours = {colour for _, colour in picture.convert("RGB").getcolors(256)}
