@@ -108,11 +108,13 @@ def accuracy(study: Study) -> str:
     ])
 
 
-def layers(study: Study) -> str:
-    def change(run: Run, layer: int) -> float:
-        adapted, before = (effects.end(run, model, "relative_within", layer) for model in ("finetuned", "meta"))
-        return adapted - before
+def change(run: Run, layer: int = effects.HIDDEN) -> float:
+    """Of the relative within trace by adaptation, at the end."""
+    adapted, before = (effects.end(run, model, "relative_within", layer) for model in ("finetuned", "meta"))
+    return adapted - before
 
+
+def layers(study: Study) -> str:
     shares = [(f"adapted, {layer_name}", from_untrained("finetuned", "relative_within", layer))
               for layer, layer_name in NAMED_LAYERS]
     changes = [(f"adapted minus before, {layer_name}", over(change, layer=layer))
@@ -129,8 +131,9 @@ def original(study: Study) -> str:
 
 def cells(study: Study) -> str:
     """Inner gradient (first or second order) by network, the original's recipe."""
-    return compared(study, CELLS, [("test accuracy, %", over(effects.own_accuracy, 100)), SHARE, *TRACES, CDNV, NC1,
-                                   NEAREST_MEAN])
+    return compared(study, CELLS, [
+        ("test accuracy, %", over(effects.own_accuracy, 100)), SHARE,
+        ("the same minus before adaptation", over(change)), *TRACES, CDNV, NC1, NEAREST_MEAN])
 
 
 # ---- learners, long runs, controls
