@@ -81,7 +81,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("other-network-large-head", "conv-bn-relu, classifier from N(0, 1)",
             f"{_SHORT} --epoch 2000 --net conv_bn_relu --head_std 1", (1,)),
     Setting("other-network-no-scale", "conv-bn-relu, batch norm without scale",
-            f"{_OTHER_NETWORK} --no-bn_scale", (1,)),
+            f"{_OTHER_NETWORK} --no-bn_scale", (1, 2)),
     Setting("small-head-with-scale", "classifier from N(0, 0.18²), batch norm with scale",
             f"{_SMALL_HEAD} --bn_scale", (1, 2)),
     Setting("small-images", "images of 16 x 16", f"{_ONE_CHANGE} --imgsz 16", (1, 2)),

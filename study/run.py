@@ -124,11 +124,10 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
             log = (job.folder / "log.jsonl").read_bytes()
         copies = {"log.jsonl.gz": gzip.compress(log, mtime=0),
                   "args.json": (json.dumps(arguments, indent=1) + "\n").encode()}
-        others = [*RESULTS, *WEIGHTS, *(path.name for path in job.folder.glob("test-*.json"))]
-        copies |= contents(job.folder, others)
+        copies |= contents(job.folder, [*RESULTS, *WEIGHTS])
         folder = results / job.folder.name
         if contents(folder, WEIGHTS) != contents(job.folder, WEIGHTS):
-            for path in (*folder.glob("controls*.json"), *folder.glob("test-*.json")):
+            for path in folder.glob("controls*.json"):
                 path.unlink()  # measured with other weights
                 print(f"{path} is of other weights and removed")
         for name, content in copies.items():
