@@ -23,12 +23,7 @@ from study import figures, report
 from study.logs import HOME, Study, read_groups
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """`draw`; what the user can fix becomes one line and exit status 2."""
-    files.run(lambda: draw(arguments))
-
-
-def draw(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
+def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
     """Draw the runs that the command line names, or the report's figures; print what was written.
 
     Raises:
@@ -66,4 +61,4 @@ def draw(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    files.run(main)

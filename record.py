@@ -186,7 +186,7 @@ def draw_figure(out: Path) -> None:
     try:
         import plot_nc  # not earlier: a run needs matplotlib for nothing else
 
-        plot_nc.draw(["-o", str(out / "figure.png"), "--", str(out)])
+        plot_nc.main(["-o", str(out / "figure.png"), "--", str(out)])
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         say(f"figure.png was not drawn: {reason}; python plot_nc.py {quoted(out)} draws the run's figure")

@@ -24,7 +24,7 @@ PROJECT = Path(plot_nc.__file__).parent
 def refused(*arguments: object) -> str:
     """The one line of a refusal."""
     with pytest.raises(UserError) as caught:
-        plot_nc.draw(list(map(str, arguments)))
+        plot_nc.main(list(map(str, arguments)))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -57,7 +57,7 @@ def test_every_figure_of_any_run_is_small_and_the_same_twice(name, tmp_path, mon
     monkeypatch.undo()  # at its own size
     runs = [str(write_run(tmp_path / str(seed), seed=seed)) for seed in range(2)]
     for file in ("a.png", "b.png"):
-        plot_nc.draw([*runs, "--figure", name, "-o", str(tmp_path / file)])
+        plot_nc.main([*runs, "--figure", name, "-o", str(tmp_path / file)])
     picture = (tmp_path / "a.png").read_bytes()
     assert picture == (tmp_path / "b.png").read_bytes() and 5_000 < len(picture) < 60_000
 
@@ -78,7 +78,7 @@ def test_the_figures_name_the_data_the_tasks_and_the_layer(tmp_path):
     assert keys[-1] == "nearest support mean at block2, before adaptation"
     names = [name for _, _, name in figures.colours(logs.read_groups([whole, part]))]
     assert names == ["Omniglot, 5-way 5-shot, second order", r"\$x^\$, 5-way 1-shot, second order"]
-    plot_nc.draw([str(whole), str(part), "--figure", "layers"])
+    plot_nc.main([str(whole), str(part), "--figure", "layers"])
     assert "draws all layers; leave --layer out" in refused(whole, "--figure", "layers", "--layer", "block2")
 
 
@@ -99,12 +99,12 @@ def test_many_settings_have_panels_that_can_be_read_or_are_refused(tmp_path):
 @pytest.mark.slow
 def test_no_argument_redraws_the_figures_of_the_runs_that_are_there(tmp_path):
     with pytest.raises(UserError, match="no run of the study"):
-        plot_nc.draw([], home=tmp_path)
+        plot_nc.main([], home=tmp_path)
     nc_logs.write_study(tmp_path / "res", seeds=2)
-    plot_nc.draw([], home=tmp_path)
+    plot_nc.main([], home=tmp_path)
     first = {path.name for path in tmp_path.rglob("*.png")}
     nc_logs.write_study(tmp_path / "res", nc_logs.LEARNERS | nc_logs.LONG | {"small-images": {"imgsz": 16}}, seeds=2)
-    plot_nc.draw([], home=tmp_path)
+    plot_nc.main([], home=tmp_path)
     then = {path.name for path in tmp_path.rglob("*.png")}
     assert "result.png" in first and then - first == {"learners.png", "changes.png", "length.png"}
     shown = (PROJECT / "study" / "README.md").read_text()
@@ -240,7 +240,7 @@ def undefined(model: str, metric: str, layer: int, step: int, classes: str) -> f
 @pytest.mark.parametrize("name", figures.ANY)
 def test_metrics_that_are_undefined_everywhere(name, tmp_path):
     log = json.loads(json.dumps(nc_logs.log(value=undefined)).replace("NaN", "null"))
-    plot_nc.draw([str(write_run(tmp_path / "run", log, k_qry=1)), "--figure", name])
+    plot_nc.main([str(write_run(tmp_path / "run", log, k_qry=1)), "--figure", name])
     figure = figures.ANY[name](logs.read_groups([tmp_path / "run"]))
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert ("undefined" in texts) == (name in ("traces", "metrics"))
@@ -261,7 +261,7 @@ def test_an_error_is_one_line_on_stderr(tmp_path):
 def test_a_run_without_held_out_tasks(tmp_path):
     run = write_run(tmp_path / "run", [row for row in nc_logs.log() if row["classes"] == "train"])
     for name in ("traces", "metrics", "layers"):
-        plot_nc.draw([str(run), "--figure", name])
+        plot_nc.main([str(run), "--figure", name])
     whole = write_run(tmp_path / "whole", n_way=3)
     assert f"{run} has no measurement on held-out tasks" in refused(whole, run, "--figure", "accuracy")
 
@@ -324,4 +324,4 @@ def test_other_refusals(tmp_path):
 
 
 def test_a_data_set_whose_name_looks_like_mathematics(tmp_path):
-    plot_nc.draw([str(write_run(tmp_path / "run", name="$x^$"))])
+    plot_nc.main([str(write_run(tmp_path / "run", name="$x^$"))])
