@@ -10,7 +10,7 @@ drawn. The splits are ranges of class numbers under one seed, so they share no c
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations, product
 
 import numpy as np
@@ -35,48 +35,23 @@ _BEZIER = np.concatenate([math.comb(3, i) * _T**i * (1 - _T) ** (3 - i) for i in
 
 def dataset(name: str, channels: int, mean: Sequence[float], std: Sequence[float], imgsz: int) -> Dataset:
     """CHARACTERS or PHOTOS, for `training.train`."""
-    splits, count, load = {CHARACTERS: (CHARACTER_SPLITS, CHARACTER_IMAGES, load_characters),
-                           PHOTOS: (PHOTO_SPLITS, PHOTO_IMAGES, load_photos)}[name]
+    splits, count = (CHARACTER_SPLITS, CHARACTER_IMAGES) if name == CHARACTERS else (PHOTO_SPLITS, PHOTO_IMAGES)
     sizes = {split: (classes, count) for split, (_, classes) in splits.items()}
-    return Dataset(lambda: name, channels, mean, std, lambda: sizes, lambda split: load(split, imgsz))
+    return Dataset(lambda: name, channels, mean, std, lambda: sizes,
+                   lambda split: generate(name, *splits[split], count, imgsz, SEED))
 
 
-def load_characters(split: str, imgsz: int = 28) -> torch.Tensor:
-    """Characters of one split: uint8 [200 (train) | 40 (val) | 60 (test), 20, 1, imgsz, imgsz], 0..255."""
-    first, n_classes = CHARACTER_SPLITS[split]
-    return characters(n_classes, CHARACTER_IMAGES, imgsz, SEED, first)
-
-
-def load_photos(split: str, imgsz: int = 84) -> torch.Tensor:
-    """Photos of one split: uint8 [64 (train) | 16 (val) | 20 (test), 40, 3, imgsz, imgsz], 0..255."""
-    first, n_classes = PHOTO_SPLITS[split]
-    return photos(n_classes, PHOTO_IMAGES, imgsz, SEED, first)
-
-
-def characters(n_classes: int, n_images: int, imgsz: int, seed: int, first_class: int = 0) -> torch.Tensor:
-    """Draw the characters first_class .. first_class + n_classes - 1, `n_images` times each.
+def generate(name: str, first_class: int, n_classes: int, n_images: int, imgsz: int, seed: int) -> torch.Tensor:
+    """Draw the classes first_class .. first_class + n_classes - 1 of CHARACTERS or PHOTOS, `n_images` times each.
 
     Args:
         imgsz: side of the square images in pixels.
-        seed: any integer from 0; another seed gives other characters.
-
+        seed: any integer from 0; another seed gives other classes.
     Returns:
-        uint8 tensor [n_classes, n_images, 1, imgsz, imgsz]; paper is 255, ink is dark, as in Omniglot.
+        uint8 [n_classes, n_images, c, imgsz, imgsz]: characters in dark ink on white paper (255), as Omniglot's, with
+        c = 1; photos in RGB, c = 3.
     """
-    return _generate(_character_class, 1, n_classes, n_images, imgsz, seed, first_class)
-
-
-def photos(n_classes: int, n_images: int, imgsz: int, seed: int, first_class: int = 0) -> torch.Tensor:
-    """Make `n_classes` kinds of scene, `n_images` views of each; arguments as for `characters`.
-
-    Returns:
-        uint8 tensor [n_classes, n_images, 3, imgsz, imgsz], RGB.
-    """
-    return _generate(_photo_class, 3, n_classes, n_images, imgsz, seed, first_class)
-
-
-def _generate(draw: Callable[[np.random.Generator, int, int], np.ndarray], channels: int, n_classes: int,
-              n_images: int, imgsz: int, seed: int, first_class: int) -> torch.Tensor:
+    draw, channels = (_character_class, 1) if name == CHARACTERS else (_photo_class, 3)
     images = np.empty((n_classes, n_images, channels, imgsz, imgsz), np.uint8)
     for index in progress(range(n_classes), f"drawing images of {imgsz} x {imgsz}", n_classes, "classes"):
         images[index] = draw(np.random.default_rng([channels, seed, first_class + index]), n_images, imgsz)

@@ -33,7 +33,7 @@ def maml_on(device: str, first_order: bool = False, dtype: torch.dtype = torch.f
 
 def take_steps(device: str, graphed: bool, first_order: bool) -> tuple[list[float], list[torch.Tensor]]:
     """Nine meta-steps, of which steps 0, 4 and 8 measure: the losses, and all that the steps changed."""
-    images = with_rotations(synthetic.characters(8, 6, 28, seed=0)).to(device)
+    images = with_rotations(synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0)).to(device)
     mean, std = torch.zeros(1, device=device), torch.ones(1, device=device)  # a capture can't copy from the host
     maml = maml_on(device, first_order, nc_every=4)
     generator = torch.Generator(device).manual_seed(1)
@@ -57,7 +57,7 @@ def test_graph_and_eager_take_the_same_steps(first_order):
 
 def test_gradient_is_the_cpus():
     gradients = []
-    images = synthetic.characters(8, 6, 28, seed=0)
+    images = synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0)
     tasks = sample_tasks(images, 4, 5, 1, 3, torch.Generator().manual_seed(1))
     tasks = tasks._replace(x_spt=tasks.x_spt.double(), x_qry=tasks.x_qry.double())
     for device in ("cpu", "cuda"):

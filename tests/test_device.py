@@ -227,7 +227,7 @@ def cuda(monkeypatch) -> FakeGraphs:
 def test_a_failed_capture_is_one_line_and_leaves_the_run_as_it_was(cuda, error, reason, when):
     """A step whose accuracy is asked for after every inner step is not captured."""
     maml, generator, steps = maml_on("cpu"), torch.Generator().manual_seed(1), itertools.count()
-    images = synthetic.characters(8, 6, 28, seed=0)
+    images = synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0)
 
     def step(every_step: bool = False):
         result = maml(sample_tasks(images, 2, 5, 1, 3, generator), every_step)

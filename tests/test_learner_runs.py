@@ -64,7 +64,8 @@ def test_the_classifier_learns_the_training_class_of_each_label(tmp_path, monkey
 
     monkeypatch.setattr(Meta, "__call__", watched)
     train(tmp_path / "run", "--learner", "classifier", "--epoch", "2", "--nc_every", "0")
-    images = with_rotations(synthetic.load_characters("train", 28)) / 255
+    images = with_rotations(synthetic.generate(synthetic.CHARACTERS, *synthetic.CHARACTER_SPLITS["train"],
+                                               synthetic.CHARACTER_IMAGES, 28, synthetic.SEED)) / 255
     for tasks, classes in steps:
         for task in range(2):
             for image, label in zip(tasks.x_qry[task], tasks.y_qry[task]):

@@ -282,13 +282,13 @@ def test_refusal_is_one_line_and_status_2(tmp_path):
 
 
 def test_data_that_cannot_be_read_leaves_no_run(tmp_path, monkeypatch):
-    def broken(split: str, imgsz: int):
-        if split == "test":
+    def broken(name: str, first_class: int, *sizes: int):
+        if first_class == synthetic.CHARACTER_SPLITS["test"][0]:
             raise UserError("one image is broken")
-        return load(split, imgsz)
+        return generate(name, first_class, *sizes)
 
-    load = synthetic.load_characters
-    monkeypatch.setattr(synthetic, "load_characters", broken)
+    generate = synthetic.generate
+    monkeypatch.setattr(synthetic, "generate", broken)
     with pytest.raises(UserError, match="one image is broken"):
         omniglot_train.main([*OMNIGLOT, "--out", str(tmp_path / "run")])
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ def main(path: str) -> None:
     torch.manual_seed(0)
     net = omniglot_train.network(omniglot_train.arguments([])).double()
     maml = Meta(net, nc_every=2)
-    images = synthetic.characters(8, 6, 28, seed=0)
+    images = synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0)
     generator = torch.Generator().manual_seed(1)
     steps = []
     with devices.processes(torch.device("cpu")):
