@@ -11,6 +11,7 @@
 """
 
 import csv
+import functools
 import os
 import re
 from pathlib import Path
@@ -24,7 +25,7 @@ import images
 import pickles
 from files import UserError, listed, reading, short
 from images import SPLITS, ImageFile, ImageSet, normal
-from tasks import sample_tasks
+from tasks import Sampler
 
 CHANNELS = 3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, red green blue
@@ -230,23 +231,14 @@ class _Files:
 class MiniImagenet(torch.utils.data.Dataset):
     """`batchsz` tasks of one split; item i is (support_x, support_y, query_x, query_y).
 
-    support_x [n_way*k_shot, 3, resize, resize] and query_x [n_way*k_query, 3, resize, resize]
-    are normalised floats, the labels int64 in 0..n_way-1. An item depends on nothing
-    but startidx + i, so it is the same in every epoch and in every loader process.
+    support_x [n_way*k_shot, 3, resize, resize] and query_x [n_way*k_query, 3, resize, resize] are normalised floats, the
+    labels int64 in 0..n_way-1. An item depends on startidx + i alone: it is the same in every epoch and process.
 
     Args:
-        root: the data folder, as in `find`.
+        root, cache: as in `find`.
         mode: the split: train, val or test.
-        batchsz: how many tasks.
-        n_way: classes per task.
-        k_shot: support images per class.
-        k_query: query images per class.
-        resize: image size in pixels.
-        startidx: the number of the first task: item i is task startidx + i, so that
-            `startidx=batchsz` gives the next `batchsz` tasks. (In the original it had
-            no effect.)
-        cache: as in `find`.
-
+        k_shot, k_query: support and query images per class.
+        startidx: the number of the first task; `startidx=batchsz` gives the next `batchsz` tasks.
     Raises:
         UserError: as `find` and `ImageSet.load`, and for tasks that the split is too small for.
     """
@@ -261,14 +253,14 @@ class MiniImagenet(torch.utils.data.Dataset):
             raise UserError(f"n_way {n_way}, k_shot {k_shot}, k_query {k_query} and resize {resize} must be at least 1")
         if mode not in SPLITS:
             raise UserError(f"mode {mode!r}: choose {', '.join(SPLITS)}")
-        image_set = find(root, cache)
-        classes, least = image_set.sizes()[mode]
+        dataset = images.dataset(functools.partial(find, root, cache), str, CHANNELS, MEAN, STD, resize)
+        classes, least = dataset.sizes()[mode]
         if n_way > classes or k_shot + k_query > least:
             raise UserError(f"{n_way} classes of {k_shot} + {k_query} images are more than the {classes} classes of "
                             f"{least} images of the {mode} split; lower n_way, k_shot or k_query")
-        self.images, self.counts = image_set.load(mode, resize, CHANNELS), image_set.counts(mode)
         self.batchsz, self.startidx = batchsz, startidx
-        self.n_way, self.k_shot, self.k_query = n_way, k_shot, k_query
+        self.sampler = Sampler(dataset.load(mode), dataset, torch.device("cpu"), 0, n_way, k_shot, k_query,
+                               counts=dataset.counts(mode))
 
     def __len__(self) -> int:
         return self.batchsz
@@ -276,7 +268,5 @@ class MiniImagenet(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         if not 0 <= index < self.batchsz:
             raise IndexError(f"task {index} of {self.batchsz}")
-        generator = torch.Generator().manual_seed(self.startidx + index)
-        sizes = self.n_way, self.k_shot, self.k_query
-        tasks = sample_tasks(self.images, 1, *sizes, generator, mean=MEAN, std=STD, counts=self.counts)
-        return tuple(tensor[0] for tensor in tasks)
+        self.sampler.generator.manual_seed(self.startidx + index)
+        return tuple(tensor[0] for tensor in self.sampler(1))

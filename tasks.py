@@ -132,33 +132,6 @@ def as_tasks(picked: Tensor, k_spt: int, mean: Tensor | Sequence[float], std: Te
     return Tasks(x_spt, y_spt, x_qry, y_qry)
 
 
-def sample_tasks(images: Tensor, n_tasks: int, n_way: int, k_spt: int, k_qry: int, generator: torch.Generator | None,
-                 mean: Tensor | Sequence[float] = (0.0,), std: Tensor | Sequence[float] = (1.0,),
-                 counts: Sequence[int] | None = None) -> Tasks:
-    """Draw T = n_tasks tasks.
-
-    Args:
-        images: uint8 [classes, images per class, c, h, w].
-        k_spt, k_qry: support and query images per class.
-        generator: on the CPU or on the device of `images`; the same state gives the same tasks. None: torch's own.
-        mean, std: of images scaled to 0..1; one number, or one per channel (a tensor on the device is not copied).
-        counts: images per class, where they are unequal.
-    Raises:
-        ValueError: as `draw`.
-    """
-    device = generator.device if generator else images.device
-    k = k_spt + k_qry
-    index = draw(*images.shape[:2], n_tasks, n_way, k, generator, device=device, counts=_counts(counts, k, device))
-    classes, order = (part.to(images.device) for part in index)
-    return as_tasks(images[classes, order], k_spt, mean, std)
-
-
-def _counts(counts: Sequence[int] | None, k: int, device: torch.device | str) -> Tensor | None:
-    if counts is not None and k > min(counts):
-        raise ValueError(f"support and query images need {k} per class, and one class has {min(counts)}")
-    return None if counts is None else torch.tensor(counts, device=device)
-
-
 class Sampler:
     """Tasks from the images of a split.
 
@@ -182,7 +155,9 @@ class Sampler:
         self.k = k_spt + max(self.k_qry, self.nc_qry)
         self.mean, self.std = (torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
         self.generator = torch.Generator(images.device if on_device else "cpu").manual_seed(seed)
-        self.counts = _counts(counts, self.k, self.generator.device)
+        if counts is not None and self.k > min(counts):
+            raise ValueError(f"support and query images need {self.k} per class, and one class has {min(counts)}")
+        self.counts = None if counts is None else torch.tensor(counts, device=self.generator.device)
 
     def __call__(self, n_tasks: int) -> Tasks:
         return self.gather(self.draw(n_tasks))

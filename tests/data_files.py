@@ -19,6 +19,7 @@ from PIL import Image
 import images
 import omniglot
 from files import UserError
+from tasks import Tasks, as_tasks, draw
 
 ALPHABETS = {"images_background": ("Greek", "Latin"), "images_evaluation": ("Angelic",)}
 
@@ -28,6 +29,12 @@ def encode(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> byt
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     image.save(data, kind, **options)
     return data.getvalue()
+
+
+def sample_tasks(images: torch.Tensor, n_tasks: int, n_way: int, k_spt: int, k_qry: int,
+                 generator: torch.Generator | None, mean=(0.0,), std=(1.0,)) -> Tasks:
+    index = draw(*images.shape[:2], n_tasks, n_way, k_spt + k_qry, generator, device=images.device)
+    return as_tasks(images[index], k_spt, mean, std)
 
 
 def load(module: ModuleType, root: Path, split: str, imgsz: int, cache: Path | None = None) -> torch.Tensor:

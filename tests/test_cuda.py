@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_files import sample_tasks
 
 import omniglot_train
 import synthetic
 from device import GraphedStep
 from meta import Meta
-from tasks import Tasks, sample_tasks, with_rotations
+from tasks import Tasks, with_rotations
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from data_files import sample_tasks
 from test_cuda import maml_on, take_steps
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -20,7 +21,6 @@ import synthetic
 from device import GraphedStep, Stopped, select_device
 from files import UserError
 from meta import Meta
-from tasks import sample_tasks
 
 CPU, ONES = torch.device("cpu"), torch.ones
 

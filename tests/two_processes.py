@@ -6,12 +6,12 @@ With several processes it also checks what each function of device.py exchanges 
 import sys
 
 import torch
+from data_files import sample_tasks
 
 import device as devices
 import omniglot_train
 import synthetic
 from meta import Meta
-from tasks import sample_tasks
 
 
 def main(path: str) -> None:
