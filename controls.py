@@ -42,7 +42,7 @@ from torch import Tensor
 import nc_metrics
 import predict
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
-from files import Parser, UserError, atomic, progress, reading, run
+from files import Parser, UserError, atomic, progress, quoted, reading, run
 from learner import Learner, Weights
 from measuring import accuracies, accuracy, class_means, collapse_metrics, permuted_labels, scores, squared_distances
 from meta import Adapted, Meta
@@ -107,7 +107,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     wanted[ALONE] = final, partial(not_transductive, score=partial(scores, transductive=False)), usual
     wanted[BY_SUPPORT] = final, partial(not_transductive, score=scores_by_support), usual
     if not wanted.keys() >= set(only or ()):
-        raise UserError(f"--only {' '.join(only)}: the controls are {', '.join(wanted)}")
+        raise UserError(f"--only {' '.join(only)}: the controls are {', '.join(map(quoted, wanted))}")
     wanted = {name: wanted[name] for name in only or wanted}
     data = Data(argparse.Namespace(**vars(args)), dataset, device)
     images, dimensions, written = data.load("test"), {}, {}

@@ -64,6 +64,10 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def short(text: str) -> str:
     """`text` as a message quotes it."""
     return repr(text if len(text) <= 80 else f"{text[:77]}...")

@@ -123,7 +123,12 @@ def _refuse_deeper(folder: Path) -> None:
 
 
 def _refuse_left_out(folder: Path, classes: dict[str, list[ImageFile]], cache: Path | None = None) -> None:
-    """Refuse folders that have files and no image, next to those of `classes`; `cache` may be among them."""
+    """Refuse folders whose files would be left out, next to or in those of `classes`; `cache` may be among them."""
+    used = {os.path.dirname(file.path) for files in classes.values() for file in files}
+    inside = [short(f"{entry.name}/{name}") for entry in images.subfolders(folder) for name in image_folders(entry)
+              if images.normal(entry.name) in classes and os.path.join(entry.path, name) not in used]
+    listed(inside, f"folders in the class folders of {folder} have images that would be left out",
+           "move these into the class folder itself, or remove them")
     left_out = [short(entry.name) for entry in images.subfolders(folder) if images.normal(entry.name) not in classes
                 and _has_files(entry) and not (cache and cache.resolve().is_relative_to(Path(entry).resolve()))]
     listed(left_out if classes else [], f"folders in {folder} have files and no images of their own",

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import sys
 import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from files import UserError, atomic, listed, progress, reading, remove_stale, short
+from files import UserError, atomic, listed, note, progress, reading, remove_stale, short
 from tasks import Dataset
 
 SPLITS = ("train", "val", "test")
@@ -108,7 +107,9 @@ class ImageSet:
         """
         classes = list(self.splits[split].values())
         shape = (len(classes), max(map(len, classes)), channels, imgsz, imgsz)
-        path = self.cache / f"{self.name}-{split}-{imgsz}px-{_key(classes, split, shape, self.resample)[:16]}.npy"
+        sources = [[(file.name, file.size, file.stamp) for file in files] for files in classes]
+        key = json.dumps([CACHE_VERSION, split, shape, int(self.resample), sources])  # all that the array depends on
+        path = self.cache / f"{self.name}-{split}-{imgsz}px-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
         try:
             images, hashes = _read_cache(path) or self._build_cache(path, classes, split, shape)
         except MemoryError as error:
@@ -119,7 +120,7 @@ class ImageSet:
     def _build_cache(self, path: Path, classes: Sequence[Sequence[ImageFile]], split: str,
                      shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         if os.path.exists(path):
-            _say(f"the cache {path} is damaged: building it again")
+            note(f"the cache {path} is damaged: building it again")
         with atomic(path, remedy="free some space, or name another folder with --cache FOLDER") as file:
             remove_stale(self.cache, "*.npy", age=24 * 3600)
             images, hashes = decode_all(classes, f"the {split} split", shape, self.resample, self.remedy)
@@ -142,7 +143,7 @@ class ImageSet:
             if len(shared) > SHARED * min(np.count_nonzero(hashes), np.count_nonzero(self._hashes[other])):
                 listed(pairs, f"{what}, which must not share any", "take each out of one of them")
             elif shared:
-                _say(f"note: {what}: {'; '.join(pairs[:10])}")
+                note(f"note: {what}: {'; '.join(pairs[:10])}")
 
     def _name(self, split: str, value: int) -> str:
         """The name of the first image whose pixels have this hash."""
@@ -237,23 +238,19 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str, channels: int, img
         raise UserError(f"{name} is empty")
     with reading(name, wrong="can't be decoded"):
         try:
-            with _open(data) as image:
-                if image.mode == "F":  # convert() would clip 0..1 to black
-                    raise ValueError("floats; give 8 bits in 0..255")
-                if not all(image.size):
-                    raise ValueError("it has no pixels")
-                image = _opaque(_upright(image)).convert("RGB" if channels == 3 else "L")
+            if isinstance(data, bytes):
+                data = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = data if isinstance(data, Image.Image) else Image.fromarray(data)
+            if image.mode == "F":  # convert() would clip 0..1 to black
+                raise ValueError("floats; give 8 bits in 0..255")
+            if not all(image.size):
+                raise ValueError("it has no pixels")
+            image = _opaque(_upright(image)).convert("RGB" if channels == 3 else "L")
         except UnidentifiedImageError as error:
             raise UserError(f"{name} is none of {', '.join(FORMATS)}") from error
     digest = hashlib.blake2b(image.tobytes(), digest_size=8, key=b"%dx%d" % image.size).digest()
     array = np.asarray(image.resize((imgsz, imgsz), resample)).reshape(imgsz, imgsz, channels).transpose(2, 0, 1)
     return array, int.from_bytes(digest, "little") or 1
-
-
-def _open(data: bytes | np.ndarray | Image.Image) -> Image.Image:
-    if isinstance(data, Image.Image):
-        return data.copy()  # so that the caller's is not closed
-    return Image.open(io.BytesIO(data), formats=FORMATS) if isinstance(data, bytes) else Image.fromarray(data)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -303,17 +300,7 @@ def decode_all(classes: Sequence[Sequence[ImageFile]], what: str, shape: tuple[i
     return array, hashes
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 # ---- the cache: a .npy file with two arrays, the images and their hashes; its name has a hash of its sources
-
-
-def _key(classes: Sequence[Sequence[ImageFile]], split: str, shape: tuple[int, ...], resample: Image.Resampling) -> str:
-    """A hash of all that the array depends on: other files, classes, size or filter give another key."""
-    sources = [[(file.name, file.size, file.stamp) for file in files] for files in classes]
-    return hashlib.sha256(json.dumps([CACHE_VERSION, split, shape, int(resample), sources]).encode()).hexdigest()
 
 
 def _read_cache(path: Path) -> tuple[np.ndarray, np.ndarray] | None:

@@ -231,8 +231,8 @@ class _Files:
 class MiniImagenet(torch.utils.data.Dataset):
     """`batchsz` tasks of one split; item i is (support_x, support_y, query_x, query_y).
 
-    support_x [n_way*k_shot, 3, resize, resize] and query_x [n_way*k_query, 3, resize, resize] are normalised floats, the
-    labels int64 in 0..n_way-1. An item depends on startidx + i alone: it is the same in every epoch and process.
+    support_x [n_way*k_shot, 3, resize, resize] and query_x [n_way*k_query, 3, resize, resize] are normalised floats,
+    the labels int64 in 0..n_way-1. An item depends on startidx + i alone: it is the same in every epoch and process.
 
     Args:
         root, cache: as in `find`.

@@ -9,7 +9,6 @@ import itertools
 import os
 import random
 import socket
-import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
@@ -19,7 +18,7 @@ from PIL import Image
 
 import folders
 import images
-from files import UserError, reading
+from files import UserError, listed, note, reading
 from images import ImageFile, ImageSet
 
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
@@ -56,6 +55,8 @@ def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffl
     with reading(root, "name another folder with --root FOLDER"):
         missing = [part for part in PARTS if not _candidates(root, part)]
     if missing:
+        if os.path.isfile(root):
+            raise UserError(f"--root {root} is a file; name the folder that it is in")
         if os.path.isdir(root) and (others := folders.own_images(root)):
             raise UserError(f"{root} has no {' and no '.join(missing)}{others}; to download Omniglot, name another "
                             "folder with --root FOLDER")
@@ -126,10 +127,8 @@ def _check_counts(characters: dict[str, list[ImageFile]], chosen: list[Path], ro
         counts = ", ".join(_described(path, characters) for path in chosen)
         raise UserError(f"{root} holds {len(characters):,} characters ({counts}) where Omniglot has {expected:,}; "
                         f"{_where(root)}")
-    for name, files in sorted(characters.items()):
-        if len(files) != DRAWINGS:
-            raise UserError(f"{root} holds {len(files)} drawings of {name} where Omniglot has {DRAWINGS}; "
-                            f"{_where(root)}")
+    listed([f"{len(files)} of {name}" for name, files in sorted(characters.items()) if len(files) != DRAWINGS],
+           f"{root} holds other numbers of drawings than Omniglot's {DRAWINGS}", _where(root))
 
 
 def _described(path: Path, characters: dict[str, list[ImageFile]]) -> str:
@@ -155,7 +154,7 @@ def _download(root: Path, missing: list[str]) -> None:
     try:
         for part in missing:
             path, temporary = root / f"{part}.zip", root / f".{part}.zip.{os.getpid()}.tmp"
-            print(f"downloading {URL}/{path.name}", file=sys.stderr, flush=True)
+            note(f"downloading {URL}/{path.name}")
             try:
                 download_url(f"{URL}/{path.name}", root, temporary.name, PARTS[part])
                 temporary.replace(path)

@@ -5,14 +5,13 @@ miniImageNet's caches are dicts in two forms: `image_data` uint8 [N, 84, 84, 3] 
 """
 
 import pickle
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from files import reading, short
+from files import note, reading, short
 from images import ImageFile, normal
 
 REMEDY = "put the cache file there again, or the images as folders train/, val/ and test/ of class folders"
@@ -73,7 +72,7 @@ def classes(path: Path, split: str) -> dict[str, list[ImageFile]]:
     with reading(path, REMEDY, "can't be opened"):
         status = path.stat()
         if status.st_size > 10**8:
-            print(f"reading {path}, {status.st_size / 10**6:,.0f} MB", file=sys.stderr, flush=True)
+            note(f"reading {path}, {status.st_size / 10**6:,.0f} MB")
         try:
             with open(path, "rb") as file:
                 content = _Unpickler(file, encoding="latin1").load()  # of text from Python 2

@@ -13,6 +13,7 @@ import argparse
 import os
 import warnings
 from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -79,17 +80,13 @@ def settings_of(run: str | os.PathLike, *flags: str) -> tuple[ModuleType, argpar
     return script, script.arguments([f"--test={run}", *flags])
 
 
+@dataclass(frozen=True)
 class Model:
-    """A trained network, with the settings by which its run adapts it and reads images.
+    """A trained network, with the settings by which its run adapts it and reads images."""
 
-    Args:
-        net: with the trained weights.
-        args: the run's settings.
-        dataset: its mean and deviation normalise the images; its own images are not read.
-    """
-
-    def __init__(self, net: Learner, args: argparse.Namespace, dataset: Dataset):
-        self.net, self.args, self.dataset = net, args, dataset
+    net: Learner  # with the trained weights
+    args: argparse.Namespace  # the run's settings
+    dataset: Dataset  # its mean and deviation normalise the images; its own images are not read
 
     @torch.no_grad()
     def predict(self, support_images: Iterable[Picture], support_labels: Iterable[Hashable],

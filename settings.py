@@ -188,10 +188,10 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
     A file of an older version lacks newer flags, which take their defaults. A run is resumed only by the version that
     began it, because a new flag's default need not be what the old code did.
     """
-    path, what = Path(flags[mode]), "the args.json of a run"
-    if mode != "from_args":
-        path, what = path / "args.json", "the folder of a run"
-    defaults, recorded = vars(parser.parse_args([])), read_settings(path, f"--{mode} takes {what}")
+    path = Path(flags[mode])
+    if mode != "from_args" or path.is_dir():
+        path /= "args.json"
+    defaults, recorded = vars(parser.parse_args([])), read_settings(path, f"--{mode} takes the folder of a run")
     different = recorded.keys() - defaults.keys()
     if mode == "resume":
         different |= defaults.keys() - recorded.keys() - {*MODES, *MAY_CHANGE["resume"]}
@@ -212,6 +212,8 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
     if mode != "resume":
         if settings["device"].startswith("cuda") and not torch.cuda.is_available():
             settings["device"] = "cpu"  # a run that was made on a GPU can be repeated and tested anywhere
+        if settings["data"] is None:  # --root may hold other images here than where the run was made
+            settings["data_name"] = None
         to_synthetic = flags.get("synthetic", False) and not settings["synthetic"]
         other_folder = not same_place(flags.get("data", settings["data"]), settings["data"])
         if to_synthetic or other_folder:
@@ -314,9 +316,10 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     sizes = {split: size for split, size in dataset.sizes().items() if split == "test" or not tests_only}
     for split, (classes, images) in sizes.items():
         if args.n_way > classes:
+            lower = "" if tests_only else "lower --n_way, or "
             raise UserError(f"--n_way {args.n_way}: {dataset.name()} has {classes} classes in its {split} split"
-                            + "; lower --n_way, or divide them yourself into train/, val/ and test/" * bool(args.data))
-        for name in ("k_qry" if split == "train" or args.k_qry_test is None else "k_qry_test", "nc_qry"):
+                            + f"; {lower}divide them yourself into train/, val/ and test/" * bool(args.data))
+        for name in ("k_qry" if split == "train" or args.k_qry_test in (None, args.k_qry) else "k_qry_test", "nc_qry"):
             if args.k_spt + (getattr(args, name) or 0) > images:
                 raise UserError(f"--k_spt {args.k_spt} --{name} {getattr(args, name)}: {dataset.name()} has {images} "
                                 f"images per class in its {split} split; their sum can be at most that")

@@ -196,7 +196,8 @@ def zoom_on_accuracy(axes: Axes) -> None:
 def traces(groups: Sequence[Group], layer: str | None = None) -> Figure:
     """The original's panels: traces within and between classes, and the share within, before and after adaptation."""
     if len(groups) > 1:
-        raise UserError("--figure traces takes the seeds of one setting; name other settings in a call of their own")
+        raise UserError("--figure traces draws the seeds of one setting; --figure metrics and --figure accuracy "
+                        "compare settings")
     group, run = groups[0], groups[0][0]
     kinds = {"within": PALETTE[0], "between": PALETTE[1]}
     legend = [key(f"{name} classes", colour, linewidth=2.2) for name, colour in kinds.items()]

@@ -253,7 +253,7 @@ def test_without_posix_and_without_removing_open_files(tmp_path):
     (omniglot_train, "--learner classifier --task_chunk 1", "--learner classifier: batch norm is over all images"),
     (omniglot_train, "--recipe paper --n_way 7", "no 7-way 1-shot; there are 5-way 1-shot, 5-way 5-shot, 20-way 1-s"),
     (omniglot_train, "--test nowhere", "nowhere/args.json: No such file or directory; --test takes the folder"),
-    (omniglot_train, "--from_args nowhere", "can't read nowhere: No such file or directory; --from_args takes the arg"),
+    (omniglot_train, "--from_args nowhere", "can't read nowhere: No such file or directory; --from_args takes the fol"),
     (miniimagenet_train, "--synthetic --epoch 3", "--epoch 3: it counts tasks here, and a meta-step takes 4"),
     (miniimagenet_train, "--root nothing --update_lr -1", "--update_lr -1.0: must be"),  # before the data is looked for
 ])
