@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(description="Measure a run's weights and their controls on its test tasks: RUN/controls.json.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--tasks", "--test_tasks", type=int, default=600, help="test tasks (default: 600)")
-    parser.add_argument("--only", nargs="+", metavar="CONTROL", help="measure these alone (default: all)")
+    parser.add_argument("--only", nargs="+", metavar="CONTROL", help="measure only these (default: all)")
     for name in ("root", "data", "cache", "device", "task_chunk"):
         parser.add_argument(f"--{name}", help="as the training scripts' (default: the run's)")
     given = vars(parser.parse_args(arguments))

@@ -21,7 +21,7 @@ from tasks import Dataset
 
 SPLIT_SEED = 2015  # of the shuffle of the class names; fixed, so that --seed never moves a class to another split
 SHARES = {"train": 0.64, "val": 0.16, "test": 0.20}  # of the classes, as miniImageNet's
-REMEDY = "replace or convert them, or take them out"  # of images that can't be read
+REMEDY = "replace or convert them, or remove them"  # of images that can't be read
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp")
 OTHER_EXTENSIONS = (".webp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".ppm", ".pgm",
                     ".pnm")  # refused, not silently left out
@@ -70,8 +70,9 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
         if not classes:
             _refuse_deeper(top)
         loose = sum(file.name.lower().endswith(EXTENSIONS) for file in images.entries(top))
-        raise UserError(f"{top} holds {len(classes)} class folders ({loose:,} images outside of any); put the images "
-                        f"of each class ({', '.join(EXTENSIONS)}) into a folder of its own in it, at least 3 classes")
+        raise UserError(f"{top} holds {len(classes)} class folders ({loose:,} images outside class folders); "
+                        f"put the images of each class ({', '.join(EXTENSIONS)}) into a folder of its own in it, at "
+                        "least 3 classes")
     else:
         _refuse_left_out(top, classes, cache)
         layout = f"class folders, split by a shuffle of their names with seed {SPLIT_SEED}"
@@ -176,7 +177,7 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
                 names.setdefault(label, {})[entry.name] = short(entry.name)
             elif file.name.lower().endswith(OTHER_EXTENSIONS):
                 others.append(f"{entry.name}/{file.name}")
-    listed(others, f"images in {folder} in other formats than {', '.join(FORMATS)}", "convert them, or take them out")
+    listed(others, f"images in {folder} in other formats than {', '.join(FORMATS)}", "convert them, or remove them")
     listed([" and ".join(same.values()) for same in names.values() if len(same) > 1],
            f"class folders in {folder} whose names differ only in blanks or in the form of Unicode", "rename them")
     return classes

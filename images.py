@@ -65,11 +65,11 @@ class ImageSet:
                 raise UserError(f"the {split} split has no class with images ({self.layout}); add some")
             listed([f"{short(label)} in {split}" for label, files in classes.items() if len(files) < 2],
                    "a task needs at least 2 images per class, and these classes have one",
-                   "add images, or take the class out")
+                   "add images, or remove the class")
         for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
             listed([short(label) for label in self.splits[one] if label in self.splits[other]],
                    f"classes are in both {one} and {other} ({self.layout}), which must not share any",
-                   "take each out of one of them")
+                   "remove each from one of them")
 
     @property
     def summary(self) -> str:
@@ -141,7 +141,7 @@ class ImageSet:
             pairs = [f"{self._name(other, value)} = {self._name(split, value)}" for value in shared]
             what = f"{len(shared):,} images are in both {other} and {split}"
             if len(shared) > SHARED * min(np.count_nonzero(hashes), np.count_nonzero(self._hashes[other])):
-                listed(pairs, f"{what}, which must not share any", "take each out of one of them")
+                listed(pairs, f"{what}, which must not share any", "remove each from one of them")
             elif shared:
                 note(f"note: {what}: {'; '.join(pairs[:10])}")
 

@@ -52,13 +52,13 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
         top = inner[0] if len(inner) == 1 else root
     complete, remedy = _complete(top), folders.REMEDY
     if len(complete) > 1:
-        raise UserError(f"{top} can be read in two ways, from {' and from '.join(complete)}; move one away")
+        raise UserError(f"{top} has two layouts, {' and '.join(complete)}; move one away")
     if not complete:
         raise UserError(f"{_missing(top)}; {_where(top)}")
     (layout, parts), = complete.items()
     if layout == CSV:
         splits, layout = _from_tables(top, parts)
-        remedy += " of the CSV file"
+        remedy += " from the CSV file"
     elif layout == FOLDERS:
         splits = folders.split_classes(parts)
     else:

@@ -104,7 +104,7 @@ def _drawings(path: Path) -> dict[str, list[ImageFile]]:
     The zip file stays open. It may have other folders around <part>.
     """
     if path.suffix == ".zip":
-        with reading(path, _where(path.parent), "is no whole zip file"):
+        with reading(path, _where(path.parent), "is not a complete zip file"):
             archive = zipfile.ZipFile(path)
             files = [ImageFile("/".join(entry.filename.replace("\\", "/").split("/")[-4:]), entry.file_size, entry.CRC,
                                f"{path}/{entry.filename}", functools.partial(archive.read, entry))

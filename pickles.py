@@ -69,7 +69,7 @@ def classes(path: Path, split: str) -> dict[str, list[ImageFile]]:
     Raises:
         UserError: the file holds anything but arrays, dicts, lists, tuples, text and numbers, or has neither form.
     """
-    with reading(path, REMEDY, "can't be opened"):
+    with reading(path, REMEDY, "can't be read as a cache of miniImageNet"):
         status = path.stat()
         if status.st_size > 10**8:
             note(f"reading {path}, {status.st_size / 10**6:,.0f} MB")

@@ -111,7 +111,7 @@ class Model:
                       for label in support_labels]
             classes = {label: i for i, label in enumerate(dict.fromkeys(labels))}
         except (TypeError, ValueError, RuntimeError) as error:  # a list is not hashable, a row of an array has no item
-            raise UserError("each label must be one number, string or other hashable object; of one-hot rows give "
+            raise UserError("each label must be one number, string or other hashable object; for one-hot rows give "
                             "labels.argmax(1)") from error
         if len(classes) != self.args.n_way:
             raise UserError(f"the support set has {len(classes)} different labels; this run's network needs "
@@ -119,7 +119,8 @@ class Model:
         x_spt, x_qry = self.pixels(support_images), self.pixels(query_images)
         total = x_qry.shape[1]
         if x_spt.shape[1] != len(labels):
-            raise UserError(f"there are {x_spt.shape[1]} support images and {len(labels)} labels; give one each")
+            raise UserError(f"there are {x_spt.shape[1]} support images and {len(labels)} labels; give one label per "
+                            "image")
         y_spt = torch.tensor([[classes[label] for label in labels]], device=x_spt.device)
         if transductive and 0 < total < len(classes):
             warnings.warn(f"{total} queries of {len(classes)} classes are normalised together: their "
@@ -159,7 +160,7 @@ def _content(picture: Picture, name: str) -> tuple[bytes | np.ndarray | Image.Im
     if isinstance(picture, Image.Image):
         return picture, name
     if isinstance(picture, (str, os.PathLike)):
-        with reading(picture, "name an image"):
+        with reading(picture, "give the file name of an image"):
             return Path(os.path.expanduser(picture)).read_bytes(), str(picture)
     array = picture.cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
     if array.dtype != np.uint8 or array.ndim != 2 and array.shape[2:] != (3,):

@@ -376,7 +376,7 @@ def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
     all_steps = list(range(last_step + 1))
     alone_steps = [0, last_step] if args.transductive else all_steps  # one query at a time takes long
     devices.wait()  # for the process that writes the weights
-    remedy = f"the run hasn't got there yet; continue it with --resume {quoted(run)}"
+    remedy = f"the run has not reached that step yet; continue it with --resume {quoted(run)}"
     tested = checkpoint.load_weights(run / f"{args.test_weights}.pt", maml.net, data.device, remedy, validated=True)
     say(f"testing on {args.test_tasks} tasks of the test classes")
     adapted = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, TEST_SEED, signals,

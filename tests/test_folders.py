@@ -151,7 +151,7 @@ def name_apart(root: Path) -> None:
     (lambda root: [write_classes(root / split / "Greek", 3, len(split), name=split) for split in images.SPLITS],
      ["mine/train has 3 class folders one level too deep, such as Greek/train 0; move them up into", "mine/train,"],
      lambda root: move_up(root, "*/*/*")),
-    (no_folders, ["0 class folders (1 images outside of any)"], lambda root: write_classes(root, 3)),
+    (no_folders, ["0 class folders (1 images outside class folders)"], lambda root: write_classes(root, 3)),
     (split_folders("train", "test"), ["has train, test and no val/"],
      lambda root: write_classes(root / "val", 3, 1) or name_apart(root)),
     (lambda root: split_folders("train")(root) and [(root / split).mkdir() for split in ("val", "test")],

@@ -119,11 +119,11 @@ def test_layouts(photos, layout):
     assert image_set.sizes() == dict.fromkeys(images.SPLITS, (3, 4))
 
 
-def test_layouts_that_can_be_read_in_two_ways(photos):
+def test_two_layouts_in_one_folder(photos):
     shutil.copytree(photos, photos.parent / "folders")
     image_folder(photos.parent / "folders")
     shutil.copytree(photos.parent / "folders", photos, dirs_exist_ok=True)
-    with refused("two ways", "train.csv", "folders train/", "move one away"):
+    with refused("two layouts", "train.csv", "folders train/", "move one away"):
         miniimagenet.find(photos)
     (photos / "train").rename(photos.parent / "elsewhere")  # what the line says, and it is read
     assert reds(photos) == RED
@@ -180,7 +180,7 @@ FAULTS = {  # what is wrong: how to make it so, the words that the line must hol
 ROWS = {  # lines after the header of train.csv, from the good ones
     "twice": (lambda rows: [*rows, f" {rows[0]}"], ["train.csv, 1 of 13 images", "line 14: 'p00.png' is there twice"]),
     "empty": (lambda rows: [], ["train.csv lists no images"]),
-    "one image": (lambda rows: [rows[0], *rows[4:]], ["at least 2", "'class3' in train", "take the class out"]),
+    "one image": (lambda rows: [rows[0], *rows[4:]], ["at least 2", "'class3' in train", "remove the class"]),
     "no label": (lambda rows: [*rows, "p99.png", ",class1"], ["lacks filename or label: line 14; line 15"]),
     "absent": (lambda rows: [*rows, "../secret.png,class1"], ["line 14: '../secret.png' is not in"]),
     "many": (lambda rows: [*rows, *(f"q{i}.png,class1" for i in range(25))], ["25 of 37", "'q9.png'", "and 15 more"]),
@@ -210,7 +210,7 @@ def test_all_bad_images_are_named_at_once(photos):
     for path in photos.glob("images/p*"):
         path.write_bytes(b"text" if path.name < "p1" else b"")
     with refused("12 of the 12 images of the train split can't be used", "p02.png is none of", "p12.png is empty",
-                 "and 2 more; replace or convert them, or take them out of the CSV file"):
+                 "and 2 more; replace or convert them, or remove them from the CSV file"):
         load(miniimagenet, photos, "train", 12)
 
 
@@ -223,7 +223,7 @@ def test_an_image_in_two_splits_is_found_by_its_pixels(photos, monkeypatch, capf
     (photos / "images" / "t31.png").write_bytes(encode(pixels, "BMP"))  # another file, the same pixels
     image_set = miniimagenet.find(photos)
     image_set.load("train", 12, 3), image_set.load("val", 12, 3)
-    with refused("2 images are in both train and test", "p00.png = t21.png", "p01.png = t31.png", "take each out of"):
+    with refused("2 images are in both train and test", "p00.png = t21.png", "p01.png = t31.png", "remove each from"):
         image_set.load("test", 12, 3)
     lines = (photos / "test.csv").read_text().splitlines()
     (photos / "test.csv").write_text("\n".join(line for line in lines if line[:3] not in ("t21", "t31")))  # as advised
@@ -279,9 +279,9 @@ class SameName:
     ({"image_data": np.zeros((12, 8, 8, 3))}, "is float64 [8, 8, 3]"),
     ({"image_data": np.zeros((12, 3, 8, 8), np.uint8)}, "not uint8 [height, width, 3]"),
     ({"class_dict": {"a": [0, 99]}}, "one of 12 that isn't there"),
-    ({"class_dict": {"a": [0, 1], "b": [1, 2]}}, "twice"), ({"class_dict": None}, "can't be opened"),
-    ({"form": "labels", "labels": [1]}, "1 labels of 12 images"), (b"hello", "can't be opened"),
-    (lambda whole: whole[:len(whole) // 2], "can't be opened")])
+    ({"class_dict": {"a": [0, 1], "b": [1, 2]}}, "twice"), ({"class_dict": None}, "as a cache"),
+    ({"form": "labels", "labels": [1]}, "1 labels of 12 images"), (b"hello", "as a cache"),
+    (lambda whole: whole[:len(whole) // 2], "as a cache")])
 def test_pickles_that_are_no_caches_are_refused_and_nothing_is_run(photos, change, words, monkeypatch):
     cached(photos, **(change if isinstance(change, dict) else {}))
     path = photos / "mini-imagenet-cache-train.pkl"

@@ -116,7 +116,7 @@ def test_damaged_zips(tmp_path, small_omniglot):
     path = tmp_path / "images_background.zip"
     whole, data = path.read_bytes(), next(iter(small_omniglot.values()))
     flipped = whole.replace(data, data[:-1] + bytes([data[-1] ^ 1]))  # the zip's own checksum finds it
-    for damaged, words in ((b"", "whole zip"), (b"not a zip", "whole zip"), (whole[:len(whole) // 2], "whole zip"),
+    for damaged, words in ((b"", "complete"), (b"not a zip", "complete"), (whole[:len(whole) // 2], "complete"),
                            (flipped, "CRC")):
         path.write_bytes(damaged)
         with refused("images_background.zip", words, "--synthetic"):
