@@ -67,7 +67,7 @@ SETTINGS = {setting.name: setting for setting in (
             "--nc_every 100 --epoch 40000", (1, 2), "miniimagenet_train.py"),
     Setting("omniglot-100-as-photographs", "100 of Omniglot's characters, all else as on photographs",
             "--data omniglot/folders-100 --data_name '100 characters of Omniglot' --recipe paper --k_spt 1 --imgsz 32 "
-            "--nc_every 100 --epoch 12000", (1,), "miniimagenet_train.py"),
+            "--nc_every 100 --epoch 12000", (1, 2), "miniimagenet_train.py"),
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
     Setting("small-step", "1 inner step of 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1, 2)),
