@@ -1,7 +1,4 @@
-"""The cache of decoded images, locks, and files written whole or not at all.
-
-    python -m pytest tests/test_cache.py
-"""
+"""The cache of decoded images, locks, and files written whole or not at all."""
 
 import io
 import os
@@ -99,16 +96,6 @@ def test_cache_folder_that_can_not_be_written(photos, builds, name):
     before = listing(photos)
     assert load(miniimagenet, photos, "train", 12, photos.parent / "named").shape[0] == 3  # as advised
     assert listing(photos) == before  # the data may be read-only
-
-
-def test_disk_full_while_the_cache_is_written(photos, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with refused("No space left", "--cache FOLDER", "miniimagenet-train"):
-        load(miniimagenet, photos, "train", 12)
-    assert listing(photos / "cache") == []
 
 
 def test_a_lock_file_that_its_holder_just_removed_is_no_lock(tmp_path, monkeypatch):

@@ -182,3 +182,6 @@ def test_classes_of_fewer_images_than_five_shots_and_the_usual_queries(tmp_path,
     monkeypatch.setattr(controls, "measure", lambda *_: pytest.fail("measured, and it can't be kept"))
     with pytest.raises(UserError, match="controls.json is damaged .*; remove it, and measure all controls again"):
         controls.main([run, "--tasks", "2", "--only", "final"])
+    (tmp_path / "run/result.json").unlink()
+    with pytest.raises(UserError, match="is not finished; continue it with --resume"):
+        controls.main([run])

@@ -1,7 +1,8 @@
-"""How programs end: an old Python, a pipe without a reader, and networks of one's own that can't be trained."""
+"""How programs end: an old Python, an error, a pipe without a reader, networks of one's own that can't be trained."""
 
 import ast
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,15 @@ def test_what_it_says():
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     said = "error: this is Python 3.9, and 3.10 or later is needed; install that\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_error_is_one_line_and_status_2(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "nothing"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(PROJECT / f"{script}.py"), run_name="__main__")
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("error: ") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", [

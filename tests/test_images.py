@@ -1,8 +1,4 @@
-"""Decoding, progress, and what a Dataset promises.
-
-    python -m pytest tests/test_images.py
-"""
-
+"""Decoding, progress, and what a Dataset promises."""
 
 import numpy as np
 import pytest

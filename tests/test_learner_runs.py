@@ -105,12 +105,6 @@ def test_testing_on_other_images_needs_only_their_test_split(tmp_path):
     omniglot_train.main(["--test", str(run)])
     again, result = (json.loads((run / name).read_text()) for name in ("test-2tasks-2qry-10steps.json", "result.json"))
     assert again == result
-    synthetic_run = tmp_path / "synthetic"
-    omniglot_train.main([*flags, "--learner", "protonet", "--synthetic", "--out", str(synthetic_run)])
-    path = synthetic_run / "args.json"
-    path.write_text(path.read_text().replace('"split": "shuffled"', '"split": "vinyals"'))  # as a run on Omniglot has
-    omniglot_train.main(["--test", str(synthetic_run), "--data", str(tmp_path / "few"), "--k_qry_test", "1"])
-    assert json.loads((synthetic_run / "test-2tasks-1qry-10steps-few.json").read_text())["data"] == "images in few"
 
 
 @pytest.mark.slow

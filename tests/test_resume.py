@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import checkpoint
-import controls
 import omniglot_train
 import predict
 import record
@@ -164,16 +163,6 @@ def test_killed_before_its_first_step(begun, whole, tmp_path, monkeypatch):
     same(run, whole)
 
 
-def test_results_of_an_unfinished_run_go_when_it_is_resumed(stopped):
-    others = [stopped / name for name in ("controls-few.json", "test-2tasks-2qry-1steps.json")]
-    for path in others:
-        path.write_text("{}")
-    with pytest.raises(UserError, match="is not finished; continue it with --resume"):
-        controls.main([str(stopped), "--tasks", "2"])
-    resume(stopped)
-    assert not any(path.exists() for path in others)
-
-
 def test_a_run_that_continues_has_no_last_weights_and_one_that_was_at_its_end_keeps_its_results(
         tmp_path, monkeypatch, capsys):
     run = stop_at(monkeypatch, tmp_path / "run", "finetune", 8, flags=[*TINY, "--epoch", "2"])  # in the test
@@ -277,15 +266,6 @@ def test_a_file_that_is_wrong(mode, settings, line, whole, tmp_path):
     assert line in refused(f"--{mode}", path if mode == "from_args" else str(run))
 
 
-@pytest.mark.parametrize("mode", ["resume", "test"])
-def test_another_network_is_refused(mode, whole, tmp_path):
-    run = shutil.copytree(whole, tmp_path / "run")
-    recorded = json.loads((run / "args.json").read_text())
-    recorded["layers"][2] = ["tanh", []]
-    (run / "args.json").write_text(json.dumps(recorded))
-    assert "layer 2 was tanh[] in the run and is relu[True] here; use the code" in refused(f"--{mode}", str(run))
-
-
 def test_modes_exclude_each_other(whole):
     assert refused("--test", str(whole), "--resume", str(whole)) == "--resume and --test exclude each other; give one"
     assert "--recipe can't be set with --resume" in refused("--resume", str(whole), "--recipe", "paper")
@@ -321,12 +301,8 @@ class Code:
     (lambda saved: {"weights": saved["weights"], "step": 3, "val_accuracy": 0.5}, "is damaged, or belongs to another"),
     (lambda saved: saved | {"best": Code()}, "is damaged, or belongs to another"),
     (lambda saved: saved | {"step": -1}, "is damaged, or belongs to another"),
-    (lambda saved: saved | {"experiment": saved["experiment"] | {"update_lr": 0.1}},
-     "is of a run with update_lr 0.1, and here it is"),
     (lambda saved: saved | {"experiment": saved["experiment"] | {"device": "cuda"}},
-     "is of a run with device cuda, and here it is"),
-    (lambda saved: saved | {"experiment": saved["experiment"] | {"device": "cuda"}},
-     "here it is cpu; resume it on the kind of device that it was on, or start again: python omniglot_train.py"),
+     "is of a run with device cuda, and here it is cpu; resume it on the kind of device that it was on, or start"),
     (lambda saved: saved | {"experiment": saved["experiment"] | {"images on": "cuda"}},
      "here it is cpu; resume it on the kind of machine that it was on, or start again: python omniglot_train.py"),
     (lambda saved: saved | {"experiment": saved["experiment"] | {"seed": 3}},

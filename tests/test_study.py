@@ -92,18 +92,6 @@ def test_the_interval_over_tasks_is_a_bootstrap_of_their_values(tmp_path):
     assert effects.share_over_tasks(one) == pytest.approx(expected, rel=0.06)
 
 
-@pytest.mark.parametrize("true", [0.2, 1.0, 3.0])
-def test_unbiased_cdnv_undoes_the_bias_of_means_over_few_queries(true):
-    n, generator, size, measured = 15, np.random.default_rng(2), 400, []
-    for _ in range(300):  # two classes whose means are 1 apart, spread `true`
-        noise = generator.normal(0, math.sqrt(true / size), (2, n, size))
-        noise[1, :, 0] += 1
-        means = noise.mean(1)
-        measured.append(((noise - means[:, None]) ** 2).sum(-1).mean() / ((means[0] - means[1]) ** 2).sum())
-    assert statistics.fmean(measured) < 0.93 * true
-    assert effects.unbiased_cdnv(np.array(statistics.fmean(measured)), n) == pytest.approx(true, rel=0.05)
-
-
 def test_the_etf_error_of_random_directions_and_the_dimension_that_matches_it():
     generator, simplex, errors = np.random.default_rng(3), (np.eye(5) - 0.2) / 2, []
     for _ in range(4_000):
