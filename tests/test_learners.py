@@ -1,6 +1,7 @@
 """The paper's network, the learners that MAML is compared with, and answers without transduction, each recomputed."""
 
 import copy
+from pathlib import Path
 
 import oracle
 import pytest
@@ -10,9 +11,13 @@ import torch.nn.functional as F
 
 import miniimagenet_train
 import omniglot_train
+import predict
+import record
 from baselines import BASELINES
 from measuring import accuracies, one_by_one
 from meta import Meta, adapt, meta_gradient
+
+RES = Path(__file__).parent.parent / "res"
 
 
 @pytest.fixture
@@ -33,6 +38,12 @@ def plain(net, x, weights):
     """One task's images by torch's own layers: (the classifier's input, logits)."""
     logits, features = oracle.forward(net.config, weights, x)
     return features[-2], logits
+
+
+@pytest.mark.parametrize("run", ["paper-omniglot-5w1s-seed1", "omniglot-5w1s-original-seed1", "photographs-maml-seed1"])
+def test_the_scripts_have_the_networks_of_the_committed_runs(run):
+    script, args = predict.settings_of(RES / run)
+    record.check_network(RES / run, script.network(args))
 
 
 @pytest.mark.parametrize("script", [omniglot_train, miniimagenet_train])

@@ -23,6 +23,9 @@ N_WAY = 3
 SMALL = [("conv2d", [4, 1, 3, 3, 1, 0]), ("bn", [4]), ("relu", [True]), ("max_pool2d", [2, 2, 0]),
          ("conv2d", [5, 4, 2, 2, 1, 0]), ("bn", [5]), ("relu", [True]),
          ("flatten", []), ("linear", [N_WAY, 45])]
+SMOOTH = [("conv2d", [4, 1, 3, 3, 1, 0]), ("bn", [4]), ("tanh", []), ("avg_pool2d", [2, 2, 0]),
+          ("conv2d", [5, 4, 2, 2, 1, 0]), ("bn", [5]), ("sigmoid", []),
+          ("flatten", []), ("linear", [N_WAY, 45])]
 both_orders = pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
 
 
@@ -33,9 +36,9 @@ def test_logits_that_are_not_finite_are_a_wrong_answer(value):
     assert measuring.accuracy(logits, torch.arange(3).expand(2, 3)).tolist() == [1, pytest.approx(1 / 3)]
 
 
-def small_net(seed=0, dtype=torch.float64):
+def small_net(config=SMALL, seed=0, dtype=torch.float64):
     torch.manual_seed(seed)
-    net = Learner(SMALL, 1, 10)
+    net = Learner(config, 1, 10)
     with torch.no_grad():
         for weight in net.weights.values():  # away from where all biases are 0
             weight += 0.1 * torch.randn_like(weight)
@@ -98,20 +101,29 @@ def test_adapt_is_sgd_on_each_task_and_changes_nothing_that_is_passed_in(first_o
             assert equal(rest, trajectory[start:])
 
 
-def test_second_order_gradient_is_the_finite_difference_of_the_adapted_loss():
-    net, tasks, lr, steps = small_net(seed=2), make_tasks(n_tasks=2, k_spt=2), 0.2, 3
+@pytest.mark.parametrize("config, tolerance", [(SMOOTH, 1e-7), (SMALL, 1e-6)], ids=["smooth", "relu"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_second_order_gradient_is_the_finite_difference_of_the_adapted_loss(config, tolerance, steps):
+    net, tasks, lr = small_net(config, seed=2), make_tasks(n_tasks=2, k_spt=2), 0.2
     gradient, _ = meta_step(net, tasks, update_lr=lr, update_step=steps)
+    norm = sum(g.square().sum() for g in gradient.values()).sqrt().item()
 
     def loss(direction, size):
-        theta = {name: (w.detach() + size * direction[name]).requires_grad_() for name, w in net.weights.items()}
-        return oracle.meta_loss(net.config, theta, tasks, lr, steps).item()
+        theta = {name: (w.detach() + size * direction[name]).requires_grad_()
+                 for name, w in net.weights.items()}
+        return oracle.meta_loss(config, theta, tasks, lr, steps).item()
 
-    for _ in range(3):
-        direction = {name: torch.randn_like(w) for name, w in net.weights.items()}
-        along, size = (sum((one[name] * direction[name]).sum().item() for name in direction)
-                       for one in (gradient, direction))  # size: its squared length
-        h = 1e-5 / size**0.5
-        assert along == pytest.approx((loss(direction, h) - loss(direction, -h)) / (2 * h), rel=1e-4)
+    directions = [{name: torch.randn_like(w) for name, w in net.weights.items()} for _ in range(3)]
+    for name, g in gradient.items():  # and the weight of each layer that matters most
+        one = {other: torch.zeros_like(w) for other, w in net.weights.items()}
+        one[name][torch.unravel_index(g.abs().argmax(), g.shape)] = 1
+        directions.append(one)
+    for direction in directions:
+        size = sum(d.square().sum() for d in direction.values()).sqrt().item()
+        along = sum((g * direction[name]).sum() for name, g in gradient.items()).item()
+        h = 1e-5 / size
+        slope = (loss(direction, h) - loss(direction, -h)) / (2 * h)
+        assert along == pytest.approx(slope, abs=tolerance * norm * size)
 
 
 @both_orders
@@ -282,6 +294,20 @@ def test_steps_that_measure(monkeypatch, every, late, expected):
     for maml.step in range(13):
         found += [maml.step] if maml.measures_next else []
     assert found == list(expected)
+
+
+@pytest.mark.parametrize("first_order, k_spt", [(False, 1), (True, 1), (False, 5)])
+def test_measuring_changes_no_bit_of_the_weights(first_order, k_spt):
+    results = []
+    for nc_every, every_step in ((0, False), (1, False), (0, True), (1, True)):
+        maml = Meta(small_net(dtype=torch.float32), update_step=2, first_order=first_order, nc_every=nc_every)
+        for seed in range(3):
+            tasks = make_tasks(2, k_spt=k_spt, seed=seed, dtype=torch.float32)
+            if nc_every:
+                maml.finetune(tasks, measure=True)
+            maml(tasks, every_step)
+        results.append(copies(maml.state()))
+    assert all(equal(result, results[0]) for result in results[1:])
 
 
 def test_losses_and_finetune_leave_everything_as_it_was_and_results_hold_no_graph():
