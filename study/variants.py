@@ -1,0 +1,60 @@
+"""Makes the variants of the data sets that some settings train on, as class folders.
+
+    python -m study.variants     from the zip files in omniglot/, and the CSV files and images/ in miniimagenet/
+"""
+
+import csv
+import random
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def omniglot(root: Path) -> None:
+    """folders, a folder per character; folders-100 with 100 of them; folders-noise, faint characters in noise."""
+    for part in ("images_background", "images_evaluation"):
+        with zipfile.ZipFile(root / f"{part}.zip") as archive:
+            for name in archive.namelist():
+                if name.endswith(".png"):
+                    *_, alphabet, character, file = name.split("/")
+                    folder = root / "folders" / f"{alphabet}-{character}"
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / file).write_bytes(archive.read(name))
+    names = sorted(path.name for path in (root / "folders").iterdir() if not path.name.startswith("."))
+    for name in random.Random(0).sample(names, 100):
+        shutil.copytree(root / "folders" / name, root / "folders-100" / name)
+    generator = np.random.default_rng(0)
+    for name in names:
+        (root / "folders-noise" / name).mkdir(parents=True)
+        for path in sorted((root / "folders" / name).glob("*.png")):
+            ink = np.asarray(Image.open(path).convert("L").resize((32, 32), Image.Resampling.BILINEAR)) / 255
+            faint = 0.3 + 0.4 * ink + generator.normal(0, 0.4, ink.shape)
+            Image.fromarray((255 * faint.clip(0, 1)).astype(np.uint8)).save(root / "folders-noise" / name / path.name)
+
+
+def photographs(root: Path) -> None:
+    """folders-20, 20 images of each training class; folders-crops, a class of 20 random crops per photograph."""
+    for split in ("train", "val", "test"):
+        with open(root / f"{split}.csv") as file:
+            for row in csv.DictReader(file):
+                folder = root / "folders-20" / split / row["label"]
+                folder.mkdir(parents=True, exist_ok=True)
+                if split != "train" or len(list(folder.iterdir())) < 20:
+                    shutil.copy(root / "images" / row["filename"], folder)
+    generator = random.Random(0)
+    for path in generator.sample(sorted((root / "images").iterdir()), 1623):    # as many classes as Omniglot has
+        folder = root / "folders-crops" / path.stem
+        folder.mkdir(parents=True)
+        photograph = Image.open(path).convert("RGB")
+        for i in range(20):
+            size = generator.randint(min(photograph.size) // 2, min(photograph.size))
+            left, top = (generator.randint(0, whole - size) for whole in photograph.size)
+            photograph.crop((left, top, left + size, top + size)).save(folder / f"{i:02}.png")
+
+
+if __name__ == "__main__":
+    omniglot(Path("omniglot"))
+    photographs(Path("miniimagenet"))
