@@ -70,10 +70,10 @@ SETTINGS = {setting.name: setting for setting in (
             "--nc_every 100 --epoch 12000", (1, 2), "miniimagenet_train.py"),
     Setting("omniglot-in-noise", "Omniglot's images, faint and in noise, all else as on photographs",
             "--data omniglot/folders-noise --data_name 'Omniglot in noise' --recipe paper --k_spt 1 --imgsz 32 "
-            "--nc_every 100 --epoch 24000", (1, 2), "miniimagenet_train.py"),
+            "--nc_every 100 --epoch 40000", (1, 2), "miniimagenet_train.py"),
     Setting("crops", "crops of one photograph per class, all else as on photographs",
             "--data miniimagenet/folders-crops --data_name 'crops of photographs' --recipe paper --k_spt 1 --imgsz 32 "
-            "--nc_every 100 --epoch 24000", (1, 2), "miniimagenet_train.py"),
+            "--nc_every 100 --epoch 40000", (1, 2), "miniimagenet_train.py"),
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
     Setting("small-step", "1 inner step of 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1, 2)),
