@@ -1,7 +1,7 @@
 """Measures a run's weights on its test tasks again, and what they are compared with.
 
     python controls.py res/RUN                      writes res/RUN/controls.json
-    python controls.py res/RUN --root DATA --tasks 100 --only final untrained     the others stay in the file
+    python controls.py res/RUN --root DATA --only final pixels      measures these; the others stay in the file
     python controls.py res/RUN --data FOLDER        on other images: res/RUN/controls-FOLDER.json
 
 The tasks are those of the run's test. The controls, each with all metrics and accuracies (T tasks, K inner steps):

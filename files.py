@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -74,8 +75,10 @@ def short(text: str) -> str:
 
 
 def quoted(path: Path | str) -> str:
-    """`path`, in double quotes if it has a space: for the commands in messages."""
-    return f'"{path}"' if " " in str(path) else str(path)
+    """`path` as a shell takes it: for the commands in messages."""
+    if os.name == "nt":
+        return f'"{path}"' if " " in str(path) else str(path)
+    return shlex.quote(str(path))
 
 
 def same_place(one: str | Path | None, other: str | Path | None) -> bool:

@@ -46,7 +46,8 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
     """
     root = top = Path(root)
     if not os.path.isdir(root):
-        raise UserError(f"there is no folder {root} that can be read; {_where(root)}")
+        where = _where(root.parent if os.path.isfile(root) else root)
+        raise UserError(f"there is no folder {root} that can be read; {where}")
     if not _complete(root):
         inner = [Path(folder) for folder in images.subfolders(root) if _complete(folder)]
         top = inner[0] if len(inner) == 1 else root

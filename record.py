@@ -24,7 +24,7 @@ import nc_metrics
 from files import UserError, atomic, locked, quoted, reading, remove_stale, same_place
 from learner import Learner
 
-WRITTEN = ("args.json", "*.pt", "figure.png", "result.json", "timing.json")  # files that are written whole
+WRITTEN = ("args.json", "*.pt", "result.png", "result.json", "timing.json")  # files that are written whole
 PER_TASK = ("within", "between", "nc1", "cdnv", "directional_cdnv", "ncc_accuracy")  # what log.jsonl keeps per task
 REMEDY = "free some space or give rights there, then continue with --resume"
 
@@ -177,7 +177,7 @@ def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
 
 
 def draw_figure(out: Path) -> None:
-    """Draw the run's figure.png, as `python plot_nc.py RUN` does; of several processes, only the first draws.
+    """Draw the run's result.png, as `python plot_nc.py RUN` does; of several processes, only the first draws.
 
     If drawing fails, one line says so, and the run continues.
     """
@@ -186,10 +186,10 @@ def draw_figure(out: Path) -> None:
     try:
         import plot_nc  # not earlier: a run needs matplotlib for nothing else
 
-        plot_nc.main(["-o", str(out / "figure.png"), "--", str(out)])
+        plot_nc.main(["--", str(out)])
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        say(f"figure.png was not drawn: {reason}; python plot_nc.py {quoted(out)} draws the run's figure")
+        say(f"result.png was not drawn: {reason}; python plot_nc.py {quoted(out)} draws it")
 
 
 # ---- the log

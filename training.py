@@ -9,7 +9,7 @@ A run writes its own folder:
     last.pt        weights after the last step; weights-STEP.pt at every --keep_every-th step
     nonfinite.pt   weights and tasks of the step where a loss or gradient was not finite
     tensorboard/   the log's scalars, with --tensorboard
-    figure.png     neural collapse during training, as `python plot_nc.py RUN` draws it
+    result.png     neural collapse during training, as `python plot_nc.py RUN` draws it
     result.json    test accuracy of the best weights, or of the last with --test_weights last
     timing.json    minutes and memory, which differ from run to run
     test-*.json    results of later tests (--test)

@@ -149,7 +149,7 @@ def read_run(path: Path) -> Run:
         inside = [] if log else sorted({str(log.parent) for log in path.glob("*/log.jsonl*")})
         listed(inside, f"no run at {path}, but there are some in it", "name one or several of them")
         path = log or path
-    if not os.path.isfile(path) or path.suffix == ".json":
+    if not os.path.isfile(path) or ".jsonl" not in path.name:
         raise UserError(f"no run at {path}; name the folder that a training script wrote, or its log")
     args_path = path.parent / "args.json"
     remedy = "keep the run's own next to its log: it says what data and settings the run had"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -119,8 +120,9 @@ def test_thirty_kills_lose_nothing():
 def test_a_signal_anywhere_and_resumed(method, call, step, number, whole, tmp_path, monkeypatch, capsys):
     run = stop_at(monkeypatch, tmp_path / "a run", method, call, number)
     assert checkpoint.read(run / "checkpoint.pt", CPU, "")["step"] == step
-    said = f'stopped at step {step}; resume with: python omniglot_train.py --resume "{run}"\n'
-    assert capsys.readouterr().out.endswith(said)
+    said, _, command = capsys.readouterr().out.rpartition("; resume with: ")
+    assert said.endswith(f"stopped at step {step}")
+    assert shlex.split(command) == ["python", "omniglot_train.py", "--resume", str(run)]
     assert not (run / "result.json").exists()
     resume(run)
     same(run, whole)

@@ -59,13 +59,13 @@ def test_a_run_says_what_the_original_says(omniglot_run):
 
 
 def test_a_run_ends_by_drawing_its_figure(omniglot_run, tmp_path, monkeypatch, capsys):
-    assert f"wrote {omniglot_run / 'figure.png'}" in (omniglot_run.parent / "said").read_text()
+    assert f"wrote {omniglot_run / 'result.png'}" in (omniglot_run.parent / "said").read_text()
     plot_nc.main([str(omniglot_run), "-o", str(tmp_path / "figure.png")])
-    assert (tmp_path / "figure.png").read_bytes() == (omniglot_run / "figure.png").read_bytes()
+    assert (tmp_path / "figure.png").read_bytes() == (omniglot_run / "result.png").read_bytes()
     (tmp_path / "run").mkdir()
     capsys.readouterr()
     draw_figure(tmp_path / "run")  # without a log
-    assert capsys.readouterr().out.startswith("figure.png was not drawn: no run at")
+    assert capsys.readouterr().out.startswith("result.png was not drawn: no run at")
 
 
 def test_what_a_run_records(omniglot_run):
