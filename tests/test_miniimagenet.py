@@ -154,7 +154,6 @@ def test_files_that_two_names_fit(photos):
 
 FAULTS = {  # what is wrong: how to make it so, the words that the line must hold
     "no root": (shutil.rmtree, ["no folder", "into /", "photos, or use --synthetic"]),
-    "a file": (lambda root: shutil.rmtree(root) or root.write_bytes(b""), ["no folder", "0, or use --synthetic"]),
     "classes alone": (lambda root: image_folder(root) or [shutil.move(path, root) for path in (root / "val").iterdir()]
                       and [shutil.rmtree(root / split) for split in images.SPLITS],
                       ["no CSV files", "*-train.pkl", "3 folders with images", "--data"]),
