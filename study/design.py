@@ -56,24 +56,23 @@ SETTINGS = {setting.name: setting for setting in (
           ("large-body-step", "MAML, 5 inner steps of 0.5, the classifier's 0.05", (1,), 28000,
            "--update_lr 0.5 --head_lr 0.05"),
           ("slow-head", "MAML, the classifier's inner step 0.005", (1, 2), 28000, "--head_lr 0.005"))),
-    Setting("photographs-20-images", "photographs of 32 x 32, MAML, 20 images per training class",
-            "--data miniimagenet/folders-20 --data_name 'Tiny ImageNet, 20 images per training class' --recipe paper "
-            "--k_spt 1 --imgsz 32 --nc_every 100 --epoch 40000", (1, 2), "miniimagenet_train.py"),
     Setting("omniglot-photographs-loop", "Omniglot, MAML, inner loop and classifier as on photographs",
             f"{_CONTRAST} --update_step 5 --update_lr 0.05 --update_step_test 10 --no-spatial_mean --head_std 0.0875",
             (1, 2)),
-    Setting("omniglot-as-photographs", "Omniglot's images, all else as on photographs",
-            "--data omniglot/folders --data_name 'Omniglot in class folders' --recipe paper --k_spt 1 --imgsz 32 "
-            "--nc_every 100 --epoch 40000", (1, 2), "miniimagenet_train.py"),
-    Setting("omniglot-100-as-photographs", "100 of Omniglot's characters, all else as on photographs",
-            "--data omniglot/folders-100 --data_name '100 characters of Omniglot' --recipe paper --k_spt 1 --imgsz 32 "
-            "--nc_every 100 --epoch 12000", (1, 2), "miniimagenet_train.py"),
-    Setting("omniglot-in-noise", "Omniglot's images, faint and in noise, all else as on photographs",
-            "--data omniglot/folders-noise --data_name 'Omniglot in noise' --recipe paper --k_spt 1 --imgsz 32 "
-            "--nc_every 100 --epoch 40000", (1, 2), "miniimagenet_train.py"),
-    Setting("crops", "crops of one photograph per class, all else as on photographs",
-            "--data miniimagenet/folders-crops --data_name 'crops of photographs' --recipe paper --k_spt 1 --imgsz 32 "
-            "--nc_every 100 --epoch 40000", (1, 2), "miniimagenet_train.py"),
+    *(Setting(name, label, f"--data {folder} --data_name '{data}' --recipe paper --k_spt 1 --imgsz 32 --nc_every 100 "
+              f"--epoch {epoch}", seeds, "miniimagenet_train.py")
+      for name, label, folder, data, seeds, epoch in (  # on what study/variants.py makes
+          ("photographs-20-images", "photographs of 32 x 32, MAML, 20 images per training class",
+           "miniimagenet/folders-20", "Tiny ImageNet, 20 images per training class", (1, 2), 40000),
+          ("crops", "crops of one photograph per class, all else as on photographs",
+           "miniimagenet/folders-crops", "crops of photographs", (1, 2), 40000),
+          ("omniglot-as-photographs", "Omniglot's images, all else as on photographs",
+           "omniglot/folders", "Omniglot in class folders", (1, 2), 40000),
+          ("omniglot-100-as-photographs", "100 of Omniglot's characters, all else as on photographs",
+           "omniglot/folders-100", "100 characters of Omniglot", (1, 2), 12000),
+          *((f"omniglot-in-noise-{std}", f"Omniglot's images in noise of {std}, all else as on photographs",
+             f"omniglot/folders-noise-{std}", "Omniglot in noise", seeds, 40000)
+            for std, seeds in ((0.2, (1,)), (0.3, (1,)), (0.4, (1, 2)))))),
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
     Setting("small-step", "1 inner step of 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1, 2)),
@@ -133,9 +132,10 @@ MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
 PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
-# of 32 x 32, the same inner loop on Omniglot, and all of it on Omniglot's images
-SMALL_PHOTOGRAPHS = (*(name for name in SETTINGS if name.startswith("photographs-")),
-                     "omniglot-photographs-loop", "omniglot-as-photographs", "omniglot-100-as-photographs")
+NOISE = tuple(name for name in SETTINGS if name.startswith("omniglot-in-noise-"))
+# of 32 x 32, the same inner loop on Omniglot, and all of it on other images
+SMALL_PHOTOGRAPHS = (*(name for name in SETTINGS if name.startswith("photographs-")), "omniglot-photographs-loop",
+                     "omniglot-as-photographs", "omniglot-100-as-photographs", *NOISE, "crops")
 CHANGES = {  # by what the classifier takes from the last map
     "mean of 2 x 2": ("contrast-maml", "small-step", "small-head", "slow-head", "fast-head", "small-head-with-scale",
                       "first-order-small-head", "first-order-slow-head", "other-network-mean"),
