@@ -208,8 +208,8 @@ def _lock(descriptor: int) -> None:
 class _Lines(tqdm):
     """A bar for a file: its text as a line of its own. tqdm itself would rewrite one endless line."""
 
-    def display(self, *_, **__) -> None:
-        self.fp.write(f"{self}\n")
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        self.fp.write(f"{self}" if pos == 0 else f"{self}\n")  # `close` ends the last line itself
 
 
 def progress(items: Iterable | None, what: str, total: int, unit: str, delay: float = 2, **options) -> tqdm:

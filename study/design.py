@@ -62,7 +62,7 @@ SETTINGS = {setting.name: setting for setting in (
     *(Setting(name, label, f"--data {folder} --data_name '{data}' --recipe paper --k_spt 1 --imgsz 32 --nc_every 100 "
               f"--epoch {epoch}", seeds, "miniimagenet_train.py")
       for name, label, folder, data, seeds, epoch in (  # on what study/variants.py makes
-          ("photographs-20-images", "photographs of 32 x 32, MAML, 20 images per training class",
+          ("photographs-20-images", "photographs of 32 x 32, MAML, 20 per training class",
            "miniimagenet/folders-20", "Tiny ImageNet, 20 images per training class", (1, 2), 40000),
           ("crops", "crops of one photograph per class, all else as on photographs",
            "miniimagenet/folders-crops", "crops of photographs", (1, 2), 40000),
@@ -133,6 +133,9 @@ PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
 NOISE = tuple(name for name in SETTINGS if name.startswith("omniglot-in-noise-"))
+DIFFICULTY = {  # one inner loop and network on images whose classes are hard or easy to tell apart
+    "photographs": ("photographs-maml", "photographs-20-images", "crops"),
+    "characters": (*NOISE[::-1], "omniglot-100-as-photographs", "omniglot-as-photographs")}
 # of 32 x 32, the same inner loop on Omniglot, and all of it on other images
 SMALL_PHOTOGRAPHS = (*(name for name in SETTINGS if name.startswith("photographs-")), "omniglot-photographs-loop",
                      "omniglot-as-photographs", "omniglot-100-as-photographs", *NOISE, "crops")

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 
 from files import UserError
 from study import effects, figures
-from study.design import CHANGES, LEARNERS, LONG, MAIN, label
+from study.design import CHANGES, DIFFICULTY, LEARNERS, LONG, MAIN, label
 from study.logs import Run, Study
 
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
@@ -100,26 +101,43 @@ def before_and_after(axes: Axes, groups: Sequence[tuple[figures.Group, str]], be
     axes.set(yticks=range(len(groups)), ylim=(len(groups) - 0.5, -0.5), yticklabels=[])
 
 
-def changes(study: Study) -> Figure:
-    """One thing changed: share and accuracy before and after adaptation, and the spread of the classifier's rows."""
-    colour_of = dict(zip(CHANGES, figures.PALETTE))
-    groups = [(group, colour_of[size]) for size, names in CHANGES.items() for group in study.groups(names)]
-    sizes = [figures.key(size, colour, linewidth=2.2) for size, colour in colour_of.items()]
-    figure, ((share, right, spread),) = figures.frame(1, 3, 0.5 + 0.27 * len(groups), [*sizes, *POINTS])
-    at = functools.partial(effects.nearest, split="heldout", step=5_000)
-    before_and_after(share, groups, *(functools.partial(at, metric="relative_within", model=model)
-                                      for model in ("meta", "finetuned")))
-    before_and_after(right, groups, lambda run: 100 * at(run, metric="ncc_accuracy", model="meta"),
-                     functools.partial(at, metric="accuracy"))
+def by_setting(study: Study, kinds: dict[str, Sequence[str]], share: Callable, nearest_mean: Callable,
+               accuracy: Callable) -> Figure:
+    """A row per setting, a colour per kind: share and accuracy before and after adaptation, spread of the rows.
+
+    `share` takes a run and a model; the accuracies are in percent.
+    """
+    colour_of = dict(zip(kinds, figures.PALETTE))
+    groups = [(group, colour_of[kind]) for kind, names in kinds.items() for group in study.groups(names)]
+    legend = [figures.key(kind, colour, linewidth=2.2) for kind, colour in colour_of.items()]
+    figure, ((left, right, spread),) = figures.frame(1, 3, 0.5 + 0.27 * len(groups), [*legend, *POINTS])
+    before_and_after(left, groups, *(functools.partial(share, model=model) for model in ("meta", "finetuned")))
+    before_and_after(right, groups, nearest_mean, accuracy)
     before_and_after(spread, groups, *(functools.partial(effects.first_step, quantity="rows", kind=kind)
                                        for kind in (effects.UNTRAINED, effects.BY_PARTS)))
-    share.set_yticklabels([label(group[0]).replace("classifier from ", "") for group, _ in groups])
-    share.set(title="A  Share within", xlim=(0, 0.8))
+    left.set(title="A  Share within", xlim=(0, 0.9))
     right.set(title="B  Accuracy, %")
     spread.set(title="C  Spread of rows", xlabel="open: untrained", xscale="log")
     spread.minorticks_off()
     spread.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
+    left.set_yticklabels([re.sub("classifier from | of 32 x 32, MAML|, all else as on photographs", "", label(group[0]))
+                          for group, _ in groups])
     return figure
+
+
+def changes(study: Study) -> Figure:
+    """The paper's recipe with one thing changed, on validation tasks."""
+    at = functools.partial(effects.nearest, split="heldout", step=5_000)
+    return by_setting(study, CHANGES, functools.partial(at, metric="relative_within"),
+                      lambda run: 100 * at(run, metric="ncc_accuracy", model="meta"),
+                      functools.partial(at, metric="accuracy"))
+
+
+def difficulty(study: Study) -> Figure:
+    """One inner loop on images whose classes are easy or hard to tell apart, on test tasks."""
+    return by_setting(study, DIFFICULTY, functools.partial(effects.measured, metric="relative_within"),
+                      lambda run: 100 * effects.tested(run, "nearest_mean", 0),
+                      lambda run: 100 * effects.tested(run, "accuracy", -1))
 
 
 def length(study: Study) -> Figure:
@@ -150,6 +168,8 @@ def all_figures(study: Study) -> dict[str, Figure]:
         drawn["learners"] = learners(study)
     if study.groups(CHANGES["1 x 1"]):
         drawn["changes"] = changes(study)
+    if study.groups(DIFFICULTY["photographs"]):
+        drawn["difficulty"] = difficulty(study)
     if study.groups(LONG):
         drawn["length"] = length(study)
     return {"result.png": result(study)} | {f"res/{name}.png": figure for name, figure in drawn.items()}
