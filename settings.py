@@ -89,8 +89,8 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
         flag(name, default, text, action=argparse.BooleanOptionalAction)
 
     fewer = defaults["synthetic_tasks"]
-    flag("recipe", "original", "defaults of the other flags: those of this code's original, or of MAML's paper (listed "
-         "at the end)", choices=["original", "paper"])
+    flag("recipe", "original", "defaults of the other flags: sizes and rates of this code's original, or all of MAML's "
+         "paper (listed at the end)", choices=["original", "paper"])
     flag("learner", "maml", "anil: the inner loop adapts only the last layer; boil: all but the last; protonet: a "
          "prototypical network; classifier: an ordinary one over all training classes. The last two train without an "
          "inner loop",
@@ -134,8 +134,8 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
         choice("rotate_heldout", False, "turn the classes in validation and testing too; off with --data if not given")
     choice("random_labels", False, "put the training images into classes at random: a control with nothing to learn")
     choice("transductive", True, "validate, and choose the best weights, with batch norm over the whole query set; "
-           "--no-transductive: each query is normalised together with the support set alone. A test reports both; the "
-           "second is of one query per class, or of all with --no-transductive")
+           "--no-transductive: each query is normalised together with the support set alone. A test reports both "
+           "accuracies; the one without transduction is of one query per class, or of all with --no-transductive")
     flag("clip", 0.0, "clip each value of the outer gradient to -CLIP..CLIP; 0: none. On miniImageNet the paper's "
          "code sums the loss over 75 queries, divides by K_SPT and clips at 10: 0.133 here in 1-shot, 0.667 in 5-shot")
     choice("skip_nonfinite", False, "skip an update whose loss or gradient is not finite, and count it, "

@@ -221,7 +221,7 @@ def ranking(study: Study) -> str:
     with_others = trained + [(runs, kind) for _, runs, kind in references(groups)]
     by_mean = "nearest support mean before adaptation"
     columns = {by_mean: (of_rule("nearest_mean", 0), trained),
-               "the learner's own rule": (of_trained(effects.own_accuracy), trained),
+               "the learner's own rule, transductive": (of_trained(effects.own_accuracy), trained),
                f"{by_mean}, 15 queries, with pixels and the untrained network":
                (functools.partial(effects.in_control, key="nearest_mean", place=0), with_others)}
     rows = []
