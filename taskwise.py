@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-5  # batch norm's, as torch.nn.BatchNorm2d
-LARGE = 2**18  # values of a task's im2col, above which a CPU's native kernel is faster than a batched product
+# Values of a task's im2col above which a CPU's native kernel is faster than a batched product: one call with the tasks
+# as its groups (for output sides from 4 and at least 16 channels), above LARGE a call per task.
+MEDIUM, LARGE = 2**15, 2**18
 LONG = 2**14  # rows above which a GPU sums in two stages: cuBLAS uses few threads for a small product with a long sum
 
 
@@ -95,22 +97,21 @@ def _no_third_derivative(compute: Callable) -> Callable:
 
 
 # A convolution is bilinear in image and kernel. Its gradients are its two adjoints, and the gradients of those are
-# the same three maps again. Each map is computed in one of two ways: a single or large task by torch's kernel, several
-# small ones by im2col and one batched matrix product.
+# the same three maps again. Each map is computed in one of two ways: by torch's kernel, `_native` says how many tasks
+# per call, or by im2col and one batched matrix product.
 
 
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding):
-        ctx.geometry = stride, padding
-        y, ctx.columns = _convolve(x, weight, bias, *ctx.geometry)
+        ctx.geometry, ctx.operand = (stride, padding), _operand(x, weight, stride)
         ctx.save_for_backward(x, weight)
-        return y
+        return _convolve(x, ctx.operand, weight, bias, *ctx.geometry)
 
     @staticmethod
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
-        gradients = _ConvGradients.apply(x, weight, g, ctx.columns, ctx.geometry, ctx.needs_input_grad[0])
+        gradients = _ConvGradients.apply(x, weight, g, ctx.operand, ctx.geometry, ctx.needs_input_grad[0])
         return *gradients, None, None
 
 
@@ -118,11 +119,11 @@ class _ConvGradients(torch.autograd.Function):
     """(x, weight, g) -> gradients for (x, weight, bias)."""
 
     @staticmethod
-    def forward(ctx, x, weight, g, columns, geometry, for_x):
+    def forward(ctx, x, weight, g, operand, geometry, for_x):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, g)
-        ctx.columns, ctx.geometry = columns, geometry
-        return _adjoints(x, weight, g, columns, *geometry, [for_x, True, True])
+        ctx.operand, ctx.geometry = operand, geometry
+        return _adjoints(x, operand, weight, g, *geometry, [for_x, True, True])
 
     @staticmethod
     @_no_third_derivative
@@ -132,78 +133,96 @@ class _ConvGradients(torch.autograd.Function):
         needs_x, *_ = ctx.needs_input_grad
         to_x = to_weight = to_g = None
         if vw is not None:
-            to_g, _ = _convolve(x, vw, vb, *ctx.geometry, ctx.columns)
+            to_g = _convolve(x, ctx.operand, vw, vb, *ctx.geometry)
             if needs_x:
-                to_x, _, _ = _adjoints(x, vw, g, None, *ctx.geometry, [True, False, False])
+                to_x, _, _ = _adjoints(x, ctx.operand, vw, g, *ctx.geometry, [True, False, False])
         elif vb is not None:
             to_g = vb[:, None, None, None].expand_as(g)
         if vx is not None:
-            through_x, columns = _convolve(vx, weight, None, *ctx.geometry)
+            operand = _operand(vx, weight, ctx.geometry[0])
+            through_x = _convolve(vx, operand, weight, None, *ctx.geometry)
             to_g = through_x if to_g is None else to_g + through_x
-            _, to_weight, _ = _adjoints(vx, weight, g, columns, *ctx.geometry, [False, True, False])
+            _, to_weight, _ = _adjoints(vx, operand, weight, g, *ctx.geometry, [False, True, False])
         return to_x, to_weight, to_g, None, None, None
 
 
-def _convolve(x, weight, bias, stride, padding, columns=None):
-    """[T, N, h, w, c], [T, o, c, k, k], [T, o] -> [T, N, h', w', o], and the columns where some were made."""
-    if _native(x, weight, stride):
-        biases = [None] * len(x) if bias is None else bias
-        return _stack([F.conv2d(*task, stride, padding) for task in zip(_nchw(x), _kernels(weight), biases)]), None
+def _operand(x, weight, stride):
+    """x as the kernel takes it: the images of each of torch's calls, or the columns of im2col."""
+    per_call = _native(x, weight, stride)
+    return _nchw(x, per_call) if per_call else _im2col(x, weight.shape[-1], stride)
+
+
+def _convolve(x, operand, weight, bias, stride, padding):
+    """[T, N, h, w, c], its operand, [T, o, c, k, k], [T, o] -> [T, N, h', w', o]."""
     o, k = weight.shape[1], weight.shape[-1]
-    if columns is None:
-        columns = _im2col(x, k, stride)
+    if per_call := _native(x, weight, stride):
+        biases = [None] * len(x) if bias is None else [bias.flatten()] if per_call > 1 else bias
+        calls = zip(operand, _kernels(weight, per_call), biases)
+        return _stack([F.conv2d(*call, stride, padding, groups=per_call) for call in calls], per_call)
     matrix = _matrix(weight).transpose(1, 2)
-    y = torch.bmm(columns, matrix) if bias is None else torch.baddbmm(bias[:, None], columns, matrix)
-    return y.view(*x.shape[:2], *_output_sides(x, k, stride), o), columns
+    y = torch.bmm(operand, matrix) if bias is None else torch.baddbmm(bias[:, None], operand, matrix)
+    return y.view(*x.shape[:2], *_output_sides(x, k, stride), o)
 
 
-def _adjoints(x, weight, g, columns, stride, padding, wanted):
+def _adjoints(x, operand, weight, g, stride, padding, wanted):
     """Gradients of <g, conv(x, weight) + bias> with respect to x, weight and bias; None where not wanted."""
     for_x, for_weight, for_bias = wanted
-    if _native(x, weight, stride):
-        gx, gw, gb = zip(*(torch.ops.aten.convolution_backward(
-            *task, [weight.shape[1]], [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, wanted)
-            for task in zip(_nchw(g), _nchw(x), _kernels(weight))))
-        return (_stack(gx) if for_x else None, _stack(gw).permute(0, 1, 4, 2, 3) if for_weight else None,
-                torch.stack(gb) if for_bias else None)
     tasks, o, c, k, _ = weight.shape
+    if per_call := _native(x, weight, stride):
+        gx, gw, gb = zip(*(torch.ops.aten.convolution_backward(
+            *call, [per_call * o], [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], per_call, wanted)
+            for call in zip(_nchw(g, per_call), operand, _kernels(weight, per_call))))
+        return (_stack(gx, per_call) if for_x else None,
+                _stack(gw).view(tasks, o, k, k, c).permute(0, 1, 4, 2, 3) if for_weight else None,
+                torch.stack(gb).view(tasks, o) if for_bias else None)
     rows = g.reshape(tasks, -1, o)
     gx = _col2im(torch.bmm(rows, _matrix(weight)), x.shape, k, stride) if for_x else None
     gw = None
     if for_weight:
         if k * k * c < o:  # a product is slow where its last side is short
-            gw = torch.bmm(columns.transpose(1, 2), rows).transpose(1, 2).contiguous()
+            gw = torch.bmm(operand.transpose(1, 2), rows).transpose(1, 2).contiguous()
         elif g.is_cuda and rows.shape[1] > LONG:  # a sum per image, then over images: else one block sums all
             images = tasks * g.shape[1]
-            per_image = torch.bmm(rows.reshape(images, -1, o).transpose(1, 2), columns.reshape(images, -1, k * k * c))
+            per_image = torch.bmm(rows.reshape(images, -1, o).transpose(1, 2), operand.reshape(images, -1, k * k * c))
             gw = per_image.view(tasks, -1, o, k * k * c).sum(1)
         else:
-            gw = torch.bmm(rows.transpose(1, 2), columns)
+            gw = torch.bmm(rows.transpose(1, 2), operand)
         gw = gw.view(tasks, o, k, k, c).permute(0, 1, 4, 2, 3)
     return gx, gw, rows.sum(1) if for_bias else None
 
 
 def _native(x, weight, stride):
+    """How many tasks go into one call of torch's kernel; 0: im2col and a batched product are faster."""
     if len(x) == 1 or x.device.type != "cpu":
-        return len(x) == 1
-    k = weight.shape[-1]
-    return x.shape[1] * math.prod(_output_sides(x, k, stride)) * k * k * x.shape[-1] > LARGE
+        return int(len(x) == 1)
+    k, c = weight.shape[-1], x.shape[-1]
+    sides = _output_sides(x, k, stride)
+    values = x.shape[1] * math.prod(sides) * k * k * c
+    if values > LARGE:
+        return 1
+    return len(x) if values > MEDIUM and c >= 16 and min(sides) >= 4 else 0
 
 
 def _output_sides(x, k, stride):  # of an x that is padded already
     return [(side - k) // stride + 1 for side in x.shape[2:4]]
 
 
-def _nchw(x):  # [T, N, h, w, c] -> T times [N, c, h, w], in channels-last memory
+def _nchw(x, per_call):  # [T, N, h, w, c] -> T times [N, c, h, w], or [N, T*c, h, w], in channels-last memory
+    if per_call > 1:
+        x = x.permute(1, 2, 3, 0, 4).flatten(3)[None]
     return x.permute(0, 1, 4, 2, 3).unbind()
 
 
-def _kernels(weight):
+def _kernels(weight, per_call):  # [T, o, c, k, k] -> T times [o, c, k, k], or [T*o, c, k, k]
+    if per_call > 1:
+        return [_matrix(weight).reshape(-1, *weight.shape[3:], weight.shape[2]).permute(0, 3, 1, 2)]
     return [kernel.contiguous(memory_format=torch.channels_last) for kernel in weight.unbind()]
 
 
-def _stack(values):  # the inverse of _nchw; stacked channels first, they would be copied into another memory order
+def _stack(values, per_call=1):  # the inverse of _nchw; stacked channels first, they would be copied into another order
     values = [value.permute(0, 2, 3, 1) for value in values]
+    if per_call > 1:
+        return values[0].unflatten(3, (per_call, -1)).permute(3, 0, 1, 2, 4).contiguous()
     return torch.stack(values) if len(values) > 1 else values[0][None]  # one is not copied
 
 
