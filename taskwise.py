@@ -21,9 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-5  # batch norm's, as torch.nn.BatchNorm2d
-# Values of a task's im2col above which a CPU's native kernel is faster than a batched product: one call with the tasks
-# as its groups (for output sides from 4 and at least 16 channels), above LARGE a call per task.
-MEDIUM, LARGE = 2**15, 2**18
+LARGE = 2**15  # values of a task's im2col, above which oneDNN's kernel is faster on a CPU than a batched product
 LONG = 2**14  # rows above which a GPU sums in two stages: cuBLAS uses few threads for a small product with a long sum
 
 
@@ -97,8 +95,8 @@ def _no_third_derivative(compute: Callable) -> Callable:
 
 
 # A convolution is bilinear in image and kernel. Its gradients are its two adjoints, and the gradients of those are
-# the same three maps again. Each map is computed in one of two ways: by torch's kernel, `_native` says how many tasks
-# per call, or by im2col and one batched matrix product.
+# the same three maps again. Each map is computed in one of two ways: by torch's kernel, with the tasks as its groups,
+# or by im2col and one batched matrix product.
 
 
 class _Conv(torch.autograd.Function):
@@ -147,18 +145,16 @@ class _ConvGradients(torch.autograd.Function):
 
 
 def _operand(x, weight, stride):
-    """x as the kernel takes it: the images of each of torch's calls, or the columns of im2col."""
-    per_call = _native(x, weight, stride)
-    return _nchw(x, per_call) if per_call else _im2col(x, weight.shape[-1], stride)
+    """x as the kernel takes it: with the tasks as groups of channels, or as im2col's columns."""
+    return _as_groups(x) if _native(x, weight, stride) else _im2col(x, weight.shape[-1], stride)
 
 
 def _convolve(x, operand, weight, bias, stride, padding):
     """[T, N, h, w, c], its operand, [T, o, c, k, k], [T, o] -> [T, N, h', w', o]."""
-    o, k = weight.shape[1], weight.shape[-1]
-    if per_call := _native(x, weight, stride):
-        biases = [None] * len(x) if bias is None else [bias.flatten()] if per_call > 1 else bias
-        calls = zip(operand, _kernels(weight, per_call), biases)
-        return _stack([F.conv2d(*call, stride, padding, groups=per_call) for call in calls], per_call)
+    tasks, o, _, k, _ = weight.shape
+    if _native(x, weight, stride):
+        bias = None if bias is None else bias.flatten()
+        return _apart(F.conv2d(operand, _kernels(weight), bias, stride, padding, groups=tasks), tasks)
     matrix = _matrix(weight).transpose(1, 2)
     y = torch.bmm(operand, matrix) if bias is None else torch.baddbmm(bias[:, None], operand, matrix)
     return y.view(*x.shape[:2], *_output_sides(x, k, stride), o)
@@ -168,13 +164,12 @@ def _adjoints(x, operand, weight, g, stride, padding, wanted):
     """Gradients of <g, conv(x, weight) + bias> with respect to x, weight and bias; None where not wanted."""
     for_x, for_weight, for_bias = wanted
     tasks, o, c, k, _ = weight.shape
-    if per_call := _native(x, weight, stride):
-        gx, gw, gb = zip(*(torch.ops.aten.convolution_backward(
-            *call, [per_call * o], [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], per_call, wanted)
-            for call in zip(_nchw(g, per_call), operand, _kernels(weight, per_call))))
-        return (_stack(gx, per_call) if for_x else None,
-                _stack(gw).view(tasks, o, k, k, c).permute(0, 1, 4, 2, 3) if for_weight else None,
-                torch.stack(gb).view(tasks, o) if for_bias else None)
+    if _native(x, weight, stride):
+        gx, gw, gb = torch.ops.aten.convolution_backward(
+            _as_groups(g), operand, _kernels(weight), [tasks * o], [stride] * 2, [padding] * 2, [1, 1], False, [0, 0],
+            tasks, wanted)
+        return (_apart(gx, tasks) if for_x else None, gw.unflatten(0, (tasks, o)) if for_weight else None,
+                gb.view(tasks, o) if for_bias else None)
     rows = g.reshape(tasks, -1, o)
     gx = _col2im(torch.bmm(rows, _matrix(weight)), x.shape, k, stride) if for_x else None
     gw = None
@@ -192,38 +187,28 @@ def _adjoints(x, operand, weight, g, stride, padding, wanted):
 
 
 def _native(x, weight, stride):
-    """How many tasks go into one call of torch's kernel; 0: im2col and a batched product are faster."""
-    if len(x) == 1 or x.device.type != "cpu":
-        return int(len(x) == 1)
+    """Whether torch's kernel is faster than im2col and a batched product, as measured for 1, 3, 32 and 64 channels."""
+    if len(x) == 1 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return len(x) == 1
     k, c = weight.shape[-1], x.shape[-1]
     sides = _output_sides(x, k, stride)
-    values = x.shape[1] * math.prod(sides) * k * k * c
-    if values > LARGE:
-        return 1
-    return len(x) if values > MEDIUM and c >= 16 and min(sides) >= 4 else 0
+    return c >= 16 and min(sides) >= 4 and x.shape[1] * math.prod(sides) * k * k * c > LARGE
 
 
 def _output_sides(x, k, stride):  # of an x that is padded already
     return [(side - k) // stride + 1 for side in x.shape[2:4]]
 
 
-def _nchw(x, per_call):  # [T, N, h, w, c] -> T times [N, c, h, w], or [N, T*c, h, w], in channels-last memory
-    if per_call > 1:
-        x = x.permute(1, 2, 3, 0, 4).flatten(3)[None]
-    return x.permute(0, 1, 4, 2, 3).unbind()
+def _as_groups(x):  # [T, N, h, w, c] -> [N, T*c, h, w], in channels-last memory; of one task without a copy
+    return x.permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
 
 
-def _kernels(weight, per_call):  # [T, o, c, k, k] -> T times [o, c, k, k], or [T*o, c, k, k]
-    if per_call > 1:
-        return [_matrix(weight).reshape(-1, *weight.shape[3:], weight.shape[2]).permute(0, 3, 1, 2)]
-    return [kernel.contiguous(memory_format=torch.channels_last) for kernel in weight.unbind()]
+def _apart(y, tasks):  # the inverse
+    return y.permute(0, 2, 3, 1).unflatten(3, (tasks, -1)).permute(3, 0, 1, 2, 4).contiguous()
 
 
-def _stack(values, per_call=1):  # the inverse of _nchw; stacked channels first, they would be copied into another order
-    values = [value.permute(0, 2, 3, 1) for value in values]
-    if per_call > 1:
-        return values[0].unflatten(3, (per_call, -1)).permute(3, 0, 1, 2, 4).contiguous()
-    return torch.stack(values) if len(values) > 1 else values[0][None]  # one is not copied
+def _kernels(weight):  # [T, o, c, k, k] -> [T*o, c, k, k], in channels-last memory
+    return weight.permute(0, 1, 3, 4, 2).flatten(0, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def _matrix(weight):  # [T, o, c, k, k] -> [T, o, k*k*c], a view where the memory is [o, k, k, c]

@@ -99,10 +99,9 @@ def test_values_and_both_derivatives_are_the_native_ones(name, tasks):
                  second_derivatives(native, inputs, wrt, g, [*inputs, g]))
 
 
-@pytest.mark.parametrize("per_call", [1, 3])
 @pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("conv2d")])
-def test_large_tasks_one_by_one_and_as_groups_of_one_call(name, per_call, monkeypatch):
-    monkeypatch.setattr(taskwise, "_native", lambda *_: per_call)
+def test_large_tasks_as_groups_of_one_call(name, monkeypatch):
+    monkeypatch.setattr(taskwise, "_native", lambda *_: True)
     test_values_and_both_derivatives_are_the_native_ones(name, 3)
     ours, native, make = LAYERS[name]
     x, *own = make(3)
@@ -110,13 +109,13 @@ def test_large_tasks_one_by_one_and_as_groups_of_one_call(name, per_call, monkey
     assert_close([ours(x, *shared)], [native(x, *shared)])
 
 
-def test_which_tasks_go_into_one_call():
-    """By the sizes of the paper's blocks, of 20 images, of a first layer and of a map of 2 x 2."""
-    for images, side, channels, per_call in ((5, 15, 64, 4), (5, 9, 64, 4), (5, 5, 64, 0), (20, 15, 64, 1),
-                                             (20, 29, 1, 0), (20, 6, 64, 0)):
+def test_which_tasks_are_large():
+    """By the sizes of the paper's blocks, of a first layer, and of a map of 2 x 2; one task is always one call."""
+    for images, side, channels, large in ((5, 15, 64, True), (5, 9, 64, True), (5, 5, 64, False), (20, 29, 1, False),
+                                          (20, 6, 64, False)):
         x, weight = torch.empty(4, images, side, side, channels), torch.empty(4, 64, channels, 3, 3)
-        assert taskwise._native(x, weight, 2) == per_call
-        assert taskwise._native(x[:1], weight, 2) == 1
+        assert taskwise._native(x, weight, 2) == large
+        assert taskwise._native(x[:1], weight, 2)
 
 
 SOME = [some for count in (1, 2, 3) for some in itertools.combinations(range(3), count)]
