@@ -5,8 +5,9 @@ gradients. These layers have a leading task axis T on inputs and weights, channe
 second derivative: the double backward is a few matrix products and a few passes over memory instead of a graph of
 small operations. A third derivative raises an error.
 
-Why not `torch.vmap` over `F.conv2d` and `F.batch_norm`: vmap turns a convolution with per-task weights into a grouped
-one, whose backward is slow, and its rule for batch norm's double backward is wrong (pytorch/functorch#534).
+Why not `torch.vmap` over `F.conv2d` and `F.batch_norm`: vmap turns every convolution with per-task weights into a
+grouped one, which is slow for small maps, and its rule for batch norm's double backward is wrong
+(pytorch/functorch#534).
 
 Letters: T tasks, N samples, h w c height, width, channels in, o channels out, k kernel, R = N*h*w rows that share a
 channel's statistics.
