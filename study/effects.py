@@ -177,7 +177,8 @@ def dimension(run: Run, kind: str = "final") -> float:
 
 def in_control(run: Run, kind: str, key: str, place: int) -> float:
     """A control's "accuracy" or "nearest_mean" before (0) or after (-1) adaptation; nan if it has none."""
-    return number(run.controls().get(kind, {}).get(key, [None])[place])
+    values = run.controls().get(kind, {}).get(key)
+    return math.nan if values is None else number(values[place])
 
 
 def first_step(run: Run, quantity: str, kind: str = BY_PARTS) -> float:

@@ -204,7 +204,9 @@ def contrast(study: Study) -> str:
 
 def photographs(study: Study) -> str:
     """The same of what was trained on photographs, and what the inner loop finds and changes there."""
+    body_alone = functools.partial(effects.in_control, kind=effects.UNTRAINED, key="accuracy", place=2)
     parts = {name: of_trained(value) for name, value in PARTS.items()}
+    parts["the body's first step alone, untrained, %"] = of_trained(body_alone)
     header, *rows = with_references(study, SMALL_PHOTOGRAPHS, CONTRAST | parts)
     return table(header, rows)
 
