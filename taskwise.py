@@ -146,14 +146,14 @@ class _ConvGradients(torch.autograd.Function):
 
 
 def _operand(x, weight, stride):
-    """x as the kernel takes it: with the tasks as groups of channels, or as im2col's columns."""
+    """x as the kernel takes it: with the tasks as groups of channels (4 dimensions), or as im2col's columns (3)."""
     return _as_groups(x) if _native(x, weight, stride) else _im2col(x, weight.shape[-1], stride)
 
 
 def _convolve(x, operand, weight, bias, stride, padding):
     """[T, N, h, w, c], its operand, [T, o, c, k, k], [T, o] -> [T, N, h', w', o]."""
     tasks, o, _, k, _ = weight.shape
-    if _native(x, weight, stride):
+    if operand.dim() == 4:
         bias = None if bias is None else bias.flatten()
         return _apart(F.conv2d(operand, _kernels(weight), bias, stride, padding, groups=tasks), tasks)
     matrix = _matrix(weight).transpose(1, 2)
@@ -165,7 +165,7 @@ def _adjoints(x, operand, weight, g, stride, padding, wanted):
     """Gradients of <g, conv(x, weight) + bias> with respect to x, weight and bias; None where not wanted."""
     for_x, for_weight, for_bias = wanted
     tasks, o, c, k, _ = weight.shape
-    if _native(x, weight, stride):
+    if operand.dim() == 4:
         gx, gw, gb = torch.ops.aten.convolution_backward(
             _as_groups(g), operand, _kernels(weight), [tasks * o], [stride] * 2, [padding] * 2, [1, 1], False, [0, 0],
             tasks, wanted)
