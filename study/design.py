@@ -18,7 +18,7 @@ class Setting(NamedTuple):
 _ORIGINAL = "--task_num 8 --epoch 6000 --nc_every 30 --eval_every 250"
 _PHOTO_DATA = "--data_name 'Tiny ImageNet in the miniImageNet layout'"
 _PHOTOS = f"{_PHOTO_DATA} --task_num 2 --nc_every 30 --eval_every 150 --eval_tasks 50"
-_SMALL_PHOTOS = f"{_PHOTO_DATA} --recipe paper --k_spt 1 --imgsz 32 --nc_every 100"
+_SMALL = "--recipe paper --k_spt 1 --imgsz 32 --nc_every 100"
 _LONG = "--recipe paper --eval_every 1000 --keep_every 10000 --save_every 5000"
 _SHORT = "--recipe paper --nc_every 100 --eval_every 1000 --save_every 5000"
 _CONTRAST, _ONE_CHANGE = f"{_SHORT} --epoch 10000", f"{_SHORT} --epoch 5000"
@@ -43,8 +43,8 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("contrast-boil", "BOIL", f"{_CONTRAST} --learner boil"),
     Setting("contrast-protonet", "ProtoNet", f"{_CONTRAST} --learner protonet"),
     Setting("contrast-classifier", "classifier", f"{_CONTRAST} --learner classifier"),
-    *(Setting(f"photographs-{name}", f"photographs of 32 x 32, {label}", f"{_SMALL_PHOTOS} --epoch {epoch} {flags}",
-              seeds, "miniimagenet_train.py")
+    *(Setting(f"photographs-{name}", f"photographs of 32 x 32, {label}",
+              f"{_PHOTO_DATA} {_SMALL} --epoch {epoch} {flags}", seeds, "miniimagenet_train.py")
       for name, label, seeds, epoch, flags in (
           ("maml", "MAML", (1, 2), 40000, "--learner maml"),
           ("anil", "ANIL", (1,), 40000, "--learner anil"),
@@ -59,8 +59,8 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("omniglot-photographs-loop", "Omniglot, MAML, inner loop and classifier as on photographs",
             f"{_CONTRAST} --update_step 5 --update_lr 0.05 --update_step_test 10 --no-spatial_mean --head_std 0.0875",
             (1, 2)),
-    *(Setting(name, label, f"--data {folder} --data_name '{data}' --recipe paper --k_spt 1 --imgsz 32 --nc_every 100 "
-              f"--epoch {epoch}", seeds, "miniimagenet_train.py")
+    *(Setting(name, label, f"--data {folder} --data_name '{data}' {_SMALL} --epoch {epoch}", seeds,
+              "miniimagenet_train.py")
       for name, label, folder, data, seeds, epoch in (  # on what study/variants.py makes
           ("photographs-20-images", "photographs of 32 x 32, MAML, 20 per training class",
            "miniimagenet/folders-20", "Tiny ImageNet, 20 images per training class", (1, 2), 40000),

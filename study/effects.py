@@ -176,7 +176,10 @@ def dimension(run: Run, kind: str = "final") -> float:
 
 
 def in_control(run: Run, kind: str, key: str, place: int) -> float:
-    """A control's "accuracy" or "nearest_mean" before (0) or after (-1) adaptation; nan if it has none."""
+    """A control's "accuracy" or "nearest_mean" before (0) or after (-1) adaptation; nan if it has none.
+
+    "accuracy" of BY_PARTS: before (0), after the first step of the classifier (1), of the body (2), of both (3).
+    """
     values = run.controls().get(kind, {}).get(key)
     return math.nan if values is None else number(values[place])
 

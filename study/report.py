@@ -63,6 +63,16 @@ def relative_to_start(run: Run, trace: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, mean / effects.series(run, "train", "finetuned", "within").mean[0]
 
 
+def tested_nearest_mean(run: Run) -> float:
+    """Of the run's test, before adaptation, in percent."""
+    return 100 * effects.tested(run, "nearest_mean", 0)
+
+
+def tested_classifier(run: Run) -> float:
+    """Of the run's test, adapted, in percent."""
+    return 100 * effects.tested(run, "accuracy", -1)
+
+
 def learners(study: Study) -> Figure:
     """What adaptation does to each learner: the share within classes and accuracy, before it and after; and nc1."""
     groups = study.groups(LEARNERS)
@@ -71,15 +81,13 @@ def learners(study: Study) -> Figure:
     share, right, ranked = figure.subplots(1, 3)
 
     coloured = [(group, colour) for group, colour, _ in figures.colours(groups)]
-    nearest_mean = functools.partial(effects.tested, key="nearest_mean", place=0)
-    adapted_classifier = functools.partial(effects.tested, key="accuracy", place=-1)
     before_and_after(share, coloured, *(functools.partial(effects.measured, model=model, metric="relative_within")
                                         for model in ("meta", "finetuned")))
-    before_and_after(right, coloured, nearest_mean, adapted_classifier, 100)
+    before_and_after(right, coloured, tested_nearest_mean, tested_classifier)
     share.set_yticklabels([name for _, _, name in figures.colours(groups)])
     for group, colour in coloured:
         ranked.scatter([effects.measured(run, "meta", "nc1") for run in group],
-                       [100 * nearest_mean(run) for run in group], color=colour, s=26)
+                       list(map(tested_nearest_mean, group)), color=colour, s=26)
     share.set(title="A  Within / (within + between)", xlim=(0, 0.8))
     right.set(title="B  Test accuracy, %")
     ranked.set(title="C  Before adaptation", xscale="log", ylabel="nearest support mean, %")
@@ -90,11 +98,11 @@ def learners(study: Study) -> Figure:
     return figure
 
 
-def before_and_after(axes: Axes, groups: Sequence[tuple[figures.Group, str]], before: Callable, after: Callable,
-                     scale: float = 1) -> None:
+def before_and_after(axes: Axes, groups: Sequence[tuple[figures.Group, str]], before: Callable,
+                     after: Callable) -> None:
     """A row per group: open points before adaptation, filled ones after, a line between their means."""
     for row, (group, colour) in enumerate(groups):
-        values = np.array([[scale * before(run), scale * after(run)] for run in group])
+        values = np.array([[before(run), after(run)] for run in group])
         axes.plot(values.mean(0), [row, row], color=colour, linewidth=1.2)
         for column, fill in enumerate(("white", colour)):
             axes.scatter(values[:, column], [row] * len(group), s=26, edgecolors=colour, color=fill, zorder=3)
@@ -136,8 +144,7 @@ def changes(study: Study) -> Figure:
 def difficulty(study: Study) -> Figure:
     """One inner loop on images whose classes are easy or hard to tell apart, on test tasks."""
     return by_setting(study, DIFFICULTY, functools.partial(effects.measured, metric="relative_within"),
-                      lambda run: 100 * effects.tested(run, "nearest_mean", 0),
-                      lambda run: 100 * effects.tested(run, "accuracy", -1))
+                      tested_nearest_mean, tested_classifier)
 
 
 def length(study: Study) -> Figure:
