@@ -17,6 +17,9 @@ The tasks are those of the run's test. The controls, each with all metrics and a
     first step by parts   the final weights after the first inner step of the classifier alone, the body alone, both:
                    accuracy; and how far apart the classifier's rows are, and how far the body's weights move
     first step by parts, untrained   the same of the untrained network
+    scale of the rows   how the query loss after the inner loop changes with the scale of the classifier's rows, minus
+                   their mean, before it; and with the body fixed
+    scale of the rows, untrained   the same of the untrained network
     batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
     batch norm by the support set                 the same, by statistics without the query
 
@@ -44,8 +47,9 @@ import predict
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
 from files import Parser, UserError, atomic, progress, quoted, reading, run
 from learner import Learner, Weights
-from measuring import accuracies, accuracy, class_means, collapse_metrics, permuted_labels, scores, squared_distances
-from meta import Adapted, Meta
+from measuring import (accuracies, accuracy, class_means, collapse_metrics, cross_entropy, permuted_labels, scores,
+                       squared_distances)
+from meta import Adapted, Meta, adapt, leaves
 from record import numbers, other_images, say, summary
 from settings import check
 from tasks import Dataset, Tasks, as_tasks, cat, chunked
@@ -54,7 +58,7 @@ from training import TEST_SEED, Data, held_out_tasks
 QUERIES = 15  # per class, if nothing else is said
 SHOTS = 5  # of the control with more support images
 CLASSIFIER_METRICS = ("self_duality", "ncc_mismatch", "within_original", "between_original")
-BY_PARTS = "first step by parts"
+BY_PARTS, ROWS = "first step by parts", "scale of the rows"
 ALONE, BY_SUPPORT = "batch norm by one query and the support set", "batch norm by the support set"
 
 
@@ -103,7 +107,8 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
                for queries in (1, 5, 19) if queries <= most}
     if args.k_spt != SHOTS < most + args.k_spt:
         wanted[f"{SHOTS}-shot"] = final, together, (SHOTS, min(QUERIES, most + args.k_spt - SHOTS))
-    wanted |= {BY_PARTS: (final, by_parts, usual), f"{BY_PARTS}, untrained": (untrained, by_parts, usual)}
+    for name, function in ((BY_PARTS, by_parts), (ROWS, by_scale)):
+        wanted |= {name: (final, function, usual), f"{name}, untrained": (untrained, function, usual)}
     wanted[ALONE] = final, partial(not_transductive, score=partial(scores, transductive=False)), usual
     wanted[BY_SUPPORT] = final, partial(not_transductive, score=scores_by_support), usual
     if not wanted.keys() >= set(only or ()):
@@ -118,9 +123,9 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
                     task_chunk=args.task_chunk, seed=args.seed, learner=args.learner, head_lr=args.head_lr)
         batches = math.ceil(args.test_tasks / args.task_num)
         results = cat(list(progress(measured(maml, data, images, function), name, batches, "batches")))
-        if function is by_parts:
+        if function in (by_parts, by_scale):
             written[name] = {"tasks": args.test_tasks} | with_intervals(results)
-            say(f"{name}: accuracy before it, after the classifier's, the body's, both: {written[name]['accuracy']}")
+            say(f"{name}: {written[name]}")
             continue
         if net not in dimensions:
             dimensions[net] = dimension(net, images[::data.turns("test"), :most + args.k_spt], dataset)
@@ -180,6 +185,24 @@ def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str
     start, end = (torch.cat([weights[name].flatten(1) for name in body], 1) for weights in (before, after))
     return {"accuracy": right, "rows": rows.flatten(1).norm(dim=1, keepdim=True),
             "body": (end - start).norm(dim=1, keepdim=True) / start.norm(dim=1, keepdim=True)}
+
+
+def by_scale(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Slope [T, 2] of the query loss after the inner loop of training, and of the same loop with the body fixed.
+
+    It is the derivative by the logarithm of a factor on the classifier's rows minus their mean, before adaptation. If
+    it is positive, rows closer to each other lower the loss.
+    """
+    net, slopes = maml.net, []
+    start = leaves(net.per_task(net.weights, len(tasks.y_qry)))
+    rows = start[net.classifier] - start[net.classifier].mean(1, keepdim=True)
+    for rates in (maml.rates, {name: rate for name, rate in maml.rates.items() if name in net.head}):
+        with torch.enable_grad():
+            *_, last = adapt(net, start, tasks.x_spt, tasks.y_spt, rates, maml.update_step, second_order=True)
+            loss = cross_entropy(net(tasks.x_qry, last), tasks.y_qry).sum()
+        (gradient,) = torch.autograd.grad(loss, [start[net.classifier]])
+        slopes.append((gradient * rows).sum((1, 2)))
+    return {"slope": torch.stack(slopes, 1)}
 
 
 def not_transductive(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], score: Callable) -> Adapted:

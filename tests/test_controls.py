@@ -24,6 +24,7 @@ FLAGS = ("--synthetic --device cpu --task_num 3 --epoch 1 --k_qry 2 --n_way 3 --
 
 
 PARTS = controls.BY_PARTS, f"{controls.BY_PARTS}, untrained"
+ROWS = controls.ROWS, f"{controls.ROWS}, untrained"
 
 
 def share(features, labels):
@@ -41,6 +42,22 @@ def stepped(net, x, y, lr):
     with torch.enable_grad():
         parts = lambda name: "linear" in name, lambda name: "linear" not in name, bool
         return [net.weights, *(oracle.adapt(net.config, net.weights, x, y, lr, 1, changes=part)[-1] for part in parts)]
+
+
+def slope_of_scale(net, tasks, lr, changes, h=1e-3):
+    """The query loss after one inner step with the rows' differences times 1 + h, minus that with 1 - h, over 2 h."""
+    losses = []
+    for factor in (1 + h, 1 - h):
+        weights = {name: weight.detach().double() for name, weight in net.weights.items()}
+        rows = weights[net.classifier]
+        weights[net.classifier] = rows.mean(0) + factor * (rows - rows.mean(0))
+        weights = {name: weight.requires_grad_() for name, weight in weights.items()}
+        loss = 0
+        for x_spt, y_spt, x_qry, y_qry in zip(*tasks):
+            last = oracle.adapt(net.config, weights, x_spt.double(), y_spt, lr, 1, changes=changes)[-1]
+            loss += F.cross_entropy(oracle.forward(net.config, last, x_qry.double())[0], y_qry).item() / len(tasks.y_qry)
+        losses.append(loss)
+    return (losses[0] - losses[1]) / (2 * h)
 
 
 @torch.no_grad()
@@ -68,7 +85,7 @@ def test_controls(tmp_path):
     controls.main([str(run), "--tasks", "4"])
     found = json.loads((run / "controls.json").read_text())
     assert list(found) == ["final", "untrained", "classifier at zero", "classifier at random", "pixels", "queries 1",
-                           "queries 5", "queries 19", "5-shot", *PARTS, controls.ALONE, controls.BY_SUPPORT]
+                           "queries 5", "queries 19", "5-shot", *PARTS, *ROWS, controls.ALONE, controls.BY_SUPPORT]
     script, args = predict.settings_of(run)
     args.k_qry_test = 15
     data = training.Data(args, script.dataset(args), torch.device("cpu"))
@@ -89,6 +106,9 @@ def test_controls(tmp_path):
     for one in (found["final"], at_random):
         assert one["meta"]["within"]["mean"][:-1] != one["finetuned"]["within"]["mean"][:-1]
     assert len({one["finetuned"]["self_duality"]["mean"][-2] for one in (found["final"], at_random, zeroed)}) == 3
+    for name, net in zip(ROWS, nets.values()):
+        slopes = [slope_of_scale(net, tasks, args.update_lr, part) for part in (bool, lambda name: "linear" in name)]
+        assert found[name]["slope"] == pytest.approx(slopes, rel=1e-2, abs=1e-3)
     for name, net in zip(PARTS, nets.values()):
         logits = [torch.stack([oracle.forward(net.config, weights, x)[0] for x, weights in zip(tasks.x_qry, parts)])
                   for parts in zip(*(stepped(net, x, y, args.update_lr) for x, y in zip(tasks.x_spt, tasks.y_spt)))]
