@@ -55,23 +55,31 @@ SETTINGS = {setting.name: setting for setting in (
           ("large-step", "MAML, 5 inner steps of 0.5", (1,), 28000, "--update_lr 0.5"),
           ("large-body-step", "MAML, 5 inner steps of 0.5, the classifier's 0.05", (1,), 28000,
            "--update_lr 0.5 --head_lr 0.05"),
-          ("slow-head", "MAML, the classifier's inner step 0.005", (1, 2), 28000, "--head_lr 0.005"))),
+          ("slow-head", "MAML, the classifier's inner step 0.005", (1, 2), 28000, "--head_lr 0.005"),
+          ("equal-rows", "MAML, classifier from N(0, 0.001²)", (1,), 28000, "--head_std 0.001"))),
     Setting("omniglot-photographs-loop", "Omniglot, MAML, inner loop and classifier as on photographs",
             f"{_CONTRAST} --update_step 5 --update_lr 0.05 --update_step_test 10 --no-spatial_mean --head_std 0.0875",
             (1, 2)),
-    *(Setting(name, label, f"--data {folder} --data_name '{data}' {_SMALL} --epoch {epoch}", seeds,
-              "miniimagenet_train.py")
-      for name, label, folder, data, seeds, epoch in (  # on what study/variants.py makes
+    *(Setting(name, label, f"--data {folder} --data_name '{data}' {_SMALL} {flags}", seeds, "miniimagenet_train.py")
+      for name, label, folder, data, seeds, flags in (  # on what study/variants.py makes
           ("photographs-20-images", "photographs of 32 x 32, MAML, 20 per training class",
-           "miniimagenet/folders-20", "Tiny ImageNet, 20 images per training class", (1, 2), 40000),
-          ("crops", "crops of one photograph per class, all else as on photographs",
-           "miniimagenet/folders-crops", "crops of photographs", (1, 2), 40000),
-          ("omniglot-as-photographs", "Omniglot's images, all else as on photographs",
-           "omniglot/folders", "Omniglot in class folders", (1, 2), 40000),
-          ("omniglot-100-as-photographs", "100 of Omniglot's characters, all else as on photographs",
-           "omniglot/folders-100", "100 characters of Omniglot", (1, 2), 12000),
-          ("omniglot-in-noise", "Omniglot's images in noise, all else as on photographs",
-           "omniglot/folders-noise", "Omniglot in noise", (1, 2), 40000))),
+           "miniimagenet/folders-20", "Tiny ImageNet, 20 images per training class", (1, 2), "--epoch 40000"),
+          ("crops", "crops of one photograph per class",
+           "miniimagenet/folders-crops", "crops of photographs", (1, 2), "--epoch 40000"),
+          ("crops-equal-rows", "crops of one photograph per class, classifier from N(0, 0.001²)",
+           "miniimagenet/folders-crops", "crops of photographs", (1,), "--epoch 28000 --head_std 0.001"),
+          ("omniglot-as-photographs", "characters of 32 x 32",
+           "omniglot/folders", "Omniglot in class folders", (1, 2), "--epoch 40000"),
+          ("omniglot-100-as-photographs", "100 characters of 32 x 32",
+           "omniglot/folders-100", "100 characters of Omniglot", (1, 2), "--epoch 12000"),
+          ("omniglot-in-little-noise", "characters in noise of 0.2",
+           "omniglot/folders-noise-0.2", "Omniglot in little noise", (1,), "--epoch 40000"),
+          ("omniglot-in-less-noise", "characters in noise of 0.3",
+           "omniglot/folders-noise-0.3", "Omniglot in less noise", (1,), "--epoch 40000"),
+          ("omniglot-in-noise", "characters in noise of 0.4",
+           "omniglot/folders-noise", "Omniglot in noise", (1, 2), "--epoch 40000"),
+          ("omniglot-in-noise-5-shot", "characters in noise of 0.4, 5-shot",
+           "omniglot/folders-noise", "Omniglot in noise", (1,), "--epoch 40000 --k_spt 5 --task_num 4"))),
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
     Setting("small-step", "1 inner step of 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1, 2)),
@@ -133,10 +141,13 @@ CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original",
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
 DIFFICULTY = {  # one inner loop and network on images whose classes are hard or easy to tell apart
     "photographs": ("photographs-maml", "photographs-20-images", "crops"),
-    "characters": ("omniglot-in-noise", "omniglot-100-as-photographs", "omniglot-as-photographs")}
+    "characters": ("omniglot-in-noise", "omniglot-in-less-noise", "omniglot-in-little-noise",
+                   "omniglot-100-as-photographs", "omniglot-as-photographs")}
 # of 32 x 32, the same inner loop on Omniglot, and all of it on other images
 SMALL_PHOTOGRAPHS = (*(name for name in SETTINGS if name.startswith("photographs-")), "omniglot-photographs-loop",
-                     "omniglot-as-photographs", "omniglot-100-as-photographs", "omniglot-in-noise", "crops")
+                     "omniglot-as-photographs", "omniglot-100-as-photographs", "omniglot-in-little-noise",
+                     "omniglot-in-less-noise", "omniglot-in-noise", "omniglot-in-noise-5-shot", "crops",
+                     "crops-equal-rows")
 CHANGES = {  # by what the classifier takes from the last map
     "mean of 2 x 2": ("contrast-maml", "small-step", "small-head", "slow-head", "fast-head", "small-head-with-scale",
                       "first-order-small-head", "first-order-slow-head", "other-network-mean"),

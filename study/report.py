@@ -128,7 +128,7 @@ def by_setting(study: Study, kinds: dict[str, Sequence[str]], share: Callable, n
     spread.set(title="C  Spread of rows", xlabel="open: untrained", xscale="log")
     spread.minorticks_off()
     spread.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
-    left.set_yticklabels([re.sub("classifier from | of 32 x 32, MAML|, all else as on photographs", "", label(group[0]))
+    left.set_yticklabels([re.sub("classifier from | of 32 x 32(, MAML)?", "", label(group[0]))
                           for group, _ in groups])
     return figure
 

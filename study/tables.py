@@ -1,6 +1,6 @@
 """The study's numbers, from the logs under res/, in Markdown tables.
 
-    python -m study.tables             rewrite the tables of study/README.md and README.md
+    python -m study.tables             rewrite the tables of README.md, study/README.md and study/TABLES.md
     python -m study.tables --check     fail, naming the first number that differs from the logs
     python -m study.tables collapse    print one table
 
@@ -18,7 +18,7 @@ import numpy as np
 import files
 from files import Parser, UserError, atomic
 from study import effects
-from study.design import CELLS, LEARNERS, LONG, MAIN, METRICS, MODELS, PHOTOGRAPHS, SMALL_PHOTOGRAPHS, label
+from study.design import CELLS, DIFFICULTY, LEARNERS, LONG, MAIN, METRICS, MODELS, PHOTOGRAPHS, SMALL_PHOTOGRAPHS, label
 from study.logs import HOME, Run, Study
 from study.markdown import MISSING, Cell, fixed, over, table
 from study.run_tables import PARTS, accuracies, changes, length, runs
@@ -171,6 +171,11 @@ CONTRAST = {"relative within trace": of_metric("meta", "relative_within"),
             "by its own rule, not transductive, %":
             of_trained(functools.partial(effects.own_accuracy, transductive=False))}
 
+SLOPE = functools.partial(effects.in_control, kind="scale of the rows, untrained", key="slope")
+ROWS = {name: of_trained(value) for name, value in PARTS.items()}
+ROWS |= {"slope in the rows' scale, untrained": of_trained(functools.partial(SLOPE, place=0)),
+         "the same, body fixed": of_trained(functools.partial(SLOPE, place=1))}
+
 
 def references(groups: list[list[Run]]) -> list[tuple[str, list[Run], str]]:
     """What every learner is compared with: its name, runs, and the control of theirs that measured it."""
@@ -204,11 +209,16 @@ def contrast(study: Study) -> str:
 
 def photographs(study: Study) -> str:
     """The same of what was trained on photographs, and what the inner loop finds and changes there."""
-    body_alone = functools.partial(effects.in_control, kind=effects.UNTRAINED, key="accuracy", place=2)
-    parts = {name: of_trained(value) for name, value in PARTS.items()}
-    parts["the body's first step alone, untrained, %"] = of_trained(body_alone)
-    header, *rows = with_references(study, SMALL_PHOTOGRAPHS, CONTRAST | parts)
+    header, *rows = with_references(study, SMALL_PHOTOGRAPHS, CONTRAST | ROWS)
     return table(header, rows)
+
+
+def difficulty(study: Study) -> str:
+    """The same, narrower, of one inner loop on images whose classes are hard or easy to tell apart."""
+    left_out = "tr(S_W S_B⁺)/C", "adapted", "nearest support mean, %", "by its own rule, not transductive, %"
+    columns = {name: value for name, value in (CONTRAST | ROWS).items() if name not in left_out}
+    return table(["", "seeds", *columns], [[label(runs[0]), *cells_of(runs, "final", columns)]
+                                           for names in DIFFICULTY.values() for runs in study.groups(names)])
 
 
 def ranking(study: Study) -> str:
@@ -265,11 +275,12 @@ def adaptation(study: Study) -> str:
 
 TABLES: dict[str, Callable[[Study], str]] = {function.__name__: function for function in (
     contrast, accuracies, collapse, accuracy, layers, original, cells, learners,
-    photographs, ranking, adaptation, changes, length, controls, runs)}
+    photographs, difficulty, ranking, adaptation, changes, length, controls, runs)}
 
 
 # ---- the program
 
+PAGES = "README.md", "study/README.md", "study/TABLES.md"
 TABLE_IN_PAGE = re.compile(r"<!-- table: (\w+) -->\n(.*?)\n?<!-- /table -->", re.DOTALL)
 
 
@@ -317,7 +328,7 @@ def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
     study = Study(home / "res")
     for name in options.names:
         print(body_of(study, name, "command line"))
-    for path in [] if options.names else (home / "README.md", home / "study" / "README.md"):
+    for path in [] if options.names else [home / page for page in PAGES]:
         text = path.read_text(encoding="utf-8")
         new_text, tables = with_tables(text, study, path, options.check)
         if new_text != text and not options.check:

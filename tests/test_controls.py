@@ -55,7 +55,8 @@ def slope_of_scale(net, tasks, lr, changes, h=1e-3):
         loss = 0
         for x_spt, y_spt, x_qry, y_qry in zip(*tasks):
             last = oracle.adapt(net.config, weights, x_spt.double(), y_spt, lr, 1, changes=changes)[-1]
-            loss += F.cross_entropy(oracle.forward(net.config, last, x_qry.double())[0], y_qry).item() / len(tasks.y_qry)
+            logits, _ = oracle.forward(net.config, last, x_qry.double())
+            loss += F.cross_entropy(logits, y_qry).item() / len(tasks.y_qry)
         losses.append(loss)
     return (losses[0] - losses[1]) / (2 * h)
 

@@ -136,10 +136,10 @@ def test_the_tables_of_both_pages_are_what_the_logs_give():
 
 @pytest.fixture
 def home(tmp_path):
-    """A project of which only the two pages and res/ exist."""
+    """A project of which only the pages with tables and res/ exist."""
     nc_logs.write_study(tmp_path / "res", nc_logs.STUDY | nc_logs.LEARNERS | nc_logs.LONG)
     (tmp_path / "study").mkdir()
-    for page, names in (("README.md", ["collapse"]), ("study/README.md", tables.TABLES)):
+    for page, names in zip(tables.PAGES, (["collapse"], tables.TABLES, ["layers"])):
         (tmp_path / page).write_text("Before.\n" + "".join(
             f"<!-- table: {name} -->\n<!-- /table -->\nAfter.\n" for name in names))
     tables.main([], tmp_path)
