@@ -26,7 +26,6 @@ from study.design import SETTINGS
 from study.logs import HOME
 
 RESULTS = ("result.json", "timing.json")  # a finished run has both
-WEIGHTS = ("best.pt", "last.pt")  # a finished run has one or both
 ROOTS = {"omniglot_train.py": "omniglot/", "miniimagenet_train.py": "miniimagenet/"}  # the scripts' defaults
 POLL_SECONDS = 1.0
 
@@ -110,7 +109,7 @@ def contents(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
 
 
 def collect(jobs: Sequence[Job], results: Path) -> None:
-    """Copy the log (compressed), settings, results and weights of every finished run to `results`/NAME-seedS.
+    """Copy the log (compressed), settings, results, tested and last weights of finished runs to `results`/NAME-seedS.
 
     The same run gives the same bytes: the compressed log has no time stamp, args.json no folder of this machine.
     """
@@ -124,9 +123,10 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
             log = (job.folder / "log.jsonl").read_bytes()
         copies = {"log.jsonl.gz": gzip.compress(log, mtime=0),
                   "args.json": (json.dumps(arguments, indent=1) + "\n").encode()}
-        copies |= contents(job.folder, [*RESULTS, *WEIGHTS])
+        weights = contents(job.folder, ["last.pt", f"{arguments['settings'].get('test_weights', 'best')}.pt"])
+        copies |= contents(job.folder, RESULTS) | weights
         folder = results / job.folder.name
-        if contents(folder, WEIGHTS) != contents(job.folder, WEIGHTS):
+        if contents(folder, list(weights)) != weights:
             for path in folder.glob("controls*.json"):
                 path.unlink()  # measured with other weights
                 print(f"{path} is of other weights and removed")

@@ -98,6 +98,11 @@ def test_collected_files_name_no_place_and_no_time(place, capsys):
             "seed": 1, "root": "omniglot/", "cache": None, "out": None}
     assert f"{SETTING}-seed2: not finished, left out" in capsys.readouterr().out
     job, = run.jobs_of([SETTING], [1], Path("runs/study"))
+    (job.folder / "best.pt").write_text("weights")
+    for tested in ("last", "best"):  # the best weights where they were tested
+        (job.folder / "args.json").write_text(json.dumps({"settings": {"seed": 1, "test_weights": tested}}))
+        run.main([SETTING, "--seeds", "1", "--collect"])
+        assert (place / "res" / job.folder.name / "best.pt").exists() == (tested == "best")
     measured = place / "res" / job.folder.name / "controls.json"
     measured.write_text("{}")
     run.main([SETTING, "--seeds", "1", "--collect"])
