@@ -14,7 +14,7 @@ from PIL import Image
 
 
 def omniglot(root: Path) -> None:
-    """folders, one per character; folders-100, of 100 characters; folders-noise, faint characters in noise."""
+    """folders, one per character; folders-100, of 100 characters; folders-noise*, faint characters in noise."""
     for part in ("images_background", "images_evaluation"):
         with zipfile.ZipFile(root / f"{part}.zip") as archive:
             for name in archive.namelist():
@@ -26,13 +26,14 @@ def omniglot(root: Path) -> None:
     names = sorted(path.name for path in (root / "folders").iterdir() if not path.name.startswith("."))
     for name in random.Random(0).sample(names, 100):
         shutil.copytree(root / "folders" / name, root / "folders-100" / name)
-    generator = np.random.default_rng(0)
-    for name in names:
-        (root / "folders-noise" / name).mkdir(parents=True)
-        for path in sorted((root / "folders" / name).glob("*.png")):
-            light = np.asarray(Image.open(path).convert("L").resize((32, 32), Image.Resampling.BILINEAR)) / 255
-            faint = 0.3 + 0.4 * light + generator.normal(0, 0.4, light.shape)
-            Image.fromarray((255 * faint.clip(0, 1)).astype(np.uint8)).save(root / "folders-noise" / name / path.name)
+    for noisy, deviation in (("folders-noise-0.2", 0.2), ("folders-noise-0.3", 0.3), ("folders-noise", 0.4)):
+        generator = np.random.default_rng(0)
+        for name in names:
+            (root / noisy / name).mkdir(parents=True)
+            for path in sorted((root / "folders" / name).glob("*.png")):
+                light = np.asarray(Image.open(path).convert("L").resize((32, 32), Image.Resampling.BILINEAR)) / 255
+                faint = 0.3 + 0.4 * light + generator.normal(0, deviation, light.shape)
+                Image.fromarray((255 * faint.clip(0, 1)).astype(np.uint8)).save(root / noisy / name / path.name)
 
 
 def photographs(root: Path) -> None:
