@@ -17,7 +17,7 @@ The tasks are those of the run's test. The controls, each with all metrics and a
     first step by parts   the final weights after the first inner step of the classifier alone, the body alone, both:
                    accuracy; and how far apart the classifier's rows are, and how far the body's weights move
     first step by parts, untrained   the same of the untrained network
-        scale of the rows   the slope of the query loss after the inner loop in the scale of the classifier's rows minus
+    scale of the rows   the slope of the query loss after the inner loop in the scale of the classifier's rows minus
                    their mean; the same with the body fixed
     scale of the rows, untrained   the same of the untrained network
     batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
