@@ -171,10 +171,7 @@ CONTRAST = {"relative within trace": of_metric("meta", "relative_within"),
             "by its own rule, not transductive, %":
             of_trained(functools.partial(effects.own_accuracy, transductive=False))}
 
-SLOPE = functools.partial(effects.in_control, kind="scale of the rows, untrained", key="slope")
 ROWS = {name: of_trained(value) for name, value in PARTS.items()}
-ROWS |= {"slope in the rows' scale, untrained": of_trained(functools.partial(SLOPE, place=0)),
-         "the same, body fixed": of_trained(functools.partial(SLOPE, place=1))}
 
 
 def references(groups: list[list[Run]]) -> list[tuple[str, list[Run], str]]:
