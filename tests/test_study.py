@@ -196,10 +196,13 @@ def test_one_change_is_compared_after_equally_many_meta_steps(tmp_path):
     (row,) = [row for row in log if row["classes"] == "heldout" and row["step"] == 5_000]
     for measured in (True, False):
         part = {"accuracy": [0.2, 0.3, 0.6, 0.8], "rows": [2.5], "body": [0.3]} if measured else {}
-        (tmp_path / "small-step-seed1/controls.json").write_text(json.dumps({"first step by parts": part}))
-        *_, untrained, rows, body, _, share, mean, accuracy, _, _ = (
+        slopes = {"slope": [0.4, 0.2]} if measured else {}
+        (tmp_path / "small-step-seed1/controls.json").write_text(json.dumps(
+            {"first step by parts": part, "scale of the rows, untrained": slopes}))
+        *_, untrained, rows, body, slope, fixed, _, share, mean, accuracy, _, _ = (
             tables.changes(Study(tmp_path)).split("\n")[-1].strip(" |").split(" | "))
-        assert [untrained, rows, body] == ["–", *(["2.5", "0.30"] if measured else ["–"] * 2)]
+        assert untrained == "–"
+        assert [rows, body, slope, fixed] == (["2.5", "0.30", "0.40", "0.20"] if measured else ["–"] * 4)
     for cell, value in ((share, row["finetuned"]["relative_within"]["mean"][-2]),
                         (mean, 100 * row["meta"]["ncc_accuracy"]["mean"][-2]),
                         (accuracy, 100 * row["inner"]["accuracy"]["mean"][-1])):
