@@ -123,7 +123,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
                     task_chunk=args.task_chunk, seed=args.seed, learner=args.learner, head_lr=args.head_lr)
         batches = math.ceil(args.test_tasks / args.task_num)
         results = cat(list(progress(measured(maml, data, images, function), name, batches, "batches")))
-        if function in (by_parts, by_scale):
+        if isinstance(results, dict):
             written[name] = {"tasks": args.test_tasks} | with_intervals(results)
             say(f"{name}: {written[name]}")
             continue

@@ -19,6 +19,7 @@ END_SHARE = 0.1  # the last part of training, whose measurements are averaged
 HIDDEN = -2      # the classifier's input; a layer is a name, or an index into the run's layers
 BY_PARTS = "first step by parts"  # the control in controls.json
 UNTRAINED = f"{BY_PARTS}, untrained"
+SCALE = "scale of the rows, untrained"  # the control of the slope
 CONTROL_QUERIES = 15  # per class in controls.json, if its name says nothing else
 
 # 97.5% points of Student's t for 1..10 degrees of freedom; beyond them the last one, which is slightly too wide.
@@ -178,7 +179,7 @@ def dimension(run: Run, kind: str = "final") -> float:
 def in_control(run: Run, kind: str, key: str, place: int) -> float:
     """A control's "accuracy" or "nearest_mean" before (0) or after (-1) adaptation; nan if it has none.
 
-    "accuracy" of BY_PARTS: before (0), after the first step of the classifier (1), of the body (2), of both (3).
+    "slope" of SCALE: with the whole inner loop (0), with the body fixed (1).
     """
     values = run.controls().get(kind, {}).get(key)
     return math.nan if values is None else number(values[place])

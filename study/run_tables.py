@@ -13,7 +13,7 @@ PUBLISHED = {("Omniglot", 5, 1): "98.7 ± 0.4 / 98.3 ± 0.5", ("Omniglot", 5, 5)
              ("Omniglot", 20, 1): "95.8 ± 0.3 / 89.4 ± 0.5", ("Omniglot", 20, 5): "98.9 ± 0.2 / 97.9 ± 0.1",
              ("miniImageNet", 5, 1): "48.70 ± 1.84 / 48.07 ± 1.75",
              ("miniImageNet", 5, 5): "63.11 ± 0.92 / 63.15 ± 0.91"}
-SLOPE = functools.partial(effects.in_control, kind="scale of the rows, untrained", key="slope")
+SLOPE = functools.partial(effects.in_control, kind=effects.SCALE, key="slope")
 PARTS = {"spread of the classifier's rows, untrained":
          functools.partial(effects.first_step, quantity="rows", kind=effects.UNTRAINED),
          "the same, trained": functools.partial(effects.first_step, quantity="rows"),

@@ -26,14 +26,16 @@ def omniglot(root: Path) -> None:
     names = sorted(path.name for path in (root / "folders").iterdir() if not path.name.startswith("."))
     for name in random.Random(0).sample(names, 100):
         shutil.copytree(root / "folders" / name, root / "folders-100" / name)
-    for noisy, deviation in (("folders-noise-0.2", 0.2), ("folders-noise-0.3", 0.3), ("folders-noise", 0.4)):
-        generator = np.random.default_rng(0)
-        for name in names:
-            (root / noisy / name).mkdir(parents=True)
-            for path in sorted((root / "folders" / name).glob("*.png")):
-                light = np.asarray(Image.open(path).convert("L").resize((32, 32), Image.Resampling.BILINEAR)) / 255
-                faint = 0.3 + 0.4 * light + generator.normal(0, deviation, light.shape)
-                Image.fromarray((255 * faint.clip(0, 1)).astype(np.uint8)).save(root / noisy / name / path.name)
+    generator = np.random.default_rng(0)
+    for name in names:
+        for path in sorted((root / "folders" / name).glob("*.png")):
+            light = np.asarray(Image.open(path).convert("L").resize((32, 32), Image.Resampling.BILINEAR)) / 255
+            noise = generator.normal(size=light.shape)
+            for noisy, deviation in (("folders-noise-0.2", 0.2), ("folders-noise-0.3", 0.3), ("folders-noise", 0.4)):
+                folder = root / noisy / name
+                folder.mkdir(parents=True, exist_ok=True)
+                faint = 0.3 + 0.4 * light + deviation * noise
+                Image.fromarray((255 * faint.clip(0, 1)).astype(np.uint8)).save(folder / path.name)
 
 
 def photographs(root: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_cell_has_both_values_of_two_seeds_and_the_interval_of_three():
 
 
 @pytest.mark.slow
-def test_the_tables_of_both_pages_are_what_the_logs_give():
+def test_the_tables_of_all_pages_are_what_the_logs_give():
     done = subprocess.run([sys.executable, "-m", "study.tables", "--check"], capture_output=True, text=True, cwd=HOME)
     assert done.returncode == 0, done.stderr
 
