@@ -163,7 +163,7 @@ class Meta:
         inner, query = self._together(tasks, trains=True)
         gradients, steps = [], []
         for tasks, measured, null, classes in chunks(inner, len(shared[0].y_spt), *shared):
-            gradient, losses, right, trajectory = self._gradient(tasks, classes, query, self.first_order)
+            gradient, losses, right, trajectory = self._gradient(tasks, classes, query)
             along = every_step and trajectory is not None
             right = self._chunked(accuracies, query, tasks, trajectory)["accuracy"] if along else right[:, None]
             if trajectory is None and measured:
@@ -175,12 +175,6 @@ class Meta:
         self.outer.step([gradient / len(step.losses) for gradient in total], step.losses)
         self.step += 1
         return step
-
-    def losses(self, tasks: Tasks, classes: Tensor | None = None) -> Tensor:
-        """The losses [T] that a meta-step on these tasks would return; nothing is updated."""
-        inner, query = self._together(tasks, trains=True)
-        return chunked(lambda *chunk: self._gradient(*chunk, query, first_order=True)[1],  # both orders: equal losses
-                       inner, len(tasks.y_spt), tasks, classes)
 
     def finetune(self, tasks: Tasks, measure: bool = False, null_seed: int | None = None, measured: Tasks | None = None,
                  nontransductive: Sequence[int] = (), every_query: bool = True) -> Adapted:
@@ -207,11 +201,11 @@ class Meta:
             results.append(Adapted(**answers, metrics=metrics, nontransductive=alone))
         return cat(results)
 
-    def _gradient(self, tasks: Tasks, classes: Tensor | None, query_chunk: int, first_order: bool) -> tuple:
+    def _gradient(self, tasks: Tasks, classes: Tensor | None, query_chunk: int) -> tuple:
         """What `meta_gradient` returns; without an inner loop there is no trajectory."""
         if self.learner in BASELINES:
             return *BASELINES[self.learner](self.net, tasks, classes), None
-        return meta_gradient(self.net, tasks, self.rates, self.update_step, first_order, query_chunk)
+        return meta_gradient(self.net, tasks, self.rates, self.update_step, self.first_order, query_chunk)
 
     def adapt(self, tasks: Tasks, steps: int) -> list[Weights]:
         """The inner loop from theta, without its graph: K+1 sets of weights, as `adapt`."""

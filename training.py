@@ -7,7 +7,6 @@ A run writes its own folder:
     checkpoint.pt  the run's state, every --save_every steps and when it is stopped: --resume continues from it
     best.pt        weights with the best validation accuracy so far
     last.pt        weights after the last step; weights-STEP.pt at every --keep_every-th step
-    nonfinite.pt   weights and tasks of the step where a loss or gradient was not finite
     tensorboard/   the log's scalars, with --tensorboard
     result.png     neural collapse during training, as `python plot_nc.py RUN` draws it
     result.json    test accuracy of the best weights, or of the last with --test_weights last
@@ -42,7 +41,7 @@ from learner import Learner
 from meta import Adapted, Meta, Step
 from record import Log, numbers, percent, say
 from settings import check, experiment, meta_steps, recorded_settings
-from tasks import Dataset, Sampler, Tasks, cat, with_rotations
+from tasks import Dataset, Sampler, cat, with_rotations
 
 VAL_SEED, TEST_SEED = 1, 2  # of the held-out tasks: the same in every run, so that runs can be compared
 DRAWN = 50  # held-out tasks drawn at once; another number gives other tasks
@@ -185,7 +184,6 @@ class _Run:
             record.resumed(out, args.epoch, maml.step, self.steps)
             if self.best is not None:
                 checkpoint.write(out / "best.pt", self.best)
-        self.last_checked = maml.step, self.sampler.generator.get_state()
 
     def train(self) -> None:
         """Train to the last step. It leaves the weights of the last step in place, and a checkpoint of them."""
@@ -224,16 +222,12 @@ class _Run:
 
     def eager_step(self, every_step: bool = False) -> Step:
         """Draw tasks and take one meta-step."""
-        index, tasks, classes = self.next_tasks()
+        index = self.sampler.draw(self.args.task_num)
         measured = None
         if self.maml.measures_next and self.sampler.nc_qry != self.sampler.k_qry:
             measured = self.sampler.gather(index, measured=True)
-        return self.maml(tasks, every_step, measured, classes)
-
-    def next_tasks(self) -> tuple[tuple[Tensor, Tensor], Tasks, Tensor]:
-        """Draw tasks: their index, the tasks, and the training class of each of their labels [T, n_way]."""
-        index = self.sampler.draw(self.args.task_num)
-        return index, self.sampler.gather(index), index[0][..., 0].to(self.device)
+        classes = index[0][..., 0].to(self.device)  # [T, n_way]
+        return self.maml(self.sampler.gather(index), every_step, measured, classes)
 
     def report(self, step: int, result: Step, show: bool) -> None:
         """Put a step's loss on the bar and its metrics into the log; with `show` log and print its accuracy."""
@@ -256,34 +250,14 @@ class _Run:
             "minutes": self.minutes_in_all(), "experiment": self.experiment})
 
     def stop_if_not_finite(self) -> None:
-        """Raise if an update since the last check was skipped, because a loss or a gradient was not finite.
-
-        Later steps changed no weights, so the weights are still those of that step. Its tasks are drawn again.
-
-        Raises:
-            UserError: names the step and the tasks whose loss is not finite; nonfinite.pt holds weights and tasks.
-        """
-        args, path = self.args, self.out / "nonfinite.pt"
-        if args.skip_nonfinite or not self.skipped():
-            self.last_checked = self.maml.step, self.sampler.generator.get_state()
-            return
-        step = int(self.maml.updates)  # the first whose update was skipped
-        checked, state = self.last_checked
-        self.sampler.generator.set_state(state)
-        for _ in range(checked, step):
-            self.sampler.draw(args.task_num)
-        _, tasks, classes = self.next_tasks()
-        losses = self.maml.losses(tasks, classes)
-        checkpoint.write(path, {"step": step, "weights": self.maml.net.state_dict(),
-                                "adam": self.maml.optimizer.state_dict(), "tasks": tasks._asdict(), "losses": losses})
-        bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        what = "the gradient, or its square in Adam's state,"
-        if bad:
-            what = f"the loss of task {', '.join(map(str, bad[:5]))}{', ...' * (len(bad) > 5)}"
-        raise UserError(f"step {step}: {what} is not finite; its weights and tasks are in {path}. Lower --update_lr "
-                        f"({args.update_lr}) or --meta_lr ({args.meta_lr}), clip the gradient with --clip, or skip "
-                        f"such updates with --skip_nonfinite: "
-                        f"python {args.script}.py --from_args {quoted(self.out / 'args.json')} --skip_nonfinite")
+        """Raise a UserError that names the step whose update was skipped, if one was; not with --skip_nonfinite."""
+        args = self.args
+        if not args.skip_nonfinite and self.skipped():
+            step = int(self.maml.updates)  # the first whose update was skipped: none was made after it
+            raise UserError(f"step {step}: a loss or the gradient is not finite. Lower --update_lr ({args.update_lr}) "
+                            f"or --meta_lr ({args.meta_lr}), clip the gradient with --clip, or skip such updates with "
+                            f"--skip_nonfinite: "
+                            f"python {args.script}.py --from_args {quoted(self.out / 'args.json')} --skip_nonfinite")
 
     def skipped(self) -> int:
         """How many updates were skipped; waits for the device."""

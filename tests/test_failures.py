@@ -6,7 +6,6 @@ import json
 import os
 from pathlib import Path
 
-import kill
 import pytest
 import torch
 from test_resume import TINY, refused, resume, same, small, stopped, stopped_once, train, whole  # noqa: F401
@@ -94,27 +93,21 @@ def break_tasks(monkeypatch, step: int, task: int) -> None:
 
     def broken(sampler, *args, **options) -> Tasks:
         tasks = original(sampler, *args, **options)
-        if sampler.turns > 1 and not options and drawn.setdefault(tasks.x_qry.sum().item(), next(calls)) == step:
+        if sampler.turns > 1 and not options and next(calls) == step:
             tasks.x_qry[task, 0] = float("nan")
         return tasks
 
-    drawn = {}  # tasks drawn again are the same ones
     monkeypatch.setattr(Sampler, "gather", broken)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, stopped):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     run = tmp_path / "new"
     with monkeypatch.context() as patch:
         break_tasks(patch, 5, 1)
         said = refused(*TINY, "--out", str(run))
-    assert said.startswith(f"step 5: the loss of task 1 is not finite; its weights and tasks are in {run}/nonfinite.pt")
+    assert said.startswith("step 5: a loss or the gradient is not finite. Lower")
     for flag in ("--update_lr (0.4)", "--meta_lr (0.001)", "--clip", "--skip_nonfinite", f"_args {run}/args.json"):
         assert flag in said
-    failed, before = (checkpoint.read(path, CPU, "") for path in (run / "nonfinite.pt", stopped / "checkpoint.pt"))
-    assert failed["step"] == 5 and failed["losses"].isfinite().tolist() == [True, False]
-    assert failed["tasks"]["x_qry"].isnan().any()
-    for part in ("weights", "adam"):
-        assert not kill.differences(failed[part], before[part])
     steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert max(steps) == 4  # nothing of the step that failed
 
