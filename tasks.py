@@ -92,35 +92,6 @@ def with_rotations(images: Tensor) -> Tensor:
     return torch.stack([torch.rot90(images, turns, (-2, -1)) for turns in range(4)], 1).flatten(0, 1)
 
 
-def draw(classes: int, per_class: int, n_tasks: int, n_way: int, k: int, generator: torch.Generator | None,
-         turns: int = 1, device: torch.device | str = "cpu", counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Indices of tasks: (class [T, n_way, 1], image [T, n_way, k]), on the generator's device; `device` without one.
-
-    From the same generator state, a larger k starts with the images of a smaller one.
-
-    Args:
-        classes: before rotation; there are turns * classes rows of images, a class's rotations one after the other.
-        turns: rotations per class; a task takes each class in one random rotation, so a character never meets its own.
-        counts: images of each class [classes], where some have fewer than per_class; on the generator's device. Each
-            must have k.
-    Raises:
-        ValueError: too few classes, or too few images per class.
-    """
-    if n_way > classes:
-        raise ValueError(f"{n_way}-way tasks need {n_way} classes, here are {classes}")
-    if k > per_class:
-        raise ValueError(f"support and query images need {k} per class, here are {per_class}")
-    random = {"device": generator.device if generator else device, "generator": generator}
-    chosen = torch.rand(n_tasks, classes, **random).topk(n_way).indices  # [T, n_way]
-    order = torch.rand(n_tasks, n_way, per_class, **random)
-    if counts is not None:  # what a class lacks comes last
-        order = order.masked_fill(torch.arange(per_class, device=order.device) >= counts[chosen][..., None], -1)
-    order = order.topk(k).indices  # [T, n_way, k]
-    if turns > 1:
-        chosen = chosen * turns + torch.randint(turns, chosen.shape, **random)
-    return chosen[..., None], order
-
-
 def as_tasks(picked: Tensor, k_spt: int, mean: Tensor | Sequence[float], std: Tensor | Sequence[float]) -> Tasks:
     """Scale and normalise picked images, uint8 [T, n_way, k, c, h, w]; cut each class into support and query."""
     n_tasks, n_way, k = picked.shape[:3]
@@ -133,7 +104,7 @@ def as_tasks(picked: Tensor, k_spt: int, mean: Tensor | Sequence[float], std: Te
 
 
 class Sampler:
-    """Tasks from the images of a split.
+    """Tasks from the images of a split, which must have enough classes and images.
 
     Args:
         images: uint8 [classes * turns, images per class, c, h, w], on `device` or on the host.
@@ -141,10 +112,11 @@ class Sampler:
         device: where tasks go.
         seed: of the generator. It is on the device where `on_device` is set and the images are there too, as a captured
             step needs; else on the CPU, and every machine draws the same tasks.
-        turns: see `draw`.
+        turns: rotations of each class, one after the other in `images`; a task takes each class in one random
+            rotation, so that a character never meets its own.
         k_qry, nc_qry: query images per class, of a task and of the same task when neural collapse is measured on it.
             The smaller of the two sets is a part of the larger one.
-        counts: images per class, where they are unequal.
+        counts: images of each class, where they are unequal.
     """
 
     def __init__(self, images: Tensor, dataset: Dataset, device: torch.device, seed: int, n_way: int, k_spt: int,
@@ -155,18 +127,27 @@ class Sampler:
         self.k = k_spt + max(self.k_qry, self.nc_qry)
         self.mean, self.std = (torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
         self.generator = torch.Generator(images.device if on_device else "cpu").manual_seed(seed)
-        if counts is not None and self.k > min(counts):
-            raise ValueError(f"support and query images need {self.k} per class, and one class has {min(counts)}")
         self.counts = None if counts is None else torch.tensor(counts, device=self.generator.device)
 
     def __call__(self, n_tasks: int) -> Tasks:
         return self.gather(self.draw(n_tasks))
 
     def draw(self, n_tasks: int) -> tuple[Tensor, Tensor]:
-        """Indices of the next tasks, for `gather`."""
-        classes, per_class = self.images.shape[:2]
-        return draw(classes // self.turns, per_class, n_tasks, self.n_way, self.k, self.generator, self.turns,
-                    counts=self.counts)
+        """Indices of the next tasks, for `gather`: class [T, n_way, 1], image [T, n_way, k].
+
+        From the same generator state, a larger k starts with the images of a smaller one.
+        """
+        rows, per_class = self.images.shape[:2]
+        random = {"device": self.generator.device, "generator": self.generator}
+        chosen = torch.rand(n_tasks, rows // self.turns, **random).topk(self.n_way).indices  # [T, n_way]
+        order = torch.rand(n_tasks, self.n_way, per_class, **random)
+        if self.counts is not None:  # what a class lacks comes last
+            lacking = torch.arange(per_class, device=order.device) >= self.counts[chosen][..., None]
+            order = order.masked_fill(lacking, -1)
+        order = order.topk(self.k).indices
+        if self.turns > 1:
+            chosen = chosen * self.turns + torch.randint(self.turns, chosen.shape, **random)
+        return chosen[..., None], order
 
     def gather(self, index: tuple[Tensor, Tensor], measured: bool = False) -> Tasks:
         """The tasks of these indices, with `nc_qry` query images per class if `measured`, else with `k_qry`."""

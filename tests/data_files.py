@@ -19,7 +19,7 @@ from PIL import Image
 import images
 import omniglot
 from files import UserError
-from tasks import Tasks, as_tasks, draw
+from tasks import Dataset, Sampler
 
 ALPHABETS = {"images_background": ("Greek", "Latin"), "images_evaluation": ("Angelic",)}
 
@@ -31,10 +31,10 @@ def encode(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> byt
     return data.getvalue()
 
 
-def sample_tasks(images: torch.Tensor, n_tasks: int, n_way: int, k_spt: int, k_qry: int,
-                 generator: torch.Generator | None, mean=(0.0,), std=(1.0,)) -> Tasks:
-    index = draw(*images.shape[:2], n_tasks, n_way, k_spt + k_qry, generator, device=images.device)
-    return as_tasks(images[index], k_spt, mean, std)
+def sampler(images: torch.Tensor) -> Sampler:
+    """Of 5-way 1-shot tasks with 3 queries per class; its generator is on the images' device if that is a GPU."""
+    dataset = Dataset(str, 1, (0.0,), (1.0,), dict, None)
+    return Sampler(images, dataset, images.device, 1, 5, 1, 3, on_device=images.is_cuda)
 
 
 def load(module: ModuleType, root: Path, split: str, imgsz: int, cache: Path | None = None) -> torch.Tensor:

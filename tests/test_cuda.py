@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_files import sample_tasks
+from data_files import sampler
 
 import omniglot_train
 import synthetic
@@ -34,18 +34,16 @@ def maml_on(device: str, first_order: bool = False, dtype: torch.dtype = torch.f
 
 def take_steps(device: str, graphed: bool, first_order: bool) -> tuple[list[float], list[torch.Tensor]]:
     """Nine meta-steps, of which steps 0, 4 and 8 measure: the losses, and all that the steps changed."""
-    images = with_rotations(synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0)).to(device)
-    mean, std = torch.zeros(1, device=device), torch.ones(1, device=device)  # a capture can't copy from the host
+    sample = sampler(with_rotations(synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0)).to(device))
     maml = maml_on(device, first_order, nc_every=4)
-    generator = torch.Generator(device).manual_seed(1)
 
     def step(every_step: bool = False):
-        return maml(sample_tasks(images, 2, 5, 1, 3, generator, mean, std), every_step)
+        return maml(sample(2), every_step)
 
-    take = GraphedStep(maml, step, generator) if graphed else step
+    take = GraphedStep(maml, step, sample.generator) if graphed else step
     losses = [take().losses.mean().item() for _ in range(9)]
     assert maml.step == 9
-    return losses, [*maml.state(), generator.get_state()]
+    return losses, [*maml.state(), sample.generator.get_state()]
 
 
 @pytest.mark.parametrize("first_order", [False, True])
@@ -59,7 +57,7 @@ def test_graph_and_eager_take_the_same_steps(first_order):
 def test_gradient_is_the_cpus():
     gradients = []
     images = synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0)
-    tasks = sample_tasks(images, 4, 5, 1, 3, torch.Generator().manual_seed(1))
+    tasks = sampler(images)(4)
     tasks = tasks._replace(x_spt=tasks.x_spt.double(), x_qry=tasks.x_qry.double())
     for device in ("cpu", "cuda"):
         maml = maml_on(device, dtype=torch.float64)

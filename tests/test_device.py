@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from data_files import sample_tasks
+from data_files import sampler
 from test_cuda import maml_on, take_steps
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -198,11 +198,12 @@ def cuda(monkeypatch) -> FakeGraphs:
     ("capture", MemoryError(), "out of memory")])
 def test_a_failed_capture_is_one_line_and_leaves_the_run_as_it_was(cuda, error, reason, when):
     """A step whose accuracy is asked for after every inner step is not captured."""
-    maml, generator, steps = maml_on("cpu"), torch.Generator().manual_seed(1), itertools.count()
-    images = synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0)
+    maml, steps = maml_on("cpu"), itertools.count()
+    sample = sampler(synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0))
+    generator = sample.generator
 
     def step(every_step: bool = False):
-        result = maml(sample_tasks(images, 2, 5, 1, 3, generator), every_step)
+        result = maml(sample(2), every_step)
         if next(steps) == 2 and when == "warm-up":
             raise error
         return result
@@ -271,8 +272,8 @@ def test_a_meta_step_stays_on_the_device(first_order, monkeypatch):
     # Adam takes the path that it takes on CUDA
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_get_capturable_supported_devices", lambda *_, **__: ["meta"])
     maml.optimizer.param_groups[0]["capturable"] = True
-    images = torch.zeros(8, 6, 1, 28, 28, dtype=torch.uint8, device="meta")
-    mean, std = torch.zeros(1, device="meta"), torch.ones(1, device="meta")
+    sample = sampler(torch.zeros(8, 6, 1, 28, 28, dtype=torch.uint8, device="meta"))
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.empty(*shape, device="meta"))  # it has no generator
     with OnDeviceOnly() as mode, NoHostNumbers():
-        maml(sample_tasks(images, 4, 5, 1, 3, None, mean, std))
+        maml(sample(4))
     assert mode.operations > 1000

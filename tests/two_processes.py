@@ -6,7 +6,7 @@ With several processes it also checks what each function of device.py exchanges 
 import sys
 
 import torch
-from data_files import sample_tasks
+from data_files import sampler
 
 import device as devices
 import omniglot_train
@@ -18,13 +18,11 @@ def main(path: str) -> None:
     torch.manual_seed(0)
     net = omniglot_train.network(omniglot_train.arguments([])).double()
     maml = Meta(net, nc_every=2)
-    images = synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    steps = []
+    sample, steps = sampler(synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0)), []
     with devices.processes(torch.device("cpu")):
         check_exchanges()
         for _ in range(3):
-            tasks = sample_tasks(images, 4, 5, 1, 3, generator)
+            tasks = sample(4)
             step = maml(tasks._replace(x_spt=tasks.x_spt.double(), x_qry=tasks.x_qry.double()), every_step=True)
             steps.append({"losses": step.losses, "accuracy": step.accuracy, "metrics": step.metrics or {}})
         if devices.rank() == 0:
