@@ -20,8 +20,6 @@ from torch import Tensor
 from files import UserError
 from tasks import tree_map
 
-NO_LIMIT = 2**31 - 1
-CACHED = 5 * 2**19  # on a CPU, values of the largest activation, of all tasks that go together (10 MB)
 WARM_UP = 3  # steps before a capture, as torch.cuda.graph needs: in the first ones libraries choose and allocate
 
 
@@ -109,21 +107,6 @@ def peak_memory(device: torch.device) -> float | None:
         return None
     scale = 2**30 if sys.platform == "darwin" else 2**20  # getrusage counts bytes on macOS, KiB elsewhere
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 2)
-
-
-def tasks_together(device: torch.device, values: int, most: int) -> int:
-    """How many tasks go through the network together at most (benchmarks/README.md has the measurements).
-
-    On a GPU all of them. On a CPU small tasks go together, as many as the cache holds, because one is too little work
-    per operation; large ones go one at a time.
-
-    Args:
-        values: number of values of one task's largest activation.
-        most: values of the largest task that counts as small.
-    """
-    if device.type != "cpu":
-        return NO_LIMIT
-    return CACHED // values if values <= most else 1
 
 
 @contextlib.contextmanager

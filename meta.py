@@ -22,12 +22,13 @@ from torch import Tensor
 import device as devices
 from adam import GuardedAdam
 from baselines import BASELINES
-from device import NO_LIMIT
 from learner import Learner, Weights
 from measuring import accuracies, accuracy, collapse_metrics, cross_entropy, one_by_one, permuted_labels
 from tasks import Tasks, cat, chunked, chunks, tree_map
 
 LATE = 7_500  # the meta-step from which `nc_every_late` holds instead of `nc_every`
+NO_LIMIT = 2**31 - 1
+CACHED = 5 * 2**19  # on a CPU, values of the largest activation, of all tasks that go together (10 MB)
 
 
 class Step(NamedTuple):
@@ -212,10 +213,17 @@ class Meta:
         return adapt(self.net, self.net.weights, tasks.x_spt, tasks.y_spt, self.rates, steps)
 
     def _together(self, tasks: Tasks, trains: bool = False) -> tuple[int, int]:
-        """How many tasks go together through the inner loop, and through the query pass."""
-        largest = max(math.prod(shape) for shape in self.net.shapes)  # values of an image's largest activation
-        inner, query = (min(devices.tasks_together(x.device, x.shape[1] * largest, most), self.task_chunk or NO_LIMIT)
-                        for x, most in ((tasks.x_spt, 9 * 2**16), (tasks.x_qry, 5 * 2**16)))
+        """How many tasks go together at most through the inner loop, and through the query pass.
+
+        On a GPU all of them. On a CPU small tasks go together, as many as the cache holds, because one is too little
+        work per operation; large ones go one at a time (benchmarks/README.md has the measurements).
+        """
+        sizes = []
+        for x, small in ((tasks.x_spt, 9 * 2**16), (tasks.x_qry, 5 * 2**16)):
+            values = x.shape[1] * max(map(math.prod, self.net.shapes))  # of the largest activation
+            fitting = CACHED // values if values <= small else 1
+            sizes.append(min(fitting if x.device.type == "cpu" else NO_LIMIT, self.task_chunk or NO_LIMIT))
+        inner, query = sizes
         return NO_LIMIT if trains and self.learner == "classifier" else inner, query  # batch norm over all images
 
     def _metrics(self, query: int, tasks: Tasks | None, trajectory: Sequence[Weights], null: tuple | None):
