@@ -137,7 +137,8 @@ def atomic(path: Path, mode: str = "wb", remedy: str = "free some space or name 
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}; {remedy}") from error
     finally:
-        _remove(temporary)
+        with contextlib.suppress(OSError):  # it is gone already, or the disk has become read-only
+            temporary.unlink()
 
 
 def remove_stale(folder: Path, pattern: str, age: float = 0) -> None:
@@ -151,13 +152,8 @@ def remove_stale(folder: Path, pattern: str, age: float = 0) -> None:
                 leftover.unlink()
 
 
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # it is gone already, or the disk has become read-only
-        path.unlink()
-
-
 @contextlib.contextmanager
-def locked(path: Path, remedy: str = "name another folder") -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold the lock file `path`, where the system and file system have locks; released however the process ends.
 
     Raises:
@@ -165,44 +161,24 @@ def locked(path: Path, remedy: str = "name another folder") -> Iterator[None]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = open(path, "ab")
     except (OSError, ValueError) as error:  # ValueError: a character that no path can hold
-        raise UserError(f"can't write in {path.parent}: {getattr(error, 'strerror', error)}; {remedy}") from error
-    try:
-        _lock(descriptor)
-        if not os.path.exists(path) or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            raise BlockingIOError  # its holder has just removed it
-    except (BlockingIOError, PermissionError):
-        os.close(descriptor)
-        raise UserError(f"{path.parent} is in use by another process; wait until it ends, or name another "
-                        "folder") from None
-    try:
+        raise UserError(f"can't write in {path.parent}: {getattr(error, 'strerror', error)}; give rights there or name "
+                        "another folder with --out") from error
+    with file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{path.parent} is in use by another process; wait until it ends, or name another "
+                            "folder") from None
+        except (OSError, ImportError):
+            pass  # some network file systems have no locks
         yield
-    finally:
-        if fcntl:  # removed while held, or another process might hold what is removed
-            _remove(path)
-        os.close(descriptor)
-        if not fcntl:  # Windows removes no file that a process, this one or the next holder, has open
-            _remove(path)
-
-
-def _lock(descriptor: int) -> None:
-    """Take the lock, if there are locks: some network file systems have none.
-
-    Raises:
-        BlockingIOError, PermissionError: another process holds it.
-    """
-    try:
-        if fcntl:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):
-        raise
-    except (OSError, ImportError):
-        pass
 
 
 class _Lines(tqdm):

@@ -34,7 +34,7 @@ REMEDY = "free some space or give rights there, then continue with --resume"
 
 @contextlib.contextmanager
 def lock_run(args: argparse.Namespace) -> Iterator[Path]:
-    """The run's folder, locked. It is created if absent, and removed if nothing was written to it.
+    """The run's folder, locked. It is created if absent.
 
     Raises:
         UserError: another process holds it, it can't be created, or it holds a run that a new one would overwrite.
@@ -45,19 +45,13 @@ def lock_run(args: argparse.Namespace) -> Iterator[Path]:
     if devices.rank() > 0:
         yield out
         return
-    absent = [path for path in (out, *out.parents) if not os.path.exists(path)]
-    try:
-        with locked(out / ".run.lock", "give rights there or name another folder with --out"):
-            if args.resume is None and any(os.path.exists(out / file) for file in ("args.json", "log.jsonl")):
-                raise UserError(f"--out {out}: there is a run already; name another folder, or continue it: "
-                                f"--resume {quoted(out)}")
-            for pattern in WRITTEN:
-                remove_stale(out, pattern)
-            yield out
-    finally:
-        with contextlib.suppress(OSError, ValueError):  # not empty; not a valid path
-            for path in absent:
-                path.rmdir()
+    with locked(out / ".run.lock"):
+        if args.resume is None and any(os.path.exists(out / file) for file in ("args.json", "log.jsonl")):
+            raise UserError(f"--out {out}: there is a run already; name another folder, or continue it: "
+                            f"--resume {quoted(out)}")
+        for pattern in WRITTEN:
+            remove_stale(out, pattern)
+        yield out
 
 
 def write_args(out: Path, settings: dict, steps: int, layers: list, data: dict, device: torch.device) -> None:

