@@ -99,14 +99,14 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     pixels = Learner([("flatten", []), ("linear", [args.n_way, math.prod(untrained.input_shape)])],
                      args.imgc, args.imgsz).to(device)  # its classifier is not used
     usual = args.k_spt, min(QUERIES, most)  # support and query images per class
-    wanted = {"final": (final, together, usual), "untrained": (untrained, together, usual),
-              "classifier at zero": (with_classifier(final, None), together, usual),
-              "classifier at random": (with_classifier(final, script.network(args)), together, usual),
+    wanted = {"final": (final, Meta.finetune, usual), "untrained": (untrained, Meta.finetune, usual),
+              "classifier at zero": (with_classifier(final, None), Meta.finetune, usual),
+              "classifier at random": (with_classifier(final, script.network(args)), Meta.finetune, usual),
               "pixels": (pixels, not_adapted, usual)}
-    wanted |= {f"queries {queries}": (final, together, (args.k_spt, queries))
+    wanted |= {f"queries {queries}": (final, Meta.finetune, (args.k_spt, queries))
                for queries in (1, 5, 19) if queries <= most}
     if args.k_spt != SHOTS < most + args.k_spt:
-        wanted[f"{SHOTS}-shot"] = final, together, (SHOTS, min(QUERIES, most + args.k_spt - SHOTS))
+        wanted[f"{SHOTS}-shot"] = final, Meta.finetune, (SHOTS, min(QUERIES, most + args.k_spt - SHOTS))
     for name, function in ((BY_PARTS, by_parts), (ROWS, by_scale)):
         wanted |= {name: (final, function, usual), f"{name}, untrained": (untrained, function, usual)}
     wanted[ALONE] = final, partial(not_transductive, score=partial(scores, transductive=False)), usual
@@ -149,16 +149,11 @@ def measured(maml: Meta, data: Data, images: Tensor, function: Callable) -> Iter
     sampler = data.sampler("test", images, TEST_SEED)
     for start, part in held_out_tasks(sampler, data.args.test_tasks, data.args.task_num):
         tasks, seed = sampler.gather(part), maml.seed + start
-        if function is together:  # it takes chunks itself
-            yield together(maml, tasks, seed)
+        if function is Meta.finetune:  # it takes chunks itself
+            yield maml.finetune(tasks, tasks, seed)
         else:
             total = len(tasks.y_qry)
             yield chunked(partial(function, maml), maml.task_chunk or total, total, tasks, permuted_labels(tasks, seed))
-
-
-def together(maml: Meta, tasks: Tasks, null_seed: int) -> Adapted:
-    """All queries of a task as one batch, as in the run's own measurements."""
-    return maml.finetune(tasks, measure=True, null_seed=null_seed)
 
 
 def not_adapted(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor]) -> Adapted:

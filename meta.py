@@ -177,21 +177,20 @@ class Meta:
         self.step += 1
         return step
 
-    def finetune(self, tasks: Tasks, measure: bool = False, null_seed: int | None = None, measured: Tasks | None = None,
+    def finetune(self, tasks: Tasks, measured: Tasks | None = None, null_seed: int = 0,
                  nontransductive: Sequence[int] = (), every_query: bool = True) -> Adapted:
         """Test-time adaptation from theta, which stays as it is.
 
         Args:
-            measure: also the metrics, after `update_step` inner steps as in training; `measured` as in `__call__`.
-            null_seed: of the permuted labels; seed + step if None.
+            measured: the same tasks, of any query sets, on which the metrics are measured, after `update_step` inner
+                steps as in training; None: nothing is measured.
+            null_seed: of the metrics' permuted labels.
             nontransductive: numbers of inner steps after which each query is also classified alone, normalised with the
                 support set only.
             every_query: do so for all queries, or for the first of each class: each needs a pass of the support set.
         """
-        steps = max(self.update_step_test, self.update_step if measure else 0)
-        measured = (measured or tasks) if measure else None
-        seed = self.seed + self.step if null_seed is None else null_seed
-        given = tasks, measured, permuted_labels(measured, seed)
+        steps = max(self.update_step_test, self.update_step if measured else 0)
+        given = tasks, measured, permuted_labels(measured, null_seed)
         inner, query = self._together(tasks)
         results = []
         for tasks, measured, null in chunks(inner, len(given[0].y_spt), *given):

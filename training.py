@@ -331,7 +331,7 @@ def _evaluate(maml: Meta, data: Data, split: str, images: Tensor, n_tasks: int, 
             signals.check(data.device)
         if i % devices.size() == devices.rank():
             measured = sampler.gather(part, measured=True) if measure else None
-            results.append(maml.finetune(sampler.gather(part), measure, maml.seed + start, measured, nontransductive,
+            results.append(maml.finetune(sampler.gather(part), measured, maml.seed + start, nontransductive,
                                          every_query=not data.args.transductive))
     return cat(devices.gather_lists(results))
 

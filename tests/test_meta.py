@@ -245,7 +245,7 @@ def test_whatever_the_chunks_a_step_and_an_adaptation_are_the_plain_loops(monkey
     monkeypatch.setattr(Meta, "_together", lambda *_, **__: chunks)
     maml = Meta(copy.deepcopy(net), update_lr=lr, update_step=steps, update_step_test=test_steps, nc_every=2,
                 first_order=first_order)
-    measured = maml.finetune(tasks, measure=True, measured=other), maml(tasks, True, other)
+    measured = maml.finetune(tasks, other or tasks), maml(tasks, True, other)
     theta, plain = copy.deepcopy(maml.net), (maml.finetune(tasks), maml(tasks))  # the next step measures nothing
     assert plain[0].metrics is plain[1].metrics is None
     assert plain[1].accuracy.shape == (4, 1)
@@ -274,7 +274,7 @@ def test_null_labels_are_the_tasks_labels_permuted_by_the_seed_the_step_and_noth
         maml = Meta(small_net(), update_step=1, update_step_test=1, nc_every=1, seed=seed)
         torch.manual_seed(rng)
         state = torch.get_rng_state()
-        maml(tasks), maml(tasks), maml.finetune(tasks, measure=True, null_seed=0)
+        maml(tasks), maml(tasks), maml.finetune(tasks, tasks)
         assert torch.equal(torch.get_rng_state(), state)
     for got, labels in zip(null_labels, [tasks.y_spt, tasks.y_qry] * 9, strict=True):
         assert torch.equal(got.sort(1).values, labels.sort(1).values)
@@ -303,7 +303,7 @@ def test_measuring_changes_no_bit_of_the_weights(first_order, k_spt):
         for seed in range(3):
             tasks = make_tasks(2, k_spt=k_spt, seed=seed, dtype=torch.float32)
             if nc_every:
-                maml.finetune(tasks, measure=True)
+                maml.finetune(tasks, tasks)
             maml(tasks, every_step)
         results.append(copies(maml.state()))
     assert all(equal(result, results[0]) for result in results[1:])
@@ -315,10 +315,10 @@ def test_finetune_leaves_everything_as_it_was_and_results_hold_no_graph():
     tasks, gradients = make_tasks(seed=9), [w.grad for w in maml.net.parameters()]
     changeable = maml.state(), gradients, tasks, torch.get_rng_state()
     before = copies(*changeable)
-    found = maml.finetune(tasks, measure=True)
+    found = maml.finetune(tasks, tasks)
     assert equal(before, [*changeable[:-1], torch.get_rng_state()]) and maml.step == 1
     assert all(w.requires_grad and w.grad is g for w, g in zip(maml.net.parameters(), gradients))
-    assert equal([maml.finetune(tasks, measure=True)], [found])
+    assert equal([maml.finetune(tasks, tasks)], [found])
     step = maml(tasks, every_step=True)
     results = tree_leaves([found, step, [w.grad for w in maml.net.parameters()]])
     assert not any(tensor.requires_grad for tensor in results if tensor is not None)
