@@ -90,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Sequence[str] | None = None) -> dict:
     """What controls.json holds: control -> "tasks", metrics of each model, accuracies, "effective_dimension"."""
     device, dataset = select_device(args.device), script.dataset(args)
-    most = check(args, dataset, script.network)["test"][1] - args.k_spt  # queries per class
+    check(args, dataset, script.network)
+    most = dataset.sizes()["test"][1] - args.k_spt  # queries per class
     keep_memory()
     set_arithmetic(args.precision, args.deterministic)
     final = predict.load(folder, "last" if (folder / "last.pt").exists() else "best", args.device).net

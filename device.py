@@ -118,17 +118,15 @@ def processes(device: torch.device) -> Iterator[None]:
     if size() > 1:
         backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, device_id=gpu)
+    stopped = None
     try:
         yield
-    except Stopped:  # raised in all processes at once: they leave together
-        _leave()
-        raise
-    _leave()
-
-
-def _leave() -> None:
+    except Stopped as error:  # raised in all processes at once: they leave together
+        stopped = error
     if size() > 1:
         dist.destroy_process_group()
+    if stopped:
+        raise stopped
 
 
 def rank() -> int:

@@ -201,8 +201,6 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
         which = f"script {script}" if other_script else ", ".join(sorted(different))
         remedy = f"give it to {script}.py" if other_script and script in SCRIPTS else "use the code that made the run"
         raise UserError(f"{path} is not of this script and version ({which}); {remedy}")
-    if "recipe" not in recorded and recorded.get("net") == "paper":
-        recorded["net"] = "conv_bn_relu"  # older versions called this network "paper"
     try:
         settings = vars(parser.parse_args(_as_flags(recorded, defaults)))
     except UserError as error:
@@ -273,11 +271,9 @@ def meta_steps(args: argparse.Namespace) -> int:
     return args.epoch if args.script == "omniglot_train" else args.epoch // args.task_num
 
 
-def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argparse.Namespace], Learner]) -> dict:
+def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argparse.Namespace], Learner]) -> None:
     """Refuse settings that can't work, before any image is read; set `nc_qry` where it was not given.
 
-    Returns:
-        The sizes of the splits that are used, which is the test split alone with --test: (classes, images per class).
     Raises:
         UserError: one line that names the flag and what it can be.
     """
@@ -328,7 +324,6 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     if args.nc_every and args.nc_qry < 2 and not tests_only:
         raise UserError(f"--nc_qry {args.nc_qry}: within-class spread needs 2 query images per class; "
                         f"change --nc_qry or --k_spt {args.k_spt}, or measure nothing with --nc_every 0")
-    return sizes
 
 
 def _check_network(args: argparse.Namespace, network: Callable[[argparse.Namespace], Learner]) -> None:

@@ -13,6 +13,7 @@ A run writes its own folder:
     timing.json    minutes and memory, which differ from run to run
     test-*.json    results of later tests (--test)
     controls.json  the weights measured under other conditions (`python controls.py RUN`)
+    .run.lock      locked while a process trains
 
 "step" is the number of meta-steps that the weights had seen. A checkpoint holds the state at the top of a step, before
 that step's validation: a run that resumes from it does and logs what the stopped one would have.
@@ -56,12 +57,12 @@ def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     remedy = f"lower {fewer} to hold fewer tasks at once, or take another --device than {args.device}"
     with devices.memory_runs_out(remedy):
         device = devices.select_device(args.device)
-        sizes = check(args, dataset, network)
+        check(args, dataset, network)
         with devices.processes(device):
-            _train(args, dataset, sizes, network, device)
+            _train(args, dataset, network, device)
 
 
-def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Callable[[argparse.Namespace], Learner],
+def _train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argparse.Namespace], Learner],
            device: torch.device) -> None:
     devices.keep_memory()
     devices.set_arithmetic(args.precision, args.deterministic)
@@ -70,7 +71,8 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Cal
     if again := args.resume or args.test:
         record.check_network(Path(again), net)
     if args.learner == "classifier" and args.test is None:
-        net.classes = nn.Linear(net.weights[net.classifier].shape[1], sizes["train"][0] * data.turns("train"))
+        classes, _ = dataset.sizes()["train"]
+        net.classes = nn.Linear(net.weights[net.classifier].shape[1], classes * data.turns("train"))
     net.to(device)
     maml = Meta(net, update_lr=args.update_lr, meta_lr=args.meta_lr, update_step=args.update_step,
                 update_step_test=args.update_step_test, first_order=args.first_order, nc_every=args.nc_every,
@@ -84,7 +86,7 @@ def _train(args: argparse.Namespace, dataset: Dataset, sizes: dict, network: Cal
     with record.lock_run(args) as out:
         if args.resume is not None and record.complete(out, args.epoch):
             return say(f"{out} is complete; a larger --epoch adds steps, --test {quoted(out)} tests it again")
-        run = _Run(maml, data, sizes, out)
+        run = _Run(maml, data, out)
         flags = ", ".join(f"{name}={value}" for name, value in recorded_settings(args).items())
         parameters = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
         say(f"{flags}\n{net}\n"
@@ -149,7 +151,7 @@ class Data:
 class _Run:
     """A training run: new, or restored from the checkpoint in its folder."""
 
-    def __init__(self, maml: Meta, data: Data, sizes: dict, out: Path):
+    def __init__(self, maml: Meta, data: Data, out: Path):
         args, dataset = data.args, data.dataset
         self.args, self.maml, self.data, self.out = args, maml, data, out
         self.steps, self.device, self.signals = meta_steps(args), data.device, Signals()
@@ -170,7 +172,7 @@ class _Run:
             self.meta_step = GraphedStep(maml, self.eager_step, self.sampler.generator)
         description = {"name": dataset.name(), "synthetic": args.synthetic, "splits": {
             split: {"classes": classes, "images_per_class": count, "classes_digest": dataset.digest(split)}
-            for split, (classes, count) in sizes.items()}}
+            for split, (classes, count) in dataset.sizes().items()}}
         self.experiment = experiment(args) | {
             "data": description, "device": self.device.type, "images on": train_images.device.type}
         self.started = time.perf_counter()
