@@ -139,9 +139,8 @@ class Meta:
     def __post_init__(self) -> None:
         self.step = 0
         self.rates = inner_rates(self.net, self.learner, self.update_lr, self.head_lr)
-        outer = GuardedAdam(self.net.parameters(), self.meta_lr, self.cosine_steps, self.clip, self.skip_nonfinite)
-        self.outer, self.state = outer, outer.state  # state(): every tensor that a meta-step changes
-        self.optimizer, self.updates = outer.adam, outer.updates
+        self.outer = GuardedAdam(self.net.parameters(), self.meta_lr, self.cosine_steps, self.clip, self.skip_nonfinite)
+        self.optimizer, self.updates, self.state = self.outer.adam, self.outer.updates, self.outer.state
 
     @property
     def measures_next(self) -> bool:
@@ -161,7 +160,7 @@ class Meta:
         """
         measured = (measured or tasks) if self.measures_next else None
         shared = tree_map(devices.share, (tasks, measured, permuted_labels(measured, self.seed + self.step), classes))
-        inner, query = self._together(tasks, trains=True)
+        inner, query = self._chunk_sizes(tasks, trains=True)
         gradients, steps = [], []
         for tasks, measured, null, classes in chunks(inner, len(shared[0].y_spt), *shared):
             gradient, losses, right, trajectory = self._gradient(tasks, classes, query)
@@ -190,10 +189,9 @@ class Meta:
             every_query: do so for all queries, or for the first of each class: each needs a pass of the support set.
         """
         steps = max(self.update_step_test, self.update_step if measured else 0)
-        given = tasks, measured, permuted_labels(measured, null_seed)
-        inner, query = self._together(tasks)
-        results = []
-        for tasks, measured, null in chunks(inner, len(given[0].y_spt), *given):
+        inner, query = self._chunk_sizes(tasks)
+        null, results = permuted_labels(measured, null_seed), []
+        for tasks, measured, null in chunks(inner, len(tasks.y_spt), tasks, measured, null):
             trajectory = self.adapt(tasks, steps)
             answers = self._chunked(accuracies, query, tasks, trajectory[:self.update_step_test + 1])
             metrics = self._metrics(query, measured, trajectory[:self.update_step + 1], null)
@@ -211,22 +209,25 @@ class Meta:
         """The inner loop from theta, without its graph: K+1 sets of weights, as `adapt`."""
         return adapt(self.net, self.net.weights, tasks.x_spt, tasks.y_spt, self.rates, steps)
 
-    def _together(self, tasks: Tasks, trains: bool = False) -> tuple[int, int]:
+    def _chunk_sizes(self, tasks: Tasks, trains: bool = False) -> tuple[int, int]:
         """How many tasks go together at most through the inner loop, and through the query pass.
 
         On a GPU all of them. On a CPU small tasks go together, as many as the cache holds, because one is too little
         work per operation; large ones go one at a time (benchmarks/README.md has the measurements).
         """
-        sizes = []
-        for x, small in ((tasks.x_spt, 9 * 2**16), (tasks.x_qry, 5 * 2**16)):
+        def size(x: Tensor, small: int) -> int:
             values = x.shape[1] * max(map(math.prod, self.net.shapes))  # of the largest activation
             fitting = CACHED // values if values <= small else 1
-            sizes.append(min(fitting if x.device.type == "cpu" else NO_LIMIT, self.task_chunk or NO_LIMIT))
-        inner, query = sizes
-        return NO_LIMIT if trains and self.learner == "classifier" else inner, query  # batch norm over all images
+            return min(fitting if x.device.type == "cpu" else NO_LIMIT, self.task_chunk or NO_LIMIT)
+
+        all_images = trains and self.learner == "classifier"  # batch norm is over all of them
+        return NO_LIMIT if all_images else size(tasks.x_spt, 9 * 2**16), size(tasks.x_qry, 5 * 2**16)
 
     def _metrics(self, query: int, tasks: Tasks | None, trajectory: Sequence[Weights], null: tuple | None):
-        return tasks and self._chunked(collapse_metrics, min(query, self._together(tasks)[1]), tasks, trajectory, null)
+        if tasks is None:
+            return None
+        _, most = self._chunk_sizes(tasks)
+        return self._chunked(collapse_metrics, min(query, most), tasks, trajectory, null)
 
     def _chunked(self, function: Callable, size: int, tasks: Tasks, *trees):
         return chunked(partial(function, self.net), size, len(tasks.y_qry), tasks, *trees)

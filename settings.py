@@ -201,6 +201,8 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
         which = f"script {script}" if other_script else ", ".join(sorted(different))
         remedy = f"give it to {script}.py" if other_script and script in SCRIPTS else "use the code that made the run"
         raise UserError(f"{path} is not of this script and version ({which}); {remedy}")
+    if "recipe" not in recorded and recorded.get("net") == "paper":
+        recorded["net"] = "conv_bn_relu"  # older versions called this network "paper"
     try:
         settings = vars(parser.parse_args(_as_flags(recorded, defaults)))
     except UserError as error:

@@ -242,7 +242,7 @@ def test_whatever_the_chunks_a_step_and_an_adaptation_are_the_plain_loops(monkey
     net, tasks, lr, steps = small_net(), make_tasks(k_spt=k_spt), 0.3, 2
     other = make_tasks(k_spt=k_spt, k_qry=2, seed=5)
     other = tasks._replace(x_qry=other.x_qry, y_qry=other.y_qry) if k_spt > 1 else None  # to measure on
-    monkeypatch.setattr(Meta, "_together", lambda *_, **__: chunks)
+    monkeypatch.setattr(Meta, "_chunk_sizes", lambda *_, **__: chunks)
     maml = Meta(copy.deepcopy(net), update_lr=lr, update_step=steps, update_step_test=test_steps, nc_every=2,
                 first_order=first_order)
     measured = maml.finetune(tasks, other or tasks), maml(tasks, True, other)
@@ -333,9 +333,9 @@ def test_finetune_leaves_everything_as_it_was_and_results_hold_no_graph():
 def test_a_cpu_takes_as_many_tasks_together_as_stay_in_its_cache(script, k_spt, k_qry, together):
     maml = Meta(script.network(script.arguments([])))
     tasks = Tasks(*(torch.empty(2, 5 * k, 0) for k in (k_spt, k_spt, k_qry, k_qry)))
-    for got, about in zip(maml._together(tasks), together, strict=True):
+    for got, about in zip(maml._chunk_sizes(tasks), together, strict=True):
         assert about <= got < 2 * about
     maml.task_chunk = 1
-    assert maml._together(tasks) == (1, 1)
+    assert maml._chunk_sizes(tasks) == (1, 1)
     maml.task_chunk = 0
-    assert min(maml._together(tree_map(lambda values: values.to("meta"), tasks))) >= 1000  # as on a GPU
+    assert min(maml._chunk_sizes(tree_map(lambda values: values.to("meta"), tasks))) >= 1000  # as on a GPU
