@@ -1,4 +1,4 @@
-"""Measures a run's weights on its test tasks again, and what they are compared with.
+"""Measures a run's weights, and controls to compare them with, on the run's test tasks.
 
     python controls.py res/RUN                      writes res/RUN/controls.json
     python controls.py res/RUN --root DATA --only final pixels      measures these; the others stay in the file
@@ -12,13 +12,13 @@ The tasks are those of the run's test. The controls, each with all metrics and a
                          (Kao, Chiu, Chen 2022, arXiv:2106.15367)
     classifier at random   the final weights with a newly drawn classifier, as training starts with
     pixels         the input itself; without adaptation
-    queries 1, 5, 19   the final weights with so many queries per class, which batch norm takes together
+    queries 1, 5, 19   the final weights with this many queries per class, normalised together
     5-shot         the final weights with 5 support images per class: their features can be measured too
     first step by parts   the final weights after the first inner step of the classifier alone, the body alone, both:
                    accuracy; and how far apart the classifier's rows are, and how far the body's weights move
     first step by parts, untrained   the same of the untrained network
-    scale of the rows   the slope of the query loss after the inner loop in the scale of the classifier's rows minus
-                   their mean; the same with the body fixed
+    scale of the rows   derivative of the query loss after the inner loop with respect to the log of a factor on the
+                   classifier's rows minus their mean; the same with the body fixed
     scale of the rows, untrained   the same of the untrained network
     batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
     batch norm by the support set                 the same, by statistics without the query
@@ -186,8 +186,8 @@ def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str
 def by_scale(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """Slope [T, 2] of the query loss after the inner loop of training, and of the same loop with the body fixed.
 
-    It is the derivative by the logarithm of a factor on the classifier's rows minus their mean, before adaptation. If
-    it is positive, rows closer to each other lower the loss.
+    It is the derivative with respect to the log of a factor on the classifier's rows minus their mean, before
+    adaptation. If it is positive, moving the rows closer together lowers the loss.
     """
     net, slopes = maml.net, []
     start = leaves(net.per_task(net.weights, len(tasks.y_qry)))

@@ -113,7 +113,7 @@ def peak_memory(device: torch.device) -> float | None:
 def processes(device: torch.device) -> Iterator[None]:
     """Join the other processes if torchrun started several: nccl between GPUs, gloo between CPUs.
 
-    After an error the group isn't left, because that could wait forever. torchrun ends the others with this process.
+    After an error the group isn't destroyed, which could hang. torchrun ends the other processes with this one.
     """
     if size() > 1:
         backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)

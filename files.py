@@ -120,8 +120,8 @@ def reading(path: Path | str, remedy: str = "", wrong: str = "can't be read") ->
 def atomic(path: Path, mode: str = "wb", remedy: str = "free some space or name another folder") -> Iterator:
     """Open a temporary file in the folder of `path`; on success flush it to disk and rename it to `path`.
 
-    A reader never sees a half-written `path`. An error leaves no file behind, a
-    killed process `.<name>.????????.tmp`, which `remove_stale` deletes.
+    A reader never sees a half-written `path`. An error leaves no file behind; a killed process leaves
+    `.<name>.????????.tmp`, which `remove_stale` deletes.
 
     Raises:
         UserError: the folder can't be written or the disk is full; the line ends in `remedy`.
@@ -182,7 +182,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class _Lines(tqdm):
-    """A bar for a file: its text as a line of its own. tqdm itself would rewrite one endless line."""
+    """A progress bar for a log file: a new line per update. tqdm itself would write one endless line."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         self.fp.write(f"{self}" if pos == 0 else f"{self}\n")  # `close` ends the last line itself

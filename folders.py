@@ -71,7 +71,7 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
             _refuse_deeper(top)
         loose = sum(file.name.lower().endswith(EXTENSIONS) for file in images.entries(top))
         raise UserError(f"{top} holds {len(classes)} class folders ({loose:,} images outside class folders); "
-                        f"put the images of each class ({', '.join(EXTENSIONS)}) into a folder of its own in it, at "
+                        f"put the images of each class ({', '.join(EXTENSIONS)}) into its own folder there, at "
                         "least 3 classes")
     else:
         _refuse_left_out(top, classes, cache)
@@ -165,7 +165,7 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     """Class -> its images, both sorted by name, for each folder in `folder` that has images.
 
     Raises:
-        UserError: a folder can't be read, has images of a format that isn't, or has the name of another.
+        UserError: a folder can't be read, has images in an unsupported format, or has another folder's name.
     """
     classes, names, others = {}, {}, []
     for entry in images.subfolders(folder):
@@ -179,5 +179,5 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
                 others.append(f"{entry.name}/{file.name}")
     listed(others, f"images in {folder} in other formats than {', '.join(FORMATS)}", "convert them, or remove them")
     listed([" and ".join(same.values()) for same in names.values() if len(same) > 1],
-           f"class folders in {folder} whose names differ only in blanks or in the form of Unicode", "rename them")
+           f"class folders in {folder} whose names differ only in whitespace or Unicode normalisation", "rename them")
     return classes

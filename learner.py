@@ -61,9 +61,9 @@ class Learner(nn.Module):
         initial: layer name -> function that fills a weight tensor in place and returns it, as those of torch.nn.init.
         head_std: if given, the last linear layer's weights start from N(0, head_std^2) instead.
     Raises:
-        ValueError: a layer that is no pair (name, params), that is unknown, has params of the wrong number or out of
-            range, or can't take what comes before it (an image too small for the kernel, other channels); the text
-            names the layer. Or head_std without a linear layer at the end.
+        ValueError: a layer is not a pair (name, params), is unknown, has too few or many params or one out of range, or
+            doesn't fit its input (an image too small for the kernel, other channels); the text names the layer. Or
+            head_std is given without a linear layer at the end.
     """
 
     def __init__(self, config: Config, imgc: int, imgsz: int, initial: Mapping[str, Callable] | None = None,
@@ -121,10 +121,10 @@ class Learner(nn.Module):
             x: [N, c, h, w], or [T, N, c, h, w] for T tasks.
             weights: as `self.weights`, or each with a leading task axis [T, ...] (needs x of tasks); theta if None.
             features: also return the features of every block, i.e. what enters the next convolution or linear layer,
-                and last the logits: a list of [N, D] or [T, N, D], in the order of `blocks`. A feature's position
-                in D is that of the memory (channels last), not torch's flatten.
+                and last the logits: a list of [N, D] or [T, N, D], in the order of `blocks`. D is in memory order
+                (channels last), not the order of torch's flatten.
             groups: batch norm's statistics are of N / groups consecutive images instead of all N of a task.
-            first: they are of the first `first` images of each group, and are applied to all its images.
+            first: the statistics are those of each group's first `first` images, applied to all of them.
         Returns:
             Logits [N, n_way] or [T, N, n_way]; with features, (logits, list).
         """
@@ -194,7 +194,7 @@ def _check(name: str, params: Sequence, shape: list[int]) -> None:
     for what, value in zip(LAYERS[name].strip("[]").split(", "), params):
         least, choice = LEAST.get(what), ', or "same"' if (name, what) == ("conv2d", "padding") else ""
         if least is not None and not (isinstance(value, int) and value >= least) and not (choice and value == "same"):
-            raise ValueError(f"{what} must be a whole number from {least}{choice}, not {value!r}")
+            raise ValueError(f"{what} must be an integer >= {least}{choice}, not {value!r}")
     if name in ("conv2d", "convt2d", "max_pool2d", "avg_pool2d", "upsample", "mean") and len(shape) != 3:
         raise ValueError("takes an image [c, h, w]")
     if name in ("conv2d", "convt2d") and params[2] != params[3]:

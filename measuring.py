@@ -59,8 +59,8 @@ def scores(net: Learner, tasks: Tasks, weights: Weights, transductive: bool) -> 
     """Logits, minus the squared distances to the support means, and the queries' features at the classifier's input.
 
     Args:
-        transductive: batch norm by the statistics of the whole query set, as MAML's code does. Else each query is
-            normalised together with the task's support set and nothing else, so that no query changes another's answer.
+        transductive: batch norm by the statistics of the whole query set, as MAML's code does. Otherwise each query is
+            normalised with the task's support set only, so that no query changes another's prediction.
     Returns:
         [T, N_qry, C], [T, N_qry, C], [T, N_qry, D].
     """

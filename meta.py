@@ -32,7 +32,7 @@ CACHED = 5 * 2**19  # on a CPU, values of the largest activation, of all tasks t
 
 
 class Step(NamedTuple):
-    """What one meta-step saw, before its update; all on the device."""
+    """Results of one meta-step, before its update; all on the device."""
 
     losses: Tensor  # [T], mean query cross-entropy of the adapted weights; a baseline's own loss
     accuracy: Tensor  # of the queries: [T, 1] after the inner loop, or [T, K+1] with every_step; of a baseline [T, 1]
@@ -105,7 +105,7 @@ def meta_gradient(net: Learner, tasks: Tasks, lr: float | Mapping[str, float], s
 
 
 def inner_rates(net: Learner, learner: str, lr: float, head_lr: float | None = None) -> dict[str, float]:
-    """The inner learning rate per weight that the learner's inner loop adapts; `head_lr` of the last layer's."""
+    """Inner learning rate of each weight that the learner's inner loop adapts; `head_lr` is for the last layer."""
     head = dict.fromkeys(net.head, lr if head_lr is None else head_lr)
     body = {name: lr for name in net.adaptable if name not in head}
     return {"anil": head, "boil": body}.get(learner, body | head)
@@ -127,7 +127,7 @@ class Meta:
     update_step_test: int = 10  # inner steps in `finetune`
     first_order: bool = False  # take the inner gradients as constants
     nc_every: int = 0  # measure at meta-steps 0, nc_every, 2 nc_every, ...; 0: never
-    task_chunk: int = 0  # tasks in memory at once at most; fewer take less memory, the result is the same; 0: as fits
+    task_chunk: int = 0  # maximum tasks in memory at once; lower saves memory, the result is the same; 0: as fits
     seed: int = 222  # of the permuted labels (the metrics' null)
     nc_every_late: int | None = None  # nc_every from meta-step LATE on; None: the same
     clip: float = 0.0  # each value of the outer gradient is clipped to -clip..clip, as in the paper's code; 0: none
@@ -150,7 +150,7 @@ class Meta:
 
     def __call__(self, tasks: Tasks, every_step: bool = False, measured: Tasks | None = None,
                  classes: Tensor | None = None) -> Step:
-        """One meta-step: gradients, what is measured of the weights as they are, Adam.
+        """One meta-step: gradients, metrics of the weights before the update, Adam.
 
         Args:
             tasks: T tasks; the gradient is of the mean of their query losses.
@@ -186,12 +186,12 @@ class Meta:
             null_seed: of the metrics' permuted labels.
             nontransductive: numbers of inner steps after which each query is also classified alone, normalised with the
                 support set only.
-            every_query: do so for all queries, or for the first of each class: each needs a pass of the support set.
+            every_query: for all queries, or only the first of each class; each needs its own support-set pass.
         """
         steps = max(self.update_step_test, self.update_step if measured else 0)
         inner, query = self._chunk_sizes(tasks)
-        null, results = permuted_labels(measured, null_seed), []
-        for tasks, measured, null in chunks(inner, len(tasks.y_spt), tasks, measured, null):
+        given, results = (tasks, measured, permuted_labels(measured, null_seed)), []
+        for tasks, measured, null in chunks(inner, len(given[0].y_spt), *given):
             trajectory = self.adapt(tasks, steps)
             answers = self._chunked(accuracies, query, tasks, trajectory[:self.update_step_test + 1])
             metrics = self._metrics(query, measured, trajectory[:self.update_step + 1], null)

@@ -259,7 +259,7 @@ def ncc_mismatch(logits: Tensor, features: Tensor, labels: Tensor, n_way: int, m
     """Share of samples whose largest logit is not that of the nearest class mean, NC4 of Papyan et al. 2020.
 
     logits [..., N, C], features [..., N, D], means [..., C, D] (of the support set); -> [...]. 0 at full collapse.
-    The labels [..., N] have no effect; they are taken so that all metrics of features are called alike.
+    The labels [..., N] have no effect; they are there so that all metrics share one signature.
     """
     _require(logits.shape[-1] == means.shape[-2] == n_way,
              f"{logits.shape[-1]} logits and {means.shape[-2]} means for {n_way} classes")
@@ -291,7 +291,7 @@ def _nearest(features: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 def original_traces(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The traces as the original code computed them, to compare: logits [..., N, C] -> (within [...], between [...]).
 
-    It compares the rows of class k, which lie class after class, with the mean of the k-th five rows, whatever the
+    It compares the rows of class k (rows are grouped by class) with the mean of the k-th five rows, ignoring the
     labels. Nan with fewer than five rows per class.
     """
     x, (n_samples, n_way) = logits.double(), logits.shape[-2:]
@@ -398,7 +398,7 @@ def _project(n_way: int, features: Tensor, labels: Tensor, null_labels: Tensor, 
 @torch.no_grad()
 def measure_features(features: Array, labels: Array, *, classifier_weight: Array = None, logits: Array = None,
                      support_features: Array = None, support_labels: Array = None) -> dict[str, float]:
-    """All metrics of features of your own, as plain numbers; ValueError for what cannot be measured.
+    """All metrics of your own features, as plain numbers; ValueError for what cannot be measured.
 
         import numpy as np
         from nc_metrics import measure_features

@@ -48,8 +48,8 @@ def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffl
         cache: folder of the decoded images; `<root>/cache` if None.
         split: shuffled or vinyals, see `split_names`.
     Raises:
-        UserError: no data and no download, or other images instead; a character or a drawing too many or too few; a
-            file that can't be read.
+        UserError: the data is absent and can't be downloaded, or isn't Omniglot; characters or drawings are missing or
+            extra; a file can't be read.
     """
     root = Path(root)
     with reading(root, "name another folder with --root FOLDER"):

@@ -26,7 +26,7 @@ from learner import Learner
 
 WRITTEN = ("args.json", "*.pt", "result.png", "result.json", "timing.json")  # files that are written whole
 PER_TASK = ("within", "between", "nc1", "cdnv", "directional_cdnv", "ncc_accuracy")  # what log.jsonl keeps per task
-REMEDY = "free some space or give rights there, then continue with --resume"
+REMEDY = "free space or fix the permissions there, then continue with --resume"
 
 
 # ---- the folder
@@ -134,7 +134,7 @@ def _args(out: Path) -> dict:
 
 
 def write_json(path: Path, value: dict, remedy: str = REMEDY) -> None:
-    """Write `value`, whole or not at all; of several processes, only the first writes."""
+    """Write `value`, whole or not at all; with several processes, only the first writes."""
     if devices.rank() == 0:
         with atomic(path, "w", remedy) as file:
             json.dump(value, file, indent=1)

@@ -89,7 +89,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
         flag(name, default, text, action=argparse.BooleanOptionalAction)
 
     fewer = defaults["synthetic_tasks"]
-    flag("recipe", "original", "defaults of the other flags: sizes and rates of this code's original, or all of MAML's "
+    flag("recipe", "original", "defaults of the other flags: the original code's sizes and rates, or all of MAML's "
          "paper (listed at the end)", choices=["original", "paper"])
     flag("learner", "maml", "anil: the inner loop adapts only the last layer; boil: all but the last; protonet: a "
          "prototypical network; classifier: an ordinary one over all training classes. The last two train without an "
@@ -150,7 +150,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("cache", None, "folder of the decoded images; if not given, ROOT/cache, or FOLDER/.cache with --data FOLDER")
     choice("synthetic", False, "train on generated images, with no data at all, and evaluate on fewer tasks")
     flag("out", None, "folder of the run; runs/SCRIPT-<n>w<k>s-seed<seed>-<time> if not given")
-    flag("task_chunk", 0, "tasks in memory at once at most; fewer take less memory and give the same result; "
+    flag("task_chunk", 0, "maximum tasks in memory at once; lower saves memory, same result; "
          "0: as fits the device")
     choice("cuda_graph", True, "on CUDA, capture the training step once and replay it: the same result, faster")
     flag("precision", "float32", "of matrix products: tf32 (CUDA) is faster and coarser",
@@ -226,7 +226,7 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
         return argparse.Namespace(**settings | {"out": None} | flags)
     for name, value in flags.items():
         if name not in MAY_CHANGE[mode] and name != mode and (name == "out" or value != settings[name]):
-            raise UserError(f"--{name} can't be set with --{mode}: the run's own value holds; "
+            raise UserError(f"--{name} can't be set with --{mode}: the run's value is kept; "
                             f"flags that may be set: {_flags(MAY_CHANGE[mode])}")
     if mode == "test":
         queries = flags.get("k_qry_test", flags.get("k_qry", settings["k_qry_test"] or settings["k_qry"]))

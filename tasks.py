@@ -42,7 +42,7 @@ class Dataset:
 
 
 def tree_map(function: Callable, tree: Any, *others: Any) -> Any:
-    """`function` of the corresponding tensors of trees of one structure; what is no tensor stays as it is."""
+    """Apply `function` to the corresponding tensors of trees of the same structure; non-tensors are kept."""
     if isinstance(tree, Tensor):
         return function(tree, *others)
     if isinstance(tree, dict):
@@ -54,7 +54,7 @@ def tree_map(function: Callable, tree: Any, *others: Any) -> Any:
 
 
 def chunks(size: int, total: int, *trees: Any) -> Iterator[tuple]:
-    """The trees, at most `size` of their `total` tasks (axis 0 of every tensor) at a time, evenly."""
+    """Split the trees into even chunks of at most `size` of their `total` tasks (axis 0)."""
     size = math.ceil(total / math.ceil(total / size))
     for start in range(0, total, size):
         yield tree_map(lambda values, start=start: values[start:start + size], trees)
@@ -110,12 +110,12 @@ class Sampler:
         images: uint8 [classes * turns, images per class, c, h, w], on `device` or on the host.
         dataset: whose mean and deviation normalise them.
         device: where tasks go.
-        seed: of the generator. It is on the device where `on_device` is set and the images are there too, as a captured
-            step needs; else on the CPU, and every machine draws the same tasks.
+        seed: of the generator. It is on the device if `on_device` is set and the images are there, as a captured step
+            needs; otherwise on the CPU, so that every machine draws the same tasks.
         turns: rotations of each class, one after the other in `images`; a task takes each class in one random
             rotation, so that a character never meets its own.
-        k_qry, nc_qry: query images per class, of a task and of the same task when neural collapse is measured on it.
-            The smaller of the two sets is a part of the larger one.
+        k_qry, nc_qry: query images per class of a task, and of the same task when neural collapse is measured. The
+            smaller set is a subset of the larger.
         counts: images of each class, where they are unequal.
     """
 

@@ -16,7 +16,7 @@ A run writes its own folder:
     .run.lock      locked while a process trains
 
 "step" is the number of meta-steps that the weights had seen. A checkpoint holds the state at the top of a step, before
-that step's validation: a run that resumes from it does and logs what the stopped one would have.
+that step's validation: a resumed run does and logs what an uninterrupted one would have.
 """
 
 import argparse
@@ -118,7 +118,7 @@ class Data:
         return images
 
     def load(self, split: str) -> Tensor:
-        """uint8 [class, image, c, h, w] on the device, or on the host where it would take over half of what is free."""
+        """uint8 [class, image, c, h, w] on the device, or on the host if it needs over half of the free memory."""
         images = self.read(split)
         if self.args.random_labels and split == "train":
             if self.dataset.counts(split):

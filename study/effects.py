@@ -3,7 +3,7 @@
 "The end" of a run is the mean over the measurements of the last tenth of training. Held-out tasks are the same at every
 measurement and for every seed, so an interval over seeds does not cover their choice; `share_over_tasks` does.
 
-A number is of held-out tasks and at the classifier's input if nothing else is said.
+Numbers are for held-out tasks at the classifier's input unless stated otherwise.
 """
 
 import functools
@@ -54,7 +54,7 @@ def share_over_tasks(run: Run) -> float:
 
 
 def end_from(run: Run) -> float:
-    """The meta-step from which on measurements belong to the end."""
+    """The first meta-step whose measurements belong to the end."""
     return (1 - END_SHARE) * run.last_step
 
 
@@ -188,7 +188,7 @@ def in_control(run: Run, kind: str, key: str, place: int) -> float:
 def first_step(run: Run, quantity: str, kind: str = BY_PARTS) -> float:
     """Of the control of the first inner step by parts; nan without it.
 
-    "rows": the norm of the classifier's rows minus their mean. "body": that of the body's step, over its own.
+    "rows": the norm of the classifier's rows minus their mean. "body": that of its step over that of its weights.
     """
     return in_control(run, kind, quantity, 0)
 

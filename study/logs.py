@@ -213,7 +213,7 @@ def read_groups(paths: Sequence[Path]) -> list[list[Run]]:
 
 
 def differing(run: Run, other: Run) -> list[str]:
-    """Names of what makes two runs different experiments: data, settings, and what both recorded of the others."""
+    """What makes two runs different experiments: data, settings, and any other records that both have."""
     names = sorted({*run.settings, *other.settings} - NOT_COMPARED)
     different = [name for name in names if run.settings.get(name) != other.settings.get(name)]
     one, two = run.recorded, other.recorded

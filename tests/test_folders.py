@@ -112,7 +112,7 @@ def no_folders(root: Path) -> None:
     (lambda root: write_classes(root, 5) or [file.rename(file.with_suffix(".xyz")) for file in root.glob("*[12]/*")],
      ["have files and no images of their own: 'class 1'; 'class 2'; put"]),
     (lambda root: [write_classes(root, 4), write_classes(root, 3, 1, name=" class")],
-     ["differ only in blanks or in the form of Unicode: ' class 0' and 'class 0'; ' class 1' and", "rename them"]),
+     ["differ only in whitespace or Unicode normalisation: ' class 0' and 'class 0'; ' class 1' and", "rename them"]),
     (lambda root: write_classes(root, 3) or (root / "a").symlink_to("a"), ["mine: ", "links; check the links"]),
     (lambda root: write_classes(root, 2), ["holds 2 class folders", "at least 3 classes"]),
     (lambda root: [write_classes(root / alphabet, 3) for alphabet in ("Greek", "Latin")],

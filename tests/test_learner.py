@@ -154,14 +154,14 @@ def test_initial_weights():
     ([FLAT, ("linear", [5, 192.0])], r"layer 1, linear"), ([("conv2d", [4, 3, 3, 3, 2.0, 0])], r"layer 0, conv2d"),
     ([("bn", 3), ("tanh", None)], r"layer 1, tanh.*\[\]"),
     ([("reshape", [5, 5])], r"layer 0, reshape.*invalid for input"),
-    ([("conv2d", [4, 3, 3, 3, 0, 0])], r"layer 0, conv2d.*stride must be a whole number from 1, not 0"),
-    ([("conv2d", [4, 3, 3, 3, 1, -1])], r"layer 0, conv2d.*padding must be a whole number from 0, or \"same\", not -1"),
+    ([("conv2d", [4, 3, 3, 3, 0, 0])], r"layer 0, conv2d.*stride must be an integer >= 1, not 0"),
+    ([("conv2d", [4, 3, 3, 3, 1, -1])], r"layer 0, conv2d.*padding must be an integer >= 0, or \"same\", not -1"),
     ([("conv2d", [4, 3, 3, 3, 1, "valid"])], r"layer 0, conv2d.*padding must .*, or \"same\", not 'valid'"),
-    ([("convt2d", [3, 4, 3, 3, 1, "same"])], r"layer 0, convt2d.*padding must be a whole number from 0, not 'same'"),
+    ([("convt2d", [3, 4, 3, 3, 1, "same"])], r"layer 0, convt2d.*padding must be an integer >= 0, not 'same'"),
     (["nope"], r"layer 0, 'nope': must be a pair \(name, params\)"), ([FLAT, "ab"], "layer 1, 'ab': must be a pair"),
     ([FLAT, ("relu",)], r"layer 1, \('relu',\): must be a pair"),
     ([("upsample", ["x"])], r"layer 0, upsample.*invalid combination.*of:$"),
-    ([("avg_pool2d", [2, None, 0])], r"layer 0, avg_pool2d.*stride must be a whole number from 1, not None"),
+    ([("avg_pool2d", [2, None, 0])], r"layer 0, avg_pool2d.*stride must be an integer >= 1, not None"),
 ])
 def test_layers_that_do_not_fit_are_refused_by_name(config, text):
     with pytest.raises(ValueError, match=text):
