@@ -139,13 +139,13 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def share(values: Tensor) -> Tensor:
+def local_tasks(values: Tensor) -> Tensor:
     """This process's equal share of the tasks: [T, ...] -> [T / P, ...]; P divides T."""
     return values if size() == 1 else values.chunk(size())[rank()]
 
 
 def gather(values: Tensor) -> Tensor:
-    """The tasks of all processes in order, in every process: [T / P, ...] -> [T, ...]; the inverse of `share`."""
+    """The tasks of all processes in order, in every process: [T / P, ...] -> [T, ...]; the inverse of `local_tasks`."""
     if size() == 1:
         return values
     parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(size())]
@@ -153,7 +153,7 @@ def gather(values: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def add_up(tensors: list[Tensor]) -> list[Tensor]:
+def all_reduce(tensors: list[Tensor]) -> list[Tensor]:
     """Each tensor's sum over the processes; any shapes, one dtype."""
     if size() == 1:
         return tensors

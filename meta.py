@@ -159,10 +159,11 @@ class Meta:
             classes: [T, n_way], which training class each label stands for; the classifier needs them.
         """
         measured = (measured or tasks) if self.measures_next else None
-        shared = tree_map(devices.share, (tasks, measured, permuted_labels(measured, self.seed + self.step), classes))
+        null = permuted_labels(measured, self.seed + self.step)
+        own = tree_map(devices.local_tasks, (tasks, measured, null, classes))
         inner, query = self._chunk_sizes(tasks, trains=True)
         gradients, steps = [], []
-        for tasks, measured, null, classes in chunks(inner, len(shared[0].y_spt), *shared):
+        for tasks, measured, null, classes in chunks(inner, len(own[0].y_spt), *own):
             gradient, losses, right, trajectory = self._gradient(tasks, classes, query)
             along = every_step and trajectory is not None
             right = self._chunked(accuracies, query, tasks, trajectory)["accuracy"] if along else right[:, None]
@@ -171,7 +172,7 @@ class Meta:
             gradients.append(gradient)
             steps.append(Step(losses, right, self._metrics(query, measured, trajectory, null)))
         step = tree_map(devices.gather, cat(steps))
-        total = devices.add_up([sum(parts) for parts in zip(*gradients)])
+        total = devices.all_reduce([sum(parts) for parts in zip(*gradients)])
         self.outer.step([gradient / len(step.losses) for gradient in total], step.losses)
         self.step += 1
         return step

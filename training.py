@@ -213,14 +213,14 @@ class _Run:
             if step % args.eval_every == 0:
                 self.validate()
             if args.keep_every and step % args.keep_every == 0:
-                self.keep(f"weights-{step}.pt")
+                self.save_weights(f"weights-{step}.pt")
             result = self.meta_step(every_step=show)
             if check or show or result.metrics:
                 self.stop_if_not_finite()
                 self.report(step, result, show)
             self.bar.update()
         self.save()
-        self.keep("last.pt", val_accuracy=self.validate())
+        self.save_weights("last.pt", val_accuracy=self.validate())
 
     def eager_step(self, every_step: bool = False) -> Step:
         """Draw tasks and take one meta-step."""
@@ -283,10 +283,10 @@ class _Run:
         say(f"step: {maml.step} \tvalidation acc: {percent(mean)} (last ± {100 * interval[-1]:.1f}); "
             f"nearest support mean: {percent(nearest)}")
         if self.best is None or accuracy > self.best["val_accuracy"]:
-            self.best = self.keep("best.pt", val_accuracy=accuracy)
+            self.best = self.save_weights("best.pt", val_accuracy=accuracy)
         return accuracy
 
-    def keep(self, name: str, **more: float) -> dict:
+    def save_weights(self, name: str, **more: float) -> dict:
         """Write a copy of the weights to a file in the run's folder; returns what the file holds."""
         weights = {key: weight.clone() for key, weight in self.maml.net.state_dict().items()}
         content = {"weights": weights, "step": self.maml.step} | more

@@ -33,9 +33,9 @@ def check_exchanges() -> None:
     """Tasks and lists come back whole and in order; sums are over all processes."""
     rank, size = devices.rank(), devices.size()
     values = torch.arange(24.0).view(4, 3, 2).transpose(1, 2)  # 4 tasks, not contiguous
-    assert len(devices.share(values)) == 4 // size
-    assert devices.gather(devices.share(values)).equal(values)
-    one, two = devices.add_up([torch.ones(2, 3), torch.tensor(float(rank))])
+    assert len(devices.local_tasks(values)) == 4 // size
+    assert devices.gather(devices.local_tasks(values)).equal(values)
+    one, two = devices.all_reduce([torch.ones(2, 3), torch.tensor(float(rank))])
     assert one.equal(torch.full((2, 3), float(size))) and two.item() == sum(range(size))
     items = [(torch.full((2,), i), {"a": [torch.tensor(i)]}) for i in range(3)]
     gathered = devices.gather_lists(items[rank::size])
