@@ -70,12 +70,8 @@ def series(run: Run, split: str, model: str, metric: str, layer: int | str = HID
 
 
 def nearest(run: Run, split: str, metric: str, step: int, model: str = "finetuned") -> float:
-    """A metric, or accuracy in percent, at the measurement nearest to the meta-step."""
-    if metric == "accuracy":
-        steps, values = run.accuracy(split)
-        values = 100 * values
-    else:
-        steps, values, _ = series(run, split, model, metric)
+    """A metric at the measurement nearest to the meta-step."""
+    steps, values, _ = series(run, split, model, metric)
     return float(values[np.abs(steps - step).argmin()])
 
 
@@ -104,23 +100,13 @@ def untrained(run: Run, model: str, metric: str, layer: int | str = HIDDEN) -> f
 def end(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
     """The mean over the measurements of the last tenth of training; nan if there are none."""
     steps, mean, _ = series(run, split, model, metric, layer)
-    return mean_at_end(run, steps, mean)
-
-
-def mean_at_end(run: Run, steps: np.ndarray, values: np.ndarray) -> float:
-    """Mean of the values [S] measured in the last tenth of training; nan if there are none."""
-    late = values[steps >= end_from(run)]
+    late = mean[steps >= end_from(run)]
     return float(late.mean()) if len(late) else math.nan
 
 
 def growth(run: Run, model: str, metric: str) -> float:
     """The end as a multiple of the untrained network."""
     return end(run, model, metric) / untrained(run, model, metric)
-
-
-def accuracy_at_end(run: Run, split: str = "heldout") -> float:
-    """Query accuracy of the adapted classifier."""
-    return mean_at_end(run, *run.accuracy(split))
 
 
 def within_share(traces: np.ndarray | Sequence) -> np.ndarray:
@@ -133,9 +119,10 @@ def logit_share_change(run: Run, model: str, suffix: str) -> float:
 
     By label with the suffix ""; with "_original", of what the original took for the traces.
     """
-    traces = [series(run, "train", model, trace + suffix, -1) for trace in ("within", "between")]
-    ends = [mean_at_end(run, trace.steps, trace.mean) for trace in traces]
-    return float(within_share(ends) - within_share([trace.mean[0] for trace in traces]))
+    traces = [trace + suffix for trace in ("within", "between")]
+    starts = [series(run, "train", model, trace, -1).mean[0] for trace in traces]
+    ends = [end(run, model, trace, -1, "train") for trace in traces]
+    return float(within_share(ends) - within_share(starts))
 
 
 # ---- series and ranks

@@ -96,15 +96,6 @@ def of_metric(split: str, model: str, metric: str, layer: str | None = None, sca
     return curve
 
 
-def of_accuracy(split: str) -> Curve:
-    """Of the classifier after the inner loop, in percent."""
-    def curve(run: Run) -> tuple:
-        steps, values = run.accuracy(split)
-        return steps, 100 * values
-
-    return curve
-
-
 def step_axis(axes: Axes, groups: Sequence[Group]) -> None:
     """Meta-steps, logarithmic from 100 on and linear before, so that step 0 is shown."""
     last = max(run.last_step for group in groups for run in group)
@@ -290,7 +281,7 @@ def accuracy(groups: Sequence[Group], layer: str | None = None) -> Figure:
     figure, ((axes,),) = frame(1, 1, 3.1, keys(groups, key("adapted classifier"), before))
     headline(figure, groups, TASKS["heldout"])
     for group, colour, _ in colours(groups):
-        draw(axes, group, of_accuracy("heldout"), colour)
+        draw(axes, group, of_metric("heldout", "finetuned", "accuracy", scale=100), colour)
         draw(axes, group, of_metric("heldout", "meta", "ncc_accuracy", layer, scale=100), colour, STYLES["meta"])
     axes.set_ylabel("accuracy, %")
     fit(axes)

@@ -102,22 +102,20 @@ class Run:
 
     @functools.cache
     def series(self, split: str, model: str, metric: str, layer: str) -> Series:
-        """A metric of `model` ("meta", "finetuned", "support") against meta-steps."""
+        """A metric of `model` ("meta", "finetuned", "support") against meta-steps.
+
+        "accuracy" is the adapted classifier's, whatever the model and layer, and has no standard error here.
+        """
         points = []
         for step, row in sorted(self.rows[split].items()):
             lacks = f"lacks {model} {metric} of {layer} in the measurement ({split}) at step {step}"
             with reading(self.path, "its log is incomplete", lacks):
-                index, values = row["layers"].index(layer), row[model][metric]
-                points.append((step, number(values["mean"][index]), number(values["se"][index])))
+                if metric == "accuracy":
+                    mean, se = row["inner"]["accuracy"]["mean"][-1], None
+                else:
+                    mean, se = (row[model][metric][name][row["layers"].index(layer)] for name in ("mean", "se"))
+                points.append((step, number(mean), number(se)))
         return Series(*map(np.array, zip(*points))) if points else Series(*np.empty((3, 0)))
-
-    @functools.cache
-    def accuracy(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Meta-steps [S], and the accuracy of the adapted classifier, mean over tasks [S]."""
-        rows = sorted(self.rows[split].items())
-        with reading(self.path, "its log is incomplete", f"lacks accuracy along the inner loop ({split})"):
-            return (np.array([step for step, _ in rows]),
-                    np.array([number(row["inner"]["accuracy"]["mean"][-1]) for _, row in rows]))
 
     @functools.cache
     def file(self, name: str) -> dict:

@@ -138,7 +138,7 @@ def changes(study: Study) -> Figure:
     at = functools.partial(effects.nearest, split="heldout", step=5_000)
     return by_setting(study, CHANGES, functools.partial(at, metric="relative_within"),
                       lambda run: 100 * at(run, metric="ncc_accuracy", model="meta"),
-                      functools.partial(at, metric="accuracy"))
+                      lambda run: 100 * at(run, metric="accuracy"))
 
 
 def difficulty(study: Study) -> Figure:
@@ -153,10 +153,10 @@ def length(study: Study) -> Figure:
     legend = figures.keys(groups, figures.key("training classes"), figures.key("held-out classes", linestyle=":"))
     figure, (panels,) = figures.frame(1, 3, 2.6, legend)
     titles = "relative within trace, adapted", figures.LABELS["nc1"], "accuracy, adapted, %"
-    for axes, metric, title in zip(panels, ("relative_within", "nc1", None), titles):
+    for axes, metric, title in zip(panels, ("relative_within", "nc1", "accuracy"), titles):
         for group, colour, _ in figures.colours(groups):
             for split, style in figures.SPLITS.items():
-                curve = figures.of_metric(split, "finetuned", metric) if metric else figures.of_accuracy(split)
+                curve = figures.of_metric(split, "finetuned", metric, scale=100 if metric == "accuracy" else 1)
                 figures.draw(axes, group, curve, colour, style, smooth=split == "train")
         axes.set_title(title)
         figures.fit(axes, metric in figures.LOGARITHMIC)

@@ -41,8 +41,8 @@ def length(study: Study) -> str:
     for group in study.groups(LONG):
         last = min(run.last_step for run in group)
         for step in sorted({last, *(step for step in LENGTHS if step < last)}):
-            cells = [over(effects.nearest, split=split, metric=metric, step=step)(group)
-                     for split, metric in columns.values()]
+            cells = [over(effects.nearest, 100 if "%" in name else 1, split=split, metric=metric, step=step)(group)
+                     for name, (split, metric) in columns.items()]
             rows.append([label(group[0]), f"{step:,}", *cells])
     return table(["", "meta-step", *columns], rows)
 
@@ -55,7 +55,7 @@ def changes(study: Study) -> str:
     columns |= {f"relative within trace, {when}": over(at, metric="relative_within", model=model)
                 for model, when in MODELS.items()}
     columns["nearest support mean before adaptation, %"] = over(at, 100, metric="ncc_accuracy", model="meta")
-    columns["classifier, adapted, %"] = over(at, metric="accuracy")
+    columns["classifier, adapted, %"] = over(at, 100, metric="accuracy")
     columns["test: nearest support mean, %"] = over(effects.tested, 100, key="nearest_mean", place=0)
     columns["test: classifier, adapted, %"] = over(effects.tested, 100, key="accuracy", place=-1)
     rows = [[label(runs[0]), size, str(len(runs)), *(cell(runs) for cell in columns.values())]

@@ -95,16 +95,18 @@ def collapse(study: Study) -> str:
 
 
 def accuracy(study: Study) -> str:
+    adapted = functools.partial(effects.end, model="finetuned", metric="accuracy")
+
     def difference(run: Run) -> float:
-        return effects.end(run, "meta", "ncc_accuracy") - effects.accuracy_at_end(run)
+        return effects.end(run, "meta", "ncc_accuracy") - adapted(run)
 
     return compared(study, MAIN, [
         ("nearest support mean, untrained, %", over(effects.untrained, 100, model="meta", metric="ncc_accuracy")),
         NEAREST_MEAN,
         ("nearest support mean, adapted, %", over(effects.end, 100, model="finetuned", metric="ncc_accuracy")),
-        ("classifier, adapted, %", over(effects.accuracy_at_end, 100)),
+        ("classifier, adapted, %", over(adapted, 100)),
         ("difference, points", over(difference, 100)),
-        ("classifier, adapted, training tasks, %", over(effects.accuracy_at_end, 100, split="train")),
+        ("classifier, adapted, training tasks, %", over(adapted, 100, split="train")),
     ])
 
 

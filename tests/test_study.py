@@ -71,7 +71,7 @@ def original(folder: Path) -> float:
     (lambda path: end(path, "meta", "relative_within", -2, "train"),
      lambda one: effects.end(one, "meta", "relative_within", split="train")),
     (lambda path: statistics.fmean(row["inner"]["accuracy"]["mean"][-1] for row in late(path, "train")),
-     lambda one: effects.accuracy_at_end(one, "train")),
+     lambda one: effects.end(one, "finetuned", "accuracy", split="train")),
     (original, lambda one: effects.logit_share_change(one, "meta", "_original")),
 ])
 def test_numbers_of_the_committed_runs_recomputed(plain, of_study, setting):
