@@ -1,13 +1,13 @@
 """The study's numbers, from the logs under res/, in Markdown tables.
 
     python -m study.tables             rewrite the tables of README.md, study/README.md and study/TABLES.md
-    python -m study.tables --check     fail, naming the first number that differs from the logs
-    python -m study.tables collapse    print one table
+    python -m study.tables --check     fail, naming the first row that differs from the logs
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. A table whose runs are not in res/ says so.
 """
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -283,35 +283,21 @@ PAGES = "README.md", "study/README.md", "study/TABLES.md"
 TABLE_IN_PAGE = re.compile(r"<!-- table: (\w+) -->\n(.*?)\n?<!-- /table -->", re.DOTALL)
 
 
-def body_of(study: Study, name: str, place: str) -> str:
-    if name not in TABLES:
-        raise UserError(f"{place}: there is no table {name!r}; there are: {', '.join(TABLES)}")
-    return TABLES[name](study) or "*No run of this kind is in res/ yet.*"
-
-
-def difference(page_table: str, expected: str) -> str:
-    """The first cell in which two tables differ, by its row and column."""
-    page_rows, rows = ([[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n")]
-                       for text in (page_table, expected))
-    for page_row, row in zip(page_rows, rows):
-        for column, page_cell, cell in zip(rows[0], page_row, row):
-            if page_cell != cell:
-                return f"row {row[0]!r}, column {column!r}: {page_cell!r}, and the logs give {cell!r}"
-    return f"{len(page_rows)} lines, and the logs give {len(rows)}"
-
-
-def with_tables(text: str, study: Study, path: Path, check: bool) -> tuple[str, int]:
-    """The text of the page at `path` with its tables from the logs, and their number.
+def with_tables(text: str, study: Study, page: str, check: bool) -> tuple[str, int]:
+    """The text of a page with its tables from the logs, and their number.
 
     Raises:
         UserError: a table is not one of the study's or, with `check`, differs.
     """
     def replace(match: re.Match) -> str:
         name, body = match.groups()
-        expected = body_of(study, name, str(path))
+        if name not in TABLES:
+            raise UserError(f"{page}: there is no table {name!r}; there are: {', '.join(TABLES)}")
+        expected = TABLES[name](study) or "*No run of this kind is in res/ yet.*"
         if check and body != expected:
-            where = path.relative_to(study.folder.parent)
-            raise UserError(f"{where}, table {name}, {difference(body, expected)}; run python -m study.tables")
+            pairs = itertools.zip_longest(body.split("\n"), expected.split("\n"), fillvalue="")
+            row, logged = next((row, logged) for row, logged in pairs if row != logged)
+            raise UserError(f"{page}, table {name}: {row!r}, and the logs give {logged!r}; run python -m study.tables")
         return f"<!-- table: {name} -->\n{expected}\n<!-- /table -->"
 
     return TABLE_IN_PAGE.subn(replace, text)
@@ -319,21 +305,16 @@ def with_tables(text: str, study: Study, path: Path, check: bool) -> tuple[str, 
 
 def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
     parser = Parser(prog="python -m study.tables", description="Write the study's tables, from the logs in res/.")
-    parser.add_argument("names", nargs="*", metavar="TABLE", help=f"print these tables instead: {', '.join(TABLES)}")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail at the first number that differs")
-    options = parser.parse_args(arguments)
-    if options.names and options.check:
-        raise UserError("--check is of the tables in both pages; leave the names out")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail at the first row that differs")
+    check = parser.parse_args(arguments).check
     study = Study(home / "res")
-    for name in options.names:
-        print(body_of(study, name, "command line"))
-    for path in [] if options.names else [home / page for page in PAGES]:
-        text = path.read_text(encoding="utf-8")
-        new_text, tables = with_tables(text, study, path, options.check)
-        if new_text != text and not options.check:
-            with atomic(path) as file:
+    for page in PAGES:
+        text = (home / page).read_text(encoding="utf-8")
+        new_text, tables = with_tables(text, study, page, check)
+        if new_text != text and not check:
+            with atomic(home / page) as file:
                 file.write(new_text.encode())
-        print(f"{path.relative_to(home)}: {tables} tables")
+        print(f"{page}: {tables} tables")
 
 
 if __name__ == "__main__":
