@@ -2,7 +2,6 @@
 
     python -m study.run --jobs 2                 all of them into runs/study, two at a time
     python -m study.run omniglot-5w1s --seeds 1  one setting, one seed
-    python -m study.run --dry_run                print the commands
     python -m study.run --collect                copy finished runs to res/
 
 After --collect, `python plot_nc.py` redraws the figures and `python -m study.tables` rewrites the tables.
@@ -27,6 +26,7 @@ from study.logs import HOME
 
 RESULTS = ("result.json", "timing.json")  # a finished run has both
 ROOTS = {"omniglot_train.py": "omniglot/", "miniimagenet_train.py": "miniimagenet/"}  # the scripts' defaults
+RUNS = Path("runs/study")  # the folder of the runs' folders
 POLL_SECONDS = 1.0
 
 
@@ -47,7 +47,7 @@ class Job(NamedTuple):
         return [self.script, *self.flags, "--out", str(self.folder), "--root", root]
 
 
-def jobs_of(names: Sequence[str], seeds: Sequence[int] | None, out_root: Path) -> list[Job]:
+def jobs_of(names: Sequence[str], seeds: Sequence[int] | None) -> list[Job]:
     """The first seed of every setting, then the second: an interrupted study has some runs of each.
 
     Raises:
@@ -59,21 +59,21 @@ def jobs_of(names: Sequence[str], seeds: Sequence[int] | None, out_root: Path) -
     runs = [(seed, SETTINGS[name]) for name in dict.fromkeys(names or SETTINGS)
             for seed in dict.fromkeys(seeds or SETTINGS[name].seeds)]
     runs.sort(key=lambda pair: pair[0])
-    return [Job(out_root / f"{setting.name}-seed{seed}", setting.script,
+    return [Job(RUNS / f"{setting.name}-seed{seed}", setting.script,
                 (*shlex.split(setting.flags), "--seed", str(seed))) for seed, setting in runs]
 
 
-def run_all(jobs: Sequence[Job], at_once: int, threads: int, roots: dict[str, str]) -> None:
+def run_all(jobs: Sequence[Job], at_once: int, roots: dict[str, str]) -> None:
     """Run the unfinished jobs, `at_once` at a time; their output goes to FOLDER.txt.
 
-    If this process is stopped, it stops them, and each leaves a checkpoint.
+    Each has OMP_NUM_THREADS threads, or one. If this process is stopped, it stops them, and each leaves a checkpoint.
 
     Raises:
         UserError: a run failed; the others were run nevertheless.
     """
     waiting = [job for job in jobs if not job.finished]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished", flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    RUNS.mkdir(parents=True, exist_ok=True)
     running: dict[subprocess.Popen, Job] = {}
     failed = []
     try:
@@ -82,10 +82,10 @@ def run_all(jobs: Sequence[Job], at_once: int, threads: int, roots: dict[str, st
                 job = waiting.pop(0)
                 command = job.command(roots[job.script])
                 print(f"python {shlex.join(command)}", flush=True)
-                job.folder.parent.mkdir(parents=True, exist_ok=True)
                 with open(f"{job.folder}.txt", "ab") as output:
-                    process = subprocess.Popen([sys.executable, HOME / command[0], *command[1:]], env=environment,
-                                               stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                    process = subprocess.Popen([sys.executable, HOME / command[0], *command[1:]],
+                                               env={"OMP_NUM_THREADS": "1"} | os.environ, stdin=subprocess.DEVNULL,
+                                               stdout=output, stderr=output,
                                                start_new_session=True)  # Ctrl-C reaches this process alone
                 running[process] = job
             time.sleep(POLL_SECONDS)
@@ -141,31 +141,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="SETTING", help=f"{', '.join(SETTINGS)}; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the study's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
-    parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS of each run (default: 1)")
-    parser.add_argument("--out_root", type=Path, default=Path("runs/study"), help="folder of the runs' folders")
     parser.add_argument("--omniglot", default=ROOTS["omniglot_train.py"], metavar="ROOT", help="folder of its data")
     parser.add_argument("--photographs", default=ROOTS["miniimagenet_train.py"], metavar="ROOT", help="the same")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands of unfinished runs")
     parser.add_argument("--collect", action="store_true", help="copy finished runs to res/, run nothing")
     options = parser.parse_args(arguments)
-    if options.collect and options.dry_run:
-        raise UserError("--collect and --dry_run exclude each other; give one")
-    if min(options.jobs, options.threads) < 1:
-        raise UserError("--jobs and --threads must be at least 1")
-    jobs = jobs_of(options.names, options.seeds, options.out_root)
-    roots = {"omniglot_train.py": options.omniglot, "miniimagenet_train.py": options.photographs}
+    if options.jobs < 1:
+        raise UserError("--jobs must be at least 1")
+    jobs = jobs_of(options.names, options.seeds)
     if options.collect:
         collect(jobs, HOME / "res")
-    elif options.dry_run:
-        for job in jobs:
-            if not job.finished:
-                print(f"python {shlex.join(job.command(roots[job.script]))}")
     else:
         for name in ("SIGTERM", "SIGHUP"):  # so that the runs are stopped too; SIGHUP: the terminal is closed
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
                 signal.signal(number, lambda number, _: sys.exit(128 + number))
-        run_all(jobs, options.jobs, options.threads, roots)
+        run_all(jobs, options.jobs,
+                {"omniglot_train.py": options.omniglot, "miniimagenet_train.py": options.photographs})
 
 
 if __name__ == "__main__":

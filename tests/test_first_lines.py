@@ -43,9 +43,9 @@ def test_an_error_is_one_line_and_status_2(script, monkeypatch, capsys):
     assert out == "" and error.startswith("error: ") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [
-    ["-m", "study.run", "--dry_run"], ["-c", "import files; files.run(lambda: print(1))"]])
-def test_a_pipe_whose_reader_has_ended_is_no_error(command):
+@pytest.mark.parametrize("length", [1, 100_000])  # less and more than a stream's buffer
+def test_a_pipe_whose_reader_has_ended_is_no_error(length):
+    command = "-c", f"import files; files.run(lambda: print({length} * '1'))"
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([sys.executable, *command], cwd=PROJECT, stdout=writer, stderr=subprocess.PIPE)
