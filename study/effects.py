@@ -17,9 +17,6 @@ from study.logs import Run, Series, number
 
 END_SHARE = 0.1  # the last part of training, whose measurements are averaged
 HIDDEN = -2      # the classifier's input; a layer is a name, or an index into the run's layers
-BY_PARTS = "first step by parts"  # the control in controls.json
-UNTRAINED = f"{BY_PARTS}, untrained"
-SCALE = "scale of the rows, untrained"  # the control of the slope
 CONTROL_QUERIES = 15  # per class in controls.json, if its name says nothing else
 
 # 97.5% points of Student's t for 1..10 degrees of freedom; beyond them the last one, which is slightly too wide.
@@ -166,18 +163,11 @@ def dimension(run: Run, kind: str = "final") -> float:
 def in_control(run: Run, kind: str, key: str, place: int) -> float:
     """A control's "accuracy" or "nearest_mean" before (0) or after (-1) adaptation; nan if it has none.
 
-    "slope" of SCALE: with the whole inner loop (0), with the body fixed (1).
+    Of "first step by parts" also "rows" (0), the norm of the classifier's rows minus their mean, and "body" (0), that
+    of the body's step over its own. Of "scale of the rows" the "slope" with the whole inner loop (0), body fixed (1).
     """
     values = run.controls().get(kind, {}).get(key)
     return math.nan if values is None else number(values[place])
-
-
-def first_step(run: Run, quantity: str, kind: str = BY_PARTS) -> float:
-    """Of the control of the first inner step by parts; nan without it.
-
-    "rows": the norm of the classifier's rows minus their mean. "body": that of its step over that of its weights.
-    """
-    return in_control(run, kind, quantity, 0)
 
 
 def five_shot_share(run: Run, samples: str, inner_step: int) -> float:

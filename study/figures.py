@@ -235,7 +235,7 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
                     axes.axhline(error, color=colour, linestyle=":", linewidth=1)
                     axes.text(1.01, error, f"d = {dimension}", transform=axes.get_yaxis_transform(), va="center",
                               fontsize=7)
-            elif run.has(split, "finetuned", f"{metric}_null"):
+            else:
                 draw(axes, [run], null_of(metric), colour, ":")
         axes.set_title(title)
         fit(axes, metric in LOGARITHMIC)

@@ -95,11 +95,6 @@ class Run:
         """The classifier's input: the layer before the logits."""
         return self.layers[max(len(self.layers) - 2, 0)]
 
-    def has(self, split: str, model: str, metric: str) -> bool:
-        """Whether every measurement has the metric; logs older than the metric lack it."""
-        rows = self.rows[split].values()
-        return bool(rows) and all(isinstance(row.get(model), dict) and metric in row[model] for row in rows)
-
     @functools.cache
     def series(self, split: str, model: str, metric: str, layer: str) -> Series:
         """A metric of `model` ("meta", "finetuned", "support") against meta-steps.

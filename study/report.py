@@ -121,8 +121,8 @@ def by_setting(study: Study, kinds: dict[str, Sequence[str]], share: Callable, n
     figure, ((left, right, spread),) = figures.frame(1, 3, 0.5 + 0.27 * len(groups), [*legend, *POINTS])
     before_and_after(left, groups, *(functools.partial(share, model=model) for model in ("meta", "finetuned")))
     before_and_after(right, groups, nearest_mean, accuracy)
-    before_and_after(spread, groups, *(functools.partial(effects.first_step, quantity="rows", kind=kind)
-                                       for kind in (effects.UNTRAINED, effects.BY_PARTS)))
+    before_and_after(spread, groups, *(functools.partial(effects.in_control, kind=kind, key="rows", place=0)
+                                       for kind in ("first step by parts, untrained", "first step by parts")))
     left.set(title="A  Share within", xlim=(0, 0.9))
     right.set(title="B  Accuracy, %")
     spread.set(title="C  Spread of rows", xlabel="open: untrained", xscale="log")
@@ -167,16 +167,11 @@ def length(study: Study) -> Figure:
 
 def all_figures(study: Study) -> dict[str, Figure]:
     """Every figure of README.md and study/README.md whose runs are there, by its file."""
-    main = study.groups(MAIN)
-    if not main:
+    every = {"result.png": (MAIN, result),
+             "res/metrics.png": (MAIN, lambda study: figures.metrics(study.groups(MAIN))),
+             "res/learners.png": (LEARNERS, learners), "res/changes.png": (CHANGES["1 x 1"], changes),
+             "res/difficulty.png": (DIFFICULTY["photographs"], difficulty), "res/length.png": (LONG, length)}
+    drawn = {path: draw(study) for path, (names, draw) in every.items() if study.groups(names)}
+    if not drawn:
         raise UserError(f"no run of the study in {study.folder}; run python -m study.run, and then with --collect")
-    drawn = {"metrics": figures.metrics(main)}
-    if study.groups(LEARNERS):
-        drawn["learners"] = learners(study)
-    if study.groups(CHANGES["1 x 1"]):
-        drawn["changes"] = changes(study)
-    if study.groups(DIFFICULTY["photographs"]):
-        drawn["difficulty"] = difficulty(study)
-    if study.groups(LONG):
-        drawn["length"] = length(study)
-    return {"result.png": result(study)} | {f"res/{name}.png": figure for name, figure in drawn.items()}
+    return drawn

@@ -13,13 +13,12 @@ PUBLISHED = {("Omniglot", 5, 1): "98.7 ± 0.4 / 98.3 ± 0.5", ("Omniglot", 5, 5)
              ("Omniglot", 20, 1): "95.8 ± 0.3 / 89.4 ± 0.5", ("Omniglot", 20, 5): "98.9 ± 0.2 / 97.9 ± 0.1",
              ("miniImageNet", 5, 1): "48.70 ± 1.84 / 48.07 ± 1.75",
              ("miniImageNet", 5, 5): "63.11 ± 0.92 / 63.15 ± 0.91"}
-SLOPE = functools.partial(effects.in_control, kind=effects.SCALE, key="slope")
-PARTS = {"spread of the classifier's rows, untrained":
-         functools.partial(effects.first_step, quantity="rows", kind=effects.UNTRAINED),
-         "the same, trained": functools.partial(effects.first_step, quantity="rows"),
-         "body's step, relative": functools.partial(effects.first_step, quantity="body"),
-         "slope in the rows' scale, untrained": functools.partial(SLOPE, place=0),
-         "the same, body fixed": functools.partial(SLOPE, place=1)}
+PARTS = {name: functools.partial(effects.in_control, kind=kind, key=key, place=place) for name, kind, key, place in (
+    ("spread of the classifier's rows, untrained", "first step by parts, untrained", "rows", 0),
+    ("the same, trained", "first step by parts", "rows", 0),
+    ("body's step, relative", "first step by parts", "body", 0),
+    ("slope in the rows' scale, untrained", "scale of the rows, untrained", "slope", 0),
+    ("the same, body fixed", "scale of the rows, untrained", "slope", 1))}
 LENGTHS = (1_000, 6_000, 20_000, 40_000, 60_000)  # meta-steps shown of a long run
 
 
