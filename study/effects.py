@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from files import UserError
 from study.logs import Run, Series, number
 
 END_SHARE = 0.1  # the last part of training, whose measurements are averaged
@@ -83,15 +82,8 @@ def unbiased_cdnv(measured: np.ndarray, queries: int) -> np.ndarray:
 
 
 def untrained(run: Run, model: str, metric: str, layer: int | str = HIDDEN) -> float:
-    """The measurement at step 0.
-
-    Raises:
-        UserError: nothing was measured then.
-    """
-    steps, mean, _ = series(run, "heldout", model, metric, layer)
-    if 0 not in steps:
-        raise UserError(f"{run.path} has no measurement (heldout) at step 0; train it from the start")
-    return float(mean[steps == 0][0])
+    """The first measurement: that of step 0."""
+    return float(series(run, "heldout", model, metric, layer).mean[0])
 
 
 def end(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:

@@ -45,6 +45,11 @@ def over(value: Callable[..., float], scale: float = 1, **options) -> Cell:
     return cell
 
 
+def row_of(runs: list[Run], columns: dict[str, Callable[..., float]], **options) -> list[str]:
+    """A cell per column, of percent where its name says so; `options` are those of all columns."""
+    return [over(value, 100 if "%" in name else 1, **options)(runs) for name, value in columns.items()]
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; "" if it has no rows."""
     if not rows:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from study import effects
 from study.design import CHANGES, LONG, MAIN, METRICS, MODELS, SETTINGS, label
 from study.logs import Run, Study
-from study.markdown import fixed, over, table
+from study.markdown import fixed, over, row_of, table
 
 # In percent, MAML / first-order MAML: Finn, Abbeel, Levine 2017; first order on Omniglot: Nichol et al. 2018.
 PUBLISHED = {("Omniglot", 5, 1): "98.7 ± 0.4 / 98.3 ± 0.5", ("Omniglot", 5, 5): "99.9 ± 0.1 / 99.2 ± 0.2",
@@ -32,32 +32,29 @@ def published(run: Run) -> str:
 
 def length(study: Study) -> str:
     """The long runs at a few meta-steps, adapted: held-out tasks, and the share and accuracy on training tasks too."""
-    columns = {**{name: ("heldout", metric) for metric, name in METRICS.items()},
-               "accuracy, %": ("heldout", "accuracy"),
-               "relative within trace, training tasks": ("train", "relative_within"),
-               "accuracy, training tasks, %": ("train", "accuracy")}
+    heldout, train = (functools.partial(effects.nearest, split=split) for split in ("heldout", "train"))
+    columns = {name: functools.partial(heldout, metric=metric) for metric, name in METRICS.items()}
+    columns |= {"accuracy, %": functools.partial(heldout, metric="accuracy"),
+                "relative within trace, training tasks": functools.partial(train, metric="relative_within"),
+                "accuracy, training tasks, %": functools.partial(train, metric="accuracy")}
     rows = []
     for group in study.groups(LONG):
         last = min(run.last_step for run in group)
         for step in sorted({last, *(step for step in LENGTHS if step < last)}):
-            cells = [over(effects.nearest, 100 if "%" in name else 1, split=split, metric=metric, step=step)(group)
-                     for name, (split, metric) in columns.items()]
-            rows.append([label(group[0]), f"{step:,}", *cells])
+            rows.append([label(group[0]), f"{step:,}", *row_of(group, columns, step=step)])
     return table(["", "meta-step", *columns], rows)
 
 
 def changes(study: Study) -> str:
     """The paper's recipe, and the same with one thing changed: a row per setting."""
     at = functools.partial(effects.nearest, split="heldout", step=5_000)
-
-    columns = {name: over(value) for name, value in PARTS.items()}
-    columns |= {f"relative within trace, {when}": over(at, metric="relative_within", model=model)
-                for model, when in MODELS.items()}
-    columns["nearest support mean before adaptation, %"] = over(at, 100, metric="ncc_accuracy", model="meta")
-    columns["classifier, adapted, %"] = over(at, 100, metric="accuracy")
-    columns["test: nearest support mean, %"] = over(effects.tested, 100, key="nearest_mean", place=0)
-    columns["test: classifier, adapted, %"] = over(effects.tested, 100, key="accuracy", place=-1)
-    rows = [[label(runs[0]), size, str(len(runs)), *(cell(runs) for cell in columns.values())]
+    columns = PARTS | {f"relative within trace, {when}": functools.partial(at, metric="relative_within", model=model)
+                       for model, when in MODELS.items()}
+    columns |= {"nearest support mean before adaptation, %": functools.partial(at, metric="ncc_accuracy", model="meta"),
+                "classifier, adapted, %": functools.partial(at, metric="accuracy"),
+                "test: nearest support mean, %": functools.partial(effects.tested, key="nearest_mean", place=0),
+                "test: classifier, adapted, %": functools.partial(effects.tested, key="accuracy", place=-1)}
+    rows = [[label(runs[0]), size, str(len(runs)), *row_of(runs, columns)]
             for size, names in CHANGES.items() for runs in study.groups(names)]
     return table(["", "the classifier takes", "seeds", *columns], rows)
 

@@ -20,7 +20,7 @@ from files import Parser, UserError, atomic
 from study import effects
 from study.design import CELLS, DIFFICULTY, LEARNERS, LONG, MAIN, METRICS, MODELS, PHOTOGRAPHS, SMALL_PHOTOGRAPHS, label
 from study.logs import HOME, Run, Study
-from study.markdown import MISSING, Cell, fixed, over, table
+from study.markdown import MISSING, Cell, fixed, over, row_of, table
 from study.run_tables import PARTS, accuracies, changes, length, runs
 
 NAMED_LAYERS = tuple(zip(range(-5, 0), ("block 1", "block 2", "block 3", "block 4", "logits")))
@@ -181,17 +181,12 @@ def references(groups: list[list[Run]]) -> list[tuple[str, list[Run], str]]:
     return [("raw pixels", groups[0][:1], "pixels"), ("untrained", groups[0], "untrained")]
 
 
-def cells_of(runs: list[Run], kind: str, columns: dict[str, Value]) -> list[str]:
-    """The number of seeds and the columns, which are percent where their name says so."""
-    return [str(len(runs)), *(over(value, 100 if "%" in name else 1, kind=kind)(runs)
-                              for name, value in columns.items())]
-
-
 def with_references(study: Study, names: Sequence[str], columns: dict[str, Value]) -> list[list[str]]:
     """A row for the columns' names, for raw pixels, for the untrained network and for every setting with runs."""
     groups = study.groups(names)
     shown = [*references(groups), *((label(runs[0]), runs, "final") for runs in groups)] if groups else []
-    return [["", "seeds", *columns], *([name, *cells_of(runs, kind, columns)] for name, runs, kind in shown)]
+    return [["", "seeds", *columns],
+            *([name, str(len(runs)), *row_of(runs, columns, kind=kind)] for name, runs, kind in shown)]
 
 
 def learners(study: Study) -> str:
@@ -216,7 +211,7 @@ def difficulty(study: Study) -> str:
     """The same, narrower, of one inner loop on images whose classes are hard or easy to tell apart."""
     left_out = "tr(S_W S_B⁺)/C", "adapted", "nearest support mean, %", "by its own rule, not transductive, %"
     columns = {name: value for name, value in (CONTRAST | ROWS).items() if name not in left_out}
-    return table(["", "seeds", *columns], [[label(runs[0]), *cells_of(runs, "final", columns)]
+    return table(["", "seeds", *columns], [[label(runs[0]), str(len(runs)), *row_of(runs, columns, kind="final")]
                                            for names in DIFFICULTY.values() for runs in study.groups(names)])
 
 
@@ -253,7 +248,8 @@ def controls(study: Study) -> str:
     runs = study["paper-omniglot-5w1s"]
     kinds = dict.fromkeys(kind for run in runs for kind in run.controls()
                           if kind.split()[0] in ("final", "queries", "5-shot", "batch"))
-    return table(["control", "seeds", *columns], [[kind, *cells_of(runs, kind, columns)] for kind in kinds])
+    return table(["control", "seeds", *columns],
+                 [[kind, str(len(runs)), *row_of(runs, columns, kind=kind)] for kind in kinds])
 
 
 def adaptation(study: Study) -> str:
