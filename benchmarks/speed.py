@@ -4,7 +4,6 @@
     python benchmarks/speed.py                                      # all cases; writes benchmarks/speed.json
     python benchmarks/speed.py --only omniglot-paper --repeats 15   # one case
     OMP_NUM_THREADS=1 python benchmarks/speed.py                    # on one core
-    python benchmarks/speed.py --table                              # print the table of benchmarks/speed.json
 
 benchmarks/README.md says what is compared. Tasks are random images: the time does not depend on what they show. First
 all gradients are compared in float64, on a small part of each case. Then the implementations take turns in float32,
@@ -159,10 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=7, help="measured rounds; 7 if not given")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--json", type=Path, metavar="FILE", default=HERE / "speed.json", help="of the results")
-    parser.add_argument("--table", action="store_true", help="only print the table of FILE")
     args = parser.parse_args(argv)
-    if args.table:
-        return print(table(json.loads(args.json.read_text())))
     if args.repeats < 1:
         parser.error("--repeats must be at least 1")
     device = start(args)
