@@ -20,7 +20,7 @@ from images import FORMATS, ImageFile, ImageSet
 from tasks import Dataset
 
 SPLIT_SEED = 2015  # of the shuffle of the class names; fixed, so that --seed never moves a class to another split
-SHARES = {"train": 0.64, "val": 0.16, "test": 0.20}  # of the classes, as miniImageNet's
+SHARES = {"val": 0.16, "test": 0.20}  # of the classes, as miniImageNet's; the others are for training
 REMEDY = "replace or convert them, or remove them"  # of images that can't be read
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp")
 OTHER_EXTENSIONS = (".webp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".ppm", ".pgm",

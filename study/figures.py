@@ -65,7 +65,8 @@ def colours(groups: Sequence[Group]) -> list[tuple[Group, str, str]]:
     return [(group, PALETTE[i % len(PALETTE)], names[i].replace("$", r"\$")) for i, group in enumerate(groups)]
 
 
-def draw(axes: Axes, group: Group, curve: Curve, colour: str, style="-", smooth: bool = False) -> None:
+def draw(axes: Axes, group: Group, curve: Curve, colour: str, style="-", smooth: bool = False,
+         band: bool = True) -> None:
     """A thin line per seed, and a thick one for their mean at the steps that all have; for one seed, with a band."""
     seeds = []  # per seed: step -> value
     for run in group:
@@ -75,7 +76,7 @@ def draw(axes: Axes, group: Group, curve: Curve, colour: str, style="-", smooth:
         if smooth:
             values, *half = (effects.smoothed(steps, numbers) for numbers in (values, *half))
         seeds.append(dict(zip(steps, values)))
-        if len(group) == 1 and half:
+        if len(group) == 1 and half and band:
             axes.fill_between(steps, values - half[0], values + half[0], color=colour, alpha=0.15, linewidth=0)
     if not seeds:
         return
@@ -214,9 +215,6 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
     """NC1 to NC4 against meta-steps, and their level with permuted labels; for NC2, with random directions."""
     split = common_split(groups)
 
-    def null_of(metric: str) -> Curve:
-        return lambda run: of_metric(split, "finetuned", f"{metric}_null", layer)(run)[:2]  # without the band
-
     # the references depend on ways and queries: one grey line for all settings, or a line in each one's colour
     one_size = len({(run.settings["n_way"], run.queries) for run, *_ in groups}) == 1
     references = [(groups[0][0], GREY)] if one_size else [(group[0], colour) for group, colour, _ in colours(groups)]
@@ -236,7 +234,7 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
                     axes.text(1.01, error, f"d = {dimension}", transform=axes.get_yaxis_transform(), va="center",
                               fontsize=7)
             else:
-                draw(axes, [run], null_of(metric), colour, ":")
+                draw(axes, [run], of_metric(split, "finetuned", f"{metric}_null", layer), colour, ":", band=False)
         axes.set_title(title)
         fit(axes, metric in LOGARITHMIC)
         step_axis(axes, groups)
