@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             kept = dict(json.loads(path.read_bytes()))
     with memory_runs_out("lower --task_chunk or take another --device"):
         written = kept | measure(folder, args, script, only)
-    with atomic(path, "w", "free some space or give rights there, then measure again") as file:
+    with atomic(path, "w", "free space or fix the permissions there, then measure again") as file:
         file.write("{" + ",\n".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in written.items()) + "}\n")
     say(f"wrote {path}")
 

@@ -71,7 +71,8 @@ def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapp
         for _ in range(steps):
             weights = trajectory[-1] if second_order else leaves(trajectory[-1])
             loss = cross_entropy(net(x, weights), y).sum()  # tasks share nothing: each gets its own gradient
-            gradients = torch.autograd.grad(loss, [weights[name] for name in lr], create_graph=second_order)
+            adapted = [weights[name] for name in lr]  # none: BOIL of a network without a body
+            gradients = torch.autograd.grad(loss, adapted, create_graph=second_order) if adapted else []
             trajectory.append(weights | {name: weights[name].add(g, alpha=-lr[name]) for name, g in zip(lr, gradients)})
     return trajectory
 
@@ -108,7 +109,10 @@ def inner_rates(net: Learner, learner: str, lr: float, head_lr: float | None = N
     """Inner learning rate of each weight that the learner's inner loop adapts; `head_lr` is for the last layer."""
     head = dict.fromkeys(net.head, lr if head_lr is None else head_lr)
     body = {name: lr for name in net.adaptable if name not in head}
-    return {"anil": head, "boil": body}.get(learner, body | head)
+    rates = {"maml": body | head, "anil": head, "boil": body} | dict.fromkeys(BASELINES, body | head)
+    if learner not in rates:
+        raise ValueError(f"learner {learner!r}: must be one of {', '.join(rates)}")
+    return rates[learner]
 
 
 @dataclass(eq=False, repr=False)
@@ -116,7 +120,8 @@ class Meta:
     """MAML around a Learner: its weights are theta, Adam is the outer optimiser.
 
     `step` counts meta-steps, and `updates`, on the device, those that changed the weights. If a loss, a gradient or
-    Adam's state is not finite, the update is skipped; training halts there (default) or continues.
+    Adam's state is not finite, the update is skipped, and all later ones too unless `skip_nonfinite` is set: nothing is
+    raised, so compare `updates` with `step`.
     With several processes (device.py), each takes an equal share of a meta-step's tasks.
     """
 
@@ -127,7 +132,7 @@ class Meta:
     update_step_test: int = 10  # inner steps in `finetune`
     first_order: bool = False  # take the inner gradients as constants
     nc_every: int = 0  # measure at meta-steps 0, nc_every, 2 nc_every, ...; 0: never
-    task_chunk: int = 0  # maximum tasks in memory at once; lower saves memory, the result is the same; 0: as fits
+    task_chunk: int = 0  # maximum tasks in memory at once; lower saves memory; the same up to rounding; 0: as fits
     seed: int = 222  # of the permuted labels (the metrics' null)
     nc_every_late: int | None = None  # nc_every from meta-step LATE on; None: the same
     clip: float = 0.0  # each value of the outer gradient is clipped to -clip..clip, as in the paper's code; 0: none

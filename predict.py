@@ -163,8 +163,12 @@ def _content(picture: Picture, name: str) -> tuple[bytes | np.ndarray | Image.Im
         with reading(picture, "give the file name of an image"):
             return Path(os.path.expanduser(picture)).read_bytes(), str(picture)
     array = picture.cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
+    if array.dtype == bool:  # a PIL image of mode "1"
+        array = np.uint8(255) * array
     if array.dtype != np.uint8 or array.ndim != 2 and array.shape[2:] != (3,):
         raise UserError(f"{name} is {array.dtype} {list(array.shape)}; give uint8 [h, w] or [h, w, 3] in 0..255")
+    if array.size and array.max() == 1:
+        raise UserError(f"{name} has only pixels 0 and 1; multiply them by 255")
     return array, name
 
 

@@ -166,7 +166,7 @@ def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
     path = run / f"{name}{other_images(run, args)}.json"
     if devices.rank() == 0:
         remove_stale(run, path.name)  # not other names: another test may be writing its own
-        write_json(path, result, "free some space or give rights there, then test again")
+        write_json(path, result, "free space or fix the permissions there, then test again")
     say(f"written to {path}")
 
 

@@ -150,7 +150,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("cache", None, "folder of the decoded images; if not given, ROOT/cache, or FOLDER/.cache with --data FOLDER")
     choice("synthetic", False, "train on generated images, with no data at all, and evaluate on fewer tasks")
     flag("out", None, "folder of the run; runs/SCRIPT-<n>w<k>s-seed<seed>-<time> if not given")
-    flag("task_chunk", 0, "maximum tasks in memory at once; lower saves memory, same result; "
+    flag("task_chunk", 0, "maximum tasks in memory at once; lower saves memory, and gives the same up to rounding; "
          "0: as fits the device")
     choice("cuda_graph", True, "on CUDA, capture the training step once and replay it: the same result, faster")
     flag("precision", "float32", "of matrix products: tf32 (CUDA) is faster and coarser",
@@ -221,7 +221,7 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
             settings |= {"data": None, "data_name": None, "synthetic": False}
             settings |= {name: value for name, value in own.items() if name in settings}
     if mode == "from_args":
-        if settings["nc_qry"] == NC_QRY or "k_spt" in flags:  # what `check` fills in is recorded too
+        if settings["nc_qry"] == NC_QRY or {"k_spt", "data", "synthetic"} & flags.keys():  # `check` filled it in, maybe
             settings["nc_qry"] = None
         return argparse.Namespace(**settings | {"out": None} | flags)
     for name, value in flags.items():

@@ -51,10 +51,11 @@ CHECK_EVERY = 10  # on CUDA, steps between two checks for signals and failed upd
 
 def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argparse.Namespace], Learner]) -> None:
     """Train, validate and test with these settings; with --resume continue a run, with --test test it again."""
-    fewer = f"--task_chunk (now {args.task_chunk or 'as fits the device'})"
+    chunk = f"--task_chunk (now {args.task_chunk or 'as fits the device'}) or "
     if args.learner == "classifier" and args.test is None:
-        fewer = f"--task_num (now {args.task_num})"
-    remedy = f"lower {fewer} to hold fewer tasks at once, or take another --device than {args.device}"
+        chunk = ""
+    remedy = (f"lower {chunk}--task_num (now {args.task_num}) to hold fewer tasks at once, or take another --device "
+              f"than {args.device}")
     with devices.memory_runs_out(remedy):
         device = devices.select_device(args.device)
         check(args, dataset, network)
@@ -354,10 +355,11 @@ def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
     devices.wait()  # for the process that writes the weights
     remedy = f"the run has not reached that step yet; continue it with --resume {quoted(run)}"
     tested = checkpoint.load_weights(run / f"{args.test_weights}.pt", maml.net, data.device, remedy, validated=True)
-    say(f"testing on {args.test_tasks} tasks of the test classes")
+    classes, _ = data.dataset.sizes()["test"]
+    say(f"testing on {args.test_tasks} tasks of the {classes} test classes of {data.dataset.name()}")
     adapted = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, TEST_SEED, signals,
                         nontransductive=alone_steps)
-    result = {"data": data.dataset.name()}
+    result = {"data": data.dataset.name(), "test_classes": classes}
     for name, transductive in (("test", True), ("test_nontransductive", False)):
         mean, interval, nearest, nearest_interval = _accuracies(adapted, transductive)
         steps = all_steps if transductive else alone_steps
@@ -367,9 +369,10 @@ def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
             "nearest_mean_ci95": numbers(nearest_interval), "inner_steps": steps, "tasks": args.test_tasks,
             "n_way": args.n_way, "k_spt": args.k_spt, "k_qry": queries}
         how = "queries together" if transductive else "each query with the support set alone"
+        own = " (this learner's own rule)" if args.learner in BASELINES else ""
         say(f"test accuracy on {result['data']}, {args.n_way}-way {args.k_spt}-shot, {how}: after {last_step} inner "
             f"steps {100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f}, nearest support mean before "
-            f"adaptation {100 * nearest[0]:.2f}% ± {100 * nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, "
+            f"adaptation{own} {100 * nearest[0]:.2f}% ± {100 * nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, "
             f"{'1 query' if queries == 1 else f'{queries} queries'} per class, {args.test_weights} weights, "
             f"of step {tested['step']})")
         say(f"after {', '.join(map(str, steps))} inner steps: {percent(mean)}")

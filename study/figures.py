@@ -246,7 +246,7 @@ def layers(groups: Sequence[Group], layer: str | None = None) -> Figure:
     split = common_split(groups)
     measured = {step for group in groups for step in set.intersection(*(set(run.rows[split]) for run in group))}
     steps = sorted({min(measured, key=lambda other, step=step: (abs(other - step), other))
-                    for step in (0, 250, 1_000, 6_000, 20_000, 60_000) if step <= max(measured, default=-1)})
+                    for step in (0, 250, 1_000, 6_000, 20_000, 60_000) if measured})
     shades = dict(zip(steps, matplotlib.colormaps["viridis_r"](np.linspace(0.12, 1, len(steps)))))
     legend = [key(f"meta-step {step:,}", shade, linewidth=2.2) for step, shade in shades.items()]
     rows = math.ceil(len(groups) / 3)
@@ -270,14 +270,16 @@ def layers(groups: Sequence[Group], layer: str | None = None) -> Figure:
 
 
 def accuracy(groups: Sequence[Group], layer: str | None = None) -> Figure:
-    """Accuracy on held-out tasks: by the adapted classifier, and by the nearest support mean before adaptation."""
+    """Accuracy on held-out tasks: by the classifier after training's number of inner steps, and by the nearest support
+    mean before adaptation."""
     for run in [run for group in groups for run in group]:
         if run.layers and not run.rows["heldout"]:
             raise UserError(f"{run.path} has no measurement on held-out tasks; let it run to its first validation")
     shown = layer or distinct(groups, "hidden")
     before = key(f"nearest support mean at {shown}, before adaptation", linestyle=STYLES["meta"])
-    figure, ((axes,),) = frame(1, 1, 3.1, keys(groups, key("adapted classifier"), before))
-    headline(figure, groups, TASKS["heldout"])
+    figure, ((axes,),) = frame(1, 1, 3.1, keys(groups, key("adapted classifier, after training's inner steps"), before))
+    queries = sorted({run.queries for run, *_ in groups})
+    headline(figure, groups, TASKS["heldout"], f"{' or '.join(map(str, queries))} queries per class")
     for group, colour, _ in colours(groups):
         draw(axes, group, of_metric("heldout", "finetuned", "accuracy", scale=100), colour)
         draw(axes, group, of_metric("heldout", "meta", "ncc_accuracy", layer, scale=100), colour, STYLES["meta"])

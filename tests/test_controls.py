@@ -190,6 +190,19 @@ def test_no_more_tasks_go_together_than_asked_for(tmp_path, monkeypatch):
     assert found[1] == pytest.approx(found[0], 1e-3) and found[2] == pytest.approx(found[0], 1e-3)
 
 
+def test_a_fixed_body_of_boil_adapts_nothing(tmp_path):
+    run = str(tmp_path / "run")
+    omniglot_train.main([*FLAGS, "--learner", "boil", "--out", run])
+    controls.main([run, "--tasks", "4", "--only", controls.ROWS])
+    found = json.loads((tmp_path / "run/controls.json").read_text())[controls.ROWS]["slope"]
+    script, args = predict.settings_of(run)
+    args.k_qry_test = 15
+    data, net = training.Data(args, script.dataset(args), torch.device("cpu")), predict.load(run, "last").net
+    tasks = data.sampler("test", data.load("test"), training.TEST_SEED)(4)
+    slopes = slope_of_scale(net, tasks, args.update_lr, lambda name: "linear" not in name), slope_of_scale(net, tasks, 0, bool)
+    assert found == pytest.approx(slopes, rel=1e-2, abs=1e-3)
+
+
 def test_classes_of_fewer_images_than_five_shots_and_the_usual_queries(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "CHARACTER_IMAGES", 17)
     run = str(tmp_path / "run")

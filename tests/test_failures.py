@@ -38,7 +38,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, whole):
     run = train(tmp_path / "run", "--epoch", "2")
     good = (run / "checkpoint.pt").read_bytes()
     with limit("FSIZE", size - 1000):
-        assert "checkpoint.pt: File too large; free some space" in refused("--resume", str(run), "--epoch", "8")
+        assert "checkpoint.pt: File too large; free space or fix" in refused("--resume", str(run), "--epoch", "8")
     assert (run / "checkpoint.pt").read_bytes() == good
     assert not list(run.glob("*.tmp"))
     resume(run)
@@ -59,7 +59,7 @@ def test_a_disk_that_is_full_only_when_it_is_flushed(call, name, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         said = refused(*TINY, "--out", str(run))
-    assert said.startswith(f"can't write {run / name}: {os.strerror(errno.EDQUOT)}; free some space")
+    assert said.startswith(f"can't write {run / name}: {os.strerror(errno.EDQUOT)}; free space or fix")
     assert not list(run.glob("*.tmp"))
     if call > 1:
         resume(run)

@@ -107,6 +107,8 @@ def test_files_arrays_and_pil_images_are_the_same(tmp_path, runs, images, channe
     assert expected.shape == (1, 13, channels, 28, 28)
     for pictures in (map(str, files), map(Image.open, files), colour, np.stack(colour), torch.tensor(np.stack(colour))):
         assert torch.equal(model.pixels(list(pictures)), expected)
+    drawn = [Image.fromarray(image > 99) for image in images]  # of mode "1", as Omniglot's files
+    assert torch.equal(model.pixels(drawn), model.pixels([np.array(one) for one in drawn]))
 
 
 def test_photographs():
@@ -159,6 +161,7 @@ def test_paths_in_the_home_folder_and_generators(tmp_path, runs, images, monkeyp
     (lambda run, model, four: model.predict(four, LABELS, [run / "absent.png"]), "absent.png: No such file"),
     (lambda run, model, four: model.predict(four, LABELS, [run / "args.json"]), "args.json is none of JPEG"),
     (lambda run, model, four: model.predict(four, LABELS, [four[0] / 255]), "is float64 [40, 30]; give uint8"),
+    (lambda run, model, four: model.predict(four, LABELS, [four[0] // 128]), "image 0 has only pixels 0 and 1"),
     (lambda run, model, four: model.predict(four, LABELS, [four[0][:0]]), "image 0 is empty"),
     (lambda run, model, four: model.predict(four, LABELS, [four[0][:, :0]]), "image 0 can't be decoded (it has no pix"),
     (lambda run, model, four: model.predict(four, LABELS, np.stack([four[0]] * 3, 2)), "a single image was given"),

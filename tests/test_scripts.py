@@ -306,7 +306,7 @@ def test_what_other_data_changes(tmp_path, monkeypatch):
     assert same.data == own.data and same.data_name == "my glyphs" and same.device == "cpu"
     assert same.nc_qry is None  # filled in by the run, and again for the next
     path.write_text(json.dumps({"settings": settings.recorded_settings(own) | {"nc_qry": 10}}))
-    for flags, nc_qry in (([], 10), (["--k_spt", "12"], None)):  # 10 were left of the run's classes
+    for flags, nc_qry in (([], 10), (["--k_spt", "12"], None), (["--data", "x"], None)):  # 10 were left of its classes
         assert omniglot_train.arguments(["--from_args", str(path), *flags]).nc_qry == nc_qry
     for flags, data, name in (("--synthetic", None, None), ("--data other", "other", None),
                               ("--data other --data_name x", "other", "x")):
