@@ -163,8 +163,8 @@ def locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab")
     except (OSError, ValueError) as error:  # ValueError: a character that no path can hold
-        raise UserError(f"can't write in {path.parent}: {getattr(error, 'strerror', error)}; fix the permissions there or name "
-                        "another folder") from error
+        raise UserError(f"can't write in {path.parent}: {getattr(error, 'strerror', error)}; fix the permissions "
+                        "there or name another folder") from error
     with file:
         try:
             if fcntl:

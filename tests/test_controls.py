@@ -199,7 +199,8 @@ def test_a_fixed_body_of_boil_adapts_nothing(tmp_path):
     args.k_qry_test = 15
     data, net = training.Data(args, script.dataset(args), torch.device("cpu")), predict.load(run, "last").net
     tasks = data.sampler("test", data.load("test"), training.TEST_SEED)(4)
-    slopes = slope_of_scale(net, tasks, args.update_lr, lambda name: "linear" not in name), slope_of_scale(net, tasks, 0, bool)
+    slopes = [slope_of_scale(net, tasks, args.update_lr, lambda name: "linear" not in name),
+              slope_of_scale(net, tasks, 0, bool)]
     assert found == pytest.approx(slopes, rel=1e-2, abs=1e-3)
 
 

@@ -75,7 +75,8 @@ def test_the_figures_name_the_data_the_tasks_and_the_layer(tmp_path):
     assert heading("layers", part, whole) == "$x^$ and Omniglot, training tasks"
     assert heading("accuracy", whole) == "Omniglot, held-out tasks, 15 queries per class"
     legend, = figures.layers(logs.read_groups([whole])).legends
-    assert f"meta-step {max(logs.read_run(whole).rows['heldout']):,}" in [text.get_text() for text in legend.get_texts()]
+    last = max(logs.read_run(whole).rows["heldout"])
+    assert f"meta-step {last:,}" in [text.get_text() for text in legend.get_texts()]
     keys = [text.get_text() for text in figures.accuracy(logs.read_groups([whole]), "block2").legends[0].get_texts()]
     assert keys[-1] == "nearest support mean at block2, before adaptation"
     names = [name for _, _, name in figures.colours(logs.read_groups([whole, part]))]
