@@ -6,7 +6,7 @@ them as constants.
 
     net = Learner(layers, imgc=1, imgsz=28)
     maml = Meta(net, update_lr=0.4, update_step=5)
-    step = maml(tasks)                          # one meta-step
+    step = maml(tasks)                          # one meta-step; tasks.py shows where tasks come from
     adapted = maml.finetune(tasks)              # test: accuracy after each inner step; theta stays as it is
 """
 

@@ -3,6 +3,11 @@
 A task picks `n_way` classes and, of each, `k_spt` support and `k_qry` query images, all different (Vinyals et al.
 2016). One random permutation is cut into support and query, so they are disjoint by construction. Labels are
 0..n_way-1: which class gets which label is drawn for every task.
+
+    args = omniglot_train.arguments(["--recipe", "paper"])
+    dataset, net = omniglot_train.dataset(args), omniglot_train.network(args)
+    sampler = Sampler(dataset.load("train"), dataset, torch.device("cpu"), seed=0, n_way=5, k_spt=1, k_qry=1)
+    step = Meta(net, update_lr=2.0, update_step=1)(sampler(32))      # a meta-step of 32 tasks, in a loop of your own
 """
 
 import math

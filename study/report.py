@@ -125,7 +125,7 @@ def by_setting(study: Study, kinds: dict[str, Sequence[str]], share: Callable, n
                                        for kind in ("first step by parts, untrained", "first step by parts")))
     left.set(title="A  Share within", xlim=(0, 0.9))
     right.set(title="B  Accuracy, %")
-    spread.set(title="C  Spread of rows", xlabel="open: untrained", xscale="log")
+    spread.set(title="C  Spread of rows", xlabel="open: untrained\nfilled: trained", xscale="log")
     spread.minorticks_off()
     spread.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
     left.set_yticklabels([re.sub("classifier from | of 32 x 32(, MAML)?", "", label(group[0]))
