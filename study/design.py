@@ -79,7 +79,7 @@ SETTINGS = {setting.name: setting for setting in (
           ("omniglot-in-noise", "characters in noise of 0.4",
            "omniglot/folders-noise", "Omniglot in noise", (1, 2), "--epoch 40000"),
           ("omniglot-in-noise-5-shot", "characters in noise of 0.4, 5-shot",
-           "omniglot/folders-noise", "Omniglot in noise", (1,), "--epoch 28000 --k_spt 5 --task_num 4"))),
+           "omniglot/folders-noise", "Omniglot in noise", (1, 2), "--epoch 28000 --k_spt 5 --task_num 4"))),
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
     Setting("small-step", "1 inner step at rate 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1, 2)),
