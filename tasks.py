@@ -109,7 +109,7 @@ def as_tasks(picked: Tensor, k_spt: int, mean: Tensor | Sequence[float], std: Te
 
 
 class Sampler:
-    """Tasks from the images of a split, which must have enough classes and images.
+    """Tasks from the images of a split.
 
     Args:
         images: uint8 [classes * turns, images per class, c, h, w], on `device` or on the host.
@@ -122,6 +122,8 @@ class Sampler:
         k_qry, nc_qry: query images per class of a task, and of the same task when neural collapse is measured. The
             smaller set is a subset of the larger.
         counts: images of each class, where they are unequal.
+    Raises:
+        ValueError: too few classes, or too few images per class.
     """
 
     def __init__(self, images: Tensor, dataset: Dataset, device: torch.device, seed: int, n_way: int, k_spt: int,
@@ -130,6 +132,13 @@ class Sampler:
         self.images, self.device, self.n_way, self.k_spt, self.turns = images, device, n_way, k_spt, turns
         self.k_qry, self.nc_qry = k_qry, k_qry if nc_qry is None else nc_qry
         self.k = k_spt + max(self.k_qry, self.nc_qry)
+        classes, per_class = len(images) // turns, images.shape[1]
+        if n_way > classes:
+            raise ValueError(f"{n_way}-way tasks need {n_way} classes, here are {classes}")
+        if self.k > per_class:
+            raise ValueError(f"support and query images need {self.k} per class, here are {per_class}")
+        if counts is not None and self.k > min(counts):
+            raise ValueError(f"support and query images need {self.k} per class, and one class has {min(counts)}")
         self.mean, self.std = (torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
         self.generator = torch.Generator(images.device if on_device else "cpu").manual_seed(seed)
         self.counts = None if counts is None else torch.tensor(counts, device=self.generator.device)

@@ -51,9 +51,8 @@ CHECK_EVERY = 10  # on CUDA, steps between two checks for signals and failed upd
 
 def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argparse.Namespace], Learner]) -> None:
     """Train, validate and test with these settings; with --resume continue a run, with --test test it again."""
-    chunk = f"--task_chunk (now {args.task_chunk or 'as fits the device'}) or "
-    if args.learner == "classifier" and args.test is None:
-        chunk = ""
+    all_together = args.learner == "classifier" and args.test is None
+    chunk = "" if all_together else f"--task_chunk (now {args.task_chunk or 'as fits the device'}) or "
     remedy = (f"lower {chunk}--task_num (now {args.task_num}) to hold fewer tasks at once, or take another --device "
               f"than {args.device}")
     with devices.memory_runs_out(remedy):

@@ -99,7 +99,7 @@ class Run:
     def series(self, split: str, model: str, metric: str, layer: str) -> Series:
         """A metric of `model` ("meta", "finetuned", "support") against meta-steps.
 
-        "accuracy" is the adapted classifier's, whatever the model and layer, and has no standard error here.
+        "accuracy" is the adapted classifier's for every model and layer, and has no standard error here.
         """
         points = []
         for step, row in sorted(self.rows[split].items()):

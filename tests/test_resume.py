@@ -234,10 +234,11 @@ def rewrite(run: Path, **settings) -> str:
 
 @pytest.mark.slow
 def test_from_args_repeats_a_run_and_so_does_a_file_of_an_older_version(whole, tmp_path):
+    """Whose "paper" network is today's conv_bn_relu."""
     old = shutil.copytree(whole, tmp_path / "old")
     newer = ("recipe", "learner", "pixels", "nc_qry", "k_qry_test", "test_weights", "transductive", "lr_schedule",
              "keep_every", "clip", "skip_nonfinite", "save_every", "deterministic")
-    path = rewrite(old, **dict.fromkeys(newer, "away"))
+    path = rewrite(old, net="paper", **dict.fromkeys(newer, "away"))
     for source, out in ((whole / "args.json", "run"), (path, "again")):
         omniglot_train.main(["--from_args", str(source), "--out", str(tmp_path / out)])
         assert (tmp_path / out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()

@@ -74,6 +74,16 @@ def test_normalisation_and_nothing_else_changes(mean, std):
             torch.testing.assert_close(found[:, :, c], (x[:, :, c] - mean[c % len(mean)]) / std[c % len(std)])
 
 
+@pytest.mark.parametrize("options, text", [
+    ({"n_way": 13}, "13-way tasks need 13 classes, here are 12"),
+    ({"k_spt": 3, "k_qry": 5}, "support and query images need 8 per class, here are 7"),
+    ({"counts": [7, 4] * 6}, "support and query images need 5 per class, and one class has 4"),
+])
+def test_too_few(options, text):
+    with pytest.raises(ValueError, match=text):
+        draw(**options)
+
+
 def test_classes_of_unequal_size():
     counts = [5, 7] * 6
     tasks = draw(400, counts=counts)
@@ -122,6 +132,8 @@ def test_a_character_never_meets_its_own_rotation_and_its_class_is_the_index_dra
         assert all(len(set(row.tolist())) == 3 for row in classes)
         turns |= set(turned.flatten().tolist())
     assert turns == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match="3-way tasks need 3 classes, here are 2"):
+        sampler(with_rotations(encoded(classes=2)), turns=4)(1)
 
 
 def test_chunks_cut_along_tasks_and_cat_puts_them_together():
