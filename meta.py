@@ -139,6 +139,7 @@ class Meta:
     skip_nonfinite: bool = False  # skip an update that is not finite and continue, else training halts there
     learner: str = "maml"  # or anil, boil (see `inner_rates`); protonet, classifier: no inner loop in training
     head_lr: float | None = None  # inner learning rate of the last layer; None: update_lr
+    freeze_head: bool = False  # the last layer's weights in theta are not trained; the inner loop still adapts them
     cosine_steps: int = 0  # Adam's rate falls to 0 as half a cosine over this many updates; 0: it is constant
 
     def __post_init__(self) -> None:
@@ -209,7 +210,10 @@ class Meta:
         """What `meta_gradient` returns; without an inner loop there is no trajectory."""
         if self.learner in BASELINES:
             return *BASELINES[self.learner](self.net, tasks, classes), None
-        return meta_gradient(self.net, tasks, self.rates, self.update_step, self.first_order, query_chunk)
+        gradient, *rest = meta_gradient(self.net, tasks, self.rates, self.update_step, self.first_order, query_chunk)
+        if self.freeze_head:  # Adam leaves a weight whose gradient is always 0 as it is
+            gradient = [g * (name not in self.net.head) for name, g in zip(self.net.weights, gradient)]
+        return gradient, *rest
 
     def adapt(self, tasks: Tasks, steps: int) -> list[Weights]:
         """The inner loop from theta, without its graph: K+1 sets of weights, as `adapt`."""

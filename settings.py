@@ -125,6 +125,8 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
          "not given", choices=["kaiming", "xavier"])
     flag("head_std", None, "standard deviation of the last layer's initial weights; the network's own if not given",
          type=float)
+    choice("freeze_head", False, "the last layer's initial weights are not trained, but adapted by the inner loop as "
+           "always; with --head_std 0 they stay 0 (the zeroing trick of Kao et al. 2022)")
     flag("pixels", None, "normalised: with ImageNet's mean and standard deviation (in omniglot_train.py the same as "
          "unit); unit: 0..1; inverted: 1..0",
          choices=["normalised", "unit", "inverted"])

@@ -74,6 +74,23 @@ def test_the_papers_sizes_and_initial_weights():
     assert kernel.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.06)  # fan in: 9
 
 
+@pytest.mark.parametrize("learner, first_order", [("maml", False), ("maml", True), ("anil", False)])
+def test_a_frozen_head_stays_in_theta_and_all_else_trains_as_without(net, learner, first_order):
+    tasks, free = make_tasks(), copy.deepcopy(net)
+    options = dict(update_lr=0.5, update_step=2, first_order=first_order, learner=learner)
+    frozen = Meta(net, freeze_head=True, **options)
+    before = {name: weight.clone() for name, weight in net.weights.items()}
+    Meta(free, **options)(tasks)
+    frozen(tasks)
+    for name, weight in net.weights.items():
+        if name in net.head:
+            assert torch.equal(weight, before[name]) and not torch.equal(free.weights[name], before[name])
+        else:
+            assert torch.equal(weight, free.weights[name]) and not torch.equal(weight, before[name])
+    frozen(tasks)
+    assert all(torch.equal(net.weights[name], before[name]) for name in net.head)
+
+
 @pytest.mark.parametrize("second_order", [False, True])
 @pytest.mark.parametrize("head_lr", [None, 0.2])
 @pytest.mark.parametrize("learner, changes", [
