@@ -1,6 +1,7 @@
-"""What MAML is compared with: a prototypical network and an ordinary classifier, trained by the same loop.
+"""What MAML is compared with: ANIL, BOIL, a prototypical network and an ordinary classifier, trained by the same loop.
 
-Both return the first three values that `meta.meta_gradient` returns. Neither has an inner loop. T tasks.
+ANIL and BOIL are MAML whose inner loop adapts some of the weights (`inner_rates`). The other two have no inner loop in
+training. Their functions return the first three values that `meta.meta_gradient` returns. T tasks.
 """
 
 import torch
@@ -46,3 +47,19 @@ def _gradient(net: Learner, logits: Tensor, labels: Tensor) -> tuple[list[Tensor
 
 
 BASELINES = {"protonet": protonet_gradient, "classifier": classifier_gradient}
+
+
+def inner_rates(net: Learner, learner: str, lr: float, head_lr: float | None = None) -> dict[str, float]:
+    """Inner learning rate of each weight that the learner's inner loop adapts; `head_lr` is for the last layer.
+
+    ANIL (Raghu et al. 2020) adapts the last layer alone, BOIL (Oh et al. 2021) all but the last.
+
+    Raises:
+        ValueError: an unknown learner.
+    """
+    head = dict.fromkeys(net.head, lr if head_lr is None else head_lr)
+    body = {name: lr for name in net.adaptable if name not in head}
+    rates = {"maml": body | head, "anil": head, "boil": body} | dict.fromkeys(BASELINES, body | head)
+    if learner not in rates:
+        raise ValueError(f"learner {learner!r}: must be one of {', '.join(rates)}")
+    return rates[learner]

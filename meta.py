@@ -21,7 +21,7 @@ from torch import Tensor
 
 import device as devices
 from adam import GuardedAdam
-from baselines import BASELINES
+from baselines import BASELINES, inner_rates
 from learner import Learner, Weights
 from measuring import accuracies, accuracy, collapse_metrics, cross_entropy, one_by_one, permuted_labels
 from tasks import Tasks, cat, chunked, chunks, tree_map
@@ -103,16 +103,6 @@ def meta_gradient(net: Learner, tasks: Tasks, lr: float | Mapping[str, float], s
         outer = [torch.empty_like(w).copy_(g) for w, g in zip(last.values(), outer)]  # in their layout: faster
         gradient = list(torch.autograd.grad(list(last.values()), list(theta.values()), outer))
     return gradient, losses, right, tree_map(Tensor.detach, trajectory)
-
-
-def inner_rates(net: Learner, learner: str, lr: float, head_lr: float | None = None) -> dict[str, float]:
-    """Inner learning rate of each weight that the learner's inner loop adapts; `head_lr` is for the last layer."""
-    head = dict.fromkeys(net.head, lr if head_lr is None else head_lr)
-    body = {name: lr for name in net.adaptable if name not in head}
-    rates = {"maml": body | head, "anil": head, "boil": body} | dict.fromkeys(BASELINES, body | head)
-    if learner not in rates:
-        raise ValueError(f"learner {learner!r}: must be one of {', '.join(rates)}")
-    return rates[learner]
 
 
 @dataclass(eq=False, repr=False)
