@@ -89,27 +89,30 @@ def assert_close(got, expected):
         torch.testing.assert_close(ours, native, rtol=1e-9, atol=1e-10 * max(1, native.abs().max().item()))
 
 
-@pytest.mark.parametrize("tasks", TASKS)
-@pytest.mark.parametrize("name", LAYERS)
-def test_values_and_both_derivatives_are_the_native_ones(name, tasks):
-    ours, native, make = LAYERS[name]
-    inputs = make(tasks)
-    wrt = range(len(inputs))
-    expected = native(*inputs)
-    assert_close([ours(*inputs)], [expected])
+def check(ours, native, inputs):
+    """Values and both derivatives."""
+    expected, wrt = native(*inputs), range(len(inputs))
     g = random(*expected.shape, seed=5)
+    assert_close([ours(*inputs)], [expected])
     assert_close(*(first_derivatives(layer, inputs, wrt, g) for layer in (ours, native)))
     assert_close(*(second_derivatives(layer, inputs, wrt, g, [*inputs, g]) for layer in (ours, native)))
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer(name, tasks):
+    ours, native, make = LAYERS[name]
+    check(ours, native, make(tasks))
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("conv2d")])
 def test_large_tasks_as_groups_of_one_call(name, monkeypatch):
     monkeypatch.setattr(taskwise, "_native", lambda *_: True)
-    test_values_and_both_derivatives_are_the_native_ones(name, 3)
     ours, native, make = LAYERS[name]
     x, *own = make(3)
     shared = [w[:1].expand_as(w) for w in own]  # as in the first inner step
-    assert_close([ours(x, *shared)], [native(x, *shared)])
+    for weights in (own, shared):
+        check(ours, native, [x, *weights])
 
 
 @pytest.mark.parametrize("onednn", [True, False])
@@ -145,17 +148,13 @@ def test_second_derivative_of_some_first_ones_with_respect_to_some_inputs(name, 
 
 @pytest.mark.parametrize("tasks", TASKS)
 def test_any_memory_layout_of_the_weights_and_images_will_do(tasks):
-    x, weight, bias = conv_inputs(tasks, 3, 7)
-    expected = native_conv2d(x, weight, bias, 2)
+    ours, native, make = LAYERS["conv2d-3-2-0-7"]
+    x, weight, bias = make(tasks)
     rows_last = weight.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)  # stored [o, k, k, c]
     channels_first = x.permute(0, 1, 4, 2, 3).contiguous().permute(0, 1, 3, 4, 2)  # stored [c, h, w]
-    every_second = torch.stack([x, -x], 2).flatten(1, 2)[:, ::2]
-    g = random(*expected.shape, seed=5)
+    every_second = torch.stack([-x, x], 2).flatten(1, 2)[:, 1::2]
     for images, w in itertools.product((x, channels_first, every_second), (weight, rows_last)):
-        inputs = [images, w, bias]
-        assert_close([taskwise.conv2d(*inputs, stride=2)], [expected])
-        assert_close(*(second_derivatives(partial(layer, stride=2), inputs, (0, 1, 2), g, [*inputs, g])
-                       for layer in (taskwise.conv2d, native_conv2d)))
+        check(ours, native, [images, w, bias])
 
 
 @pytest.mark.parametrize("tasks", TASKS)
