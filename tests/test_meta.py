@@ -1,4 +1,4 @@
-"""MAML against the plain loop over tasks, torch's own optimisers and finite differences, all in float64."""
+"""MAML against the plain loop over tasks, torch's own Adam and finite differences, all in float64."""
 
 import copy
 import math
@@ -6,7 +6,6 @@ import math
 import oracle
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 import measuring
@@ -84,15 +83,9 @@ def test_adapt_is_sgd_on_each_task_and_changes_nothing_that_is_passed_in(first_o
     trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, lr, steps, not first_order)
     assert equal(before, [net.state_dict(), tasks, torch.get_rng_state()])
     assert all(w.grad is None and w.requires_grad for w in net.parameters())
-    assert len(trajectory) == steps + 1
     for t, (x, y) in enumerate(zip(tasks.x_spt, tasks.y_spt)):
-        expected = {name: w.detach().clone().requires_grad_() for name, w in net.weights.items()}
-        optimizer = torch.optim.SGD(expected.values(), lr)
-        for weights in trajectory:
+        for weights, expected in zip(trajectory, oracle.adapt(net.config, net.weights, x, y, lr, steps), strict=True):
             torch.testing.assert_close({name: w[t] for name, w in weights.items()}, expected, rtol=1e-9, atol=1e-12)
-            optimizer.zero_grad()
-            F.cross_entropy(oracle.forward(net.config, expected, x)[0], y).backward()
-            optimizer.step()
     with torch.no_grad():  # it starts from theta or each task's own weights, and needs no gradients to be switched on
         for start in (0, 1):
             weights = trajectory[1] if start else dict(net.weights)
@@ -106,23 +99,15 @@ def test_second_order_gradient_is_the_finite_difference_of_the_adapted_loss(conf
     net, tasks, lr = small_net(config, seed=2), make_tasks(n_tasks=2, k_spt=2), 0.2
     gradient, _ = meta_step(net, tasks, update_lr=lr, update_step=steps)
     norm = sum(g.square().sum() for g in gradient.values()).sqrt().item()
-
-    def loss(direction, size):
-        theta = {name: (w.detach() + size * direction[name]).requires_grad_()
-                 for name, w in net.weights.items()}
-        return oracle.meta_loss(config, theta, tasks, lr, steps).item()
-
-    directions = [{name: torch.randn_like(w) for name, w in net.weights.items()} for _ in range(3)]
-    for name, g in gradient.items():  # and the weight of each layer that matters most
-        one = {other: torch.zeros_like(w) for other, w in net.weights.items()}
-        one[name][torch.unravel_index(g.abs().argmax(), g.shape)] = 1
-        directions.append(one)
-    for direction in directions:
+    for _ in range(5):
+        direction = {name: torch.randn_like(w) for name, w in net.weights.items()}
         size = sum(d.square().sum() for d in direction.values()).sqrt().item()
+        ends = []
+        for h in (1e-5 / size, -1e-5 / size):
+            theta = {name: (w + h * direction[name]).detach().requires_grad_() for name, w in net.weights.items()}
+            ends.append(oracle.meta_loss(config, theta, tasks, lr, steps).item())
         along = sum((g * direction[name]).sum() for name, g in gradient.items()).item()
-        h = 1e-5 / size
-        slope = (loss(direction, h) - loss(direction, -h)) / (2 * h)
-        assert along == pytest.approx(slope, abs=tolerance * norm * size)
+        assert along / size == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=tolerance * norm)
 
 
 @both_orders
@@ -199,30 +184,22 @@ def test_a_gradient_too_large_for_adam_changes_nothing(value, clip):
 # ---- what is measured ----
 
 def expected_results(net, tasks, lr, steps, nulls):
-    """(accuracies [T, K+1], metrics as Meta should measure them), of the plain loop, one task at a time."""
-    theta = {name: w.detach().clone().requires_grad_() for name, w in net.weights.items()}
-    rows, null_spt, null_qry = [], *nulls
-    for t, (x_spt, y_spt, x_qry, y_qry) in enumerate(zip(*tasks)):
-        trajectory = oracle.adapt(net.config, theta, x_spt, y_spt, lr, steps)
-        passes = [[oracle.forward(net.config, w, x) for w in trajectory] for x in (x_spt, x_qry)]
-        support, query = ([features for _, features in each] for each in passes)
-        accuracy = torch.stack([(logits.argmax(1) == y_qry).double().mean() for logits, _ in passes[1]])
-
-        def measure(k, h, y, null, t=t, trajectory=trajectory, support=support, y_spt=y_spt):
-            return nc_metrics.measure(h[k], y, support[k], y_spt, N_WAY, trajectory[k]["8_linear_weight"], null[t],
-                                      null_spt[t])
-        every = [measure(k, query, y_qry, null_qry) for k in range(steps + 1)]
-        row = {"meta": every[0], "finetuned": every[-1],
-               "inner": {name: torch.stack([m[name] for m in every]) for name in ("within", "between")}}
-        row["inner"]["accuracy"] = accuracy
-        if len(y_spt) > N_WAY:  # one per class has no spread
-            every = [measure(k, support, y_spt, null_spt) for k in range(steps + 1)]
-            row["support"] = every[-1]
-            row["inner"] |= {f"support_{name}": torch.stack([m[name] for m in every]) for name in ("within", "between")}
-        rows.append(row)
-    metrics = {model: {name: torch.stack([row[model][name] for row in rows]) for name in rows[0][model]}
-               for model in rows[0]}
-    return metrics["inner"]["accuracy"].float(), metrics
+    """The metrics that Meta should measure, of the plain loop, one task at a time."""
+    rows = []
+    for x_spt, y_spt, x_qry, y_qry, null_spt, null_qry in zip(*tasks, *nulls):
+        queries, supports, accuracies = [], [], []
+        for weights in oracle.adapt(net.config, net.weights, x_spt, y_spt, lr, steps):
+            _, support = oracle.forward(net.config, weights, x_spt)
+            logits, query = oracle.forward(net.config, weights, x_qry)
+            rest = support, y_spt, N_WAY, weights["8_linear_weight"]
+            queries.append(nc_metrics.measure(query, y_qry, *rest, null_qry, null_spt))
+            supports.append(nc_metrics.measure(support, y_spt, *rest, null_spt, null_spt))
+            accuracies.append((logits.argmax(1) == y_qry).float().mean())
+        row = {"meta": queries[0], "finetuned": queries[-1], "inner": {"accuracy": torch.stack(accuracies)}}
+        for prefix, measured in (("", queries), ("support_", supports)):
+            row["inner"] |= {prefix + name: torch.stack([m[name] for m in measured]) for name in ("within", "between")}
+        rows.append(row | {"support": supports[-1]})
+    return tree_map(lambda *values: torch.stack(values), *rows)
 
 
 @pytest.fixture
@@ -234,9 +211,7 @@ def null_labels(monkeypatch):
 
 
 @pytest.mark.parametrize("chunks, k_spt, test_steps, first_order", [
-    ((4, 4), 1, 3, False), ((1, 1), 2, 1, True), ((3, 2), 2, 5, False), ((2, 4), 1, 2, True),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
-        ((4, 4), 1, 3, True), ((1, 1), 2, 1, False), ((3, 2), 2, 5, True), ((2, 4), 1, 2, False)])])
+    ((4, 4), 1, 3, False), ((1, 1), 2, 1, True), ((3, 2), 2, 5, False), ((2, 4), 1, 2, True)])
 def test_whatever_the_chunks_a_step_and_an_adaptation_are_the_plain_loops(monkeypatch, null_labels, chunks, k_spt,
                                                                           test_steps, first_order):
     net, tasks, lr, steps = small_net(), make_tasks(k_spt=k_spt), 0.3, 2
@@ -251,17 +226,15 @@ def test_whatever_the_chunks_a_step_and_an_adaptation_are_the_plain_loops(monkey
     assert plain[1].accuracy.shape == (4, 1)
     if test_steps >= steps:
         assert torch.equal(plain[1].accuracy[:, 0], plain[0].accuracy[:, steps])
-    accuracy, _ = expected_results(net, tasks, lr, max(steps, test_steps), [tasks.y_spt, tasks.y_qry])
-    assert accuracy.unique().numel() > 3
-    torch.testing.assert_close(measured[0].accuracy, accuracy[:, :test_steps + 1])
-    torch.testing.assert_close(measured[1].accuracy, accuracy[:, :steps + 1])
+    longest = expected_results(net, tasks, lr, max(steps, test_steps), [tasks.y_spt, tasks.y_qry])["inner"]["accuracy"]
+    assert longest.unique().numel() > 3
+    torch.testing.assert_close(measured[0].accuracy, longest[:, :test_steps + 1])
+    torch.testing.assert_close(measured[1].accuracy, longest[:, :steps + 1])
     for result, null in zip(measured, (null_labels[:2], null_labels[2:4])):
-        _, metrics = expected_results(net, other or tasks, lr, steps, null)
-        assert result.metrics.keys() == metrics.keys()
-        for model in metrics:
-            torch.testing.assert_close({name: values.double() for name, values in result.metrics[model].items()},
-                                       {name: values.double() for name, values in metrics[model].items()},
-                                       rtol=1e-6, atol=1e-9, equal_nan=True)
+        expected = expected_results(net, other or tasks, lr, steps, null)
+        if k_spt == 1:  # one per class has no spread
+            del expected["support"], expected["inner"]["support_within"], expected["inner"]["support_between"]
+        torch.testing.assert_close(result.metrics, expected, rtol=1e-6, atol=1e-9, equal_nan=True)
     loss, _ = oracle.meta_gradient(net.config, net.weights, tasks, lr, steps, not first_order)
     _, gradient = oracle.meta_gradient(net.config, theta.weights, tasks, lr, steps, not first_order)
     assert measured[1].losses.mean().item() == pytest.approx(loss.item(), rel=1e-12)
