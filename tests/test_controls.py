@@ -21,8 +21,6 @@ from study.logs import read_run
 
 FLAGS = ("--synthetic --device cpu --task_num 3 --epoch 1 --k_qry 2 --n_way 3 --update_step 1 --update_step_test 2 "
          "--eval_tasks 2 --test_tasks 2 --nc_every 1").split()
-
-
 PARTS = controls.BY_PARTS, f"{controls.BY_PARTS}, untrained"
 ROWS = controls.ROWS, f"{controls.ROWS}, untrained"
 
@@ -37,27 +35,24 @@ def nearest(queries, support):
     return (torch.cdist(queries, support).argmin(-1) == torch.arange(3).repeat_interleave(15)).double().mean().item()
 
 
-def stepped(net, x, y, lr):
-    """A task's weights before adaptation and after the first step of the classifier, of the body, of both."""
-    with torch.enable_grad():
-        parts = lambda name: "linear" in name, lambda name: "linear" not in name, bool
-        return [net.weights, *(oracle.adapt(net.config, net.weights, x, y, lr, 1, changes=part)[-1] for part in parts)]
+def tasks_of(run, k_spt=1):
+    """The run's settings, test images and first four test tasks."""
+    script, args = predict.settings_of(run)
+    args.k_spt, args.k_qry_test = k_spt, 15
+    data = training.Data(args, script.dataset(args), torch.device("cpu"))
+    images = data.load("test")
+    return args, images, data.sampler("test", images, training.TEST_SEED)(4)
 
 
 def slope_of_scale(net, tasks, lr, changes, h=1e-3):
     """The query loss after one inner step with the rows' differences times 1 + h, minus that with 1 - h, over 2 h."""
-    losses = []
+    tasks, losses = tasks._replace(x_spt=tasks.x_spt.double(), x_qry=tasks.x_qry.double()), []
     for factor in (1 + h, 1 - h):
         weights = {name: weight.detach().double() for name, weight in net.weights.items()}
         rows = weights[net.classifier]
         weights[net.classifier] = rows.mean(0) + factor * (rows - rows.mean(0))
         weights = {name: weight.requires_grad_() for name, weight in weights.items()}
-        loss = 0
-        for x_spt, y_spt, x_qry, y_qry in zip(*tasks):
-            last = oracle.adapt(net.config, weights, x_spt.double(), y_spt, lr, 1, changes=changes)[-1]
-            logits, _ = oracle.forward(net.config, last, x_qry.double())
-            loss += F.cross_entropy(logits, y_qry).item() / len(tasks.y_qry)
-        losses.append(loss)
+        losses.append(oracle.meta_loss(net.config, weights, tasks, lr, 1, changes=changes).item())
     return (losses[0] - losses[1]) / (2 * h)
 
 
@@ -87,14 +82,10 @@ def test_controls(tmp_path):
     found = json.loads((run / "controls.json").read_text())
     assert list(found) == ["final", "untrained", "classifier at zero", "classifier at random", "pixels", "queries 1",
                            "queries 5", "queries 19", "5-shot", *PARTS, *ROWS, controls.ALONE, controls.BY_SUPPORT]
-    script, args = predict.settings_of(run)
-    args.k_qry_test = 15
-    data = training.Data(args, script.dataset(args), torch.device("cpu"))
-    images = data.load("test")
-    tasks = data.sampler("test", images, training.TEST_SEED)(4)
+    args, images, tasks = tasks_of(run)
     nets = {"final": predict.load(run, "last").net}
     torch.manual_seed(args.seed)
-    nets["untrained"] = script.network(args)
+    nets["untrained"] = omniglot_train.network(args)
     for name, net in nets.items():
         query, support = (net(x, features=True)[1][-2] for x in (tasks.x_qry, tasks.x_spt))
         assert found[name]["meta"]["relative_within"]["mean"][-2] == pytest.approx(share(query, tasks.y_qry), 1e-4)
@@ -107,23 +98,24 @@ def test_controls(tmp_path):
     for one in (found["final"], at_random):
         assert one["meta"]["within"]["mean"][:-1] != one["finetuned"]["within"]["mean"][:-1]
     assert len({one["finetuned"]["self_duality"]["mean"][-2] for one in (found["final"], at_random, zeroed)}) == 3
+    head, body = (lambda name: "linear" in name), (lambda name: "linear" not in name)
     for name, net in zip(ROWS, nets.values()):
-        slopes = [slope_of_scale(net, tasks, args.update_lr, part) for part in (bool, lambda name: "linear" in name)]
+        slopes = [slope_of_scale(net, tasks, args.update_lr, changes) for changes in (bool, head)]
         assert found[name]["slope"] == pytest.approx(slopes, rel=1e-2, abs=1e-3)
     for name, net in zip(PARTS, nets.values()):
-        logits = [torch.stack([oracle.forward(net.config, weights, x)[0] for x, weights in zip(tasks.x_qry, parts)])
-                  for parts in zip(*(stepped(net, x, y, args.update_lr) for x, y in zip(tasks.x_spt, tasks.y_spt)))]
+        right, moved = [], []
+        for x, y, x_qry, y_qry in zip(*tasks):
+            parts = [net.weights, *(oracle.adapt(net.config, net.weights, x, y, args.update_lr, 1, changes=changes)[-1]
+                                    for changes in (head, body, bool))]
+            logits = [oracle.forward(net.config, weights, x_qry)[0] for weights in parts]
+            right.append([(one.argmax(1) == y_qry).double().mean() for one in logits])
+            start, end = (torch.cat([weights[key].flatten() for key in filter(body, weights)])
+                          for weights in (parts[0], parts[-1]))
+            moved.append((end - start).norm() / start.norm())
         rows = net.weights[net.classifier] - net.weights[net.classifier].mean(0)
         assert found[name]["rows"] == pytest.approx([rows.norm().item()], 1e-4)
-        body = [key for key in net.weights if "linear" not in key]
-        moved = []
-        for x, y in zip(tasks.x_spt, tasks.y_spt):
-            before, *_, after = stepped(net, x, y, args.update_lr)
-            step = sum((after[key] - before[key]).square().sum() for key in body)
-            moved.append((step / sum(before[key].square().sum() for key in body)).sqrt().item())
-        assert found[name]["body"] == pytest.approx([sum(moved) / len(moved)], 1e-3)
-        assert found[name]["accuracy"] == pytest.approx([(one.argmax(2) == tasks.y_qry).double().mean().item()
-                                                         for one in logits], abs=1e-5)
+        assert found[name]["body"] == pytest.approx([torch.stack(moved).mean().item()], 1e-3)
+        assert found[name]["accuracy"] == pytest.approx(torch.tensor(right).mean(0).tolist(), abs=1e-5)
     pixels, support = tasks.x_qry.flatten(2), tasks.x_spt.flatten(2)
     assert found["pixels"]["meta"]["relative_within"]["mean"] == pytest.approx([share(pixels, tasks.y_qry)], 1e-4)
     assert found["pixels"]["nearest_mean"] == pytest.approx([nearest(pixels, support)], abs=1e-5)
@@ -134,9 +126,7 @@ def test_controls(tmp_path):
     within = share(nets["final"](tasks.x_qry[:, five], features=True)[1][-2], tasks.y_qry[:, five])
     assert found["queries 5"]["meta"]["relative_within"]["mean"][-2] == pytest.approx(within, 1e-4)
     assert found["queries 1"]["meta"]["within"]["mean"] == [None] * 5 and found["queries 1"]["accuracy"][-1] >= 0
-    args.k_spt = 5
-    data = training.Data(args, script.dataset(args), torch.device("cpu"))
-    five_shot = data.sampler("test", images, training.TEST_SEED)(4)
+    _, _, five_shot = tasks_of(run, k_spt=5)
     traces, read = found["5-shot"]["inner"], read_run(run)
     for x, y, samples, name in ((five_shot.x_qry, five_shot.y_qry, "query", "within"),
                                 (five_shot.x_spt, five_shot.y_spt, "support", "support_within")):
@@ -195,10 +185,7 @@ def test_a_fixed_body_of_boil_adapts_nothing(tmp_path):
     omniglot_train.main([*FLAGS, "--learner", "boil", "--out", run])
     controls.main([run, "--tasks", "4", "--only", controls.ROWS])
     found = json.loads((tmp_path / "run/controls.json").read_text())[controls.ROWS]["slope"]
-    script, args = predict.settings_of(run)
-    args.k_qry_test = 15
-    data, net = training.Data(args, script.dataset(args), torch.device("cpu")), predict.load(run, "last").net
-    tasks = data.sampler("test", data.load("test"), training.TEST_SEED)(4)
+    (args, _, tasks), net = tasks_of(run), predict.load(run, "last").net
     slopes = [slope_of_scale(net, tasks, args.update_lr, lambda name: "linear" not in name),
               slope_of_scale(net, tasks, 0, bool)]
     assert found == pytest.approx(slopes, rel=1e-2, abs=1e-3)
