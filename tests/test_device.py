@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -79,14 +80,9 @@ def test_the_gpu_becomes_the_current_one(gpus, monkeypatch):
 
 def test_a_gpu_without_kernels_is_refused(gpus, monkeypatch):
     """It allocates, and launches fail; a failure may be reported only when the result is read."""
-    class Unread:
-        def add(self, _):
-            return self
-
-        def item(self):
-            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel ...")
-
-    monkeypatch.setattr(torch, "ones", lambda *shape, device: Unread())
+    unread = Mock()
+    unread.add.return_value.item.side_effect = RuntimeError("CUDA error: no kernel image is available\nCUDA kernel ...")
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: unread)
     assert "no kernel image" in refusal("cuda")
 
 
@@ -151,14 +147,7 @@ class FakeGraphs:
         self.fails: Exception | None = None  # what the end of a capture raises
         fake = self
 
-        class Stream:
-            def wait_stream(self, _):
-                pass
-
-        class Graph:
-            def register_generator_state(self, _):
-                pass
-
+        class Graph(Mock):
             def replay(self):
                 step = fake.maml.step
                 for old, new in zip(tree_leaves(fake.captured), tree_leaves(fake.take())):
@@ -174,8 +163,8 @@ class FakeGraphs:
                 raise fake.fails
             fake.captured = fake.latest
 
-        for name, value in {"CUDAGraph": Graph, "graph": graph, "Stream": Stream, "current_stream": Stream,
-                            "stream": lambda _: contextlib.nullcontext(), "synchronize": lambda: None}.items():
+        for name, value in {"CUDAGraph": Graph, "graph": graph, "Stream": Mock, "current_stream": Mock,
+                            "stream": contextlib.nullcontext, "synchronize": Mock()}.items():
             monkeypatch.setattr(torch.cuda, name, value)
 
     def graphed(self, maml, step, generator) -> GraphedStep:
