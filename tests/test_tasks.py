@@ -132,8 +132,8 @@ def test_a_character_never_meets_its_own_rotation_and_its_class_is_the_index_dra
 def test_chunks_cut_along_tasks_and_cat_puts_them_together():
     tasks = sampler()(5)
     tree = {"tasks": tasks, "list": [tasks.y_spt, None], "nothing": None}
-    parts = [part for part, in module.chunks(2, 5, tree)]
-    assert [len(part["tasks"].y_spt) for part in parts] == [2, 2, 1]
+    parts = [part for part, in module.chunks(4, 5, tree)]
+    assert [len(part["tasks"].y_spt) for part in parts] == [3, 2]
     whole = module.cat(parts)
     assert isinstance(whole["tasks"], Tasks) and equal(whole["tasks"], tasks)
     assert torch.equal(whole["list"][0], tasks.y_spt) and whole["list"][1] is whole["nothing"] is None
