@@ -112,7 +112,8 @@ def test_number_of_weights_and_features_of_the_blocks(script, weights, dims, net
 def test_initial_weights():
     torch.manual_seed(1)
     net = omniglot_train.network(omniglot_train.arguments([]))
-    for name, weight in net.weights.items():
+    plain = Learner(net.config, *net.input_shape[:2])
+    for name, weight in (*net.weights.items(), *plain.weights.items()):
         if "bn_weight" in name:
             assert (weight == 1).all()
         elif name.endswith("bias"):
