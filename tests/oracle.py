@@ -11,44 +11,36 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+LAYERS = {  # layers that need no more than their params
+    "conv2d": lambda out, ins, kernel, _, stride, padding: nn.Conv2d(ins, out, kernel, stride, padding),
+    "convt2d": lambda ins, out, kernel, _, stride, padding: nn.ConvTranspose2d(ins, out, kernel, stride, padding),
+    "linear": lambda out, ins: nn.Linear(ins, out),
+    "bn": lambda channels: nn.BatchNorm2d(channels, track_running_stats=False),
+    "mean": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    "relu": lambda inplace: nn.ReLU(),
+    "leakyrelu": lambda slope, inplace: nn.LeakyReLU(slope),
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "upsample": lambda scale: nn.Upsample(scale_factor=scale),
+    "max_pool2d": nn.MaxPool2d,
+    "avg_pool2d": nn.AvgPool2d,
+    "flatten": nn.Flatten,
+    "reshape": lambda *shape: nn.Sequential(nn.Flatten(), nn.Unflatten(1, shape)),
+}
 
-def module(name, params, flat=False, size=0):
-    """The torch.nn layer of one entry of a layer list, for images of this size."""
-    match name:
-        case "conv2d" if params[5] == "same":  # with 3x3 and stride 2; TensorFlow pads an even side after it alone
-            return nn.Sequential(nn.ZeroPad2d((size % 2, 1, size % 2, 1)), nn.Conv2d(params[1], params[0], 3, 2))
-        case "conv2d":
-            return nn.Conv2d(params[1], params[0], params[2], params[4], params[5])
-        case "convt2d":
-            return nn.ConvTranspose2d(params[0], params[1], params[2], params[4], params[5])
-        case "linear":
-            return nn.Linear(params[1], params[0])
-        case "bn":
-            return (nn.BatchNorm1d if flat else nn.BatchNorm2d)(params[0], track_running_stats=False)
-        case "bn_shift":
-            layer = nn.BatchNorm2d(params[0], eps=1e-3, track_running_stats=False)
-            layer.weight = None
-            return layer
-        case "mean":
-            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        case "relu":
-            return nn.ReLU(inplace=params[0])
-        case "leakyrelu":
-            return nn.LeakyReLU(*params)
-        case "tanh":
-            return nn.Tanh()
-        case "sigmoid":
-            return nn.Sigmoid()
-        case "upsample":
-            return nn.Upsample(scale_factor=params[0])
-        case "max_pool2d":
-            return nn.MaxPool2d(*params)
-        case "avg_pool2d":
-            return nn.AvgPool2d(*params)
-        case "flatten":
-            return nn.Flatten()
-        case "reshape":
-            return nn.Sequential(nn.Flatten(), nn.Unflatten(1, params))
+
+def module(name, params, x):
+    """The torch.nn layer of one entry of a layer list, for an input x."""
+    if name == "conv2d" and params[5] == "same":  # with 3x3 and stride 2; TensorFlow pads an even side after it alone
+        before = x.shape[-1] % 2
+        return nn.Sequential(nn.ZeroPad2d((before, 1, before, 1)), nn.Conv2d(params[1], params[0], 3, 2))
+    if name == "bn" and x.dim() == 2:
+        return nn.BatchNorm1d(*params, track_running_stats=False)
+    if name == "bn_shift":
+        layer = nn.BatchNorm2d(*params, eps=1e-3, track_running_stats=False)
+        layer.weight = None
+        return layer
+    return LAYERS[name](*params)
 
 
 def forward(config, weights, x):
@@ -58,7 +50,7 @@ def forward(config, weights, x):
         if name in ("conv2d", "linear") and i > 0:
             features.append(x.flatten(1))
         with torch.device("meta"):
-            layer = module(name, [False] if name == "relu" else params, x.dim() == 2, x.shape[-1])
+            layer = module(name, params, x)
         x = torch.func.functional_call(layer, {own: next(values) for own, _ in layer.named_parameters()}, x)
     assert next(values, None) is None
     return x, features + [x]
