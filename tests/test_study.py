@@ -134,6 +134,11 @@ def test_the_tables_of_all_pages_are_what_the_logs_give():
     assert done.returncode == 0, done.stderr
 
 
+def rows_of_table(table: str) -> list[dict[str, str]]:
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n"))
+    return [dict(zip(header, row)) for row in rows]
+
+
 @pytest.fixture
 def home(tmp_path):
     """A project of which only the pages with tables and res/ exist."""
@@ -169,42 +174,43 @@ def test_check_names_the_first_row_that_differs_and_writes_nothing(home):
 
 
 def test_learners_are_compared_by_their_controls(home):
-    before = tables.collapse(Study(home / "res"))
-    header, _, _, row, *_ = tables.learners(Study(home / "res")).split("\n")
-    assert header == "|  | raw pixels | untrained | MAML, second order | ANIL | BOIL | ProtoNet | classifier |"
-    assert row == f"| relative within trace |{' – |' * 7}"  # not yet measured
+    study = Study(home / "res")
+    collapse, (_, share, *_) = tables.collapse(study), rows_of_table(tables.learners(study))
+    columns = ["raw pixels", "untrained", "MAML, second order", "ANIL", "BOIL", "ProtoNet", "classifier"]
+    assert share == {"": "relative within trace"} | dict.fromkeys(columns, "–")  # not yet measured
+    assert [row["meta-step"] for row in rows_of_table(tables.length(study))] == ["120"]  # a long run at its end
     ((protonet,),) = read_groups([home / "res" / "contrast-protonet-seed1"])
     assert effects.own_accuracy(protonet) == protonet.file("result.json")["test"]["nearest_mean"][0]
     for folder in (*(home / "res").glob("contrast-*"), home / "res" / "omniglot-5w1s-seed1"):
         nc_logs.write_controls(folder, 1 + 0.01 * len(folder.name))
     study = Study(home / "res")
-    names, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in tables.learners(study).split("\n"))
-    columns = dict(zip(names, zip(*rows)))
-    assert columns["raw pixels"][0] == "1" and columns["raw pixels"][columns[""].index("dimension")] == "17.5"
-    assert "–" not in columns["MAML, second order"]
-    assert tables.collapse(study) == before, "a table of the log takes nothing from the controls"
-    ranks = tables.ranking(study).split("\n")[2].split(" | ")[1:]
+    rows = {row[""]: row for row in rows_of_table(tables.learners(study))}
+    assert rows["seeds"]["raw pixels"] == "1" and rows["dimension"]["raw pixels"] == "17.5"
+    assert "–" not in [row["MAML, second order"] for row in rows.values()]
+    assert tables.collapse(study) == collapse, "a table of the log takes nothing from the controls"
+    (_, rank, *_), *_ = (row.values() for row in rows_of_table(tables.ranking(study)))
     expected = effects.spearman([-len(name) for name in nc_logs.LEARNERS], range(5))
-    assert float(ranks[0].replace("−", "-")) == pytest.approx(expected, abs=0.006)
+    assert float(rank.replace("−", "-")) == pytest.approx(expected, abs=0.006)
 
 
 def test_one_change_is_compared_after_equally_many_meta_steps(tmp_path):
     log = nc_logs.log(6_000, every=1_000, eval_every=1_000, value=lambda *place: place[3] / 7_000)
-    nc_logs.write_run(tmp_path / "small-step-seed1", log)
-    (row,) = [row for row in log if row["classes"] == "heldout" and row["step"] == 5_000]
-    for measured in (True, False):
-        part = {"accuracy": [0.2, 0.3, 0.6, 0.8], "rows": [2.5], "body": [0.3]} if measured else {}
-        slopes = {"slope": [0.4, 0.2]} if measured else {}
-        (tmp_path / "small-step-seed1/controls.json").write_text(json.dumps(
-            {"first step by parts": part, "scale of the rows, untrained": slopes}))
-        *_, untrained, rows, body, slope, fixed, _, share, mean, accuracy, _, _ = (
-            tables.changes(Study(tmp_path)).split("\n")[-1].strip(" |").split(" | "))
-        assert untrained == "–"
-        assert [rows, body, slope, fixed] == (["2.5", "0.30", "0.40", "0.20"] if measured else ["–"] * 4)
-    for cell, value in ((share, row["finetuned"]["relative_within"]["mean"][-2]),
-                        (mean, 100 * row["meta"]["ncc_accuracy"]["mean"][-2]),
-                        (accuracy, 100 * row["inner"]["accuracy"]["mean"][-1])):
-        assert float(cell) == pytest.approx(value, rel=0.05), cell
+    run = nc_logs.write_run(tmp_path / "small-step-seed1", log)
+    parts = ["the same, trained", "body's step, relative", "slope in the rows' scale, untrained",
+             "the same, body fixed"]
+    (row,) = rows_of_table(tables.changes(Study(tmp_path)))
+    assert [row[name] for name in parts] == ["–"] * 4
+    (run / "controls.json").write_text(json.dumps({
+        "first step by parts": {"accuracy": [0.2, 0.3, 0.6, 0.8], "rows": [2.5], "body": [0.3]},
+        "scale of the rows, untrained": {"slope": [0.4, 0.2]}}))
+    (row,) = rows_of_table(tables.changes(Study(tmp_path)))
+    assert [row[name] for name in parts] == ["2.5", "0.30", "0.40", "0.20"]
+    assert row["spread of the classifier's rows, untrained"] == "–"
+    (logged,) = [row for row in log if row["classes"] == "heldout" and row["step"] == 5_000]
+    for name, value in (("relative within trace, adapted", logged["finetuned"]["relative_within"]["mean"][-2]),
+                        ("nearest support mean before adaptation, %", 100 * logged["meta"]["ncc_accuracy"]["mean"][-2]),
+                        ("classifier, adapted, %", 100 * logged["inner"]["accuracy"]["mean"][-1])):
+        assert float(row[name]) == pytest.approx(value, rel=0.05), name
 
 
 def test_the_unbiased_cdnv_of_a_control_knows_its_queries(tmp_path):
@@ -215,20 +221,14 @@ def test_the_unbiased_cdnv_of_a_control_knows_its_queries(tmp_path):
     assert unbiased == pytest.approx([15 * 0.4 / (14 - 0.8), 5 * 0.4 / (4 - 0.8), math.nan], nan_ok=True)
 
 
-def test_a_long_run_is_shown_at_its_end(home):
-    study = Study(home / "res")
-    last_step = study["paper-omniglot-5w1s"][0].last_step
-    assert [row.split(" | ")[1] for row in tables.length(study).split("\n")[2:]] == [f"{last_step:,}"]
-
-
 @pytest.mark.parametrize("options, expected", [
     ({}, "98.7 ± 0.4 / 98.3 ± 0.5"), ({"first_order": True, "k_spt": 5}, "99.9 ± 0.1 / 99.2 ± 0.2"),
     ({"learner": "anil"}, ""), ({"random_labels": True}, ""), ({"name": "my photographs"}, ""),
 ])
 def test_published_is_maml_with_true_labels(options, expected, tmp_path):
     nc_logs.write_run(tmp_path / "paper-omniglot-5w1s-seed1", **options)
-    header, _, row, *_ = (line[2:-2].split(" | ") for line in tables.accuracies(Study(tmp_path)).split("\n"))
-    assert dict(zip(header, row))["published"] == expected
+    (row,) = rows_of_table(tables.accuracies(Study(tmp_path)))
+    assert row["published"] == expected
 
 
 def test_every_table_is_empty_without_runs(tmp_path):
