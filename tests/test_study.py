@@ -3,7 +3,6 @@
 The recomputation shares nothing with the study: it reads JSON lines and uses Python's statistics module.
 """
 
-import functools
 import gzip
 import json
 import math
@@ -11,7 +10,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import nc_logs
 import numpy as np
@@ -23,82 +21,56 @@ from study.design import MAIN
 from study.logs import HOME, Study, read_groups, read_run
 from study.markdown import over, written
 
-COMMITTED = Study(HOME / "res")
 
-
-# ---- a plain recomputation
-
-
-@functools.cache
-def rows_of(folder: Path, split: str) -> list[dict]:
-    path = folder / "log.jsonl.gz"
-    with gzip.open(path) if path.exists() else open(folder / "log.jsonl", "rb") as lines:
-        rows = [json.loads(line) for line in lines]
-    return [row for row in rows if row.get("kind") == "nc" and row["classes"] == split]
-
-
-def value(row: dict, model: str, metric: str, layer: int) -> float:
-    return row[model][metric]["mean"][layer]
-
-
-def late(folder: Path, split: str) -> list[dict]:
-    last_step = rows_of(folder, "heldout")[-1]["step"]
-    return [row for row in rows_of(folder, split) if row["step"] >= 0.9 * last_step]
-
-
-def end(folder: Path, model: str, metric: str, layer: int, split: str = "heldout") -> float:
-    return statistics.fmean(value(row, model, metric, layer) for row in late(folder, split))
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean of three seeds and half of the t interval, its 97.5% point from a printed table."""
-    return statistics.fmean(values), 4.303 * statistics.stdev(values) / math.sqrt(3)
-
-
-def original(folder: Path) -> float:
-    names = "within_original", "between_original"
-    start = [value(rows_of(folder, "train")[0], "meta", name, -1) for name in names]
-    stop = [end(folder, "meta", name, -1, "train") for name in names]
-    return stop[0] / sum(stop) - start[0] / sum(start)
+def mean(rows: list[dict], model: str, metric: str, layer: int) -> float:
+    return statistics.fmean(row[model][metric]["mean"][layer] for row in rows)
 
 
 @pytest.mark.parametrize("setting", MAIN)
-@pytest.mark.parametrize("plain, of_study", [
-    (lambda path: end(path, "finetuned", "within", -2) / value(rows_of(path, "heldout")[0], "finetuned", "within", -2),
-     lambda one: effects.growth(one, "finetuned", "within")),
-    (lambda path: end(path, "finetuned", "nc1", 1) - end(path, "meta", "nc1", 1),
-     lambda one: effects.end(one, "finetuned", "nc1", 1) - effects.end(one, "meta", "nc1", 1)),
-    (lambda path: end(path, "meta", "relative_within", -2, "train"),
-     lambda one: effects.end(one, "meta", "relative_within", split="train")),
-    (lambda path: statistics.fmean(row["inner"]["accuracy"]["mean"][-1] for row in late(path, "train")),
-     lambda one: effects.end(one, "finetuned", "accuracy", split="train")),
-    (original, lambda one: effects.logit_share_change(one, "meta", "_original")),
-])
-def test_numbers_of_the_committed_runs_recomputed(plain, of_study, setting):
-    runs = COMMITTED[setting]
-    expected = [plain(one.path) for one in runs]
-    assert [of_study(one) for one in runs] == pytest.approx(expected)
-    assert effects.over_seeds(expected) == pytest.approx(interval(expected), rel=1e-3)
+def test_numbers_of_the_committed_runs_recomputed(setting):
+    changes = []
+    for one in Study(HOME / "res")[setting]:
+        with gzip.open(one.path / "log.jsonl.gz") as lines:
+            rows = [row for row in map(json.loads, lines) if row["kind"] == "nc"]
+        heldout, train = ([row for row in rows if row["classes"] == split] for split in ("heldout", "train"))
+        late_heldout, late_train = ([row for row in part if row["step"] >= 0.9 * heldout[-1]["step"]]
+                                    for part in (heldout, train))
+        start = mean(heldout[:1], "finetuned", "within", -2)
+        growth = mean(late_heldout, "finetuned", "within", -2) / start
+        assert effects.untrained(one, "finetuned", "within") == pytest.approx(start)
+        assert effects.growth(one, "finetuned", "within") == pytest.approx(growth)
+        for model in ("meta", "finetuned"):
+            assert effects.end(one, model, "nc1", 1) == pytest.approx(mean(late_heldout, model, "nc1", 1))
+        share = mean(late_train, "meta", "relative_within", -2)
+        assert effects.end(one, "meta", "relative_within", split="train") == pytest.approx(share)
+        accuracy = statistics.fmean(row["inner"]["accuracy"]["mean"][-1] for row in late_train)
+        assert effects.end(one, "finetuned", "accuracy", split="train") == pytest.approx(accuracy)
+        first, last = ([mean(part, "meta", f"{trace}_original", -1) for trace in ("within", "between")]
+                       for part in (train[:1], late_train))
+        changes.append(last[0] / sum(last) - first[0] / sum(first))
+        assert effects.logit_share_change(one, "meta", "_original") == pytest.approx(changes[-1])
+    half = 4.303 * statistics.stdev(changes) / math.sqrt(3)  # of three seeds; t's 97.5% point from a printed table
+    assert effects.over_seeds(changes) == pytest.approx((statistics.fmean(changes), half), rel=1e-3)
 
 
 # ---- statistics
 
 
 def test_the_interval_over_tasks_is_a_bootstrap_of_their_values(tmp_path):
-    one = read_run(nc_logs.write_run(tmp_path, nc_logs.log()))
-    traces = late(one.path, "heldout")[0]["per_task"]["finetuned"]
+    log = nc_logs.log()
+    one = read_run(nc_logs.write_run(tmp_path, log))
+    traces = log[-1]["per_task"]["finetuned"]
     shares = [within / (within + between) for within, between in zip(traces["within"], traces["between"])]
     expected = 1.96 * statistics.pstdev(shares) / math.sqrt(len(shares))
     assert effects.share_over_tasks(one) == pytest.approx(expected, rel=0.06)
 
 
 def test_the_etf_error_of_random_directions_and_the_dimension_that_matches_it():
-    generator, simplex, errors = np.random.default_rng(3), (np.eye(5) - 0.2) / 2, []
-    for _ in range(4_000):
-        means = generator.standard_normal((5, 16))
-        means -= means.mean(0)
-        gram = means @ means.T
-        errors.append(np.linalg.norm(gram / np.linalg.norm(gram) - simplex))
+    means = np.random.default_rng(3).standard_normal((4_000, 5, 16))
+    means -= means.mean(1, keepdims=True)
+    gram = means @ means.transpose(0, 2, 1)
+    gram /= np.linalg.norm(gram, axis=(1, 2), keepdims=True)
+    errors = np.linalg.norm(gram - (np.eye(5) - 0.2) / 2, axis=(1, 2))
     assert effects.matching_dimension(float(np.mean(errors)), 5) == pytest.approx(16, rel=0.03)
     assert math.isnan(effects.matching_dimension(0.01, 5)), "nearer to a simplex than random directions in 64"
 
