@@ -156,16 +156,15 @@ def test_accuracies_with_transduction_and_without(net, k_spt, every_query):
         for task, (x_spt, y_spt, x_qry, y_qry) in enumerate(zip(*tasks)):
             own = {name: w[task] for name, w in weights.items()}
 
-            def right(queries, support, logits, y, y_spt=y_spt):
+            def right(support, features, logits, y, y_spt=y_spt):
                 means = torch.stack([support[y_spt == label].mean(0) for label in range(5)])
-                return [(logits.argmax(-1) == y).double(), (torch.cdist(queries, means).argmin(-1) == y).double()]
+                nearest = torch.cdist(features, means).argmin(-1)
+                return [(answers == y).double().mean().item() for answers in (logits.argmax(-1), nearest)]
 
-            queries, logits = plain(net, x_qry, own)
-            expected = right(queries, plain(net, x_spt, own)[0], logits, y_qry)
-            each = []
+            support, _ = plain(net, x_spt, own)
+            expected, each = right(support, *plain(net, x_qry, own), y_qry), []
             for i in range(0, 15, 1 if every_query else 3):  # each query with the support set and nothing else
                 features, logits = plain(net, torch.cat([x_spt, x_qry[i:i + 1]]), own)
-                each.append(torch.stack(right(features[-1:], features[:-1], logits[-1:], y_qry[i:i + 1])))
-            for name, all_at_once, one in zip(("accuracy", "nearest_mean"), expected, torch.stack(each).mean(0)):
-                assert together[name][task, k] == pytest.approx(all_at_once.mean().item())
-                assert alone[name][task, k] == pytest.approx(one.item())
+                each.append(right(features[:-1], features[-1:], logits[-1:], y_qry[i]))
+            for values, wanted in ((together, expected), (alone, torch.tensor(each).mean(0).tolist())):
+                assert [values[name][task, k] for name in ("accuracy", "nearest_mean")] == pytest.approx(wanted)
