@@ -47,41 +47,40 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
     Raises:
         UserError: there is no folder with images, it can't be read, or it has too few classes for three splits.
     """
-    top, cache = Path(root), Path(cache or Path(root) / ".cache")  # hidden: FOLDER/cache may be a class
     if not os.path.isdir(root):
         raise UserError(f"there is no folder {root} that can be read; name the folder of the class folders with "
                         "--data FOLDER")
-    while True:
-        parts, classes = split_folders(top), class_folders(top)
-        if len(parts) > 1 or classes:
-            break
-        inner = [folder for folder in images.subfolders(top) if images.subfolders(folder)]
-        if len(inner) != 1:
-            break
-        top = Path(inner[0])
+    top = _around_classes(Path(root))
+    cache = Path(cache or Path(root) / ".cache")  # hidden, because FOLDER/cache may be a class
+    parts = split_folders(top)
     if len(parts) == 3:
         layout = f"folders {', '.join(path.name for path in parts.values())} of class folders"
-        splits = split_classes(parts)
-    elif parts and any(map(class_folders, parts.values())):
+        return ImageSet("folders", layout, split_classes(parts), resample, cache, REMEDY)
+    if any(map(image_folders, parts.values())):
         missing = ", ".join(f"{split}/" for split in NAMES if split not in parts)
         raise UserError(f"{top} has {', '.join(path.name for path in parts.values())} and no {missing}; add it, or put "
                         "all class folders into one, to have them split automatically")
-    elif len(classes) < 3:
-        if not classes:
-            _refuse_deeper(top)
-        loose = sum(file.name.lower().endswith(EXTENSIONS) for file in images.entries(top))
+    classes = class_folders(top, cache)
+    if len(classes) < 3:
+        loose = sum(map(_is_image, images.entries(top)))
         raise UserError(f"{top} holds {len(classes)} class folders ({loose:,} images outside class folders); "
                         f"put the images of each class ({', '.join(EXTENSIONS)}) into its own folder there, at "
                         "least 3 classes")
-    else:
-        _refuse_left_out(top, classes, cache)
-        layout = f"class folders, split by a shuffle of their names with seed {SPLIT_SEED}"
-        names = sorted(classes)
-        random.Random(SPLIT_SEED).shuffle(names)
-        n_test, n_val = (max(1, round(len(names) * SHARES[split])) for split in ("test", "val"))
-        cut = {"train": names[n_test + n_val:], "val": names[n_test:n_test + n_val], "test": names[:n_test]}
-        splits = {split: {label: classes[label] for label in sorted(cut[split])} for split in cut}
+    names = sorted(classes)
+    random.Random(SPLIT_SEED).shuffle(names)
+    n_test, n_val = (max(1, round(len(names) * SHARES[split])) for split in ("test", "val"))
+    cut = {"train": names[n_test + n_val:], "val": names[n_test:n_test + n_val], "test": names[:n_test]}
+    splits = {split: {label: classes[label] for label in sorted(cut[split])} for split in cut}
+    layout = f"class folders, split by a shuffle of their names with seed {SPLIT_SEED}"
     return ImageSet("folders", layout, splits, resample, cache, REMEDY)
+
+
+def _around_classes(folder: Path) -> Path:
+    """The folder itself if it has class folders or several splits, else that within its only folder of folders."""
+    inner = [entry for entry in images.subfolders(folder) if images.subfolders(entry)]
+    if image_folders(folder) or len(split_folders(folder)) > 1 or len(inner) != 1:
+        return folder
+    return _around_classes(Path(inner[0]))
 
 
 def split_folders(root: Path) -> dict[str, Path]:
@@ -101,44 +100,49 @@ def split_classes(parts: dict[str, Path]) -> dict[str, dict[str, list[ImageFile]
     """Split -> class -> its images, of the folders of the three splits.
 
     Raises:
-        UserError: as `class_folders`, or the folder of a split has its images in other places than class folders.
+        UserError: as `class_folders`, or the folder of a split has its images in one folder without classes.
     """
     splits = {split: class_folders(folder) for split, folder in parts.items()}
-    for split, classes in splits.items():
-        if not classes:
-            _refuse_deeper(parts[split])
-        _refuse_left_out(parts[split], classes)
-        if split != "train" and list(classes) == ["images"]:  # Tiny ImageNet's val/images and test/images
+    for split in ("val", "test"):
+        if list(splits[split]) == ["images"]:  # Tiny ImageNet's val/images and test/images
             raise UserError(f"{parts[split]} has one folder, images, where class folders are needed; put the images of "
                             f"each class into a folder of its own in it, or have the classes of {parts['train'].name}/ "
                             f"alone split, with --data {quoted(parts['train'])}")
     return splits
 
 
-def _refuse_deeper(folder: Path) -> None:
-    """Refuse class folders that lie one level too deep, such as the characters of several alphabets."""
-    names = [f"{entry.name}/{name}" for entry in images.subfolders(folder) for name in image_folders(entry)]
-    if names:
-        raise UserError(f"{folder} has {len(names):,} class folders one level too deep, such as {names[0]}; move them "
-                        f"up into {folder}, each under a name of its own")
+def class_folders(folder: Path, cache: Path | None = None) -> dict[str, list[ImageFile]]:
+    """Class -> its images, both sorted by name, for each folder in `folder` that has images.
 
-
-def _refuse_left_out(folder: Path, classes: dict[str, list[ImageFile]], cache: Path | None = None) -> None:
-    """Refuse folders whose files would be left out, next to or in those of `classes`; `cache` may be among them."""
-    used = {os.path.dirname(file.path) for files in classes.values() for file in files}
-    inside = [short(f"{entry.name}/{name}") for entry in images.subfolders(folder) for name in image_folders(entry)
-              if images.normal(entry.name) in classes and os.path.join(entry.path, name) not in used]
-    listed(inside, f"folders in the class folders of {folder} have images that would be left out",
-           "move these into the class folder itself, or remove them")
-    left_out = [short(entry.name) for entry in images.subfolders(folder) if images.normal(entry.name) not in classes
-                and _has_files(entry) and not (cache and cache.resolve().is_relative_to(Path(entry).resolve()))]
-    listed(left_out if classes else [], f"folders in {folder} have files and no images of their own",
+    Args:
+        cache: folder of the decoded images, which may lie among the class folders.
+    Raises:
+        UserError: a folder can't be read or has another folder's name, or images would be left out.
+    """
+    classes, names, others, deeper, unused = {}, {}, [], [], []
+    for entry in images.subfolders(folder):
+        files, label = _files(entry), images.normal(entry.name)
+        pictures = [images.image_file(file, f"{folder.name}/{entry.name}/{file.name}")
+                    for file in files if _is_image(file)]
+        others += [f"{entry.name}/{file.name}" for file in files if file.name.lower().endswith(OTHER_EXTENSIONS)]
+        if pictures:
+            classes.setdefault(label, []).extend(pictures)
+            names.setdefault(label, []).append(short(entry.name))
+        elif _has_files(entry) and not (cache and cache.resolve().is_relative_to(Path(entry).resolve())):
+            unused.append(short(entry.name))
+        deeper += [f"{entry.name}/{name}" for name in image_folders(entry)
+                   if not pictures or os.path.dirname(pictures[0].path) != os.path.join(entry.path, name)]
+    if deeper and not classes:  # such as the characters of several alphabets
+        raise UserError(f"{folder} has {len(deeper):,} class folders one level too deep, such as {deeper[0]}; move "
+                        f"them up into {folder}, each under a name of its own")
+    listed(others, f"images in {folder} in other formats than {', '.join(FORMATS)}", "convert them, or remove them")
+    listed([" and ".join(same) for same in names.values() if len(same) > 1],
+           f"class folders in {folder} whose names differ only in whitespace or Unicode normalisation", "rename them")
+    listed(unused if classes else [], f"folders in {folder} have files and no images of their own",
            f"put the images of each class ({', '.join(EXTENSIONS)}) right into its folder, or take these folders out")
-
-
-def _has_files(folder: os.DirEntry) -> bool:
-    """Whether there is a file in the folder, or in a folder in it."""
-    return any(not entry.is_dir(follow_symlinks=False) or _has_files(entry) for entry in images.entries(folder))
+    listed(list(map(short, deeper)), f"folders in the class folders of {folder} have images that would be left out",
+           "move these into the class folder itself, or remove them")
+    return classes
 
 
 def own_images(root: Path) -> str:
@@ -149,35 +153,19 @@ def own_images(root: Path) -> str:
 
 def image_folders(folder: Path | os.DirEntry) -> list[str]:
     """Names of the folders in `folder` that have images."""
-    return [entry.name for entry in images.subfolders(folder)
-            if any(file.name.lower().endswith(EXTENSIONS) for file in _files(entry))]
+    return [entry.name for entry in images.subfolders(folder) if any(map(_is_image, _files(entry)))]
 
 
 def _files(folder: os.DirEntry) -> list[os.DirEntry]:
     """What is in a class folder; if that has no images itself, in its folder images/."""
     files, inner = images.entries(folder), os.path.join(folder, "images")
-    if os.path.isdir(inner) and not any(file.name.lower().endswith(EXTENSIONS) for file in files):
-        return images.entries(inner)
-    return files
+    return images.entries(inner) if os.path.isdir(inner) and not any(map(_is_image, files)) else files
 
 
-def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
-    """Class -> its images, both sorted by name, for each folder in `folder` that has images.
+def _has_files(folder: os.DirEntry) -> bool:
+    """Whether there is a file in the folder, or in a folder in it."""
+    return any(not entry.is_dir(follow_symlinks=False) or _has_files(entry) for entry in images.entries(folder))
 
-    Raises:
-        UserError: a folder can't be read, has images in an unsupported format, or has another folder's name.
-    """
-    classes, names, others = {}, {}, []
-    for entry in images.subfolders(folder):
-        for file in _files(entry):
-            if file.name.lower().endswith(EXTENSIONS):
-                image = images.image_file(file, f"{folder.name}/{entry.name}/{file.name}")
-                label = images.normal(entry.name)
-                classes.setdefault(label, []).append(image)
-                names.setdefault(label, {})[entry.name] = short(entry.name)
-            elif file.name.lower().endswith(OTHER_EXTENSIONS):
-                others.append(f"{entry.name}/{file.name}")
-    listed(others, f"images in {folder} in other formats than {', '.join(FORMATS)}", "convert them, or remove them")
-    listed([" and ".join(same.values()) for same in names.values() if len(same) > 1],
-           f"class folders in {folder} whose names differ only in whitespace or Unicode normalisation", "rename them")
-    return classes
+
+def _is_image(file: os.DirEntry) -> bool:
+    return file.name.lower().endswith(EXTENSIONS + OTHER_EXTENSIONS)
