@@ -245,19 +245,14 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str, channels: int, img
                 raise ValueError("floats; give 8 bits in 0..255")
             if not all(image.size):
                 raise ValueError("it has no pixels")
-            image = _opaque(_upright(image)).convert("RGB" if channels == 3 else "L")
+            with contextlib.suppress(Exception):  # EXIF data that PIL can't parse is ignored
+                image = ImageOps.exif_transpose(image)
+            image = _opaque(image).convert("RGB" if channels == 3 else "L")
         except UnidentifiedImageError as error:
             raise UserError(f"{name} is none of {', '.join(FORMATS)}") from error
     digest = hashlib.blake2b(image.tobytes(), digest_size=8, key=b"%dx%d" % image.size).digest()
     array = np.asarray(image.resize((imgsz, imgsz), resample)).reshape(imgsz, imgsz, channels).transpose(2, 0, 1)
     return array, int.from_bytes(digest, "little") or 1
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    with contextlib.suppress(Exception):  # EXIF data that PIL can't parse is ignored
-        if image.getexif().get(0x0112, 1) != 1:
-            return ImageOps.exif_transpose(image)
-    return image
 
 
 def _opaque(image: Image.Image) -> Image.Image:
