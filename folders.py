@@ -119,30 +119,30 @@ def class_folders(folder: Path, cache: Path | None = None) -> dict[str, list[Ima
     Raises:
         UserError: a folder can't be read or has another folder's name, or images would be left out.
     """
-    classes, names, others, deeper, unused = {}, {}, [], [], []
+    found, names, others, deeper, unused = [], {}, [], [], []
     for entry in images.subfolders(folder):
         files, label = _files(entry), images.normal(entry.name)
         pictures = [images.image_file(file, f"{folder.name}/{entry.name}/{file.name}")
                     for file in files if _is_image(file)]
         others += [f"{entry.name}/{file.name}" for file in files if file.name.lower().endswith(OTHER_EXTENSIONS)]
         if pictures:
-            classes.setdefault(label, []).extend(pictures)
+            found += [(label, picture) for picture in pictures]
             names.setdefault(label, []).append(short(entry.name))
         elif _has_files(entry) and not (cache and cache.resolve().is_relative_to(Path(entry).resolve())):
             unused.append(short(entry.name))
         deeper += [f"{entry.name}/{name}" for name in image_folders(entry)
                    if not pictures or os.path.dirname(pictures[0].path) != os.path.join(entry.path, name)]
-    if deeper and not classes:  # such as the characters of several alphabets
+    if deeper and not found:  # such as the characters of several alphabets
         raise UserError(f"{folder} has {len(deeper):,} class folders one level too deep, such as {deeper[0]}; move "
                         f"them up into {folder}, each under a name of its own")
     listed(others, f"images in {folder} in other formats than {', '.join(FORMATS)}", "convert them, or remove them")
     listed([" and ".join(same) for same in names.values() if len(same) > 1],
            f"class folders in {folder} whose names differ only in whitespace or Unicode normalisation", "rename them")
-    listed(unused if classes else [], f"folders in {folder} have files and no images of their own",
+    listed(unused if found else [], f"folders in {folder} have files and no images of their own",
            f"put the images of each class ({', '.join(EXTENSIONS)}) right into its folder, or take these folders out")
     listed(list(map(short, deeper)), f"folders in the class folders of {folder} have images that would be left out",
            "move these into the class folder itself, or remove them")
-    return classes
+    return images.by_class(found)
 
 
 def own_images(root: Path) -> str:

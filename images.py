@@ -14,7 +14,7 @@ import json
 import os
 import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -208,6 +208,14 @@ def entries(folder: Path | str) -> list[os.DirEntry]:
 def subfolders(folder: Path | str) -> list[os.DirEntry]:
     with reading(os.fspath(folder), "check the links in it"):  # is_dir raises an error for a link to itself
         return [entry for entry in entries(folder) if entry.is_dir()]
+
+
+def by_class(files: Iterable[tuple[str, ImageFile]]) -> dict[str, list[ImageFile]]:
+    """Pairs (class, image) -> class -> images, the classes sorted by name, the images in the order of the pairs."""
+    classes = {}
+    for label, file in files:
+        classes.setdefault(label, []).append(file)
+    return dict(sorted(classes.items()))
 
 
 def image_file(file: os.DirEntry | Path, name: str) -> ImageFile:

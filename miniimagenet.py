@@ -135,9 +135,9 @@ def _from_tables(root: Path, tables: dict[str, Path]) -> tuple[dict[str, dict[st
     renamed, how = index.imagenet([row for split in SPLITS for row in rows[split] if not index.find(row)])
     splits, parents = {}, set()
     for split in SPLITS:
-        classes, faults, used = {}, [], set()
+        found, faults, used = [], [], set()
         for row in rows[split]:
-            paths = index.find(row) or renamed.get(row, [])
+            paths = index.find(row) or renamed.get(_parts(row.filename)[1], [])
             if len(paths) != 1:
                 names = " or ".join(os.path.relpath(path, index.folder) for path in paths)
                 what = f"may be {names}" if names else f"is not in {index.folder}"
@@ -148,10 +148,10 @@ def _from_tables(root: Path, tables: dict[str, Path]) -> tuple[dict[str, dict[st
             else:
                 used.add(paths[0])
                 parents.add(paths[0].parent)
-                classes.setdefault(row.label, []).append(images.image_file(paths[0], row.filename))
+                found.append((row.label, images.image_file(paths[0], row.filename)))
         listed(faults, f"{tables[split]}, {len(faults):,} of {len(rows[split]):,} images",
                "put the images there, or remove the lines")
-        splits[split] = {label: classes[label] for label in sorted(classes)}
+        splits[split] = images.by_class(found)
     inside = "" if index.folder in parents else "CLASS/"
     return splits, f"{CSV} with {os.path.relpath(index.folder, root)}/{inside}{how}"
 
@@ -192,7 +192,7 @@ class _Files:
             paths = [path for path in paths if normal(path.parent.name) == parent] or paths
         return [path for path in paths if path.suffix.lower() == extension] or paths
 
-    def imagenet(self, rows: list[_Row]) -> tuple[dict[_Row, list[Path]], str]:
+    def imagenet(self, rows: list[_Row]) -> tuple[dict[str, list[Path]], str]:
         """Files with ImageNet's names, nXXXXXXXX_NUMBER.JPEG, for rows with names nXXXXXXXXNNNNNNNN.
 
         In the CSV files of Ravi and Larochelle NNNNNNNN is a rank, from 1, among the numbers of the class's images. The
@@ -200,30 +200,28 @@ class _Files:
         the two finds all images is used.
 
         Returns:
-            row -> files, and which of the two it was, in words.
+            nXXXXXXXXNNNNNNNN -> files, and which of the two it was, in words.
         Raises:
             UserError: both find all images, and not the same ones.
         """
-        numbered: dict[str, dict[int, list[Path]]] = {}
+        stems = {stem for stem in (_parts(row.filename)[1] for row in rows) if re.fullmatch(r"n\d{16}", stem)}
+        numbers: dict[str, dict[int, list[Path]]] = {}  # class -> NUMBER -> files
         for stem, paths in self.paths.items():
             if match := re.fullmatch(r"(n\d{8})_(\d+)", stem):
-                numbered.setdefault(match[1], {})[int(match[2])] = paths
-        ranked = {wnid: dict(enumerate((paths for _, paths in sorted(numbers.items())), start=1))
-                  for wnid, numbers in numbered.items()}
-        matches = {row: match for row in rows if (match := re.fullmatch(r"(n\d{8})(\d{8})", _parts(row.filename)[1]))}
-        by_number, by_rank = (
-            {row: classes.get(match[1], {}).get(int(match[2])) for row, match in matches.items()}
-            for classes in (numbered, ranked))
-        number_fits, rank_fits = all(by_number.values()), all(by_rank.values())
-        if not matches or not (number_fits or rank_fits):
-            return {}, ""
+                numbers.setdefault(match[1], {})[int(match[2])] = paths
+        by_number = {f"{wnid}{number:08}": paths for wnid, files in numbers.items() for number, paths in files.items()}
+        by_rank = {f"{wnid}{rank:08}": files[number] for wnid, files in numbers.items()
+                   for rank, number in enumerate(sorted(files), start=1)}
+        number_fits, rank_fits = (bool(stems) and stems <= named.keys() for named in (by_number, by_rank))
         if number_fits and rank_fits:
-            for row in matches:
-                if by_number[row] != by_rank[row]:
-                    raise UserError(f"{row.filename} of the CSV files can be {by_number[row][0].name} (by its number) "
-                                    f"or {by_rank[row][0].name} (by its rank among the class's numbers); rename the "
+            for stem in sorted(stems):
+                if by_number[stem] != by_rank[stem]:
+                    raise UserError(f"{stem} of the CSV files can be {by_number[stem][0].name} (by its number) or "
+                                    f"{by_rank[stem][0].name} (by its rank among the class's numbers); rename the "
                                     "files as in the CSV files")
-        return (by_number, ", ImageNet's names by number") if number_fits else (by_rank, ", ImageNet's names by rank")
+        if number_fits:
+            return by_number, ", ImageNet's names by number"
+        return (by_rank, ", ImageNet's names by rank") if rank_fits else ({}, "")
 
 
 # ---- single tasks

@@ -8,6 +8,7 @@ import functools
 import itertools
 import os
 import random
+import re
 import socket
 import zipfile
 from collections import Counter
@@ -113,12 +114,9 @@ def _drawings(path: Path) -> dict[str, list[ImageFile]]:
         files = [images.image_file(file, f"{path.name}/{alphabet.name}/{character.name}/{file.name}")
                  for alphabet in images.subfolders(path) for character in images.subfolders(alphabet)
                  for file in images.entries(character)]
-    characters = {}
-    for file in sorted(files, key=lambda file: file.name):
-        part, *folders, name = file.name.split("/")
-        if part == path.stem and len(folders) == 2 and name.lower().endswith(".png") and not name.startswith("."):
-            characters.setdefault(os.path.dirname(file.name), []).append(file)
-    return characters
+    drawing = re.compile(rf"{path.stem}/[^/]+/[^/]+/[^/.][^/]*(?i:\.png)")
+    return images.by_class((os.path.dirname(file.name), file) for file in sorted(files, key=lambda file: file.name)
+                           if drawing.fullmatch(file.name))
 
 
 def _check_counts(characters: dict[str, list[ImageFile]], chosen: list[Path], root: Path) -> None:
