@@ -115,18 +115,17 @@ def processes(device: torch.device) -> Iterator[None]:
 
     After an error the group isn't destroyed, which could hang. torchrun ends the other processes with this one.
     """
-    if size() > 1:
-        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, device_id=gpu)
-    stopped = None
+    if size() == 1:
+        yield
+        return
+    backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, device_id=gpu)
     try:
         yield
-    except Stopped as error:  # raised in all processes at once: they leave together
-        stopped = error
-    if size() > 1:
+    except Stopped:  # raised in all processes at once: they leave together
         dist.destroy_process_group()
-    if stopped:
-        raise stopped
+        raise
+    dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -117,6 +117,15 @@ def reading(path: Path | str, remedy: str = "", wrong: str = "can't be read") ->
 
 
 @contextlib.contextmanager
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """Turn an OSError in the block, such as a full disk, into a UserError of one line that ends in `remedy`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror or error}; {remedy}") from error
+
+
+@contextlib.contextmanager
 def atomic(path: Path, mode: str = "wb", remedy: str = "free some space or name another folder") -> Iterator:
     """Open a temporary file in the folder of `path`; on success flush it to disk and rename it to `path`.
 
@@ -128,14 +137,13 @@ def atomic(path: Path, mode: str = "wb", remedy: str = "free some space or name 
     """
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror or error}; {remedy}") from error
+        with writing(path, remedy):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, mode) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # it is gone already, or the disk has become read-only
             temporary.unlink()

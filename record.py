@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import device as devices
 import nc_metrics
-from files import UserError, atomic, locked, quoted, reading, remove_stale, same_place
+from files import UserError, atomic, locked, quoted, reading, remove_stale, same_place, writing
 from learner import Learner
 
 WRITTEN = ("args.json", "*.pt", "result.png", "result.json", "timing.json")  # files that are written whole
@@ -210,22 +210,15 @@ class Log:
         if size < keep:
             raise UserError(f"{path} is missing or cut: {size:,} of the {keep:,} bytes that the checkpoint counts; "
                             "put it back")
-        with self._writing():
+        with writing(path, REMEDY):
             self.file = open(path, "ab", buffering=0)
             self.file.truncate(keep)
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:  # some file systems report a full disk only in fsync or close
-            raise UserError(f"can't write {self.path}: {error.strerror}; {REMEDY}") from error
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, error: type | None, *_) -> None:
-        with self._writing():
+        with writing(self.path, REMEDY):  # some file systems report a full disk only in fsync or close
             try:
                 if error is None:
                     self.sync()  # before result.json, which says that the run is finished
@@ -237,7 +230,7 @@ class Log:
     def add(self, kind: str, step: int, **values) -> None:
         line = {"kind": kind, "step": step} | {name: numbers(value) for name, value in values.items()}
         rest = json.dumps(line).encode() + b"\n"
-        with self._writing():
+        with writing(self.path, REMEDY):
             while rest:
                 rest = rest[self.file.write(rest):]
         for name, value in _scalars(line).items() if self.board else ():
@@ -260,7 +253,7 @@ class Log:
         """Flush the log to the disk; returns its size in bytes."""
         if devices.rank() > 0:
             return 0
-        with self._writing():
+        with writing(self.path, REMEDY):
             os.fsync(self.file.fileno())
             return os.fstat(self.file.fileno()).st_size
 
