@@ -57,7 +57,7 @@ class ImageSet:
     resample: Image.Resampling  # filter of the resize
     cache: Path  # folder of the decoded images; made if absent
     remedy: str  # ends every message about an image
-    _hashes: dict[str, np.ndarray] = field(default_factory=dict)  # split -> hash of each image's pixels, once loaded
+    _names: dict[str, dict[int, str]] = field(default_factory=dict)  # loaded split -> hash of pixels -> image
 
     def __post_init__(self) -> None:
         for split, classes in self.splits.items():
@@ -134,21 +134,18 @@ class ImageSet:
         Raises:
             UserError: more than a `SHARED` part of its images is in another split too.
         """
-        others = [] if split in self._hashes else list(self._hashes)
-        self._hashes[split] = hashes
-        for other in others:
-            shared = [value for value in np.intersect1d(hashes, self._hashes[other]) if value]  # 0: no image
-            pairs = [f"{self._name(other, value)} = {self._name(split, value)}" for value in shared]
-            what = f"{len(shared):,} images are in both {other} and {split}"
-            if len(shared) > SHARED * min(np.count_nonzero(hashes), np.count_nonzero(self._hashes[other])):
+        if split in self._names:
+            return
+        names = {value: file.name for files, row in zip(self.splits[split].values(), hashes.tolist())
+                 for file, value in zip(files, row)}
+        for other, others in self._names.items():
+            pairs = [f"{others[value]} = {names[value]}" for value in others if value in names]
+            what = f"{len(pairs):,} images are in both {other} and {split}"
+            if len(pairs) > SHARED * min(len(names), len(others)):
                 listed(pairs, f"{what}, which must not share any", "remove each from one of them")
-            elif shared:
+            elif pairs:
                 note(f"note: {what}: {'; '.join(pairs[:10])}")
-
-    def _name(self, split: str, value: int) -> str:
-        """The name of the first image whose pixels have this hash."""
-        row, column = np.argwhere(self._hashes[split] == value)[0]
-        return list(self.splits[split].values())[row][column].name
+        self._names[split] = names
 
 
 def dataset(find: Callable[[], ImageSet], name: Callable[[], str], channels: int, mean: Sequence[float],
@@ -234,7 +231,7 @@ def image_file(file: os.DirEntry | Path, name: str) -> ImageFile:
 
 def decode(data: bytes | np.ndarray | Image.Image, name: str, channels: int, imgsz: int,
            resample: Image.Resampling) -> tuple[np.ndarray, int]:
-    """One image -> uint8 [channels, imgsz, imgsz], and a hash of its pixels before the resize, which is never 0.
+    """One image -> uint8 [channels, imgsz, imgsz], and a hash of its pixels before the resize.
 
     The EXIF orientation is applied. Palette, CMYK and greyscale images are converted. Transparent ones get a white
     background, so that black ink on a transparent one stays visible.
@@ -260,7 +257,7 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str, channels: int, img
             raise UserError(f"{name} is none of {', '.join(FORMATS)}") from error
     digest = hashlib.blake2b(image.tobytes(), digest_size=8, key=b"%dx%d" % image.size).digest()
     array = np.asarray(image.resize((imgsz, imgsz), resample)).reshape(imgsz, imgsz, channels).transpose(2, 0, 1)
-    return array, int.from_bytes(digest, "little") or 1
+    return array, int.from_bytes(digest, "little")
 
 
 def _opaque(image: Image.Image) -> Image.Image:
