@@ -146,14 +146,12 @@ def other_images(run: Path, args: argparse.Namespace) -> str:
 
     Every --root of Omniglot has the same images. Another --root has other photographs if the run's own is still there.
     """
-    recorded = _args(run)["settings"]
-    if args.data is not None:
-        other, name = not same_place(args.data, recorded.get("data")), args.data_name or Path(args.data).resolve().name
-    else:
-        own, name = recorded.get("root"), Path(args.root).resolve().name
-        photographs = args.script == "miniimagenet_train" and not args.synthetic
-        other = photographs and os.path.isdir(str(own)) and not same_place(args.root, own)
-    return "-" + re.sub(r"[^\w.-]", "_", name) if other else ""
+    flag = "root" if args.data is None else "data"
+    here, own = getattr(args, flag), _args(run)["settings"].get(flag)
+    other = not same_place(here, own)
+    if flag == "root":
+        other = other and args.script == "miniimagenet_train" and not args.synthetic and os.path.isdir(str(own))
+    return "-" + re.sub(r"[^\w.-]", "_", args.data_name or Path(here).resolve().name) if other else ""
 
 
 def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
