@@ -185,30 +185,11 @@ def _flags(names: Sequence[str]) -> str:
 
 
 def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The settings that a run's args.json holds, changed by the flags on the command line.
-
-    A file of an older version lacks newer flags, which take their defaults. A run is resumed only by the version that
-    began it, because a new flag's default need not be what the old code did.
-    """
+    """The settings that a run's args.json holds, changed by the flags on the command line."""
     path = Path(flags[mode])
     if mode != "from_args" or path.is_dir():
         path /= "args.json"
-    defaults, recorded = vars(parser.parse_args([])), read_settings(path, f"--{mode} takes the folder of a run")
-    different = recorded.keys() - defaults.keys()
-    if mode == "resume":
-        different |= defaults.keys() - recorded.keys() - {*MODES, *MAY_CHANGE["resume"]}
-    other_script = recorded.get("script") != defaults["script"]
-    if different or other_script:
-        script = recorded.get("script")
-        which = f"script {script}" if other_script else ", ".join(sorted(different))
-        remedy = f"give it to {script}.py" if other_script and script in SCRIPTS else "use the code that made the run"
-        raise UserError(f"{path} is not of this script and version ({which}); {remedy}")
-    if "recipe" not in recorded and recorded.get("net") == "paper":
-        recorded["net"] = "conv_bn_relu"  # older versions called this network "paper"
-    try:
-        settings = vars(parser.parse_args(_as_flags(recorded, defaults)))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    settings = _recorded(path, mode, parser)
     if flags.get("recipe", settings["recipe"]) != settings["recipe"]:
         raise UserError(f"--recipe can't be set with --{mode}: the run's settings hold; give single flags")
     if mode != "resume":
@@ -219,9 +200,10 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
         to_synthetic = flags.get("synthetic", False) and not settings["synthetic"]
         other_folder = not same_place(flags.get("data", settings["data"]), settings["data"])
         if to_synthetic or other_folder:
-            own = {"split": "shuffled"} | dict.fromkeys(("rotations", "rotate_heldout") if other_folder else (), False)
-            settings |= {"data": None, "data_name": None, "synthetic": False}
-            settings |= {name: value for name, value in own.items() if name in settings}
+            other = {"data": None, "data_name": None, "synthetic": False, "split": "shuffled"}
+            if other_folder:
+                other |= {"rotations": False, "rotate_heldout": False}
+            settings |= {name: value for name, value in other.items() if name in settings}
     if mode == "from_args":
         if settings["nc_qry"] == NC_QRY or {"k_spt", "data", "synthetic"} & flags.keys():  # `check` filled it in, maybe
             settings["nc_qry"] = None
@@ -241,6 +223,30 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
     return argparse.Namespace(**settings | flags | {"out": flags["resume"]})
 
 
+def _recorded(path: Path, mode: str, parser: argparse.ArgumentParser) -> dict:
+    """The settings in a run's args.json, checked as strictly as a command line is.
+
+    A file of an older version lacks newer flags, which take their defaults. A run is resumed only by the version that
+    began it, because a new flag's default need not be what the old code did.
+    """
+    recorded, defaults = read_settings(path, f"--{mode} takes the folder of a run"), vars(parser.parse_args([]))
+    script, differs = recorded.get("script"), f"{path} is not of this script and version"
+    if script != defaults["script"]:
+        remedy = f"give it to {script}.py" if script in SCRIPTS else "use the code that made the run"
+        raise UserError(f"{differs} (script {script}); {remedy}")
+    different = recorded.keys() - defaults.keys()
+    if mode == "resume":
+        different |= defaults.keys() - recorded.keys() - {*MODES, *MAY_CHANGE["resume"]}
+    if different:
+        raise UserError(f"{differs} ({', '.join(sorted(different))}); use the code that made the run")
+    if "recipe" not in recorded and recorded.get("net") == "paper":
+        recorded["net"] = "conv_bn_relu"  # older versions called this network "paper"
+    try:
+        return vars(parser.parse_args(_as_flags(recorded, defaults)))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 def read_settings(path: Path, takes: str) -> dict:
     """What `path` holds under "settings"."""
     with reading(path, takes, "is not what a run writes"):
@@ -248,7 +254,7 @@ def read_settings(path: Path, takes: str) -> dict:
 
 
 def _as_flags(settings: dict, defaults: dict) -> list[str]:
-    """The command line that gives these settings, so that a file is checked as strictly as a command line is."""
+    """The command line that gives these settings."""
     flags = []
     for name, value in settings.items():
         if name in MODES or name in ("script", "print_every") or value is None and defaults[name] is None:
