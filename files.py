@@ -87,11 +87,7 @@ def same_place(one: str | Path | None, other: str | Path | None) -> bool:
 
 
 def listed(faults: Sequence[str], what: str, remedy: str) -> None:
-    """Refuse `faults`, if there are any, in one line.
-
-    Raises:
-        UserError: `what`, the first ten faults and the number of others, `remedy`.
-    """
+    """Raise a UserError if there are any `faults`: `what`, the first ten and the number of others, `remedy`."""
     if faults:
         more = f"; and {len(faults) - 10:,} more" if len(faults) > 10 else ""
         raise UserError(f"{what}: {'; '.join(faults[:10])}{more}; {remedy}")
@@ -131,9 +127,6 @@ def atomic(path: Path, mode: str = "wb", remedy: str = "free some space or name 
 
     A reader never sees a half-written `path`. An error leaves no file behind; a killed process leaves
     `.<name>.????????.tmp`, which `remove_stale` deletes.
-
-    Raises:
-        UserError: the folder can't be written or the disk is full; the line ends in `remedy`.
     """
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
@@ -162,10 +155,9 @@ def remove_stale(folder: Path, pattern: str, age: float = 0) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, where the system and file system have locks; released however the process ends.
+    """Hold the lock file `path`, or raise a UserError if another process holds it or the folder can't be written.
 
-    Raises:
-        UserError: the folder can't be written, or another process holds the lock.
+    It is released however the process ends. Some network file systems have no locks; nothing is held there.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +177,7 @@ def locked(path: Path) -> Iterator[None]:
             raise UserError(f"{path.parent} is in use by another process; wait until it ends, or name another "
                             "folder") from None
         except (OSError, ImportError):
-            pass  # some network file systems have no locks
+            pass  # no locks here
         yield
 
 

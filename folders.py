@@ -84,11 +84,7 @@ def _around_classes(folder: Path) -> Path:
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """Split -> its folder, for each split that has one.
-
-    Raises:
-        UserError: there are two of a split (val and validation).
-    """
+    """Split -> its folder, for each split that has one. Two of a split, such as val and validation, are refused."""
     folders = {entry.name.lower(): Path(entry) for entry in images.subfolders(root)}
     parts = {split: [folders[name] for name in names if name in folders] for split, names in NAMES.items()}
     listed([" and ".join(map(str, paths)) for paths in parts.values() if len(paths) > 1],
@@ -97,11 +93,7 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def split_classes(parts: dict[str, Path]) -> dict[str, dict[str, list[ImageFile]]]:
-    """Split -> class -> its images, of the folders of the three splits.
-
-    Raises:
-        UserError: as `class_folders`, or the folder of a split has its images in one folder without classes.
-    """
+    """Split -> class -> its images, of the folders of the three splits."""
     splits = {split: class_folders(folder) for split, folder in parts.items()}
     for split in ("val", "test"):
         if list(splits[split]) == ["images"]:  # Tiny ImageNet's val/images and test/images
@@ -114,10 +106,8 @@ def split_classes(parts: dict[str, Path]) -> dict[str, dict[str, list[ImageFile]
 def class_folders(folder: Path, cache: Path | None = None) -> dict[str, list[ImageFile]]:
     """Class -> its images, both sorted by name, for each folder in `folder` that has images.
 
-    Args:
-        cache: folder of the decoded images, which may lie among the class folders.
-    Raises:
-        UserError: a folder can't be read or has another folder's name, or images would be left out.
+    `cache`, the folder of the decoded images, may lie among them. Any other folder whose files would be left out, and
+    images in other formats, are refused.
     """
     found, names, others, deeper, unused = [], {}, [], [], []
     for entry in images.subfolders(folder):

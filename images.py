@@ -45,11 +45,7 @@ class ImageFile(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The image files of each class of each split.
-
-    Raises:
-        UserError: a split has no class, a class has only one image, or a class is in two splits.
-    """
+    """The image files of each class of each split. A split without classes is refused, and a class in two splits."""
 
     name: str  # of the cache files
     layout: str  # where and how the images were found, in words
@@ -129,11 +125,7 @@ class ImageSet:
         return images, hashes
 
     def _check_shared(self, split: str, hashes: np.ndarray) -> None:
-        """Compare the pixels of a split with those of the splits loaded before.
-
-        Raises:
-            UserError: more than a `SHARED` part of its images is in another split too.
-        """
+        """Refuse a split that has more than a `SHARED` part of its images in common with one loaded before."""
         if split in self._names:
             return
         names = {value: file.name for files, row in zip(self.splits[split].values(), hashes.tolist())
@@ -164,11 +156,7 @@ def dataset(find: Callable[[], ImageSet], name: Callable[[], str], channels: int
 
 
 def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int) -> torch.Tensor:
-    """`images`, the result of `dataset.load`, if they are what a Dataset promises.
-
-    Raises:
-        UserError: they are not uint8 [class, image, c, imgsz, imgsz] in 0..255, or don't agree with sizes and counts.
-    """
+    """`images`, the result of `dataset.load`, if they are what a Dataset promises; a UserError if not."""
     where = f"the {split} split of {dataset.name()}"
     (classes, least), counts = dataset.sizes()[split], dataset.counts(split)
     expected = (classes, max(counts) if counts else least, dataset.channels, imgsz, imgsz)
@@ -192,11 +180,7 @@ def normal(text: str) -> str:
 
 
 def entries(folder: Path | str) -> list[os.DirEntry]:
-    """What is in `folder`, sorted by name, but for hidden files and folders and those that systems make.
-
-    Raises:
-        UserError: the folder can't be read.
-    """
+    """What is in `folder`, sorted by name, but for hidden files and folders and those that systems make."""
     with reading(os.fspath(folder), "check the path and its permissions"), os.scandir(folder) as scan:
         shown = [entry for entry in scan if not entry.name.startswith(".") and entry.name not in SYSTEM_FOLDERS]
         return sorted(shown, key=lambda entry: entry.name)
@@ -216,11 +200,7 @@ def by_class(files: Iterable[tuple[str, ImageFile]]) -> dict[str, list[ImageFile
 
 
 def image_file(file: os.DirEntry | Path, name: str) -> ImageFile:
-    """The file, or what it links to, as an image named `name`.
-
-    Raises:
-        UserError: a link leads nowhere.
-    """
+    """The file, or what it links to, as an image named `name`."""
     with reading(os.fspath(file), "put the image there"):
         status = os.stat(file)
     return ImageFile(name, status.st_size, status.st_mtime_ns, os.fspath(file), Path(file).read_bytes)
@@ -276,8 +256,7 @@ def decode_all(classes: Sequence[Sequence[ImageFile]], what: str, shape: tuple[i
                remedy: str) -> tuple[np.ndarray, np.ndarray]:
     """Decode in parallel threads -> uint8 of `shape` [class, image, c, s, s], uint64 hashes [class, image].
 
-    Raises:
-        UserError: names the images that can't be read or decoded, in their order.
+    The images that can't be read or decoded are named together, in their order.
     """
     array, hashes = np.zeros(shape, np.uint8), np.zeros(shape[:2], np.uint64)
 

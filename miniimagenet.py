@@ -200,12 +200,10 @@ class _Files:
 
         In the CSV files of Ravi and Larochelle NNNNNNNN is a rank, from 1, among the numbers of the class's images. The
         tools that make miniImageNet from ImageNet read it so. Other CSV files give the file's own NUMBER. Whichever of
-        the two finds all images is used.
+        the two finds all images is used; if both do, they must be the same images.
 
         Returns:
             nXXXXXXXXNNNNNNNN -> files, and which of the two it was, in words.
-        Raises:
-            UserError: both find all images, and not the same ones.
         """
         stems = {stem for stem in (_parts(row.filename)[1] for row in rows) if re.fullmatch(r"n\d{16}", stem)}
         numbers: dict[str, dict[int, list[Path]]] = {}  # class -> NUMBER -> files
@@ -281,9 +279,6 @@ def _from_cache(path: Path, split: str) -> dict[str, list[ImageFile]]:
 
     `image_data` uint8 [N, 84, 84, 3] with `class_dict` (class -> indices), or `data` with `labels` (one per image) and
     perhaps `catname2label`.
-
-    Raises:
-        UserError: the file holds anything but arrays, dicts, lists, tuples, text and numbers, or has neither form.
     """
     with reading(path, CACHE_REMEDY, "can't be read as a cache of miniImageNet"):
         status = path.stat()

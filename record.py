@@ -34,11 +34,7 @@ REMEDY = "free space or fix the permissions there, then continue with --resume"
 
 @contextlib.contextmanager
 def lock_run(args: argparse.Namespace) -> Iterator[Path]:
-    """The run's folder, locked. It is created if absent.
-
-    Raises:
-        UserError: another process holds it, it can't be created, or it holds a run that a new one would overwrite.
-    """
+    """The run's folder, locked. It is created if absent; one with a run that a new one would overwrite is refused."""
     name = f"{args.script}-{args.n_way}w{args.k_spt}s-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     name, *_ = devices.gather_lists([name])  # the first process's name: the others may be a second later
     out = Path(args.out or f"runs/{name}")
@@ -78,10 +74,9 @@ def _commit() -> str | None:
 
 
 def check_network(run: Path, net: Learner) -> None:
-    """Refuse the run if the network that it recorded is another one; older versions recorded none.
+    """Refuse the run if it recorded another network, and name the first layer that differs.
 
-    Raises:
-        UserError: names the first layer that differs.
+    Older versions recorded none.
     """
     with reading(run / "args.json", wrong="is not what a run writes"):
         layers = json.loads(json.dumps(net.config))  # tuples become lists
