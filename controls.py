@@ -27,7 +27,8 @@ The tasks are those of the run's test. The controls, each with all metrics and a
 class goes through the network together, upright, in all controls. Metrics that are undefined are null.
 """
 
-import python_version  # first: the others do not parse on an older Python  # noqa: F401, I001
+# first: the others do not parse on an older Python
+from files import Parser, UserError, atomic, progress, quoted, reading, run  # noqa: I001
 
 import argparse
 import copy
@@ -45,7 +46,6 @@ from torch import Tensor
 import nc_metrics
 import predict
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
-from files import Parser, UserError, atomic, progress, quoted, reading, run
 from learner import Learner, Weights
 from measuring import (accuracies, accuracy, class_means, collapse_metrics, cross_entropy, permuted_labels, scores,
                        squared_distances)

@@ -1,6 +1,7 @@
 """Files written whole or not at all, locks, and errors that the user can fix.
 
 A program that can't do its work prints one line, what is wrong and what to do, and ends with exit status 2 (`run`).
+Programs import this module first: it does the same where Python is too old, and must therefore parse on Python 3.7.
 """
 
 import argparse
@@ -14,6 +15,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
+
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.stderr.write(f"error: this is Python {sys.version_info[0]}.{sys.version_info[1]}, and 3.10 or later is needed; "
+                     "install that\n")
+    sys.exit(2)
 
 from tqdm import tqdm
 

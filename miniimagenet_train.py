@@ -7,7 +7,7 @@
     python miniimagenet_train.py --test RUN_FOLDER      # test a finished run again
 """
 
-import python_version  # first: the others do not parse on an older Python  # noqa: F401, I001
+from files import run  # first: the others do not parse on an older Python  # noqa: I001
 
 import argparse
 from collections.abc import Sequence
@@ -18,7 +18,6 @@ import miniimagenet
 import settings
 import synthetic
 import training
-from files import run
 from learner import CONV_INIT, Config, Learner, output_shape
 from tasks import Dataset, normalisation
 

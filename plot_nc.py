@@ -10,14 +10,13 @@ A RUN is a run's folder, or its log next to args.json. The meta model has the we
 one those after the inner steps. study/figures.py and study/report.py draw; nothing here needs torch.
 """
 
-import python_version  # first: the others do not parse on an older Python  # noqa: F401, I001
+import files  # first: the others do not parse on an older Python  # noqa: I001
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 
-import files
 from files import Parser, UserError, one_line
 from study import figures, report
 from study.logs import HOME, Study, read_groups

@@ -7,7 +7,7 @@
 Images are file names, PIL images or uint8 arrays of any size. They are resized and normalised as in training.
 """
 
-import python_version  # first: the others do not parse on an older Python  # noqa: F401, I001
+import files  # first: the others do not parse on an older Python  # noqa: I001
 
 import argparse
 import os
@@ -23,7 +23,6 @@ from PIL import Image
 from torch import Tensor
 
 import checkpoint
-import files
 import miniimagenet
 import miniimagenet_train
 import omniglot
