@@ -135,14 +135,9 @@ class Data:
 
     def sampler(self, split: str, images: Tensor, seed: int) -> Sampler:
         args, trains = self.args, split == "train"
-        return Sampler(images, self.dataset, self.device, seed, args.n_way, args.k_spt,
-                       args.k_qry if trains else self.heldout_queries, self.turns(split),
+        queries = args.k_qry if trains else args.k_qry_test or args.k_qry
+        return Sampler(images, self.dataset, self.device, seed, args.n_way, args.k_spt, queries, self.turns(split),
                        on_device=trains, nc_qry=args.nc_qry, counts=self.dataset.counts(split))
-
-    @property
-    def heldout_queries(self) -> int:
-        """Query images per class in validation and testing."""
-        return self.args.k_qry if self.args.k_qry_test is None else self.args.k_qry_test
 
     def turns(self, split: str) -> int:
         """Orientations of each class, 4 or 1; not all scripts have rotations."""
@@ -363,7 +358,7 @@ def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
     for name, transductive in (("test", True), ("test_nontransductive", False)):
         mean, interval, nearest, nearest_interval = _accuracies(adapted, transductive)
         steps = all_steps if transductive else alone_steps
-        queries = 1 if args.transductive and not transductive else data.heldout_queries
+        queries = 1 if args.transductive and not transductive else args.k_qry_test or args.k_qry
         result[name] = {
             "accuracy": numbers(mean), "ci95": numbers(interval), "nearest_mean": numbers(nearest),
             "nearest_mean_ci95": numbers(nearest_interval), "inner_steps": steps, "tasks": args.test_tasks,
