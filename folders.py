@@ -77,10 +77,10 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
 
 def _around_classes(folder: Path) -> Path:
     """The folder itself if it has class folders or several splits, else that within its only folder of folders."""
-    inner = [entry for entry in images.subfolders(folder) if images.subfolders(entry)]
-    if image_folders(folder) or len(split_folders(folder)) > 1 or len(inner) != 1:
+    if image_folders(folder) or len(split_folders(folder)) > 1:
         return folder
-    return _around_classes(Path(inner[0]))
+    inner = [entry for entry in images.subfolders(folder) if images.subfolders(entry)]
+    return _around_classes(Path(inner[0])) if len(inner) == 1 else folder
 
 
 def split_folders(root: Path) -> dict[str, Path]:
