@@ -8,11 +8,14 @@ Numbers are for held-out tasks at the classifier's input unless stated otherwise
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from study.logs import Run, Series, number
+from files import reading
+from study.logs import Run
 
 END_SHARE = 0.1  # the last part of training, whose measurements are averaged
 HIDDEN = -2      # the classifier's input; a layer is a name, or an index into the run's layers
@@ -54,21 +57,39 @@ def end_from(run: Run) -> float:
     return (1 - END_SHARE) * run.last_step
 
 
-def series(run: Run, split: str, model: str, metric: str, layer: int | str = HIDDEN) -> Series:
-    """A logged metric; "cdnv_unbiased" is `unbiased_cdnv` of the mean CDNV, so that older logs have it too."""
+def number(value: Any) -> float:
+    """A logged value; nan for null and for numbers too large to draw."""
+    value = math.nan if value is None else float(value)
+    return value if abs(value) < 1e100 else math.nan
+
+
+@functools.cache
+def series(run: Run, split: str, model: str, metric: str, layer: int | str = HIDDEN) -> np.ndarray:
+    """A metric of `model` ("meta", "finetuned", "support") against meta-steps: [3, S].
+
+    The rows are step, mean over tasks and its standard error; nan where undefined. "accuracy" is the adapted
+    classifier's for every model and layer, and has no standard error here. "cdnv_unbiased" is `unbiased_cdnv` of the
+    mean CDNV, so that older logs have it too.
+
+    Raises:
+        UserError: the log lacks it.
+    """
+    if metric == "cdnv_unbiased":
+        steps, mean, se = series(run, split, model, "cdnv", layer)
+        unbiased = unbiased_cdnv(mean, run.queries)
+        return np.array([steps, unbiased, se * unbiased / mean])
     if isinstance(layer, int):
         layer = run.layers[max(layer, -len(run.layers))]
-    if metric != "cdnv_unbiased":
-        return run.series(split, model, metric, layer)
-    steps, mean, se = run.series(split, model, "cdnv", layer)
-    unbiased = unbiased_cdnv(mean, run.queries)
-    return Series(steps, unbiased, se * unbiased / mean)
-
-
-def nearest(run: Run, split: str, metric: str, step: int, model: str = "finetuned") -> float:
-    """A metric at the measurement nearest to the meta-step."""
-    steps, values, _ = series(run, split, model, metric)
-    return float(values[np.abs(steps - step).argmin()])
+    points = []
+    for step, row in sorted(run.rows[split].items()):
+        lacks = f"lacks {model} {metric} of {layer} in the measurement ({split}) at step {step}"
+        with reading(run.path, "its log is incomplete", lacks):
+            if metric == "accuracy":
+                mean, se = row["inner"]["accuracy"]["mean"][-1], None
+            else:
+                mean, se = (row[model][metric][name][row["layers"].index(layer)] for name in ("mean", "se"))
+            points.append((step, number(mean), number(se)))
+    return np.array(points, float).reshape(-1, 3).T
 
 
 def unbiased_cdnv(measured: np.ndarray, queries: int) -> np.ndarray:
@@ -81,9 +102,10 @@ def unbiased_cdnv(measured: np.ndarray, queries: int) -> np.ndarray:
     return queries * measured / np.where(denominator > 0, denominator, np.nan)
 
 
-def untrained(run: Run, model: str, metric: str, layer: int | str = HIDDEN) -> float:
-    """The first measurement: that of step 0."""
-    return float(series(run, "heldout", model, metric, layer).mean[0])
+def at(run: Run, model: str, metric: str, step: int, layer: int | str = HIDDEN, split: str = "heldout") -> float:
+    """The measurement nearest to the meta-step; at 0 it is that of the untrained network."""
+    steps, mean, _ = series(run, split, model, metric, layer)
+    return float(mean[np.abs(steps - step).argmin()])
 
 
 def end(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
@@ -95,7 +117,7 @@ def end(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str
 
 def growth(run: Run, model: str, metric: str) -> float:
     """The end as a multiple of the untrained network."""
-    return end(run, model, metric) / untrained(run, model, metric)
+    return end(run, model, metric) / at(run, model, metric, 0)
 
 
 def within_share(traces: np.ndarray | Sequence) -> np.ndarray:
@@ -109,7 +131,7 @@ def logit_share_change(run: Run, model: str, suffix: str) -> float:
     By label with the suffix ""; with "_original", of what the original took for the traces.
     """
     traces = [trace + suffix for trace in ("within", "between")]
-    starts = [series(run, "train", model, trace, -1).mean[0] for trace in traces]
+    starts = [at(run, model, trace, 0, -1, "train") for trace in traces]
     ends = [end(run, model, trace, -1, "train") for trace in traces]
     return float(within_share(ends) - within_share(starts))
 
@@ -138,28 +160,32 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 # ---- of saved weights: controls.json, result.json
 
 
+def found(run: Run, kind: str, *keys: str | int) -> Any:
+    """What controls.json holds of the control `kind` at these keys; None without it."""
+    try:
+        return functools.reduce(operator.getitem, keys, run.controls()[kind])
+    except KeyError:
+        return None
+
+
+def in_control(run: Run, kind: str, *keys: str | int) -> float:
+    """A number in controls.json; nan without it.
+
+    "accuracy" or "nearest_mean" before (0) or after (-1) adaptation; "effective_dimension" of "meta": participation
+    ratio of the means of all test classes. Of "first step by parts" also "rows" (0), the norm of the classifier's rows
+    minus their mean, and "body" (0), that of the body's step over its own. Of "scale of the rows" the "slope" with the
+    whole inner loop (0), body fixed (1).
+    """
+    return number(found(run, kind, *keys))
+
+
 def measured(run: Run, model: str, metric: str, kind: str = "final") -> float:
     """On the test tasks of the control `kind` in controls.json; nan without it."""
-    measured = run.controls().get(kind, {}).get(model, {})
-    values = measured.get("cdnv" if metric == "cdnv_unbiased" else metric, {}).get("mean") or [None]
-    value = number(values[max(len(values) - 2, 0)])
-    queries = int(kind.split()[1]) if kind.startswith("queries") else CONTROL_QUERIES
-    return float(unbiased_cdnv(value, queries)) if metric == "cdnv_unbiased" else value
-
-
-def dimension(run: Run, kind: str = "final") -> float:
-    """Participation ratio of the means of all test classes before adaptation; nan without controls.json."""
-    return number(run.controls().get(kind, {}).get("effective_dimension", {}).get("meta"))
-
-
-def in_control(run: Run, kind: str, key: str, place: int) -> float:
-    """A control's "accuracy" or "nearest_mean" before (0) or after (-1) adaptation; nan if it has none.
-
-    Of "first step by parts" also "rows" (0), the norm of the classifier's rows minus their mean, and "body" (0), that
-    of the body's step over its own. Of "scale of the rows" the "slope" with the whole inner loop (0), body fixed (1).
-    """
-    values = run.controls().get(kind, {}).get(key)
-    return math.nan if values is None else number(values[place])
+    if metric == "cdnv_unbiased":
+        queries = int(kind.split()[1]) if kind.startswith("queries") else CONTROL_QUERIES
+        return float(unbiased_cdnv(measured(run, model, "cdnv", kind), queries))
+    layers = found(run, kind, model, metric, "mean") or [None]
+    return number(layers[HIDDEN:][0])  # some controls have one layer
 
 
 def five_shot_share(run: Run, samples: str, inner_step: int) -> float:
@@ -167,19 +193,17 @@ def five_shot_share(run: Run, samples: str, inner_step: int) -> float:
 
     Of the control "5-shot"; nan without it. Unbiased as in `nc_metrics.unbiased_traces`.
     """
-    inner = run.controls().get("5-shot", {}).get("inner")
-    if inner is None:
-        return math.nan
     images, prefix = (CONTROL_QUERIES, "") if samples == "query" else (5, "support_")
-    within, between = (inner[f"{prefix}{trace}"]["mean"][inner_step][HIDDEN] for trace in ("within", "between"))
+    within, between = (in_control(run, "5-shot", "inner", f"{prefix}{trace}", "mean", inner_step, HIDDEN)
+                       for trace in ("within", "between"))
     error, n_way = within / (images - 1), run.settings["n_way"]  # the squared standard error of a class mean
     return within_share([within + error, between - error * (n_way - 1) / n_way])
 
 
 def tested(run: Run, key: str, place: int, transductive: bool = True) -> float:
-    """The same of the test in result.json."""
-    name = "test" if transductive else "test_nontransductive"
-    return number(run.file("result.json").get(name, {}).get(key, [None])[place])
+    """An accuracy of the run's test, in result.json; the key and the place are those of `in_control`."""
+    test = run.file("result.json").get("test" if transductive else "test_nontransductive", {})
+    return number(test.get(key, [None])[place])
 
 
 def own_accuracy(run: Run, transductive: bool = True, interval: bool = False) -> float:

@@ -65,18 +65,15 @@ def colours(groups: Sequence[Group]) -> list[tuple[Group, str, str]]:
     return [(group, PALETTE[i % len(PALETTE)], names[i].replace("$", r"\$")) for i, group in enumerate(groups)]
 
 
-def draw(axes: Axes, group: Group, curve: Curve, colour: str, style="-", smooth: bool = False,
-         band: bool = True) -> None:
+def draw(axes: Axes, group: Group, curve: Curve, colour: str, style="-") -> None:
     """A thin line per seed, and a thick one for their mean at the steps that all have; for one seed, with a band."""
     seeds = []  # per seed: step -> value
     for run in group:
         steps, values, *half = curve(run)
         if not len(steps):
             continue
-        if smooth:
-            values, *half = (effects.smoothed(steps, numbers) for numbers in (values, *half))
         seeds.append(dict(zip(steps, values)))
-        if len(group) == 1 and half and band:
+        if len(group) == 1 and half:
             axes.fill_between(steps, values - half[0], values + half[0], color=colour, alpha=0.15, linewidth=0)
     if not seeds:
         return
@@ -92,9 +89,19 @@ def draw(axes: Axes, group: Group, curve: Curve, colour: str, style="-", smooth:
 def of_metric(split: str, model: str, metric: str, layer: str | None = None, scale: float = 1) -> Curve:
     def curve(run: Run) -> tuple:
         steps, mean, se = effects.series(run, split, model, metric, layer or effects.HIDDEN)
+        if split == "train":
+            mean, se = effects.smoothed(steps, mean), effects.smoothed(steps, se)
         return steps, scale * mean, 1.96 * scale * se
 
     return curve
+
+
+def curves(axes: Axes, groups: Sequence[Group], lines: Sequence[tuple[Curve, str | tuple]]) -> None:
+    """Each curve in its style, of each group in its colour, against meta-steps."""
+    for group, colour, _ in colours(groups):
+        for curve, style in lines:
+            draw(axes, group, curve, colour, style)
+    step_axis(axes, groups)
 
 
 def step_axis(axes: Axes, groups: Sequence[Group]) -> None:
@@ -196,16 +203,16 @@ def traces(groups: Sequence[Group], layer: str | None = None) -> Figure:
     figure, panels = frame(2, 2, 4.6, [*legend, *(key(TASKS[split], linestyle=SPLITS[split]) for split in TASKS)])
     for (left, right), model in zip(panels, ("meta", "finetuned")):
         for split, style in SPLITS.items():
-            smooth = split == "train"
             for kind, colour in kinds.items():
-                draw(left, group, of_metric(split, model, kind, layer), colour, style, smooth)
-            draw(right, group, of_metric(split, model, "relative_within", layer), kinds["within"], style, smooth)
+                draw(left, group, of_metric(split, model, kind, layer), colour, style)
+        step_axis(left, groups)
+        curves(right, groups, [(of_metric(split, model, "relative_within", layer), style)
+                               for split, style in SPLITS.items()])
         reference(right, effects.noise_share(run.settings["n_way"], run.queries), "pure noise")
         left.set_title(f"{model} model ({MODELS[model]}): traces of {layer or run.hidden}")
         right.set_title("within / (within + between)")
         for axes in (left, right):
             fit(axes)
-            step_axis(axes, groups)
         right.set_ylim(0, 1.02)
     headline(figure, groups, describe(run))
     return figure
@@ -222,10 +229,8 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
     figure, panels = frame(2, 3, 4.4, keys(groups, note, models=True))
     headline(figure, groups, TASKS[split], layer or distinct(groups, "hidden"))
     for axes, (metric, title) in zip(panels.flat, LABELS.items()):
-        for group, colour, _ in colours(groups):
-            for model, style in STYLES.items():
-                if model == "finetuned" or metric not in BY_CONSTRUCTION:
-                    draw(axes, group, of_metric(split, model, metric, layer), colour, style)
+        curves(axes, groups, [(of_metric(split, model, metric, layer), style) for model, style in STYLES.items()
+                              if model == "finetuned" or metric not in BY_CONSTRUCTION])
         for run, colour in references:
             if metric == "etf_error":
                 for dimension in (16, 64):
@@ -234,10 +239,10 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
                     axes.text(1.01, error, f"d = {dimension}", transform=axes.get_yaxis_transform(), va="center",
                               fontsize=7)
             else:
-                draw(axes, [run], of_metric(split, "finetuned", f"{metric}_null", layer), colour, ":", band=False)
+                null = of_metric(split, "finetuned", f"{metric}_null", layer)
+                draw(axes, [run], lambda run, null=null: null(run)[:2], colour, ":")  # without a band
         axes.set_title(title)
         fit(axes, metric in LOGARITHMIC)
-        step_axis(axes, groups)
     return figure
 
 
@@ -256,13 +261,13 @@ def layers(groups: Sequence[Group], layer: str | None = None) -> Figure:
     for axes in panels.flat[len(groups):]:
         axes.remove()
     for axes, (group, _, title) in zip(panels.flat, colours(groups)):
+        layers = group[0].layers
         for model, style in STYLES.items():
-            curves = [[effects.series(run, split, model, "relative_within", name) for name in run.layers]
-                      for run in group]
             for step, shade in shades.items():
                 if all(step in run.rows[split] for run in group):
-                    values = [[curve.mean[np.abs(curve.steps - step).argmin()] for curve in row] for row in curves]
-                    axes.plot(group[0].layers, np.mean(values, 0), "o", color=shade, linestyle=style, markersize=2.5)
+                    values = [[effects.at(run, model, "relative_within", step, name, split) for name in layers]
+                              for run in group]
+                    axes.plot(layers, np.mean(values, 0), "o", color=shade, linestyle=style, markersize=2.5)
         axes.set(title=textwrap.fill(title, 120 // columns), ylim=(0, 1))
     for axes in panels[:, 0]:
         axes.set_ylabel("relative within trace")
@@ -280,12 +285,10 @@ def accuracy(groups: Sequence[Group], layer: str | None = None) -> Figure:
     figure, ((axes,),) = frame(1, 1, 3.1, keys(groups, key("adapted classifier, after training's inner steps"), before))
     queries = sorted({run.queries for run, *_ in groups})
     headline(figure, groups, TASKS["heldout"], f"{' or '.join(map(str, queries))} queries per class")
-    for group, colour, _ in colours(groups):
-        draw(axes, group, of_metric("heldout", "finetuned", "accuracy", scale=100), colour)
-        draw(axes, group, of_metric("heldout", "meta", "ncc_accuracy", layer, scale=100), colour, STYLES["meta"])
+    curves(axes, groups, [(of_metric("heldout", "finetuned", "accuracy", scale=100), STYLES["finetuned"]),
+                          (of_metric("heldout", "meta", "ncc_accuracy", layer, scale=100), STYLES["meta"])])
     axes.set_ylabel("accuracy, %")
     fit(axes)
-    step_axis(axes, groups)
     zoom_on_accuracy(axes)
     return figure
 

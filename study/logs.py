@@ -6,16 +6,12 @@
 import functools
 import gzip
 import json
-import math
 import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
 
 from files import UserError, listed, one_line, reading
 
@@ -28,14 +24,6 @@ NOT_COMPARED = {"seed", "out", "root", "data", "cache", "device", "deterministic
 
 
 # ---- one run
-
-
-class Series(NamedTuple):
-    """A quantity against meta-steps: step, mean over tasks and its standard error, each [S]; nan where undefined."""
-
-    steps: np.ndarray
-    mean: np.ndarray
-    se: np.ndarray
 
 
 @dataclass(eq=False)
@@ -93,24 +81,7 @@ class Run:
     @property
     def hidden(self) -> str:
         """The classifier's input: the layer before the logits."""
-        return self.layers[max(len(self.layers) - 2, 0)]
-
-    @functools.cache
-    def series(self, split: str, model: str, metric: str, layer: str) -> Series:
-        """A metric of `model` ("meta", "finetuned", "support") against meta-steps.
-
-        "accuracy" is the adapted classifier's for every model and layer, and has no standard error here.
-        """
-        points = []
-        for step, row in sorted(self.rows[split].items()):
-            lacks = f"lacks {model} {metric} of {layer} in the measurement ({split}) at step {step}"
-            with reading(self.path, "its log is incomplete", lacks):
-                if metric == "accuracy":
-                    mean, se = row["inner"]["accuracy"]["mean"][-1], None
-                else:
-                    mean, se = (row[model][metric][name][row["layers"].index(layer)] for name in ("mean", "se"))
-                points.append((step, number(mean), number(se)))
-        return Series(*map(np.array, zip(*points))) if points else Series(*np.empty((3, 0)))
+        return self.layers[-2:][0]
 
     @functools.cache
     def file(self, name: str) -> dict:
@@ -122,12 +93,6 @@ class Run:
     def controls(self) -> dict:
         """What controls.json measured, by control; empty without that file."""
         return self.file("controls.json") if (self.path / "controls.json").exists() else {}
-
-
-def number(value: Any) -> float:
-    """A logged value; nan for null and for numbers too large to draw."""
-    value = math.nan if value is None else float(value)
-    return value if abs(value) < 1e100 else math.nan
 
 
 def read_run(path: Path) -> Run:

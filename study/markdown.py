@@ -9,6 +9,8 @@ from study.logs import Run
 MISSING = "–"  # stands for a number that is undefined or not logged
 
 Cell = Callable[[list[Run]], str]  # the text of a cell, from the seeds of a setting
+# A column's name, and a text, a cell or a value: (function, *what it takes after the run), in percent by the name.
+Columns = dict[str, str | Cell | tuple]
 
 
 def fixed(value: float, decimals: int) -> str:
@@ -34,10 +36,10 @@ def written(mean: float, half: float) -> str:
     return f"{fixed(mean, decimals)} ± {fixed(half, decimals)}"
 
 
-def over(value: Callable[..., float], scale: float = 1, **options) -> Cell:
-    """A cell: `scale` times value(run, **options), mean and interval over seeds; of two seeds both values."""
+def over(value: Callable[..., float], scale: float = 1, *arguments) -> Cell:
+    """A cell: `scale` times value(run, *arguments), mean and interval over seeds; of two seeds both values."""
     def cell(runs: list[Run]) -> str:
-        values = [scale * value(run, **options) for run in runs]
+        values = [scale * value(run, *arguments) for run in runs]
         if len(values) == 2 and all(map(math.isfinite, values)):  # a t interval would be far wider
             return ", ".join(map(short, values))
         return written(*over_seeds(values))
@@ -45,13 +47,23 @@ def over(value: Callable[..., float], scale: float = 1, **options) -> Cell:
     return cell
 
 
-def row_of(runs: list[Run], columns: dict[str, Callable[..., float]], **options) -> list[str]:
-    """A cell per column, of percent where its name says so; `options` are those of all columns."""
-    return [over(value, 100 if "%" in name else 1, **options)(runs) for name, value in columns.items()]
+def row(runs: list[Run], columns: Columns) -> dict[str, str]:
+    """The text of each column of these runs."""
+    texts = {}
+    for name, column in columns.items():
+        if isinstance(column, tuple):
+            value, *arguments = column
+            column = over(value, 100 if "%" in name or "points" in name else 1, *arguments)
+        texts[name] = column if isinstance(column, str) else column(runs)
+    return texts
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; "" if it has no rows."""
+def table(rows: Sequence[dict[str, str]], transposed: bool = False) -> str:
+    """A table in Markdown of these rows, or columns if `transposed`; "" if there are none."""
     if not rows:
         return ""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    if transposed:
+        lines = list(zip(*lines))
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -11,11 +11,16 @@ from matplotlib.figure import Figure
 
 from files import UserError
 from study import effects, figures
-from study.design import CHANGES, DIFFICULTY, LEARNERS, LONG, MAIN, label
+from study.design import CHANGES, DIFFICULTY, LEARNERS, LONG, MAIN, MODELS, label
+from study.effects import at, in_control, measured, tested
 from study.logs import Run, Study
 
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
           for name, style in (("before adaptation", {"markerfacecolor": "white"}), ("adapted", {}))]
+
+# Before and after adaptation, as the tables describe values: (function, *what it takes after the run).
+SHARES = [(measured, model, "relative_within") for model in MODELS]
+ACCURACIES = [(tested, "nearest_mean", 0), (tested, "accuracy", -1)]
 
 
 def result(study: Study) -> Figure:
@@ -27,20 +32,20 @@ def result(study: Study) -> Figure:
     first, second, third = figure.subplots(1, 3)
 
     def by_layer(group: figures.Group, value: Callable, model: str, colour: str) -> None:
-        means = np.mean([[value(run, model, "relative_within", name) for name in run.layers] for run in group], 0)
+        means = np.mean([[value(run, model, "relative_within", layer=name) for name in run.layers] for run in group], 0)
         third.plot(range(1, len(means) + 1), means, color=colour, linestyle=figures.STYLES[model], marker="o",
                    markersize=3)
 
+    figures.curves(first, groups, [(figures.of_metric("train", model, "relative_within"), style)
+                                   for model, style in figures.STYLES.items()])
+    figures.curves(second, groups, [(relative_to_start("between"), "-"), (relative_to_start("within"), ":")])
     for group, colour, _ in figures.colours(groups):
-        for model, style in figures.STYLES.items():
-            figures.draw(first, group, figures.of_metric("train", model, "relative_within"), colour, style, smooth=True)
+        for model in figures.STYLES:
             by_layer(group, effects.end, model, colour)
-        for trace, style in (("between", "-"), ("within", ":")):
-            figures.draw(second, group, functools.partial(relative_to_start, trace=trace), colour, style, smooth=True)
     for model in figures.STYLES:
-        by_layer(groups[0], effects.untrained, model, figures.GREY)
+        by_layer(groups[0], functools.partial(at, step=0), model, figures.GREY)
     figures.reference(first, effects.noise_share(run.settings["n_way"], run.queries), "permuted labels")
-    pixels = effects.measured(run, "meta", "relative_within", "pixels")
+    pixels = measured(run, "meta", "relative_within", "pixels")
     if math.isfinite(pixels):
         figures.reference(first, pixels, "raw pixels")
     first.legend(handles=figures.keys(groups, models=True), loc="lower left", fontsize=7.5, handlelength=1.8,
@@ -52,25 +57,16 @@ def result(study: Study) -> Figure:
     second.set(title="B  Same layer, adapted", ylabel="trace / within trace at step 0", ylim=(0, None))
     third.set(title="C  By layer, held-out classes, end", ylim=(0, 1.02), xticks=range(1, len(run.layers) + 1),
               xticklabels=["block 1", *map(str, range(2, len(run.layers))), "logits"])
-    for axes in (first, second):
-        figures.step_axis(axes, groups)
     return figure
 
 
-def relative_to_start(run: Run, trace: str) -> tuple[np.ndarray, np.ndarray]:
+def relative_to_start(trace: str) -> figures.Curve:
     """A trace of the adapted model on training tasks as a multiple of the within trace at the first step."""
-    steps, mean, _ = effects.series(run, "train", "finetuned", trace)
-    return steps, mean / effects.series(run, "train", "finetuned", "within").mean[0]
+    def curve(run: Run) -> tuple[np.ndarray, np.ndarray]:
+        steps, values, _ = figures.of_metric("train", "finetuned", trace)(run)
+        return steps, values / at(run, "finetuned", "within", 0, split="train")
 
-
-def tested_nearest_mean(run: Run) -> float:
-    """Of the run's test, before adaptation, in percent."""
-    return 100 * effects.tested(run, "nearest_mean", 0)
-
-
-def tested_classifier(run: Run) -> float:
-    """Of the run's test, adapted, in percent."""
-    return 100 * effects.tested(run, "accuracy", -1)
+    return curve
 
 
 def learners(study: Study) -> Figure:
@@ -81,13 +77,12 @@ def learners(study: Study) -> Figure:
     share, right, ranked = figure.subplots(1, 3)
 
     coloured = [(group, colour) for group, colour, _ in figures.colours(groups)]
-    before_and_after(share, coloured, *(functools.partial(effects.measured, model=model, metric="relative_within")
-                                        for model in ("meta", "finetuned")))
-    before_and_after(right, coloured, tested_nearest_mean, tested_classifier)
+    before_and_after(share, coloured, *SHARES)
+    before_and_after(right, coloured, *ACCURACIES, scale=100)
     share.set_yticklabels([name for _, _, name in figures.colours(groups)])
     for group, colour in coloured:
-        ranked.scatter([effects.measured(run, "meta", "nc1") for run in group],
-                       list(map(tested_nearest_mean, group)), color=colour, s=26)
+        ranked.scatter([measured(run, "meta", "nc1") for run in group],
+                       [100 * tested(run, "nearest_mean", 0) for run in group], color=colour, s=26)
     share.set(title="A  Within / (within + between)", xlim=(0, 0.8))
     right.set(title="B  Test accuracy, %")
     ranked.set(title="C  Before adaptation", xscale="log", ylabel="nearest support mean, %")
@@ -98,31 +93,28 @@ def learners(study: Study) -> Figure:
     return figure
 
 
-def before_and_after(axes: Axes, groups: Sequence[tuple[figures.Group, str]], before: Callable,
-                     after: Callable) -> None:
+def before_and_after(axes: Axes, groups: Sequence[tuple[figures.Group, str]], before: tuple, after: tuple,
+                     scale: float = 1) -> None:
     """A row per group: open points before adaptation, filled ones after, a line between their means."""
     for row, (group, colour) in enumerate(groups):
-        values = np.array([[before(run), after(run)] for run in group])
+        values = scale * np.array([[value(run, *arguments) for value, *arguments in (before, after)] for run in group])
         axes.plot(values.mean(0), [row, row], color=colour, linewidth=1.2)
         for column, fill in enumerate(("white", colour)):
             axes.scatter(values[:, column], [row] * len(group), s=26, edgecolors=colour, color=fill, zorder=3)
     axes.set(yticks=range(len(groups)), ylim=(len(groups) - 0.5, -0.5), yticklabels=[])
 
 
-def by_setting(study: Study, kinds: dict[str, Sequence[str]], share: Callable, nearest_mean: Callable,
-               accuracy: Callable) -> Figure:
-    """A row per setting, a colour per kind: share and accuracy before and after adaptation, spread of the rows.
-
-    `share` takes a run and a model; the accuracies are in percent.
-    """
+def by_setting(study: Study, kinds: dict[str, Sequence[str]], shares: Sequence[tuple],
+               accuracies: Sequence[tuple]) -> Figure:
+    """A row per setting, a colour per kind: share and accuracy before and after adaptation, spread of the rows."""
     colour_of = dict(zip(kinds, figures.PALETTE))
     groups = [(group, colour_of[kind]) for kind, names in kinds.items() for group in study.groups(names)]
     legend = [figures.key(kind, colour, linewidth=2.2) for kind, colour in colour_of.items()]
     figure, ((left, right, spread),) = figures.frame(1, 3, 0.5 + 0.27 * len(groups), [*legend, *POINTS])
-    before_and_after(left, groups, *(functools.partial(share, model=model) for model in ("meta", "finetuned")))
-    before_and_after(right, groups, nearest_mean, accuracy)
-    before_and_after(spread, groups, *(functools.partial(effects.in_control, kind=kind, key="rows", place=0)
-                                       for kind in ("first step by parts, untrained", "first step by parts")))
+    before_and_after(left, groups, *shares)
+    before_and_after(right, groups, *accuracies, scale=100)
+    before_and_after(spread, groups, (in_control, "first step by parts, untrained", "rows", 0),
+                     (in_control, "first step by parts", "rows", 0))
     left.set(title="A  Share within", xlim=(0, 0.9))
     right.set(title="B  Accuracy, %")
     spread.set(title="C  Spread of rows", xlabel="open: untrained\nfilled: trained", xscale="log")
@@ -135,16 +127,13 @@ def by_setting(study: Study, kinds: dict[str, Sequence[str]], share: Callable, n
 
 def changes(study: Study) -> Figure:
     """The paper's recipe with one thing changed, on validation tasks."""
-    at = functools.partial(effects.nearest, split="heldout", step=5_000)
-    return by_setting(study, CHANGES, functools.partial(at, metric="relative_within"),
-                      lambda run: 100 * at(run, metric="ncc_accuracy", model="meta"),
-                      lambda run: 100 * at(run, metric="accuracy"))
+    return by_setting(study, CHANGES, [(at, model, "relative_within", 5_000) for model in MODELS],
+                      [(at, "meta", "ncc_accuracy", 5_000), (at, "finetuned", "accuracy", 5_000)])
 
 
 def difficulty(study: Study) -> Figure:
     """One inner loop on images whose classes are easy or hard to tell apart, on test tasks."""
-    return by_setting(study, DIFFICULTY, functools.partial(effects.measured, metric="relative_within"),
-                      tested_nearest_mean, tested_classifier)
+    return by_setting(study, DIFFICULTY, SHARES, ACCURACIES)
 
 
 def length(study: Study) -> Figure:
@@ -154,13 +143,11 @@ def length(study: Study) -> Figure:
     figure, (panels,) = figures.frame(1, 3, 2.6, legend)
     titles = "relative within trace, adapted", figures.LABELS["nc1"], "accuracy, adapted, %"
     for axes, metric, title in zip(panels, ("relative_within", "nc1", "accuracy"), titles):
-        for group, colour, _ in figures.colours(groups):
-            for split, style in figures.SPLITS.items():
-                curve = figures.of_metric(split, "finetuned", metric, scale=100 if metric == "accuracy" else 1)
-                figures.draw(axes, group, curve, colour, style, smooth=split == "train")
+        scale = 100 if metric == "accuracy" else 1
+        figures.curves(axes, groups, [(figures.of_metric(split, "finetuned", metric, scale=scale), style)
+                                      for split, style in figures.SPLITS.items()])
         axes.set_title(title)
         figures.fit(axes, metric in figures.LOGARITHMIC)
-        figures.step_axis(axes, groups)
     figures.zoom_on_accuracy(panels[2])
     return figure
 

@@ -4,59 +4,55 @@
     python -m study.tables --check     fail, naming the first row that differs from the logs
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. A table whose runs are not in res/ says so.
+
+A table is described by its columns: a dict from name to (function of study/effects.py, *what it takes after the run).
 """
 
-import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 import files
 from files import Parser, UserError, atomic
-from study import effects
-from study.design import CELLS, DIFFICULTY, LEARNERS, LONG, MAIN, METRICS, MODELS, PHOTOGRAPHS, SMALL_PHOTOGRAPHS, label
+from study import design, effects
+from study.design import DIFFICULTY, LEARNERS, LONG, MAIN, METRICS, MODELS, label
+from study.effects import HIDDEN, at, end, growth, in_control, measured, own_accuracy, tested
 from study.logs import HOME, Run, Study
-from study.markdown import MISSING, Cell, fixed, over, row_of, table
-from study.run_tables import PARTS, accuracies, changes, length, runs
+from study.markdown import MISSING, Cell, Columns, fixed, over, row, table
 
-NAMED_LAYERS = tuple(zip(range(-5, 0), ("block 1", "block 2", "block 3", "block 4", "logits")))
-RULES = {"nearest support mean": ("nearest_mean", 0), "nearest support mean, adapted": ("nearest_mean", -1),
-         "classifier, adapted": ("accuracy", -1)}  # key and inner step in a test's results
-OTHER_CLASSIFIERS = {", from a random classifier": "classifier at random",
-                     ", from a zero classifier": "classifier at zero"}  # the controls that inner loops start from
+# In percent, MAML / first-order MAML: Finn, Abbeel, Levine 2017; first order on Omniglot: Nichol et al. 2018.
+PUBLISHED = {("Omniglot", 5, 1): "98.7 ± 0.4 / 98.3 ± 0.5", ("Omniglot", 5, 5): "99.9 ± 0.1 / 99.2 ± 0.2",
+             ("Omniglot", 20, 1): "95.8 ± 0.3 / 89.4 ± 0.5", ("Omniglot", 20, 5): "98.9 ± 0.2 / 97.9 ± 0.1",
+             ("miniImageNet", 5, 1): "48.70 ± 1.84 / 48.07 ± 1.75",
+             ("miniImageNet", 5, 5): "63.11 ± 0.92 / 63.15 ± 0.91"}
+LENGTHS = (1_000, 6_000, 20_000, 40_000, 60_000)  # meta-steps shown of a long run
+NAMED_LAYERS = {-5: "block 1", -4: "block 2", -3: "block 3", -2: "block 4", -1: "logits"}
+NAME: Columns = {"": lambda runs: label(runs[0])}
+SEEDS: Columns = {"seeds": lambda runs: str(len(runs))}
 
 
-def compared(study: Study, names: Sequence[str], rows: Sequence[tuple[str, Cell]]) -> str:
-    """A table with a column per setting; "" without runs."""
-    groups = study.groups(names)
-    if not groups:
-        return ""
-    return table(["", *(label(runs[0]) for runs in groups)],
-                 [[name, *(cell(runs) for runs in groups)]
-                  for name, cell in [("seeds", lambda runs: str(len(runs))), *rows]])
+def compared(study: Study, names: Iterable[str], columns: Columns, transposed: bool = False) -> str:
+    """A row, or a column if `transposed`, for each of these settings that has runs."""
+    return table([row(runs, NAME | SEEDS | columns) for runs in study.groups(names)], transposed)
 
 
 # ---- the original's recipe: collapse, layers, adaptation, the original's measure
 
 
-def from_untrained(model: str, metric: str, layer: int = effects.HIDDEN) -> Cell:
+def from_untrained(model: str, metric: str, layer: int = HIDDEN) -> Cell:
     """ "untrained → end" on held-out tasks."""
-    def cell(runs: list[Run]) -> str:
-        start, stop = (over(value, model=model, metric=metric, layer=layer)(runs)
-                       for value in (effects.untrained, effects.end))
-        return f"{start.split(' ±')[0]} → {stop}"
-
-    return cell
+    untrained, trained = over(at, 1, model, metric, 0, layer), over(end, 1, model, metric, layer)
+    return lambda runs: f"{untrained(runs).split(' ±')[0]} → {trained(runs)}"
 
 
 def heldout_gap(runs: list[Run]) -> str:
     """Held-out minus training tasks; the interval over seeds, over tasks, and both together."""
-    share = functools.partial(effects.end, model="finetuned", metric="relative_within")
-    gaps = [share(run) - share(run, split="train") for run in runs]
+    gaps = [end(run, "finetuned", "relative_within") - end(run, "finetuned", "relative_within", split="train")
+            for run in runs]
     mean, seeds = effects.over_seeds(gaps)
     if not math.isfinite(mean):
         return MISSING
@@ -66,153 +62,148 @@ def heldout_gap(runs: list[Run]) -> str:
     return f"{fixed(mean, 3)}; {intervals}"
 
 
-SHARE = ("relative within trace, adapted", from_untrained("finetuned", "relative_within"))
-TRACES = [(f"{trace} trace, adapted, end / untrained", over(effects.growth, model="finetuned", metric=trace))
-          for trace in ("between", "within")]
-NC1 = ("tr(S_W S_B⁺)/C, adapted", from_untrained("finetuned", "nc1"))
-CDNV = ("CDNV, unbiased, adapted", from_untrained("finetuned", "cdnv_unbiased"))
-NEAREST_MEAN = ("nearest support mean before adaptation, %",
-                over(effects.end, 100, model="meta", metric="ncc_accuracy"))
+def change(run: Run, layer: int = HIDDEN) -> float:
+    """Of the relative within trace by adaptation, at the end."""
+    return end(run, "finetuned", "relative_within", layer) - end(run, "meta", "relative_within", layer)
+
+
+def difference(run: Run) -> float:
+    """Of accuracy at the end: the nearest support mean before adaptation minus the adapted classifier."""
+    return end(run, "meta", "ncc_accuracy") - end(run, "finetuned", "accuracy")
+
+
+def matched_dimension(run: Run) -> float:
+    return effects.matching_dimension(end(run, "finetuned", "etf_error"), run.settings["n_way"])
 
 
 def collapse(study: Study) -> str:
-    def matched_dimension(run: Run) -> float:
-        return effects.matching_dimension(effects.end(run, "finetuned", "etf_error"), run.settings["n_way"])
-
-    return compared(study, MAIN, [
-        ("relative within trace, before adaptation", from_untrained("meta", "relative_within")),
-        SHARE,
-        ("held-out minus training tasks, adapted, end", heldout_gap),
-        *TRACES,
-        NC1,
-        CDNV,
-        ("directional CDNV, adapted", from_untrained("finetuned", "directional_cdnv")),
-        ("NC2: ETF error, adapted", from_untrained("finetuned", "etf_error")),
-        ("dimension of random directions with that error", over(matched_dimension)),
-        ("NC3: self-duality, adapted", from_untrained("finetuned", "self_duality")),
-        ("NC4: mismatch with the nearest support mean, adapted", from_untrained("finetuned", "ncc_mismatch")),
-    ])
+    return compared(study, MAIN, {
+        "relative within trace, before adaptation": from_untrained("meta", "relative_within"),
+        "relative within trace, adapted": from_untrained("finetuned", "relative_within"),
+        "held-out minus training tasks, adapted, end": heldout_gap,
+        "between trace, adapted, end / untrained": (growth, "finetuned", "between"),
+        "within trace, adapted, end / untrained": (growth, "finetuned", "within"),
+        "tr(S_W S_B⁺)/C, adapted": from_untrained("finetuned", "nc1"),
+        "CDNV, unbiased, adapted": from_untrained("finetuned", "cdnv_unbiased"),
+        "directional CDNV, adapted": from_untrained("finetuned", "directional_cdnv"),
+        "NC2: ETF error, adapted": from_untrained("finetuned", "etf_error"),
+        "dimension of random directions with that error": (matched_dimension,),
+        "NC3: self-duality, adapted": from_untrained("finetuned", "self_duality"),
+        "NC4: mismatch with the nearest support mean, adapted": from_untrained("finetuned", "ncc_mismatch"),
+    }, transposed=True)
 
 
 def accuracy(study: Study) -> str:
-    adapted = functools.partial(effects.end, model="finetuned", metric="accuracy")
-
-    def difference(run: Run) -> float:
-        return effects.end(run, "meta", "ncc_accuracy") - adapted(run)
-
-    return compared(study, MAIN, [
-        ("nearest support mean, untrained, %", over(effects.untrained, 100, model="meta", metric="ncc_accuracy")),
-        NEAREST_MEAN,
-        ("nearest support mean, adapted, %", over(effects.end, 100, model="finetuned", metric="ncc_accuracy")),
-        ("classifier, adapted, %", over(adapted, 100)),
-        ("difference, points", over(difference, 100)),
-        ("classifier, adapted, training tasks, %", over(adapted, 100, split="train")),
-    ])
-
-
-def change(run: Run, layer: int = effects.HIDDEN) -> float:
-    """Of the relative within trace by adaptation, at the end."""
-    adapted, before = (effects.end(run, model, "relative_within", layer) for model in ("finetuned", "meta"))
-    return adapted - before
+    return compared(study, MAIN, {
+        "nearest support mean, untrained, %": (at, "meta", "ncc_accuracy", 0),
+        "nearest support mean before adaptation, %": (end, "meta", "ncc_accuracy"),
+        "nearest support mean, adapted, %": (end, "finetuned", "ncc_accuracy"),
+        "classifier, adapted, %": (end, "finetuned", "accuracy"),
+        "difference, points": (difference,),
+        "classifier, adapted, training tasks, %": (end, "finetuned", "accuracy", HIDDEN, "train"),
+    }, transposed=True)
 
 
 def layers(study: Study) -> str:
-    shares = [(f"adapted, {layer_name}", from_untrained("finetuned", "relative_within", layer))
-              for layer, layer_name in NAMED_LAYERS]
-    changes = [(f"adapted minus before, {layer_name}", over(change, layer=layer))
-               for layer, layer_name in NAMED_LAYERS]
-    return compared(study, MAIN, shares + changes)
+    shares = {f"adapted, {name}": from_untrained("finetuned", "relative_within", layer)
+              for layer, name in NAMED_LAYERS.items()}
+    changes = {f"adapted minus before, {name}": (change, layer) for layer, name in NAMED_LAYERS.items()}
+    return compared(study, MAIN, shares | changes, transposed=True)
 
 
 def original(study: Study) -> str:
     """Change of the relative within trace of the logits on training tasks: by label and as the original took it."""
-    return compared(study, (*MAIN, *PHOTOGRAPHS), [
-        (f"{when}, {how}", over(effects.logit_share_change, model=model, suffix=suffix))
-        for model, when in MODELS.items() for suffix, how in (("", "by label"), ("_original", "as the original"))])
+    return compared(study, (*MAIN, *design.PHOTOGRAPHS), {
+        f"{when}, {how}": (effects.logit_share_change, model, suffix) for model, when in MODELS.items()
+        for suffix, how in (("", "by label"), ("_original", "as the original"))}, transposed=True)
 
 
 def cells(study: Study) -> str:
     """Inner gradient (first or second order) by network, the original's recipe."""
-    return compared(study, CELLS, [
-        ("test accuracy, %", over(effects.own_accuracy, 100)), SHARE,
-        ("the same minus before adaptation", over(change)), *TRACES, CDNV, NC1, NEAREST_MEAN])
+    return compared(study, design.CELLS, {
+        "test accuracy, %": (own_accuracy,),
+        "relative within trace, adapted": from_untrained("finetuned", "relative_within"),
+        "the same minus before adaptation": (change,),
+        "between trace, adapted, end / untrained": (growth, "finetuned", "between"),
+        "within trace, adapted, end / untrained": (growth, "finetuned", "within"),
+        "CDNV, unbiased, adapted": from_untrained("finetuned", "cdnv_unbiased"),
+        "tr(S_W S_B⁺)/C, adapted": from_untrained("finetuned", "nc1"),
+        "nearest support mean before adaptation, %": (end, "meta", "ncc_accuracy"),
+    }, transposed=True)
 
 
-# ---- learners, long runs, controls
+# ---- learners, photographs, controls
 
-Value = Callable[[Run, str], float]  # of a run, as the control of this name measured it; "final": the trained weights
-
-
-def of_metric(model: str, metric: str) -> Value:
-    return lambda run, kind: effects.measured(run, model, metric, kind)
-
-
-def of_rule(key: str, place: int, transductive: bool = True) -> Value:
-    """Accuracy in the run's test; of other weights than "final" on the tasks of the control, which are transductive."""
-    def value(run: Run, kind: str) -> float:
-        if kind == "final":
-            return effects.tested(run, key, place, transductive)
-        return effects.in_control(run, kind, key, place) if transductive else math.nan
-
-    return value
+RULES = {"nearest support mean": ("nearest_mean", 0), "nearest support mean, adapted": ("nearest_mean", -1),
+         "classifier, adapted": ("accuracy", -1)}  # key and inner step in a test's results
+OWN_RULE: Columns = {"by its own rule, not transductive, %": (own_accuracy, False)}
+PARTS: Columns = {
+    "spread of the classifier's rows, untrained": (in_control, "first step by parts, untrained", "rows", 0),
+    "the same, trained": (in_control, "first step by parts", "rows", 0),
+    "body's step, relative": (in_control, "first step by parts", "body", 0),
+    "slope in the rows' scale, untrained": (in_control, "scale of the rows, untrained", "slope", 0),
+    "the same, body fixed": (in_control, "scale of the rows, untrained", "slope", 1)}
 
 
-def of_trained(value: Callable[[Run], float]) -> Value:
-    """Of the trained weights alone."""
-    return lambda run, kind: value(run) if kind == "final" else math.nan
+def before(kind: str) -> Columns:
+    """Metrics before adaptation, as the control of this name measured them; "final": of the trained weights."""
+    return {name: (measured, "meta", metric, kind) for metric, name in METRICS.items()} | {
+        "dimension": (in_control, kind, "effective_dimension", "meta")}
 
 
-BEFORE = {name: of_metric("meta", metric) for metric, name in METRICS.items()} | {"dimension": effects.dimension}
-LEARNER = BEFORE | {f"{name}, adapted": of_metric("finetuned", metric) for metric, name in METRICS.items()}
-LEARNER |= {f"{name}, %{how}": of_rule(key, place, not how)
-            for how in ("", ", not transductive") for name, (key, place) in RULES.items()}
-CONTRAST = {"relative within trace": of_metric("meta", "relative_within"),
-            "the same, adapted": of_metric("finetuned", "relative_within"),
-            "tr(S_W S_B⁺)/C": of_metric("meta", "nc1"), "adapted": of_metric("finetuned", "nc1"),
-            "nearest support mean, %": of_rule("nearest_mean", 0), "adapted classifier, %": of_rule("accuracy", -1),
-            "by its own rule, not transductive, %":
-            of_trained(functools.partial(effects.own_accuracy, transductive=False))}
-
-ROWS = {name: of_trained(value) for name, value in PARTS.items()}
+def rule(kind: str, key: str, place: int) -> tuple:
+    """Accuracy in the run's test; of other weights than "final" on the tasks of the control."""
+    return (tested, key, place) if kind == "final" else (in_control, kind, key, place)
 
 
-def references(groups: list[list[Run]]) -> list[tuple[str, list[Run], str]]:
-    """What every learner is compared with: its name, runs, and the control of theirs that measured it."""
-    return [("raw pixels", groups[0][:1], "pixels"), ("untrained", groups[0], "untrained")]
+def learner(kind: str) -> Columns:
+    adapted = {f"{name}, adapted": (measured, "finetuned", metric, kind) for metric, name in METRICS.items()}
+    return before(kind) | adapted | {f"{name}, %": rule(kind, *place) for name, place in RULES.items()}
 
 
-def with_references(study: Study, names: Sequence[str], columns: dict[str, Value]) -> list[list[str]]:
-    """A row for the columns' names, for raw pixels, for the untrained network and for every setting with runs."""
+def narrow(kind: str = "final") -> Columns:
+    return {"relative within trace": (measured, "meta", "relative_within", kind),
+            "the same, adapted": (measured, "finetuned", "relative_within", kind),
+            "tr(S_W S_B⁺)/C": (measured, "meta", "nc1", kind), "adapted": (measured, "finetuned", "nc1", kind),
+            "nearest support mean, %": rule(kind, "nearest_mean", 0),
+            "adapted classifier, %": rule(kind, "accuracy", -1)}
+
+
+def references(groups: list[list[Run]]) -> list[tuple[list[Run], str, str]]:
+    """What learners are compared with: runs, name, and the control of theirs that measured it."""
+    return [(groups[0][:1], "raw pixels", "pixels"), (groups[0], "untrained", "untrained")] if groups else []
+
+
+def with_references(study: Study, names: Sequence[str], columns_of: Callable[[str], Columns], of_trained: Columns,
+                    transposed: bool = False) -> str:
+    """As `compared`, after raw pixels and the untrained network, which lack the columns `of_trained`."""
     groups = study.groups(names)
-    shown = [*references(groups), *((label(runs[0]), runs, "final") for runs in groups)] if groups else []
-    return [["", "seeds", *columns],
-            *([name, str(len(runs)), *row_of(runs, columns, kind=kind)] for name, runs, kind in shown)]
+    rows = [row(runs, {"": name} | SEEDS | columns_of(kind) | dict.fromkeys(of_trained, MISSING))
+            for runs, name, kind in references(groups)]
+    rows += [row(runs, NAME | SEEDS | columns_of("final") | of_trained) for runs in groups]
+    return table(rows, transposed)
 
 
 def learners(study: Study) -> str:
     """Raw pixels, the untrained network and every learner, before adaptation if nothing else is said."""
-    header, *rows = zip(*with_references(study, (*LEARNERS, "random-labels"), LEARNER))
-    return table(header, rows) if header[1:] else ""
+    alone = {f"{name}, %, not transductive": (tested, *place, False) for name, place in RULES.items()}
+    return with_references(study, (*LEARNERS, "random-labels"), learner, alone, transposed=True)
 
 
 def contrast(study: Study) -> str:
     """The same, narrower, for README.md."""
-    header, *rows = with_references(study, LEARNERS, CONTRAST)
-    return table(header, rows)
+    return with_references(study, LEARNERS, narrow, OWN_RULE)
 
 
 def photographs(study: Study) -> str:
     """The same of what was trained on photographs, and what the inner loop finds and changes there."""
-    header, *rows = with_references(study, SMALL_PHOTOGRAPHS, CONTRAST | ROWS)
-    return table(header, rows)
+    return with_references(study, design.SMALL_PHOTOGRAPHS, narrow, OWN_RULE | PARTS)
 
 
 def difficulty(study: Study) -> str:
     """The same, narrower, of one inner loop on images whose classes are hard or easy to tell apart."""
-    left_out = "tr(S_W S_B⁺)/C", "adapted", "nearest support mean, %", "by its own rule, not transductive, %"
-    columns = {name: value for name, value in (CONTRAST | ROWS).items() if name not in left_out}
-    return table(["", "seeds", *columns], [[label(runs[0]), str(len(runs)), *row_of(runs, columns, kind="final")]
-                                           for names in DIFFICULTY.values() for runs in study.groups(names)])
+    shown = {name: narrow()[name] for name in ("relative within trace", "the same, adapted", "adapted classifier, %")}
+    return compared(study, itertools.chain(*DIFFICULTY.values()), shown | PARTS)
 
 
 def ranking(study: Study) -> str:
@@ -223,49 +214,126 @@ def ranking(study: Study) -> str:
     groups = study.groups(LEARNERS)
     if len(groups) < 3:
         return ""
-    trained = [(runs, "final") for runs in groups]
-    with_others = trained + [(runs, kind) for _, runs, kind in references(groups)]
+    shown = [(runs, "final") for runs in groups] + [(runs, kind) for runs, _, kind in references(groups)]
+
+    def mean(runs: list[Run], column: tuple) -> float:
+        value, *arguments = column
+        return np.mean([value(run, *arguments) for run in runs])
+
     by_mean = "nearest support mean before adaptation"
-    columns = {by_mean: (of_rule("nearest_mean", 0), trained),
-               "the learner's own rule, transductive": (of_trained(effects.own_accuracy), trained),
-               f"{by_mean}, 15 queries, with pixels and the untrained network":
-               (functools.partial(effects.in_control, key="nearest_mean", place=0), with_others)}
+    accuracies = {by_mean: [mean(runs, (tested, "nearest_mean", 0)) for runs in groups],
+                  "the learner's own rule, transductive": [mean(runs, (own_accuracy,)) for runs in groups],
+                  f"{by_mean}, 15 queries, with pixels and the untrained network":
+                  [mean(runs, (in_control, kind, "nearest_mean", 0)) for runs, kind in shown]}
     rows = []
-    for name, value in BEFORE.items():
-        sign, row = (1, [f"larger {name}"]) if name == "dimension" else (-1, [f"smaller {name}"])
-        for accuracy_of, shown in columns.values():
-            means = [np.mean([(sign * value(run, kind), accuracy_of(run, kind)) for run in runs], 0)
-                     for runs, kind in shown]
-            row.append(fixed(effects.spearman(*zip(*means)), 2))
-        rows.append(row)
-    return table(["Spearman correlation with higher accuracy by", *columns], rows)
+    for name in before("final"):
+        better, sign = ("larger", 1) if name == "dimension" else ("smaller", -1)
+        metric = [sign * mean(runs, before(kind)[name]) for runs, kind in shown]  # the learners first
+        rows.append({"Spearman correlation with higher accuracy by": f"{better} {name}"} | {
+            column: fixed(effects.spearman(metric[:len(accuracy)], accuracy), 2)
+            for column, accuracy in accuracies.items()})
+    return table(rows)
 
 
 def controls(study: Study) -> str:
     """Other queries, support images and statistics of batch norm, for the long 5-way 1-shot runs, before adaptation."""
-    columns = BEFORE | {f"{name}, %": functools.partial(effects.in_control, key=key, place=place)
-                        for name, (key, place) in RULES.items()}
     runs = study["paper-omniglot-5w1s"]
     kinds = dict.fromkeys(kind for run in runs for kind in run.controls()
                           if kind.split()[0] in ("final", "queries", "5-shot", "batch"))
-    return table(["control", "seeds", *columns],
-                 [[kind, str(len(runs)), *row_of(runs, columns, kind=kind)] for kind in kinds])
+    return table([row(runs, {"control": kind} | SEEDS | before(kind) | {
+        f"{name}, %": (in_control, kind, *place) for name, place in RULES.items()}) for kind in kinds])
 
 
 def adaptation(study: Study) -> str:
     """What the inner loop does to query and support features, and what it does from other classifiers."""
-    share = functools.partial(over, effects.measured, metric="relative_within")
-    kinds = {"": "final"} | OTHER_CLASSIFIERS
-    rows = [("relative within trace, before adaptation", share(model="meta")),
-            *((f"adapted{start}", share(model="finetuned", kind=kind)) for start, kind in kinds.items()),
-            *((f"classifier, adapted{start}, %", over(effects.in_control, 100, kind=kind, key="accuracy", place=-1))
-              for start, kind in kinds.items())]
-    rows += [(f"5-shot, unbiased: {samples} features, {when}",
-              over(effects.five_shot_share, samples=samples, inner_step=inner_step))
-             for samples in ("query", "support") for inner_step, when in ((0, "before adaptation"), (-1, "adapted"))]
+    others = {", from a random classifier": "classifier at random", ", from a zero classifier": "classifier at zero"}
+    kinds = {"": "final"} | others
+    columns = {"relative within trace, before adaptation": (measured, "meta", "relative_within")}
+    columns |= {f"adapted{start}": (measured, "finetuned", "relative_within", kind) for start, kind in kinds.items()}
+    columns |= {f"classifier, adapted{start}, %": (in_control, kind, "accuracy", -1) for start, kind in kinds.items()}
+    columns |= {f"5-shot, unbiased: {samples} features, {when}": (effects.five_shot_share, samples, inner_step)
+                for samples in ("query", "support") for inner_step, when in ((0, "before adaptation"), (-1, "adapted"))}
     names = [name for name in (*LEARNERS, *LONG)
-             if all(kind in run.controls() for run in study[name] for kind in OTHER_CLASSIFIERS.values())]
-    return compared(study, names, rows)
+             if all(kind in run.controls() for run in study[name] for kind in others.values())]
+    return compared(study, names, columns, transposed=True)
+
+
+# ---- long runs, single changes, all runs
+
+
+def length(study: Study) -> str:
+    """The long runs at a few meta-steps, adapted: held-out tasks, and the share and accuracy on training tasks too."""
+    rows = []
+    for runs in study.groups(LONG):
+        last = min(run.last_step for run in runs)
+        for step in sorted({last, *(step for step in LENGTHS if step < last)}):
+            rows.append(row(runs, NAME | {"meta-step": f"{step:,}"} | {
+                name: (at, "finetuned", metric, step) for metric, name in METRICS.items()} | {
+                "accuracy, %": (at, "finetuned", "accuracy", step),
+                "relative within trace, training tasks": (at, "finetuned", "relative_within", step, HIDDEN, "train"),
+                "accuracy, training tasks, %": (at, "finetuned", "accuracy", step, HIDDEN, "train")}))
+    return table(rows)
+
+
+def changes(study: Study) -> str:
+    """The paper's recipe, and the same with one thing changed: a row per setting."""
+    columns = SEEDS | PARTS | {f"relative within trace, {when}": (at, model, "relative_within", 5_000)
+                               for model, when in MODELS.items()}
+    columns |= {"nearest support mean before adaptation, %": (at, "meta", "ncc_accuracy", 5_000),
+                "classifier, adapted, %": (at, "finetuned", "accuracy", 5_000),
+                "test: nearest support mean, %": (tested, "nearest_mean", 0),
+                "test: classifier, adapted, %": (tested, "accuracy", -1)}
+    return table([row(runs, NAME | {"the classifier takes": size} | columns)
+                  for size, names in design.CHANGES.items() for runs in study.groups(names)])
+
+
+def queries_and_steps(runs: list[Run]) -> str:
+    test = runs[0].file("result.json")["test"]
+    return f"{test['k_qry']}; {test['inner_steps'][-1]}"
+
+
+def published(runs: list[Run]) -> str:
+    """MAML's published accuracy on the runs' tasks; "" for other data, other learners and labels at random."""
+    run, settings = runs[0], runs[0].settings
+    if settings["learner"] != "maml" or settings["random_labels"]:
+        return ""
+    return PUBLISHED.get((run.data, settings["n_way"], settings["k_spt"]), "")
+
+
+def minutes(runs: list[Run]) -> str:
+    times = [round(run.file("timing.json")["training_minutes"]) for run in runs]
+    return " to ".join(map(str, dict.fromkeys((min(times), max(times)))))
+
+
+def machine(run: Run) -> str:
+    device = run.arguments["device"]
+    if device["type"] != "cpu":
+        return device["name"]
+    return f"{device['name']}, {device['threads']} thread{'s' if device['threads'] > 1 else ''}"
+
+
+RUNS: Columns = NAME | {
+    "recipe": lambda runs: runs[0].settings["recipe"],
+    "seeds": lambda runs: ", ".join(str(run.settings["seed"]) for run in runs),
+    "meta-steps x tasks": lambda runs: f"{runs[0].arguments['meta_steps']:,} x {runs[0].settings['task_num']}",
+    "queries per class; inner steps": queries_and_steps,
+    "test accuracy, %": (own_accuracy,),
+    "not transductive, %": (own_accuracy, False),
+    "± over tasks": lambda runs: fixed(100 * max(own_accuracy(run, interval=True) for run in runs), 2),
+    "minutes": minutes,
+    "machine": lambda runs: "; ".join(dict.fromkeys(map(machine, runs)))}
+
+
+def runs(study: Study) -> str:
+    """What was trained, how long it took, what it reached."""
+    return table([row(group, RUNS) for group in study.groups(design.SETTINGS)])
+
+
+def accuracies(study: Study) -> str:
+    """The same, narrower, of the recipes' own runs, for README.md."""
+    left_out = "seeds", "± over tasks", "minutes", "machine"
+    columns = {name: column for name, column in RUNS.items() if name not in left_out} | {"published": published}
+    return table([row(group, columns) for group in study.groups((*LONG, *MAIN))])
 
 
 TABLES: dict[str, Callable[[Study], str]] = {function.__name__: function for function in (

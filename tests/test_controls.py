@@ -153,7 +153,8 @@ def test_controls(tmp_path):
     read = read_run(run)
     assert effects.measured(read, "meta", "relative_within") == found["final"]["meta"]["relative_within"]["mean"][-2]
     assert effects.measured(read, "meta", "nc1", "pixels") == found["pixels"]["meta"]["nc1"]["mean"][0]
-    assert effects.dimension(read, "untrained") == again["untrained"]["effective_dimension"]["meta"]
+    dimension = effects.in_control(read, "untrained", "effective_dimension", "meta")
+    assert dimension == again["untrained"]["effective_dimension"]["meta"]
     assert effects.in_control(read, "pixels", "nearest_mean", 0) == found["pixels"]["nearest_mean"][0]
 
 

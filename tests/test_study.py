@@ -37,7 +37,7 @@ def test_numbers_of_the_committed_runs_recomputed(setting):
                                     for part in (heldout, train))
         start = mean(heldout[:1], "finetuned", "within", -2)
         growth = mean(late_heldout, "finetuned", "within", -2) / start
-        assert effects.untrained(one, "finetuned", "within") == pytest.approx(start)
+        assert effects.at(one, "finetuned", "within", 0) == pytest.approx(start)
         assert effects.growth(one, "finetuned", "within") == pytest.approx(growth)
         for model in ("meta", "finetuned"):
             assert effects.end(one, model, "nc1", 1) == pytest.approx(mean(late_heldout, model, "nc1", 1))
