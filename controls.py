@@ -49,7 +49,7 @@ from device import keep_memory, memory_runs_out, select_device, set_arithmetic
 from learner import Learner, Weights
 from measuring import (accuracies, accuracy, class_means, collapse_metrics, cross_entropy, permuted_labels, scores,
                        squared_distances)
-from meta import Adapted, Meta, adapt, leaves
+from meta import Meta, adapt, leaves
 from record import numbers, other_images, say, summary
 from settings import check
 from tasks import Dataset, Tasks, as_tasks, cat, chunked
@@ -124,16 +124,15 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
                     task_chunk=args.task_chunk, seed=args.seed, learner=args.learner, head_lr=args.head_lr)
         batches = math.ceil(args.test_tasks / args.task_num)
         results = cat(list(progress(measured(maml, data, images, function), name, batches, "batches")))
-        if isinstance(results, dict):
-            written[name] = {"tasks": args.test_tasks} | with_intervals(results)
-            say(f"{name}: {written[name]}")
-            continue
-        if net not in dimensions:
-            dimensions[net] = dimension(net, images[::data.turns("test"), :most + args.k_spt], dataset)
-        written[name] = entry(results) | {"effective_dimension": {"meta": numbers(dimensions[net])}}
-        within = results.metrics["meta"]["relative_within"][:, input_layer(results)].mean()
-        nearest = 100 * results.nearest_mean[:, 0].mean()
-        say(f"{name}: relative within trace {within:.3f}, nearest support mean {nearest:.2f}%, before adaptation")
+        metrics, right = results.pop("metrics", None), with_intervals(results)
+        written[name] = {"tasks": args.test_tasks, **right}
+        say(f"{name}: {right}")
+        if metrics:
+            if net not in dimensions:
+                dimensions[net] = dimension(net, images[::data.turns("test"), :most + args.k_spt], dataset)
+            layers = metrics["meta"]["within"].shape[1]  # the classifier's input is the last but one, or alone
+            written[name] |= summary(metrics, max(layers - 2, 0))
+            written[name]["effective_dimension"] = {"meta": numbers(dimensions[net])}
     return written
 
 
@@ -145,25 +144,29 @@ def with_classifier(net: Learner, other: Learner | None) -> Learner:
     return net
 
 
-def measured(maml: Meta, data: Data, images: Tensor, function: Callable) -> Iterator[Adapted | dict[str, Tensor]]:
-    """`function` of the run's test tasks, as many at a time as in its test, or --task_chunk."""
+def measured(maml: Meta, data: Data, images: Tensor, function: Callable) -> Iterator[dict]:
+    """`function` of the run's test tasks, as many at a time as in its test, or --task_chunk.
+
+    Values [T, ...] by name, and "metrics" of each model if the function has them.
+    """
     sampler = data.sampler("test", images, TEST_SEED)
     for start, part in held_out_tasks(sampler, data.args.test_tasks, data.args.task_num):
         tasks, seed = sampler.gather(part), maml.seed + start
         if function is Meta.finetune:  # it takes chunks itself
-            yield maml.finetune(tasks, tasks, seed)
+            adapted = maml.finetune(tasks, tasks, seed)
+            yield {"metrics": adapted.metrics, "accuracy": adapted.accuracy, "nearest_mean": adapted.nearest_mean}
         else:
             total = len(tasks.y_qry)
             yield chunked(partial(function, maml), maml.task_chunk or total, total, tasks, permuted_labels(tasks, seed))
 
 
-def not_adapted(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor]) -> Adapted:
+def not_adapted(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor]) -> dict:
     """The classifier's input alone, before adaptation; nothing of the classifier."""
     start = maml.adapt(tasks, 0)
     metrics = collapse_metrics(maml.net, tasks, start, null)["meta"]
     metrics = {name: values[:, :1] for name, values in metrics.items()
                if name.removesuffix("_null") not in CLASSIFIER_METRICS}
-    return Adapted(None, accuracies(maml.net, tasks, start)["nearest_mean"], {"meta": metrics}, None)
+    return {"metrics": {"meta": metrics}, "nearest_mean": accuracies(maml.net, tasks, start)["nearest_mean"]}
 
 
 def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -201,7 +204,7 @@ def by_scale(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str
     return {"slope": torch.stack(slopes, 1)}
 
 
-def not_transductive(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], score: Callable) -> Adapted:
+def not_transductive(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], score: Callable) -> dict:
     """Each query apart from the others, by `score`; accuracies before adaptation and after the last inner step."""
     net, steps = maml.net, (0, maml.update_step, maml.update_step_test)
     trajectory = maml.adapt(tasks, max(steps))
@@ -215,8 +218,8 @@ def not_transductive(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], scor
         values = nc_metrics.measure(*queries, *queries, logits.shape[-1], weight, null_qry, null_qry)
         metrics[model] = {name: value[:1].T for name, value in values.items() if not name.startswith("ncc_")}
         metrics[model]["ncc_accuracy"] = right[k][1][:, None]  # by support means of its own for every query
-    ends = (torch.stack(pair, 1) for pair in zip(right[0], right[maml.update_step_test]))
-    return Adapted(*ends, metrics, None)
+    by_classifier, by_mean = (torch.stack(pair, 1) for pair in zip(right[0], right[maml.update_step_test]))
+    return {"metrics": metrics, "accuracy": by_classifier, "nearest_mean": by_mean}
 
 
 def scores_by_support(net: Learner, tasks: Tasks, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,17 +239,6 @@ def dimension(net: Learner, images: Tensor, dataset: Dataset) -> Tensor:
         x = as_tasks(image[None].to(device), 1, dataset.mean, dataset.std).x_spt  # [1, classes, c, h, w]
         means = means + net(x, features=True)[1][-2][0].double() / images.shape[1]
     return nc_metrics.effective_dimension(means)
-
-
-def input_layer(results: Adapted) -> int:
-    """Index of the classifier's input among the measured layers, of which a control may have one alone."""
-    return max(results.metrics["meta"]["within"].shape[1] - 2, 0)
-
-
-def entry(results: Adapted) -> dict:
-    right = {"accuracy": results.accuracy, "nearest_mean": results.nearest_mean}
-    return {"tasks": len(results.nearest_mean), **summary(results.metrics, input_layer(results)),
-            **with_intervals({name: values for name, values in right.items() if values is not None})}
 
 
 def with_intervals(values: dict[str, Tensor]) -> dict:
