@@ -50,18 +50,12 @@ class Implementation:
 
 
 class ThisProject(Implementation):
-    def __init__(self, case: Case, net: Learner, tasks: Tasks):
-        self.meta = Meta(copy.deepcopy(net), update_lr=case.lr, meta_lr=META_LR, update_step=case.steps)
-        self.weights = list(self.meta.net.weights.values())
-        self.step = partial(self.meta, tasks)
-
-
-class ThisProjectGraphed(ThisProject):
-    """The same, captured at its first step (the warm-up) and replayed."""
-
-    def __init__(self, case: Case, net: Learner, tasks: Tasks):
-        super().__init__(case, net, tasks)
-        self.step = devices.GraphedStep(self.meta, self.step, torch.Generator(tasks.y_spt.device))  # draws nothing
+    def __init__(self, case: Case, net: Learner, tasks: Tasks, graphed: bool = False):
+        meta = Meta(copy.deepcopy(net), update_lr=case.lr, meta_lr=META_LR, update_step=case.steps)
+        self.weights = list(meta.net.weights.values())
+        self.step = partial(meta, tasks)
+        if graphed:  # captured at the first step (the warm-up) and replayed; the generator draws nothing
+            self.step = devices.GraphedStep(meta, self.step, torch.Generator(tasks.y_spt.device))
 
 
 class _WithAdam(Implementation):
@@ -239,9 +233,10 @@ PACKAGES = {"higher": "higher", "torchopt": "torchopt", "JAX": "jax"}
 OTHERS = {"plain loop": PlainLoop, "higher": Higher, "torchopt": TorchOpt, "vmap": Vmap, "JAX": Jax}
 
 
-def implementations_on(device: torch.device) -> dict[str, type[Implementation]]:
+def implementations_on(device: torch.device) -> dict[str, Callable[..., Implementation]]:
     """This project's, and those of `OTHERS` whose package is installed."""
-    own = {THIS: ThisProjectGraphed, EAGER: ThisProject} if device.type == "cuda" else {THIS: ThisProject}
+    graphed = partial(ThisProject, graphed=True)
+    own = {THIS: graphed, EAGER: ThisProject} if device.type == "cuda" else {THIS: ThisProject}
     return own | {name: make for name, make in OTHERS.items() if name not in PACKAGES or find_spec(PACKAGES[name])}
 
 
