@@ -50,11 +50,10 @@ class Run:
 
     @property
     def recorded(self) -> dict:
-        """The network's layers and a digest of each split's classes, which older runs lack."""
+        """The network's layers and a digest of each split's classes; None where an older run lacks them."""
         digests = {f"classes of {split}": about.get("classes_digest")
                    for split, about in self.arguments["data"].get("splits", {}).items()}
-        everything = {"layers": self.arguments.get("layers")} | digests
-        return {name: value for name, value in everything.items() if value is not None}
+        return {"layers": self.arguments.get("layers")} | digests
 
     @property
     def queries(self) -> int:
@@ -133,14 +132,12 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
     rows: dict[str, dict[int, dict]] = {"train": {}, "heldout": {}}
     for line_number, line in lines:
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = dict(json.loads(line))
+        except (TypeError, ValueError, RecursionError) as error:
             if line_number == lines[-1][0]:
                 print(f"note: {one_line(str(path))}, line {line_number}: half-written, ignored", file=sys.stderr)
                 break
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {line_number}: not a JSON object; correct or remove that line")
+            raise UserError(f"{path}, line {line_number}: not a JSON object; correct or remove that line") from error
         split, step = row.get("classes"), row.get("step")
         if row.get("kind") == "nc" and split in ("train", "heldout"):
             if type(step) is not int or not 0 <= step < 2**31:
@@ -175,7 +172,7 @@ def differing(run: Run, other: Run) -> list[str]:
     names = sorted({*run.settings, *other.settings} - NOT_COMPARED)
     different = [name for name in names if run.settings.get(name) != other.settings.get(name)]
     one, two = run.recorded, other.recorded
-    different += [name for name in one if name in two and one[name] != two[name]]
+    different += [name for name in one if None not in (one[name], two.get(name)) and one[name] != two[name]]
     return ["data"] * (run.data != other.data) + different
 
 
