@@ -11,7 +11,8 @@ A table is described by its columns: a dict from name to (function of study/effe
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +27,17 @@ from study.markdown import MISSING, Cell, Columns, fixed, over, row, table
 
 # In percent, MAML / first-order MAML: Finn, Abbeel, Levine 2017; first order on Omniglot: Nichol et al. 2018.
 PUBLISHED = {("Omniglot", 5, 1): "98.7 ± 0.4 / 98.3 ± 0.5", ("Omniglot", 5, 5): "99.9 ± 0.1 / 99.2 ± 0.2",
-             ("Omniglot", 20, 1): "95.8 ± 0.3 / 89.4 ± 0.5", ("Omniglot", 20, 5): "98.9 ± 0.2 / 97.9 ± 0.1",
-             ("miniImageNet", 5, 1): "48.70 ± 1.84 / 48.07 ± 1.75",
-             ("miniImageNet", 5, 5): "63.11 ± 0.92 / 63.15 ± 0.91"}
+             ("Omniglot", 20, 1): "95.8 ± 0.3 / 89.4 ± 0.5"}
 LENGTHS = (1_000, 6_000, 20_000, 40_000, 60_000)  # meta-steps shown of a long run
 NAMED_LAYERS = {-5: "block 1", -4: "block 2", -3: "block 3", -2: "block 4", -1: "logits"}
 NAME: Columns = {"": lambda runs: label(runs[0])}
 SEEDS: Columns = {"seeds": lambda runs: str(len(runs))}
+HEAD = NAME | SEEDS
 
 
-def compared(study: Study, names: Iterable[str], columns: Columns, transposed: bool = False) -> str:
+def compared(study: Study, names: Sequence[str], columns: Columns, transposed: bool = False) -> str:
     """A row, or a column if `transposed`, for each of these settings that has runs."""
-    return table([row(runs, NAME | SEEDS | columns) for runs in study.groups(names)], transposed)
+    return table([row(runs, columns) for runs in study.groups(names)], transposed)
 
 
 # ---- the original's recipe: collapse, layers, adaptation, the original's measure
@@ -49,11 +49,15 @@ def from_untrained(model: str, metric: str, layer: int = HIDDEN) -> Cell:
     return lambda runs: f"{untrained(runs).split(' ±')[0]} → {trained(runs)}"
 
 
+def minus(run: Run, one: tuple, other: tuple) -> float:
+    """The difference of two values at the end; each is what `effects.end` takes after the run."""
+    return end(run, *one) - end(run, *other)
+
+
 def heldout_gap(runs: list[Run]) -> str:
     """Held-out minus training tasks; the interval over seeds, over tasks, and both together."""
-    gaps = [end(run, "finetuned", "relative_within") - end(run, "finetuned", "relative_within", split="train")
-            for run in runs]
-    mean, seeds = effects.over_seeds(gaps)
+    share = "finetuned", "relative_within", HIDDEN
+    mean, seeds = effects.over_seeds([minus(run, share, (*share, "train")) for run in runs])
     if not math.isfinite(mean):
         return MISSING
     tasks = float(np.mean([effects.share_over_tasks(run) for run in runs]))
@@ -62,74 +66,57 @@ def heldout_gap(runs: list[Run]) -> str:
     return f"{fixed(mean, 3)}; {intervals}"
 
 
-def change(run: Run, layer: int = HIDDEN) -> float:
-    """Of the relative within trace by adaptation, at the end."""
-    return end(run, "finetuned", "relative_within", layer) - end(run, "meta", "relative_within", layer)
-
-
-def difference(run: Run) -> float:
-    """Of accuracy at the end: the nearest support mean before adaptation minus the adapted classifier."""
-    return end(run, "meta", "ncc_accuracy") - end(run, "finetuned", "accuracy")
+def by_adaptation(layer: int = HIDDEN) -> tuple:
+    """The change of the relative within trace by adaptation."""
+    return minus, ("finetuned", "relative_within", layer), ("meta", "relative_within", layer)
 
 
 def matched_dimension(run: Run) -> float:
     return effects.matching_dimension(end(run, "finetuned", "etf_error"), run.settings["n_way"])
 
 
-def collapse(study: Study) -> str:
-    return compared(study, MAIN, {
-        "relative within trace, before adaptation": from_untrained("meta", "relative_within"),
-        "relative within trace, adapted": from_untrained("finetuned", "relative_within"),
-        "held-out minus training tasks, adapted, end": heldout_gap,
-        "between trace, adapted, end / untrained": (growth, "finetuned", "between"),
-        "within trace, adapted, end / untrained": (growth, "finetuned", "within"),
-        "tr(S_W S_B⁺)/C, adapted": from_untrained("finetuned", "nc1"),
-        "CDNV, unbiased, adapted": from_untrained("finetuned", "cdnv_unbiased"),
-        "directional CDNV, adapted": from_untrained("finetuned", "directional_cdnv"),
-        "NC2: ETF error, adapted": from_untrained("finetuned", "etf_error"),
-        "dimension of random directions with that error": (matched_dimension,),
-        "NC3: self-duality, adapted": from_untrained("finetuned", "self_duality"),
-        "NC4: mismatch with the nearest support mean, adapted": from_untrained("finetuned", "ncc_mismatch"),
-    }, transposed=True)
+collapse = partial(compared, names=MAIN, transposed=True, columns=HEAD | {
+    "relative within trace, before adaptation": from_untrained("meta", "relative_within"),
+    "relative within trace, adapted": from_untrained("finetuned", "relative_within"),
+    "held-out minus training tasks, adapted, end": heldout_gap,
+    "between trace, adapted, end / untrained": (growth, "finetuned", "between"),
+    "within trace, adapted, end / untrained": (growth, "finetuned", "within"),
+    "tr(S_W S_B⁺)/C, adapted": from_untrained("finetuned", "nc1"),
+    "CDNV, unbiased, adapted": from_untrained("finetuned", "cdnv_unbiased"),
+    "directional CDNV, adapted": from_untrained("finetuned", "directional_cdnv"),
+    "NC2: ETF error, adapted": from_untrained("finetuned", "etf_error"),
+    "dimension of random directions with that error": (matched_dimension,),
+    "NC3: self-duality, adapted": from_untrained("finetuned", "self_duality"),
+    "NC4: mismatch with the nearest support mean, adapted": from_untrained("finetuned", "ncc_mismatch")})
 
+accuracy = partial(compared, names=MAIN, transposed=True, columns=HEAD | {
+    "nearest support mean, untrained, %": (at, "meta", "ncc_accuracy", 0),
+    "nearest support mean before adaptation, %": (end, "meta", "ncc_accuracy"),
+    "nearest support mean, adapted, %": (end, "finetuned", "ncc_accuracy"),
+    "classifier, adapted, %": (end, "finetuned", "accuracy"),
+    "difference, points": (minus, ("meta", "ncc_accuracy"), ("finetuned", "accuracy")),
+    "classifier, adapted, training tasks, %": (end, "finetuned", "accuracy", HIDDEN, "train")})
 
-def accuracy(study: Study) -> str:
-    return compared(study, MAIN, {
-        "nearest support mean, untrained, %": (at, "meta", "ncc_accuracy", 0),
-        "nearest support mean before adaptation, %": (end, "meta", "ncc_accuracy"),
-        "nearest support mean, adapted, %": (end, "finetuned", "ncc_accuracy"),
-        "classifier, adapted, %": (end, "finetuned", "accuracy"),
-        "difference, points": (difference,),
-        "classifier, adapted, training tasks, %": (end, "finetuned", "accuracy", HIDDEN, "train"),
-    }, transposed=True)
+layers = partial(compared, names=MAIN, transposed=True, columns=HEAD | {
+    **{f"adapted, {name}": from_untrained("finetuned", "relative_within", layer)
+       for layer, name in NAMED_LAYERS.items()},
+    **{f"adapted minus before, {name}": by_adaptation(layer) for layer, name in NAMED_LAYERS.items()}})
 
+# Change of the relative within trace of the logits on training tasks: by label and as the original took it.
+original = partial(compared, names=(*MAIN, *design.PHOTOGRAPHS), transposed=True, columns=HEAD | {
+    f"{when}, {how}": (effects.logit_share_change, model, suffix)
+    for model, when in MODELS.items() for suffix, how in (("", "by label"), ("_original", "as the original"))})
 
-def layers(study: Study) -> str:
-    shares = {f"adapted, {name}": from_untrained("finetuned", "relative_within", layer)
-              for layer, name in NAMED_LAYERS.items()}
-    changes = {f"adapted minus before, {name}": (change, layer) for layer, name in NAMED_LAYERS.items()}
-    return compared(study, MAIN, shares | changes, transposed=True)
-
-
-def original(study: Study) -> str:
-    """Change of the relative within trace of the logits on training tasks: by label and as the original took it."""
-    return compared(study, (*MAIN, *design.PHOTOGRAPHS), {
-        f"{when}, {how}": (effects.logit_share_change, model, suffix) for model, when in MODELS.items()
-        for suffix, how in (("", "by label"), ("_original", "as the original"))}, transposed=True)
-
-
-def cells(study: Study) -> str:
-    """Inner gradient (first or second order) by network, the original's recipe."""
-    return compared(study, design.CELLS, {
-        "test accuracy, %": (own_accuracy,),
-        "relative within trace, adapted": from_untrained("finetuned", "relative_within"),
-        "the same minus before adaptation": (change,),
-        "between trace, adapted, end / untrained": (growth, "finetuned", "between"),
-        "within trace, adapted, end / untrained": (growth, "finetuned", "within"),
-        "CDNV, unbiased, adapted": from_untrained("finetuned", "cdnv_unbiased"),
-        "tr(S_W S_B⁺)/C, adapted": from_untrained("finetuned", "nc1"),
-        "nearest support mean before adaptation, %": (end, "meta", "ncc_accuracy"),
-    }, transposed=True)
+# Inner gradient (first or second order) by network.
+cells = partial(compared, names=design.CELLS, transposed=True, columns=HEAD | {
+    "test accuracy, %": (own_accuracy,),
+    "relative within trace, adapted": from_untrained("finetuned", "relative_within"),
+    "the same minus before adaptation": by_adaptation(),
+    "between trace, adapted, end / untrained": (growth, "finetuned", "between"),
+    "within trace, adapted, end / untrained": (growth, "finetuned", "within"),
+    "CDNV, unbiased, adapted": from_untrained("finetuned", "cdnv_unbiased"),
+    "tr(S_W S_B⁺)/C, adapted": from_untrained("finetuned", "nc1"),
+    "nearest support mean before adaptation, %": (end, "meta", "ncc_accuracy")})
 
 
 # ---- learners, photographs, controls
@@ -180,30 +167,24 @@ def with_references(study: Study, names: Sequence[str], columns_of: Callable[[st
     groups = study.groups(names)
     rows = [row(runs, {"": name} | SEEDS | columns_of(kind) | dict.fromkeys(of_trained, MISSING))
             for runs, name, kind in references(groups)]
-    rows += [row(runs, NAME | SEEDS | columns_of("final") | of_trained) for runs in groups]
+    rows += [row(runs, HEAD | columns_of("final") | of_trained) for runs in groups]
     return table(rows, transposed)
 
 
-def learners(study: Study) -> str:
-    """Raw pixels, the untrained network and every learner, before adaptation if nothing else is said."""
-    alone = {f"{name}, %, not transductive": (tested, *place, False) for name, place in RULES.items()}
-    return with_references(study, (*LEARNERS, "random-labels"), learner, alone, transposed=True)
+# Raw pixels, the untrained network and every learner, before adaptation if nothing else is said.
+learners = partial(with_references, names=(*LEARNERS, "random-labels"), columns_of=learner, of_trained={
+    f"{name}, %, not transductive": (tested, *place, False) for name, place in RULES.items()}, transposed=True)
 
+# The same, narrower, for README.md.
+contrast = partial(with_references, names=LEARNERS, columns_of=narrow, of_trained=OWN_RULE)
 
-def contrast(study: Study) -> str:
-    """The same, narrower, for README.md."""
-    return with_references(study, LEARNERS, narrow, OWN_RULE)
+# The same of what was trained on photographs, and what the inner loop finds and changes there.
+photographs = partial(with_references, names=design.SMALL_PHOTOGRAPHS, columns_of=narrow, of_trained=OWN_RULE | PARTS)
 
-
-def photographs(study: Study) -> str:
-    """The same of what was trained on photographs, and what the inner loop finds and changes there."""
-    return with_references(study, design.SMALL_PHOTOGRAPHS, narrow, OWN_RULE | PARTS)
-
-
-def difficulty(study: Study) -> str:
-    """The same, narrower, of one inner loop on images whose classes are hard or easy to tell apart."""
-    shown = {name: narrow()[name] for name in ("relative within trace", "the same, adapted", "adapted classifier, %")}
-    return compared(study, itertools.chain(*DIFFICULTY.values()), shown | PARTS)
+# The same, narrower, of one inner loop on images whose classes are hard or easy to tell apart.
+difficulty = partial(compared, names=tuple(itertools.chain(*DIFFICULTY.values())), columns=HEAD | {
+    name: column for name, column in (narrow() | PARTS).items()
+    if name not in ("tr(S_W S_B⁺)/C", "adapted", "nearest support mean, %")})
 
 
 def ranking(study: Study) -> str:
@@ -255,7 +236,7 @@ def adaptation(study: Study) -> str:
                 for samples in ("query", "support") for inner_step, when in ((0, "before adaptation"), (-1, "adapted"))}
     names = [name for name in (*LEARNERS, *LONG)
              if all(kind in run.controls() for run in study[name] for kind in others.values())]
-    return compared(study, names, columns, transposed=True)
+    return compared(study, names, HEAD | columns, transposed=True)
 
 
 # ---- long runs, single changes, all runs
@@ -324,21 +305,18 @@ RUNS: Columns = NAME | {
     "machine": lambda runs: "; ".join(dict.fromkeys(map(machine, runs)))}
 
 
-def runs(study: Study) -> str:
-    """What was trained, how long it took, what it reached."""
-    return table([row(group, RUNS) for group in study.groups(design.SETTINGS)])
+# What was trained, how long it took, what it reached.
+runs = partial(compared, names=tuple(design.SETTINGS), columns=RUNS)
 
+# The same, narrower, of the recipes' own runs, for README.md.
+accuracies = partial(compared, names=(*LONG, *MAIN), columns={
+    name: column for name, column in RUNS.items() if name not in ("seeds", "± over tasks", "minutes", "machine")
+} | {"published": published})
 
-def accuracies(study: Study) -> str:
-    """The same, narrower, of the recipes' own runs, for README.md."""
-    left_out = "seeds", "± over tasks", "minutes", "machine"
-    columns = {name: column for name, column in RUNS.items() if name not in left_out} | {"published": published}
-    return table([row(group, columns) for group in study.groups((*LONG, *MAIN))])
-
-
-TABLES: dict[str, Callable[[Study], str]] = {function.__name__: function for function in (
-    contrast, accuracies, collapse, accuracy, layers, original, cells, learners,
-    photographs, difficulty, ranking, adaptation, changes, length, controls, runs)}
+TABLES: dict[str, Callable[[Study], str]] = dict(
+    contrast=contrast, accuracies=accuracies, collapse=collapse, accuracy=accuracy, layers=layers, original=original,
+    cells=cells, learners=learners, photographs=photographs, difficulty=difficulty, ranking=ranking,
+    adaptation=adaptation, changes=changes, length=length, controls=controls, runs=runs)
 
 
 # ---- the program
