@@ -106,8 +106,7 @@ class Model:
             UserError: one line, if an image can't be read, labels and images don't fit, or an answer is not finite.
         """
         try:
-            labels = [label.item() if isinstance(label, (Tensor, np.ndarray, np.generic)) else label
-                      for label in support_labels]
+            labels = [label.item() if hasattr(label, "item") else label for label in support_labels]
             classes = {label: i for i, label in enumerate(dict.fromkeys(labels))}
         except (TypeError, ValueError, RuntimeError) as error:  # a list is not hashable, a row of an array has no item
             raise UserError("each label must be one number, string or other hashable object; for one-hot rows give "
