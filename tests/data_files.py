@@ -5,9 +5,7 @@ import io
 import os
 import pickle
 import shutil
-import struct
 import zipfile
-import zlib
 from pathlib import Path
 from types import ModuleType
 
@@ -165,15 +163,6 @@ def write_classes(folder: Path, classes: int, first: int = 0, count: int = 4, na
         for number in range(count + label):
             pixels = np.random.default_rng([first, label, number]).integers(0, 256, (size, size + 4, 3), np.uint8)
             (folder / f"{name} {label}" / f"{number}.png").write_bytes(encode(pixels))
-
-
-def png(width: int, height: int, data: bytes = b"") -> bytes:
-    """An RGB PNG with right checksums that states a size and holds `data`."""
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
 def listing(folder: Path) -> list[str]:
