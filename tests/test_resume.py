@@ -28,16 +28,14 @@ TINY = ("--synthetic --device cpu --task_num 2 --n_way 2 --k_qry 2 --update_step
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    make_small(monkeypatch)
-
-
-def make_small(monkeypatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def small():
     """Few characters, drawn in no time; an evaluation still takes three batches."""
-    monkeypatch.setattr(training, "DRAWN", 4)
-    monkeypatch.setattr(synthetic, "CHARACTER_SPLITS", {"train": (0, 4), "val": (4, 3), "test": (7, 3)})
-    monkeypatch.setattr(synthetic, "CHARACTER_IMAGES", 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "DRAWN", 4)
+        patch.setattr(synthetic, "CHARACTER_SPLITS", {"train": (0, 4), "val": (4, 3), "test": (7, 3)})
+        patch.setattr(synthetic, "CHARACTER_IMAGES", 4)
+        yield
 
 
 def train(out: Path, *flags: str) -> Path:
@@ -53,17 +51,14 @@ def refused(*arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def whole(small, tmp_path_factory) -> Path:
     """The run that nothing disturbed."""
-    with pytest.MonkeyPatch.context() as patch:
-        make_small(patch)
-        return train(tmp_path_factory.mktemp("whole") / "run")
+    return train(tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.fixture(scope="module")
-def stopped_once(tmp_path_factory) -> Path:
+def stopped_once(small, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        make_small(patch)
         return stop_at(patch, tmp_path_factory.mktemp("stopped") / "run", "__call__", 5)
 
 
@@ -164,34 +159,24 @@ def test_killed_before_its_first_step(begun, whole, tmp_path, monkeypatch):
     same(run, whole)
 
 
-def test_a_run_that_continues_has_no_last_weights_and_one_that_was_at_its_end_keeps_its_results(
-        tmp_path, monkeypatch, capsys):
+def test_a_longer_run_is_the_longer_run(whole, tmp_path, monkeypatch, capsys):
+    """A run at its end keeps its results; one that continues has none, and no last weights."""
     run = stop_at(monkeypatch, tmp_path / "run", "finetune", 8, flags=[*TINY, "--epoch", "2"])  # in the test
-    controlled = run / "controls.json"
-    controlled.write_text("{}")
+    results = "result.json", "timing.json", "last.pt", "controls.json", "test-2tasks-2qry-1steps.json"
+    for name in results[3:]:
+        (run / name).write_text("{}")
     resume(run)
-    assert controlled.exists() and "removed" not in capsys.readouterr().out
+    short = kill.state(run)
+    resume(run)
+    said = capsys.readouterr().out
+    assert f"{run} is complete" in said and "removed" not in said
+    assert not kill.differences(kill.state(run), short) and {*results} < {*short["files"]}
     stop_at(monkeypatch, run, "__call__", 2, flags=["--resume", str(run), "--epoch", "8"])
-    removed = "removed from {}, as the run continues: result.json, timing.json, last.pt, controls.json\n"
-    assert removed.format(run) in capsys.readouterr().out
+    assert f"removed from {run}, as the run continues: {', '.join(results)}\n" in capsys.readouterr().out
+    assert not any((run / name).exists() for name in results)
     assert "last.pt is missing: the run has not reached" in refused("--test", str(run), "--test_weights", "last")
     with pytest.raises(UserError, match="last.pt is missing: weights can be best"):
         predict.load(run, "last")
-
-
-@pytest.mark.slow
-def test_a_longer_run_is_the_longer_run(whole, tmp_path, monkeypatch, capsys):
-    run = train(tmp_path / "run", "--epoch", "4")
-    short = (run / "result.json").read_bytes()
-    others = [run / name for name in ("controls.json", "test-2tasks-2qry-1steps.json")]
-    for path in others:
-        path.write_text("{}")
-    resume(run)
-    assert all(path.exists() for path in others)
-    assert f"{run} is complete" in capsys.readouterr().out
-    assert (run / "result.json").read_bytes() == short
-    stop_at(monkeypatch, run, "__call__", 2, flags=["--resume", str(run), "--epoch", "8"])
-    assert not any(path.exists() for path in (run / "result.json", *others))
     resume(run)
     same(run, whole)
     one, two = (json.loads((folder / "args.json").read_text()) for folder in (run, whole))
@@ -312,7 +297,6 @@ class Code:
     (lambda saved: saved | {"adam": {"state": {i: values | {"exp_avg": torch.zeros(3)} for i, values in
                                                saved["adam"]["state"].items()}}}, "is damaged"),
     (lambda saved: saved | {"tasks": torch.zeros(3)}, "is damaged"),
-    (lambda saved: saved | {"log_bytes": 10**9}, "log.jsonl is missing or cut"),
 ])
 def test_a_foreign_checkpoint_is_refused(change, line, stopped, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
