@@ -7,7 +7,7 @@
     python plot_nc.py RUN RUN --figure metrics another figure, into the first RUN; other settings in other colours
 
 A RUN is a run's folder, or its log next to args.json. The meta model has the weights before adaptation, the finetuned
-one those after the inner steps. study/figures.py draws; nothing here needs torch.
+one those after the inner steps. study/figures.py and study/report.py draw; nothing here needs torch.
 """
 
 import files  # first: the others do not parse on an older Python  # noqa: I001
@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib
 
 from files import Parser, UserError, one_line
-from study import figures
+from study import figures, report
 from study.logs import HOME, Study, read_groups
 
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
             path = options.output or groups[0][0].path / name
             figure_of_path = {path: figures.ANY[options.figure](groups, options.layer)}
         else:
-            figure_of_path = {home / name: figure for name, figure in figures.all_figures(Study(home / "res")).items()}
+            figure_of_path = {home / name: figure for name, figure in report.all_figures(Study(home / "res")).items()}
         for path, figure in figure_of_path.items():
             figures.save(figure, path)
             print(one_line(f"wrote {path}"))

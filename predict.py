@@ -29,13 +29,13 @@ import omniglot
 import omniglot_train
 import record
 import settings
-from baselines import BASELINES
+from baselines import BASELINES, inner_rates
 from device import select_device
 from files import UserError, reading
 from images import decode
 from learner import Learner
 from measuring import scores
-from meta import adapt, inner_rates
+from meta import adapt
 from tasks import Dataset, Tasks, as_tasks, chunks
 
 Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor

@@ -1,0 +1,158 @@
+"""The figures of README.md and study/README.md: the study in, matplotlib figures out."""
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from files import UserError
+from study import effects, figures
+from study.design import CHANGES, DIFFICULTY, LEARNERS, LONG, MAIN, MODELS, label
+from study.logs import Run, Study
+
+POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
+          for name, style in (("before adaptation", {"markerfacecolor": "white"}), ("adapted", {}))]
+
+# Before and after adaptation, as the tables describe values: (function, *what it takes after the run).
+SHARES = [(effects.measured, model, "relative_within") for model in MODELS]
+ACCURACIES = [(effects.tested, "nearest_mean", 0), (effects.tested, "accuracy", -1)]
+
+
+def result(study: Study) -> Figure:
+    """The figure of README.md: the share within classes, the two traces, the share by layer."""
+    groups = study.groups(MAIN)
+    run = groups[0][0]
+    figure = Figure(figsize=(figures.WIDTH, 3.1))
+    figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.03)
+    first, second, third = figure.subplots(1, 3)
+
+    figures.curves(first, groups, [(figures.of_metric("train", model, "relative_within"), style)
+                                   for model, style in figures.STYLES.items()])
+    figures.curves(second, groups, [(relative_to_start("between"), "-"), (relative_to_start("within"), ":")])
+    untrained = groups[0], functools.partial(effects.at, step=0), figures.GREY
+    trained = [(group, effects.end, colour) for group, colour, _ in figures.colours(groups)]
+    for group, value, colour in [*trained, untrained]:
+        for model, style in figures.STYLES.items():
+            shares = [[value(run, model, "relative_within", layer=name) for name in run.layers] for run in group]
+            third.plot(range(1, len(run.layers) + 1), np.mean(shares, 0), color=colour, linestyle=style, marker="o",
+                       markersize=3)
+    figures.reference(first, effects.noise_share(run.settings["n_way"], run.queries), "permuted labels")
+    pixels = effects.measured(run, "meta", "relative_within", "pixels")
+    if math.isfinite(pixels):
+        figures.reference(first, pixels, "raw pixels")
+    first.legend(handles=figures.keys(groups, models=True), loc="lower left", fontsize=7.5, handlelength=1.8,
+                 labelspacing=0.25, borderaxespad=0.1)
+    second.legend(handles=[figures.key("between classes"), figures.key("within classes", linestyle=":")],
+                  loc="upper left")
+    third.text(3, 0.9, "untrained (1-shot)", ha="center", fontsize=8, color=figures.GREY)
+    first.set(title="A  Last hidden layer, training tasks", ylabel="within / (within + between)", ylim=(0, 1.02))
+    second.set(title="B  Same layer, adapted", ylabel="trace / within trace at step 0", ylim=(0, None))
+    third.set(title="C  By layer, held-out classes, end", ylim=(0, 1.02), xticks=range(1, len(run.layers) + 1),
+              xticklabels=["block 1", *map(str, range(2, len(run.layers))), "logits"])
+    return figure
+
+
+def relative_to_start(trace: str) -> figures.Curve:
+    """A trace of the adapted model on training tasks as a multiple of the within trace at the first step."""
+    def curve(run: Run) -> tuple[np.ndarray, np.ndarray]:
+        steps, values, _ = figures.of_metric("train", "finetuned", trace)(run)
+        return steps, values / effects.at(run, "finetuned", "within", 0, split="train")
+
+    return curve
+
+
+def learners(study: Study) -> Figure:
+    """What adaptation does to each learner: the share within classes and accuracy, before it and after; and nc1."""
+    groups = study.groups(LEARNERS)
+    figure = Figure(figsize=(figures.WIDTH, 3.0))
+    figure.set_layout_engine("constrained", w_pad=0.04)
+    share, right, ranked = figure.subplots(1, 3)
+
+    before_and_after(share, figures.colours(groups), *SHARES)
+    before_and_after(right, figures.colours(groups), *ACCURACIES, scale=100)
+    share.set_yticklabels([name for _, _, name in figures.colours(groups)])
+    for group, colour, _ in figures.colours(groups):
+        ranked.scatter([effects.measured(run, "meta", "nc1") for run in group],
+                       [100 * effects.tested(run, "nearest_mean", 0) for run in group], color=colour, s=26)
+    share.set(title="A  Within / (within + between)", xlim=(0, 0.8))
+    right.set(title="B  Test accuracy, %")
+    ranked.set(title="C  Before adaptation", xscale="log", ylabel="nearest support mean, %")
+    ranked.set_xlabel(figures.LABELS["nc1"])
+    ranked.minorticks_off()
+    ranked.set_xticks([0.1, 0.2, 0.4], ["0.1", "0.2", "0.4"])
+    share.legend(handles=POINTS, loc="center right", bbox_to_anchor=(1.03, 0.58), fontsize=7.5)
+    return figure
+
+
+def before_and_after(axes: Axes, groups: Sequence[tuple[figures.Group, str, str]], before: tuple, after: tuple,
+                     scale: float = 1) -> None:
+    """A row per group: open points before adaptation, filled ones after, a line between their means."""
+    for row, (group, colour, _) in enumerate(groups):
+        values = scale * np.array([[value(run, *arguments) for value, *arguments in (before, after)] for run in group])
+        axes.plot(values.mean(0), [row, row], color=colour, linewidth=1.2)
+        for column, fill in enumerate(("white", colour)):
+            axes.scatter(values[:, column], [row] * len(group), s=26, edgecolors=colour, color=fill, zorder=3)
+    axes.set(yticks=range(len(groups)), ylim=(len(groups) - 0.5, -0.5), yticklabels=[])
+
+
+def by_setting(study: Study, kinds: dict[str, Sequence[str]], shares: Sequence[tuple],
+               accuracies: Sequence[tuple]) -> Figure:
+    """A row per setting, a colour per kind: share and accuracy before and after adaptation, spread of the rows."""
+    colour_of = dict(zip(kinds, figures.PALETTE))
+    groups = [(group, colour_of[kind], re.sub("classifier from | of 32 x 32(, MAML)?", "", label(group[0])))
+              for kind, names in kinds.items() for group in study.groups(names)]
+    legend = [figures.key(kind, colour, linewidth=2.2) for kind, colour in colour_of.items()]
+    figure, ((left, right, spread),) = figures.frame(1, 3, 0.5 + 0.27 * len(groups), [*legend, *POINTS])
+    before_and_after(left, groups, *shares)
+    before_and_after(right, groups, *accuracies, scale=100)
+    before_and_after(spread, groups, (effects.in_control, "first step by parts, untrained", "rows", 0),
+                     (effects.in_control, "first step by parts", "rows", 0))
+    left.set(title="A  Share within", xlim=(0, 0.9))
+    right.set(title="B  Accuracy, %")
+    spread.set(title="C  Spread of rows", xlabel="open: untrained\nfilled: trained", xscale="log")
+    spread.minorticks_off()
+    spread.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
+    left.set_yticklabels([name for _, _, name in groups])
+    return figure
+
+
+def changes(study: Study) -> Figure:
+    """The paper's recipe with one thing changed, on validation tasks."""
+    return by_setting(study, CHANGES, [(effects.at, model, "relative_within", 5_000) for model in MODELS],
+                      [(effects.at, "meta", "ncc_accuracy", 5_000), (effects.at, "finetuned", "accuracy", 5_000)])
+
+
+def difficulty(study: Study) -> Figure:
+    """One inner loop on images whose classes are easy or hard to tell apart, on test tasks."""
+    return by_setting(study, DIFFICULTY, SHARES, ACCURACIES)
+
+
+def length(study: Study) -> Figure:
+    """The paper's recipe to its end: collapse on training and held-out classes, and accuracy."""
+    groups = study.groups(LONG)
+    legend = figures.keys(groups, figures.key("training classes"), figures.key("held-out classes", linestyle=":"))
+    figure, (panels,) = figures.frame(1, 3, 2.6, legend)
+    titles = "relative within trace, adapted", figures.LABELS["nc1"], "accuracy, adapted, %"
+    for axes, metric, title in zip(panels, ("relative_within", "nc1", "accuracy"), titles):
+        figures.curves(axes, groups, [(figures.of_metric(split, "finetuned", metric), style)
+                                      for split, style in figures.SPLITS.items()])
+        axes.set_title(title)
+        figures.fit(axes, metric in figures.LOGARITHMIC)
+    figures.zoom_on_accuracy(panels[2])
+    return figure
+
+
+def all_figures(study: Study) -> dict[str, Figure]:
+    """Every figure of README.md and study/README.md whose runs are there, by its file."""
+    every = {"result.png": (MAIN, result),
+             "res/metrics.png": (MAIN, lambda study: figures.metrics(study.groups(MAIN))),
+             "res/learners.png": (LEARNERS, learners), "res/changes.png": (CHANGES["1 x 1"], changes),
+             "res/difficulty.png": (DIFFICULTY["photographs"], difficulty), "res/length.png": (LONG, length)}
+    drawn = {path: draw(study) for path, (names, draw) in every.items() if study.groups(names)}
+    if not drawn:
+        raise UserError(f"no run of the study in {study.folder}; run python -m study.run, and then with --collect")
+    return drawn
