@@ -56,7 +56,8 @@ SETTINGS = {setting.name: setting for setting in (
           ("large-body-step", "MAML, 5 inner steps at rate 0.5, the classifier's 0.05", (1,), 28000,
            "--update_lr 0.5 --head_lr 0.05"),
           ("slow-head", "MAML, the classifier's inner rate 0.005", (1, 2), 28000, "--head_lr 0.005"),
-          ("equal-rows", "MAML, classifier from N(0, 0.001²)", (1, 2), 28000, "--head_std 0.001"))),
+          ("equal-rows", "MAML, classifier from N(0, 0.001²)", (1, 2), 28000, "--head_std 0.001"),
+          ("frozen-head", "MAML, classifier kept as drawn", (1,), 28000, "--freeze_head"))),
     Setting("omniglot-photographs-loop", "Omniglot, MAML, inner loop and classifier as on photographs",
             f"{_CONTRAST} --update_step 5 --update_lr 0.05 --update_step_test 10 --no-spatial_mean --head_std 0.0875",
             (1, 2)),
@@ -68,6 +69,8 @@ SETTINGS = {setting.name: setting for setting in (
            "miniimagenet/folders-crops", "crops of photographs", (1, 2), "--epoch 40000"),
           ("crops-equal-rows", "crops of one photograph per class, classifier from N(0, 0.001²)",
            "miniimagenet/folders-crops", "crops of photographs", (1, 2), "--epoch 28000 --head_std 0.001"),
+          ("crops-zero-head", "crops of one photograph per class, classifier kept at 0",
+           "miniimagenet/folders-crops", "crops of photographs", (1,), "--epoch 28000 --head_std 0 --freeze_head"),
           ("omniglot-as-photographs", "characters of 32 x 32",
            "omniglot/folders", "Omniglot in class folders", (1, 2), "--epoch 40000"),
           ("omniglot-100-as-photographs", "100 characters of 32 x 32",
@@ -83,6 +86,8 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
     Setting("small-step", "1 inner step at rate 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1, 2)),
+    Setting("frozen-head", "classifier kept as drawn", f"{_ONE_CHANGE} --freeze_head", (1,)),
+    Setting("zero-head", "classifier kept at 0", f"{_ONE_CHANGE} --head_std 0 --freeze_head", (1, 2)),
     Setting("small-head", "classifier from N(0, 0.18²)", _SMALL_HEAD, (1, 2)),
     Setting("slow-head", "classifier from N(0, 0.18²), its inner rate 0.5", f"{_SMALL_HEAD} --head_lr 0.5", (1, 2)),
     Setting("small-head-flat", "classifier from N(0, 0.18²), no spatial mean",
@@ -98,6 +103,8 @@ SETTINGS = {setting.name: setting for setting in (
             f"{_SMALL_HEAD} --bn_scale", (1, 2)),
     Setting("small-images", "images of 16 x 16", f"{_ONE_CHANGE} --imgsz 16", (1, 2)),
     Setting("small-images-small-head", "images of 16 x 16, classifier from N(0, 0.18²)", _SMALL_IMAGES, (1, 2)),
+    Setting("small-images-frozen-head", "images of 16 x 16, classifier from N(0, 0.18²), kept as drawn",
+            f"{_SMALL_IMAGES} --freeze_head", (1,)),
     Setting("small-images-slow-head", "images of 16 x 16, classifier from N(0, 0.18²), its inner rate 0.5",
             f"{_SMALL_IMAGES} --head_lr 0.5", (1, 2)),
     Setting("small-images-slower-head", "images of 16 x 16, classifier from N(0, 0.18²), its inner rate 0.125",
@@ -149,16 +156,20 @@ DIFFICULTY = {  # one inner loop and network on images whose classes are hard or
 SMALL_PHOTOGRAPHS = (*(name for name in SETTINGS if name.startswith("photographs-")), "omniglot-photographs-loop",
                      "omniglot-as-photographs", "omniglot-100-as-photographs", "omniglot-in-little-noise",
                      "omniglot-in-less-noise", "omniglot-in-noise", "omniglot-in-noise-5-shot", "crops",
-                     "crops-equal-rows")
+                     "crops-equal-rows", "crops-zero-head")
 CHANGES = {  # by what the classifier takes from the last map
-    "mean of 2 x 2": ("contrast-maml", "small-step", "small-head", "slow-head", "fast-head", "small-head-with-scale",
-                      "first-order-small-head", "first-order-slow-head", "other-network-mean"),
+    "mean of 2 x 2": ("contrast-maml", "frozen-head", "zero-head", "small-step", "small-head", "slow-head", "fast-head",
+                      "small-head-with-scale", "first-order-small-head", "first-order-slow-head", "other-network-mean"),
     "all of 2 x 2": ("small-head-flat", "flat-slow-head", "smaller-head-flat", "other-network-larger-head",
                      "other-network-large-images"),
-    "1 x 1": ("small-images", "small-images-small-head", "small-images-slow-head", "small-images-slower-head",
-              "small-images-first-order", "small-images-slow-head-first-order", "small-images-slower-head-first-order",
+    "1 x 1": ("small-images", "small-images-small-head", "small-images-frozen-head", "small-images-slow-head",
+              "small-images-slower-head", "small-images-first-order", "small-images-slow-head-first-order",
+              "small-images-slower-head-first-order",
               "five-steps", "five-steps-slow-head",
               "other-network", "other-network-xavier", "other-network-no-scale", "other-network-large-head")}
+KEPT = {  # by meta-step: where the classifier's initial weights are trained, kept as drawn, and kept at 0
+    5_000: ("contrast-maml", "frozen-head", "zero-head", "small-images-small-head", "small-images-frozen-head"),
+    7_000: ("photographs-maml", "photographs-frozen-head", "crops", "crops-zero-head")}
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
 TASKS = {"train": "training tasks", "heldout": "held-out tasks"}

@@ -239,6 +239,16 @@ def adaptation(study: Study) -> str:
     return compared(study, names, HEAD | columns, transposed=True)
 
 
+def kept(study: Study) -> str:
+    """The classifier's initial weights trained, kept as drawn and kept at 0, each group at one meta-step."""
+    return table([row(runs, HEAD | {
+        "relative within trace": (at, "meta", "relative_within", step),
+        "the same, adapted": (at, "finetuned", "relative_within", step),
+        "nearest support mean before adaptation, %": (at, "meta", "ncc_accuracy", step),
+        "classifier, adapted, %": (at, "finetuned", "accuracy", step)})
+        for step, names in design.KEPT.items() for runs in study.groups(names)])
+
+
 # ---- long runs, single changes, all runs
 
 
@@ -316,7 +326,7 @@ accuracies = partial(compared, names=(*LONG, *MAIN), columns={
 TABLES: dict[str, Callable[[Study], str]] = dict(
     contrast=contrast, accuracies=accuracies, collapse=collapse, accuracy=accuracy, layers=layers, original=original,
     cells=cells, learners=learners, photographs=photographs, difficulty=difficulty, ranking=ranking,
-    adaptation=adaptation, changes=changes, length=length, controls=controls, runs=runs)
+    adaptation=adaptation, kept=kept, changes=changes, length=length, controls=controls, runs=runs)
 
 
 # ---- the program
