@@ -15,7 +15,7 @@ from PIL import Image
 
 import plot_nc
 from files import UserError
-from study import effects, figures, logs
+from study import effects, figures, logs, report
 from study.design import label
 
 PROJECT = Path(plot_nc.__file__).parent
@@ -212,7 +212,7 @@ def test_smoothing_averages_the_measurements_within_a_tenth_of_each_step():
 
 def test_the_readme_figure_shows_what_its_panels_say(tmp_path):
     nc_logs.write_study(tmp_path)
-    share, traces, by_layer = figures.result(logs.Study(tmp_path)).axes
+    share, traces, by_layer = report.result(logs.Study(tmp_path)).axes
     rows = [row for row in nc_logs.log() if row["classes"] == "train"]
     ratio = rows[-1]["finetuned"]["between"]["mean"][-2] / rows[0]["finetuned"]["within"]["mean"][-2]
     assert any(values[-1] == pytest.approx(ratio, rel=0.1) for _, values in drawn(traces))
@@ -220,7 +220,7 @@ def test_the_readme_figure_shows_what_its_panels_say(tmp_path):
     assert not any("raw pixels" in text.get_text() for text in share.texts)
     assert {len(values) for _, values in drawn(by_layer)} == {5}
     nc_logs.write_controls(tmp_path / "omniglot-5w1s-seed1")
-    share, *_ = figures.result(logs.Study(tmp_path)).axes
+    share, *_ = report.result(logs.Study(tmp_path)).axes
     assert any("raw pixels" in text.get_text() for text in share.texts)
 
 
