@@ -56,13 +56,13 @@ def read(path: Path, device: torch.device, remedy: str) -> dict:
         return torch.load(data, map_location=device, weights_only=True)
 
 
-def load_weights(path: Path, net: Learner, device: torch.device, remedy: str) -> tuple[int, float | None]:
+def load_weights(path: Path, net: Learner, device: torch.device, remedy: str, validated: bool = False) -> dict:
     """Load the weights of best.pt, last.pt or weights-STEP.pt into `net`.
 
     The classifier's layer over all training classes is left out if `net` has none.
 
     Returns:
-        The number of meta-steps that the weights had seen, and their validation accuracy; None in weights-STEP.pt.
+        "step", the number of meta-steps that the weights had seen, and with `validated` "val_accuracy".
     Raises:
         UserError: the file is missing (the line ends in `remedy`), damaged, or of another network.
     """
@@ -72,8 +72,7 @@ def load_weights(path: Path, net: Learner, device: torch.device, remedy: str) ->
     with reading(path, "train again", UNUSABLE):
         net.load_state_dict({name: weight for name, weight in saved["weights"].items()
                              if net.classes is not None or not name.startswith("classes.")})
-        accuracy = saved.get("val_accuracy")
-        return int(saved["step"]), None if accuracy is None else float(accuracy)
+        return {"step": int(saved["step"])} | ({"val_accuracy": float(saved["val_accuracy"])} if validated else {})
 
 
 def save(path: Path, maml: Meta, rest: dict) -> None:

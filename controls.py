@@ -126,13 +126,17 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
         results = cat(list(progress(measured(maml, data, images, function), name, batches, "batches")))
         metrics, right = results.pop("metrics", None), with_intervals(results)
         written[name] = {"tasks": args.test_tasks, **right}
-        say(f"{name}: {right}")
-        if metrics:
-            if net not in dimensions:
-                dimensions[net] = dimension(net, images[::data.turns("test"), :most + args.k_spt], dataset)
-            layers = metrics["meta"]["within"].shape[1]  # the classifier's input is the last but one, or alone
-            written[name] |= summary(metrics, max(layers - 2, 0))
-            written[name]["effective_dimension"] = {"meta": numbers(dimensions[net])}
+        if not metrics:
+            say(f"{name}: {written[name]}")
+            continue
+        if net not in dimensions:
+            dimensions[net] = dimension(net, images[::data.turns("test"), :most + args.k_spt], dataset)
+        share = metrics["meta"]["relative_within"]
+        layer = max(share.shape[1] - 2, 0)  # the classifier's input is the last but one, or alone
+        written[name] |= summary(metrics, layer) | {"effective_dimension": {"meta": numbers(dimensions[net])}}
+        nearest = 100 * results["nearest_mean"][:, 0].mean()
+        say(f"{name}: relative within trace {share[:, layer].mean():.3f}, nearest support mean {nearest:.2f}%, "
+            "before adaptation")
     return written
 
 

@@ -292,6 +292,9 @@ def _from_cache(path: Path, split: str) -> dict[str, list[ImageFile]]:
         content = {key: _plain(value) for key, value in content.items()}
         if "image_data" in content and "class_dict" in content:
             pixels = content["image_data"]
+            for label, indices in content["class_dict"].items():
+                if not len(_plain(indices)):
+                    raise ValueError(f"class_dict names no image of {label!r}")
             labelled = [(label, int(index)) for label, indices in content["class_dict"].items()
                         for index in _plain(indices)]
         elif "data" in content and "labels" in content:

@@ -349,7 +349,7 @@ def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
     alone_steps = [0, last_step] if args.transductive else all_steps  # one query at a time takes long
     devices.wait()  # for the process that writes the weights
     remedy = f"the run has not reached that step yet; continue it with --resume {quoted(run)}"
-    step, val_accuracy = checkpoint.load_weights(run / f"{args.test_weights}.pt", maml.net, data.device, remedy)
+    tested = checkpoint.load_weights(run / f"{args.test_weights}.pt", maml.net, data.device, remedy, validated=True)
     classes, _ = data.dataset.sizes()["test"]
     say(f"testing on {args.test_tasks} tasks of the {classes} test classes of {data.dataset.name()}")
     adapted = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, TEST_SEED, signals,
@@ -369,6 +369,6 @@ def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
             f"steps {100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f}, nearest support mean before "
             f"adaptation{own} {100 * nearest[0]:.2f}% ± {100 * nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, "
             f"{'1 query' if queries == 1 else f'{queries} queries'} per class, {args.test_weights} weights, "
-            f"of step {step})")
+            f"of step {tested['step']})")
         say(f"after {', '.join(map(str, steps))} inner steps: {percent(mean)}")
-    return result | {f"{args.test_weights}_step": step, "val_accuracy": numbers(val_accuracy)}
+    return result | {f"{args.test_weights}_step": tested["step"], "val_accuracy": numbers(tested["val_accuracy"])}

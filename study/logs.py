@@ -132,12 +132,14 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
     rows: dict[str, dict[int, dict]] = {"train": {}, "heldout": {}}
     for line_number, line in lines:
         try:
-            row = dict(json.loads(line))
-        except (TypeError, ValueError, RecursionError) as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             if line_number == lines[-1][0]:
                 print(f"note: {one_line(str(path))}, line {line_number}: half-written, ignored", file=sys.stderr)
                 break
-            raise UserError(f"{path}, line {line_number}: not a JSON object; correct or remove that line") from error
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {line_number}: not a JSON object; correct or remove that line")
         split, step = row.get("classes"), row.get("step")
         if row.get("kind") == "nc" and split in ("train", "heldout"):
             if type(step) is not int or not 0 <= step < 2**31:

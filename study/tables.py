@@ -239,14 +239,18 @@ def adaptation(study: Study) -> str:
     return compared(study, names, HEAD | columns, transposed=True)
 
 
+def validated(step: int) -> Columns:
+    """Share and accuracy before and after adaptation, on the validation tasks at a meta-step."""
+    shares = {f"relative within trace, {when}": (at, model, "relative_within", step) for model, when in MODELS.items()}
+    return shares | {
+        "nearest support mean before adaptation, %": (at, "meta", "ncc_accuracy", step),
+        "classifier, adapted, %": (at, "finetuned", "accuracy", step)}
+
+
 def kept(study: Study) -> str:
     """The classifier's initial weights trained, kept as drawn and kept at 0, each group at one meta-step."""
-    return table([row(runs, HEAD | {
-        "relative within trace": (at, "meta", "relative_within", step),
-        "the same, adapted": (at, "finetuned", "relative_within", step),
-        "nearest support mean before adaptation, %": (at, "meta", "ncc_accuracy", step),
-        "classifier, adapted, %": (at, "finetuned", "accuracy", step)})
-        for step, names in design.KEPT.items() for runs in study.groups(names)])
+    return table([row(runs, HEAD | validated(step))
+                  for step, names in design.KEPT.items() for runs in study.groups(names)])
 
 
 # ---- long runs, single changes, all runs
@@ -268,12 +272,9 @@ def length(study: Study) -> str:
 
 def changes(study: Study) -> str:
     """The paper's recipe, and the same with one thing changed: a row per setting."""
-    columns = SEEDS | PARTS | {f"relative within trace, {when}": (at, model, "relative_within", 5_000)
-                               for model, when in MODELS.items()}
-    columns |= {"nearest support mean before adaptation, %": (at, "meta", "ncc_accuracy", 5_000),
-                "classifier, adapted, %": (at, "finetuned", "accuracy", 5_000),
-                "test: nearest support mean, %": (tested, "nearest_mean", 0),
-                "test: classifier, adapted, %": (tested, "accuracy", -1)}
+    columns = SEEDS | PARTS | validated(5_000) | {
+        "test: nearest support mean, %": (tested, "nearest_mean", 0),
+        "test: classifier, adapted, %": (tested, "accuracy", -1)}
     return table([row(runs, NAME | {"the classifier takes": size} | columns)
                   for size, names in design.CHANGES.items() for runs in study.groups(names)])
 

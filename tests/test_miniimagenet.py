@@ -263,7 +263,8 @@ class SameName:
     ({"image_data": np.zeros((12, 8, 8, 3))}, "is float64 [8, 8, 3]"),
     ({"image_data": np.zeros((12, 3, 8, 8), np.uint8)}, "not uint8 [height, width, 3]"),
     ({"class_dict": {"a": [0, 99]}}, "one of 12 that isn't there"),
-    ({"class_dict": {"a": [0, 1], "b": [1, 2]}}, "twice"), ({"class_dict": None}, "as a cache"),
+    ({"class_dict": {"a": [0, 1], "b": [1, 2]}}, "twice"), ({"class_dict": {"a": [0, 1], "b": []}}, "of 'b'"),
+    ({"class_dict": None}, "as a cache"),
     ({"form": "labels", "labels": [1]}, "1 labels of 12 images"), (b"hello", "as a cache"),
     (lambda whole: whole[:len(whole) // 2], "as a cache")])
 def test_pickles_that_are_no_caches_are_refused_and_nothing_is_run(photos, change, words, monkeypatch):

@@ -291,8 +291,9 @@ def test_a_log_itself_compressed_or_half_written(tmp_path, capsys):
     assert logs.read_run(run).rows == whole
     (run / "log.jsonl.gz").write_bytes((run / "log.jsonl.gz").read_bytes()[:-9])
     assert "can't be read" in refused(run)
-    (run / "log.jsonl").write_text('{"kind"\n{"kind": "val", "step": 1}\n')
-    assert "line 1: not a JSON object" in refused(run)
+    for content in ('{"kind"\n{"kind": "val", "step": 1}\n', "[]\n"):
+        (run / "log.jsonl").write_text(content)
+        assert "line 1: not a JSON object" in refused(run)
 
 
 def test_other_refusals(tmp_path):
