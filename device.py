@@ -90,7 +90,7 @@ def memory_runs_out(remedy: str) -> Iterator[None]:
     """Raise a UserError, one line that ends in `remedy`, if the device or the host runs out of memory."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # the CPU's allocators raise a plain RuntimeError
+    except (RuntimeError, ValueError, MemoryError) as error:  # the CPU's allocators raise no MemoryError
         words = "can't allocate memory", "bad_alloc", "out of memory"
         if isinstance(error, MemoryError) or any(part in str(error) for part in words):
             raise UserError(f"out of memory; {remedy}") from error

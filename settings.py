@@ -53,7 +53,7 @@ def parse_args(description: str, defaults: dict, paper: dict, argv: Sequence[str
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other; give one")
     if modes:
-        return _settings_of_run(modes[0], flags, parser)
+        return _settings_of_run(modes[0], flags, parser, paper)
     if flags.get("recipe") == "paper":
         n_way, k_spt = flags.get("n_way", defaults["n_way"]), flags.get("k_spt", defaults["k_spt"])
         if (n_way, k_spt) not in paper:
@@ -174,7 +174,8 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
          "changed, and EPOCH may end the run earlier or later", metavar="RUN_FOLDER")
     flag("test", None, f"test a finished run again, on its own settings; {_flags(MAY_CHANGE['test'])} may be changed",
          metavar="RUN_FOLDER")
-    flag("from_args", None, "repeat a run in a new folder; other flags change its settings",
+    flag("from_args", None, "repeat a run in a new folder; other flags change its settings, and with --recipe paper "
+         "N_WAY and K_SPT also what the recipe sets",
          metavar="RUN_FOLDER/args.json")
     parser.set_defaults(script=defaults["script"], print_every=defaults["print_every"])
     return parser
@@ -184,8 +185,12 @@ def _flags(names: Sequence[str]) -> str:
     return ", ".join(f"--{name}" for name in names)
 
 
-def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The settings that a run's args.json holds, changed by the flags on the command line."""
+def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser, paper: dict) -> argparse.Namespace:
+    """The settings that a run's args.json holds, changed by the flags on the command line.
+
+    A repetition of a run with --recipe paper takes the recipe's values for its own --n_way and --k_spt, where the run
+    had the recipe's.
+    """
     path = Path(flags[mode])
     if mode != "from_args" or path.is_dir():
         path /= "args.json"
@@ -205,6 +210,11 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
                 other |= {"rotations": False, "rotate_heldout": False}
             settings |= {name: value for name, value in other.items() if name in settings}
     if mode == "from_args":
+        then = settings["n_way"], settings["k_spt"]
+        now = flags.get("n_way", then[0]), flags.get("k_spt", then[1])
+        if settings["recipe"] == "paper" and now in paper:
+            recipe = paper.get(then, {})
+            settings |= {name: value for name, value in paper[now].items() if settings[name] == recipe.get(name)}
         if settings["nc_qry"] == NC_QRY or {"k_spt", "data", "synthetic"} & flags.keys():  # `check` filled it in, maybe
             settings["nc_qry"] = None
         return argparse.Namespace(**settings | {"out": None} | flags)

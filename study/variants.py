@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import files
+from files import Parser, reading
+
 
 def omniglot(root: Path) -> None:
     """folders, one per character; folders-100, of 100 characters; folders-noise*, faint characters in noise."""
@@ -25,7 +28,7 @@ def omniglot(root: Path) -> None:
                     (folder / file).write_bytes(archive.read(name))
     names = sorted(path.name for path in (root / "folders").iterdir() if not path.name.startswith("."))
     for name in random.Random(0).sample(names, 100):
-        shutil.copytree(root / "folders" / name, root / "folders-100" / name)
+        shutil.copytree(root / "folders" / name, root / "folders-100" / name, dirs_exist_ok=True)
     generator = np.random.default_rng(0)
     for name in names:
         for path in sorted((root / "folders" / name).glob("*.png")):
@@ -48,9 +51,9 @@ def photographs(root: Path) -> None:
                 if split != "train" or len(list(folder.iterdir())) < 20:
                     shutil.copy(root / "images" / row["filename"], folder)
     generator = random.Random(0)
-    for path in generator.sample(sorted((root / "images").iterdir()), 1623):    # as many classes as Omniglot has
+    for path in generator.sample(sorted((root / "images").iterdir()), 1623):  # as many classes as Omniglot has
         folder = root / "folders-crops" / path.stem
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         photograph = Image.open(path).convert("RGB")
         for i in range(20):
             size = generator.randint(min(photograph.size) // 2, min(photograph.size))
@@ -58,6 +61,13 @@ def photographs(root: Path) -> None:
             photograph.crop((left, top, left + size, top + size)).save(folder / f"{i:02}.png")
 
 
+def main() -> None:
+    Parser(prog="python -m study.variants", description="Make the variants of the data sets that the study trains on, "
+           "from the zip files in omniglot/, and the CSV files and images/ in miniimagenet/.").parse_args()
+    for make, root in ((omniglot, Path("omniglot")), (photographs, Path("miniimagenet"))):
+        with reading(root, "put the data set there, or make that folder a link to it"):
+            make(root)
+
+
 if __name__ == "__main__":
-    omniglot(Path("omniglot"))
-    photographs(Path("miniimagenet"))
+    files.run(main)

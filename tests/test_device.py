@@ -98,7 +98,8 @@ def test_arithmetic(precision):
 # ---- memory
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\n..."),
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("layer 0: can't allocate memory"),
+                                   torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\n..."),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 2 bytes")])
 def test_out_of_memory_is_one_line(error):
     with pytest.raises(UserError, match="^out of memory; buy some$"), devices.memory_runs_out("buy some"):

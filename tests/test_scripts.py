@@ -277,6 +277,16 @@ def test_help_tells_every_flag_and_default(script, capsys):
     assert said.count("(default:") == sum(value is not None for value in flags.values()) and "None" not in said
 
 
+@pytest.mark.parametrize("flags, expected", [("", (32, 1, 0.3)), ("--n_way 20", (16, 5, 0.3)),
+                                             ("--n_way 20 --task_num 4", (4, 5, 0.3)),
+                                             ("--n_way 10", (32, 1, 0.3))])  # the paper has no 10-way
+def test_a_repeated_recipe_follows_n_way_and_k_spt(flags, expected, tmp_path):
+    recorded = settings.recorded_settings(omniglot_train.arguments("--recipe paper --update_lr 0.3".split()))
+    (tmp_path / "args.json").write_text(json.dumps({"settings": recorded}))
+    again = omniglot_train.arguments(["--from_args", str(tmp_path), *flags.split()])
+    assert (again.task_num, again.update_step, again.update_lr) == expected
+
+
 def test_what_other_data_changes(tmp_path, monkeypatch):
     """--data turns no class; a run's data, its name and split go where other data is given; ~ is the home folder."""
     def parsed(*flags):
