@@ -1,8 +1,7 @@
 """Model-agnostic meta-learning (Finn, Abbeel, Levine 2017), all tasks of a meta-step together.
 
 `adapt` is the inner loop (the paper's algorithm 2, lines 6 and 7, K times), `meta_gradient` the outer gradient (its
-line 10), and `Meta` takes the meta-steps. Second order differentiates through the inner gradients; first order takes
-them as constants.
+line 10), and `Meta` takes the meta-steps.
 
     net = Learner(layers, imgc=1, imgsz=28)
     maml = Meta(net, update_lr=0.4, update_step=5)
@@ -111,8 +110,7 @@ class Meta:
 
     `step` counts meta-steps, and `updates`, on the device, those that changed the weights. If a loss, a gradient or
     Adam's state is not finite, the update is skipped, and all later ones too unless `skip_nonfinite` is set: nothing is
-    raised, so compare `updates` with `step`.
-    With several processes (device.py), each takes an equal share of a meta-step's tasks.
+    raised, so compare `updates` with `step`. Of several processes (device.py), each takes an equal share of the tasks.
     """
 
     net: Learner  # on the device where training runs; its last layer is linear, with one output per class
@@ -224,10 +222,9 @@ class Meta:
         return NO_LIMIT if all_images else size(tasks.x_spt, 9 * 2**16), size(tasks.x_qry, 5 * 2**16)
 
     def _metrics(self, query: int, tasks: Tasks | None, trajectory: Sequence[Weights], null: tuple | None):
-        if tasks is None:
-            return None
-        _, most = self._chunk_sizes(tasks)
-        return self._chunked(collapse_metrics, min(query, most), tasks, trajectory, null)
+        if tasks is not None:
+            _, most = self._chunk_sizes(tasks)
+            return self._chunked(collapse_metrics, min(query, most), tasks, trajectory, null)
 
     def _chunked(self, function: Callable, size: int, tasks: Tasks, *trees):
         return chunked(partial(function, self.net), size, len(tasks.y_qry), tasks, *trees)
