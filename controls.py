@@ -17,9 +17,6 @@ The tasks are those of the run's test. The controls, each with all metrics and a
     first step by parts   the final weights after the first inner step of the classifier alone, the body alone, both:
                    accuracy; and how far apart the classifier's rows are, and how far the body's weights move
     first step by parts, untrained   the same of the untrained network
-    scale of the rows   derivative of the query loss after the inner loop with respect to the log of a factor on the
-                   classifier's rows minus their mean; the same with the body fixed
-    scale of the rows, untrained   the same of the untrained network
     batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
     batch norm by the support set                 the same, by statistics without the query
 
@@ -47,9 +44,9 @@ import nc_metrics
 import predict
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
 from learner import Learner, Weights
-from measuring import (accuracies, accuracy, class_means, collapse_metrics, cross_entropy, permuted_labels, scores,
+from measuring import (accuracies, accuracy, class_means, collapse_metrics, permuted_labels, scores,
                        squared_distances)
-from meta import Meta, adapt, leaves
+from meta import Meta
 from record import numbers, other_images, say, summary
 from settings import check
 from tasks import Dataset, Tasks, as_tasks, cat, chunked
@@ -58,7 +55,7 @@ from training import TEST_SEED, Data, held_out_tasks
 QUERIES = 15  # per class, if nothing else is said
 SHOTS = 5  # of the control with more support images
 CLASSIFIER_METRICS = ("self_duality", "ncc_mismatch", "within_original", "between_original")
-BY_PARTS, ROWS = "first step by parts", "scale of the rows"
+BY_PARTS = "first step by parts"
 ALONE, BY_SUPPORT = "batch norm by one query and the support set", "batch norm by the support set"
 
 
@@ -108,8 +105,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
                for queries in (1, 5, 19) if queries <= most}
     if args.k_spt != SHOTS < most + args.k_spt:
         wanted[f"{SHOTS}-shot"] = final, Meta.finetune, (SHOTS, min(QUERIES, most + args.k_spt - SHOTS))
-    for name, function in ((BY_PARTS, by_parts), (ROWS, by_scale)):
-        wanted |= {name: (final, function, usual), f"{name}, untrained": (untrained, function, usual)}
+    wanted |= {BY_PARTS: (final, by_parts, usual), f"{BY_PARTS}, untrained": (untrained, by_parts, usual)}
     wanted[ALONE] = final, partial(not_transductive, score=partial(scores, transductive=False)), usual
     wanted[BY_SUPPORT] = final, partial(not_transductive, score=scores_by_support), usual
     if not wanted.keys() >= set(only or ()):
@@ -188,24 +184,6 @@ def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str
     start, end = (torch.cat([weights[name].flatten(1) for name in body], 1) for weights in (before, after))
     return {"accuracy": right, "rows": rows.flatten(1).norm(dim=1, keepdim=True),
             "body": (end - start).norm(dim=1, keepdim=True) / start.norm(dim=1, keepdim=True)}
-
-
-def by_scale(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Slope [T, 2] of the query loss after the inner loop of training, and of the same loop with the body fixed.
-
-    It is the derivative with respect to the log of a factor on the classifier's rows minus their mean, before
-    adaptation. If it is positive, moving the rows closer together lowers the loss.
-    """
-    net, slopes = maml.net, []
-    start = leaves(net.per_task(net.weights, len(tasks.y_qry)))
-    rows = start[net.classifier] - start[net.classifier].mean(1, keepdim=True)
-    for rates in (maml.rates, {name: rate for name, rate in maml.rates.items() if name in net.head}):
-        with torch.enable_grad():
-            *_, last = adapt(net, start, tasks.x_spt, tasks.y_spt, rates, maml.update_step, second_order=True)
-            loss = cross_entropy(net(tasks.x_qry, last), tasks.y_qry).sum()
-        (gradient,) = torch.autograd.grad(loss, [start[net.classifier]])
-        slopes.append((gradient * rows).sum((1, 2)))
-    return {"slope": torch.stack(slopes, 1)}
 
 
 def not_transductive(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], score: Callable) -> dict:

@@ -173,8 +173,7 @@ def in_control(run: Run, kind: str, *keys: str | int) -> float:
 
     "accuracy" or "nearest_mean" before (0) or after (-1) adaptation; "effective_dimension" of "meta": participation
     ratio of the means of all test classes. Of "first step by parts" also "rows" (0), the norm of the classifier's rows
-    minus their mean, and "body" (0), that of the body's step over its own. Of "scale of the rows" the "slope" with the
-    whole inner loop (0), body fixed (1).
+    minus their mean, and "body" (0), that of the body's step over its own.
     """
     return number(found(run, kind, *keys))
 

@@ -25,7 +25,7 @@ from study.logs import Run, describe
 
 Group = list[Run]  # the seeds of a setting
 Curve = Callable[[Run], tuple]  # steps, values and optionally half of a 95% interval over tasks, each [S]
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 GREY, DARK = "#777777", "#333333"
 STYLES = {"finetuned": "-", "meta": (0, (4, 2))}
 SPLITS = {"train": "-", "heldout": ":"}

@@ -127,9 +127,7 @@ OWN_RULE: Columns = {"by its own rule, not transductive, %": (own_accuracy, Fals
 PARTS: Columns = {
     "spread of the classifier's rows, untrained": (in_control, "first step by parts, untrained", "rows", 0),
     "the same, trained": (in_control, "first step by parts", "rows", 0),
-    "body's step, relative": (in_control, "first step by parts", "body", 0),
-    "slope in the rows' scale, untrained": (in_control, "scale of the rows, untrained", "slope", 0),
-    "the same, body fixed": (in_control, "scale of the rows, untrained", "slope", 1)}
+    "body's step, relative": (in_control, "first step by parts", "body", 0)}
 
 
 def before(kind: str) -> Columns:

@@ -22,7 +22,6 @@ from study.logs import read_run
 FLAGS = ("--synthetic --device cpu --task_num 3 --epoch 1 --k_qry 2 --n_way 3 --update_step 1 --update_step_test 2 "
          "--eval_tasks 2 --test_tasks 2 --nc_every 1").split()
 PARTS = controls.BY_PARTS, f"{controls.BY_PARTS}, untrained"
-ROWS = controls.ROWS, f"{controls.ROWS}, untrained"
 
 
 def share(features, labels):
@@ -42,18 +41,6 @@ def tasks_of(run, k_spt=1):
     data = training.Data(args, script.dataset(args), torch.device("cpu"))
     images = data.load("test")
     return args, images, data.sampler("test", images, training.TEST_SEED)(4)
-
-
-def slope_of_scale(net, tasks, lr, changes, h=1e-3):
-    """The query loss after one inner step with the rows' differences times 1 + h, minus that with 1 - h, over 2 h."""
-    tasks, losses = tasks._replace(x_spt=tasks.x_spt.double(), x_qry=tasks.x_qry.double()), []
-    for factor in (1 + h, 1 - h):
-        weights = {name: weight.detach().double() for name, weight in net.weights.items()}
-        rows = weights[net.classifier]
-        weights[net.classifier] = rows.mean(0) + factor * (rows - rows.mean(0))
-        weights = {name: weight.requires_grad_() for name, weight in weights.items()}
-        losses.append(oracle.meta_loss(net.config, weights, tasks, lr, 1, changes=changes).item())
-    return (losses[0] - losses[1]) / (2 * h)
 
 
 @torch.no_grad()
@@ -81,7 +68,7 @@ def test_controls(tmp_path):
     controls.main([str(run), "--tasks", "4"])
     found = json.loads((run / "controls.json").read_text())
     assert list(found) == ["final", "untrained", "classifier at zero", "classifier at random", "pixels", "queries 1",
-                           "queries 5", "queries 19", "5-shot", *PARTS, *ROWS, controls.ALONE, controls.BY_SUPPORT]
+                           "queries 5", "queries 19", "5-shot", *PARTS, controls.ALONE, controls.BY_SUPPORT]
     args, images, tasks = tasks_of(run)
     nets = {"final": predict.load(run, "last").net}
     torch.manual_seed(args.seed)
@@ -99,9 +86,6 @@ def test_controls(tmp_path):
         assert one["meta"]["within"]["mean"][:-1] != one["finetuned"]["within"]["mean"][:-1]
     assert len({one["finetuned"]["self_duality"]["mean"][-2] for one in (found["final"], at_random, zeroed)}) == 3
     head, body = (lambda name: "linear" in name), (lambda name: "linear" not in name)
-    for name, net in zip(ROWS, nets.values()):
-        slopes = [slope_of_scale(net, tasks, args.update_lr, changes) for changes in (bool, head)]
-        assert found[name]["slope"] == pytest.approx(slopes, rel=1e-2, abs=1e-3)
     for name, net in zip(PARTS, nets.values()):
         right, moved = [], []
         for x, y, x_qry, y_qry in zip(*tasks):
@@ -179,17 +163,6 @@ def test_no_more_tasks_go_together_than_asked_for(tmp_path, monkeypatch):
                       *(one[kind]["meta"]["nc1_null"]["mean"][0] for kind in (controls.ALONE, controls.BY_SUPPORT))])
     assert largest == [3] * 4 + [1] * 4 + [2] * 4
     assert found[1] == pytest.approx(found[0], 1e-3) and found[2] == pytest.approx(found[0], 1e-3)
-
-
-def test_a_fixed_body_of_boil_adapts_nothing(tmp_path):
-    run = str(tmp_path / "run")
-    omniglot_train.main([*FLAGS, "--learner", "boil", "--out", run])
-    controls.main([run, "--tasks", "4", "--only", controls.ROWS])
-    found = json.loads((tmp_path / "run/controls.json").read_text())[controls.ROWS]["slope"]
-    (args, _, tasks), net = tasks_of(run), predict.load(run, "last").net
-    slopes = [slope_of_scale(net, tasks, args.update_lr, lambda name: "linear" not in name),
-              slope_of_scale(net, tasks, 0, bool)]
-    assert found == pytest.approx(slopes, rel=1e-2, abs=1e-3)
 
 
 def test_classes_of_fewer_images_than_five_shots_and_the_usual_queries(tmp_path, monkeypatch):
