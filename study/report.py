@@ -103,7 +103,7 @@ def by_setting(study: Study, kinds: dict[str, Sequence[str]], shares: Sequence[t
                accuracies: Sequence[tuple]) -> Figure:
     """A row per setting, a colour per kind: share and accuracy before and after adaptation, spread of the rows."""
     colour_of = dict(zip(kinds, figures.PALETTE))
-    groups = [(group, colour_of[kind], re.sub("classifier from | of 32 x 32(, MAML)?", "", label(group[0])))
+    groups = [(group, colour_of[kind], re.sub("classifier from |images of | of 32 x 32(, MAML)?", "", label(group[0])))
               for kind, names in kinds.items() for group in study.groups(names)]
     legend = [figures.key(kind, colour, linewidth=2.2) for kind, colour in colour_of.items()]
     figure, ((left, right, spread),) = figures.frame(1, 3, 0.5 + 0.27 * len(groups), [*legend, *POINTS])
