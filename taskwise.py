@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from device import device_name
+
 EPS = 1e-5  # batch norm's, as torch.nn.BatchNorm2d
-LARGE = 2**15  # values of a task's im2col, above which oneDNN's kernel is faster on a CPU than a batched product
+LARGE = 2**15  # values of a task's im2col, above which oneDNN's kernel is faster than a product on most CPUs
 LONG = 2**14  # rows above which a GPU sums in two stages: cuBLAS uses few threads for a small product with a long sum
 
 
@@ -189,11 +191,17 @@ def _adjoints(x, operand, weight, g, stride, padding, wanted):
 
 def _native(x, weight, stride):
     """Whether torch's kernel is faster than im2col and a batched product, as measured for 1, 3, 32 and 64 channels."""
-    if len(x) == 1 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if len(x) == 1 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or _fast_products():
         return len(x) == 1
     k, c = weight.shape[-1], x.shape[-1]
     sides = _output_sides(x, k, stride)
     return c >= 16 and min(sides) >= 4 and x.shape[1] * math.prod(sides) * k * k * c > LARGE
+
+
+@functools.cache
+def _fast_products():
+    """Whether products are by MKL on a processor of Intel's: on others MKL has about half of oneDNN's speed."""
+    return torch.backends.mkl.is_available() and "Intel" in device_name(torch.device("cpu"))
 
 
 def _output_sides(x, k, stride):  # of an x that is padded already

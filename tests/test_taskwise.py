@@ -115,14 +115,18 @@ def test_large_tasks_as_groups_of_one_call(name, monkeypatch):
         check(ours, native, [x, *weights])
 
 
-@pytest.mark.parametrize("onednn", [True, False])
-def test_which_tasks_are_large(onednn, monkeypatch):
+@pytest.mark.parametrize("onednn, processor, native", [
+    (True, "AMD EPYC", True), (False, "AMD EPYC", False), (True, "Intel(R) Xeon(R) Processor", False)])
+def test_which_tasks_are_large(onednn, processor, native, monkeypatch):
     """By the sizes of the paper's blocks, of a first layer, and of a map of 2 x 2; one task is always one call."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(taskwise, "device_name", lambda device: processor)
+    monkeypatch.setattr(taskwise, "_fast_products", taskwise._fast_products.__wrapped__)  # not cached
     for images, side, channels, large in ((5, 15, 64, True), (5, 9, 64, True), (5, 5, 64, False), (20, 29, 1, False),
                                           (20, 6, 64, False)):
         x, weight = torch.empty(4, images, side, side, channels), torch.empty(4, 64, channels, 3, 3)
-        assert taskwise._native(x, weight, 2) == (large and onednn)
+        assert taskwise._native(x, weight, 2) == (large and native)
         assert taskwise._native(x[:1], weight, 2)
 
 
