@@ -39,6 +39,7 @@ SETTINGS = {setting.name: setting for setting in (
             f"{_PHOTOS} --epoch 2000 --first_order --net original", (1,), "miniimagenet_train.py"),
     Setting("contrast-maml", "MAML, second order", _CONTRAST),
     Setting("contrast-first-order", "MAML, first order", f"{_CONTRAST} --first_order"),
+    Setting("contrast-zero-head", "MAML, classifier kept at 0", f"{_CONTRAST} --head_std 0 --freeze_head"),
     Setting("contrast-anil", "ANIL", f"{_CONTRAST} --learner anil"),
     Setting("contrast-boil", "BOIL", f"{_CONTRAST} --learner boil"),
     Setting("contrast-protonet", "ProtoNet", f"{_CONTRAST} --learner protonet"),
@@ -87,7 +88,6 @@ SETTINGS = {setting.name: setting for setting in (
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
     Setting("small-step", "1 inner step at rate 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1, 2)),
     Setting("frozen-head", "classifier kept as drawn", f"{_ONE_CHANGE} --freeze_head", (1, 2)),
-    Setting("zero-head", "classifier kept at 0", f"{_ONE_CHANGE} --head_std 0 --freeze_head", (1, 2)),
     Setting("small-head", "classifier from N(0, 0.18²)", _SMALL_HEAD, (1, 2)),
     Setting("slow-head", "classifier from N(0, 0.18²), its inner rate 0.5", f"{_SMALL_HEAD} --head_lr 0.5", (1, 2)),
     Setting("small-head-flat", "classifier from N(0, 0.18²), no spatial mean",
@@ -126,6 +126,8 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("five-steps-slow-head",
             "images of 16 x 16, classifier from N(0, 0.18²), 5 inner steps at rate 0.4, the classifier's 0.1",
             f"{_FIVE_STEPS} --head_lr 0.1", (1, 2)),
+    Setting("five-steps-zero-head", "images of 16 x 16, classifier kept at 0, 5 inner steps at rate 0.4",
+            f"{_FIVE_STEPS} --head_std 0 --freeze_head", (1,)),
     Setting("fast-head", "classifier from N(0, 0.18²), its inner rate 8", f"{_SMALL_HEAD} --head_lr 8", (1, 2)),
     Setting("flat-slow-head", "classifier from N(0, 0.18²), its inner rate 0.5, no spatial mean",
             f"{_SMALL_HEAD} --no-spatial_mean --head_lr 0.5", (1, 2)),
@@ -158,17 +160,20 @@ SMALL_PHOTOGRAPHS = (*(name for name in SETTINGS if name.startswith("photographs
                      "omniglot-in-less-noise", "omniglot-in-noise", "omniglot-in-noise-5-shot", "crops",
                      "crops-equal-rows", "crops-zero-head")
 CHANGES = {  # by what the classifier takes from the last map
-    "mean of 2 x 2": ("contrast-maml", "frozen-head", "zero-head", "small-step", "small-head", "slow-head", "fast-head",
-                      "small-head-with-scale", "first-order-small-head", "first-order-slow-head", "other-network-mean"),
+    "mean of 2 x 2": ("contrast-maml", "frozen-head", "contrast-zero-head", "small-step", "small-head", "slow-head",
+                      "fast-head", "small-head-with-scale", "first-order-small-head", "first-order-slow-head",
+                      "other-network-mean"),
     "all of 2 x 2": ("small-head-flat", "flat-slow-head", "smaller-head-flat", "other-network-larger-head",
                      "other-network-large-images"),
     "1 x 1": ("small-images", "small-images-small-head", "small-images-frozen-head", "small-images-slow-head",
               "small-images-slower-head", "small-images-first-order", "small-images-slow-head-first-order",
               "small-images-slower-head-first-order",
-              "five-steps", "five-steps-slow-head",
+              "five-steps", "five-steps-slow-head", "five-steps-zero-head",
               "other-network", "other-network-xavier", "other-network-no-scale", "other-network-large-head")}
 KEPT = {  # by meta-step: where the classifier's initial weights are trained, kept as drawn, and kept at 0
-    5_000: ("contrast-maml", "frozen-head", "zero-head", "small-images-small-head", "small-images-frozen-head"),
+    3_000: ("five-steps", "five-steps-zero-head"),
+    5_000: ("contrast-maml", "frozen-head", "contrast-zero-head", "small-images-small-head",
+            "small-images-frozen-head"),
     7_000: ("photographs-maml", "photographs-frozen-head", "crops", "crops-zero-head")}
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
