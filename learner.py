@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import taskwise
+from taskwise import Patches
 
 Config = Sequence[tuple[str, Sequence]]
 Weights = Mapping[str, Tensor]
@@ -113,12 +114,24 @@ class Learner(nn.Module):
         """Names of the weights that an inner loop may adapt."""
         return [name for name in self.weights if "_bn_shift_" not in name]
 
-    def forward(self, x: Tensor, weights: Weights | None = None, features: bool = False, groups: int = 1,
+    def patches(self, x: Tensor, groups: int = 1, first: int | None = None) -> Tensor | Patches:
+        """Images of tasks [T, N, c, h, w] as `forward` takes them too: what is done with any weights is done already.
+
+        x itself if it needs a gradient, or the network doesn't start with a convolution of few values per patch and
+        batch norm.
+        """
+        if x.requires_grad or not _starts_with_conv_bn(self.config):
+            return x
+        _, _, _, kernel, stride, padding = self.config[0][1]
+        padding = _before_and_after(x.shape[-1], kernel, stride, padding)
+        return taskwise.patches(x, kernel, stride, padding, groups, first)
+
+    def forward(self, x: Tensor | Patches, weights: Weights | None = None, features: bool = False, groups: int = 1,
                 first: int | None = None):
         """Logits of a batch of images, or of a batch of tasks.
 
         Args:
-            x: [N, c, h, w], or [T, N, c, h, w] for T tasks.
+            x: [N, c, h, w], or [T, N, c, h, w] for T tasks, or the `patches` of these.
             weights: as `self.weights`, or each with a leading task axis [T, ...] (needs x of tasks); theta if None.
             features: also return the features of every block, i.e. what enters the next convolution or linear layer,
                 and last the logits: a list of [N, D] or [T, N, D], in the order of `blocks`. D is in memory order
@@ -128,18 +141,25 @@ class Learner(nn.Module):
         Returns:
             Logits [N, n_way] or [T, N, n_way]; with features, (logits, list).
         """
-        tasks = x if x.dim() == 5 else x[None]
-        weights = self.per_task(self.weights if weights is None else weights, len(tasks))
-        # always copied: with one channel the strides don't show the layout, and all that follows must be channels last
-        h = tasks.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format)  # [T, N, h, w, c]
+        one_set = isinstance(x, Tensor) and x.dim() == 4
+        x = x[None] if one_set else x
+        weights = self.per_task(self.weights if weights is None else weights, len(x))
+        own = [[weights[key] for key in (f"{i}_{name}_weight", f"{i}_{name}_bias") if key in weights]
+               for i, (name, _) in enumerate(self.config)]
+        x = self.patches(x, groups, first) if isinstance(x, Tensor) else x
+        if isinstance(x, Patches):
+            h = taskwise.conv_bn(x, *own[0], *_scale_shift_eps(self.config[1][0], own[1]))
+            order = self.order[2:]
+        else:  # copied: with one channel the strides don't show the layout, and all that follows must be channels last
+            h = x.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format)  # [T, N, h, w, c]
+            order = self.order
         layers = []
-        for i, name, params in self.order:
+        for i, name, params in order:
             if name in BLOCK_STARTS and i > 0:
                 layers.append(h.flatten(2))
-            names = (f"{i}_{name}_weight", f"{i}_{name}_bias")
-            h = apply_layer(name, params, h, [weights[own] for own in names if own in weights], groups, first)
+            h = apply_layer(name, params, h, own[i], groups, first)
         layers.append(h.flatten(2))
-        if x.dim() == 4:
+        if one_set:
             layers = [values[0] for values in layers]
         return (layers[-1], layers) if features else layers[-1]
 
@@ -183,6 +203,14 @@ def _pools_before_relus(config: Config) -> list[tuple[int, str, Sequence]]:
         if (order[i - 1][1], order[i][1]) == ("relu", "max_pool2d"):
             order[i - 1:i + 1] = order[i], order[i - 1]
     return order
+
+
+def _starts_with_conv_bn(config: Config) -> bool:
+    """Whether the first two layers can be `taskwise.conv_bn`, and a patch has no more values than there are kernels."""
+    if [name for name, _ in config[:2]] not in (["conv2d", "bn"], ["conv2d", "bn_shift"]):
+        return False
+    kernels, channels, side, *_ = config[0][1]
+    return channels * side**2 <= kernels
 
 
 def _check(name: str, params: Sequence, shape: list[int]) -> None:
@@ -231,8 +259,7 @@ def apply_layer(name: str, params: Sequence, h: Tensor, own: list[Tensor], group
     """One layer on all tasks: h is [T, N, h, w, c] or [T, N, features], `own` its weights, each [T, ...]."""
     match name:
         case "conv2d":
-            padding = _same(h.shape[2], *params[3:5]) if params[5] == "same" else params[5]
-            return taskwise.conv2d(h, *own, stride=params[4], padding=padding)
+            return taskwise.conv2d(h, *own, params[4], _before_and_after(h.shape[2], *params[3:]))
         case "convt2d":
             return _conv_transpose(h, *own, stride=params[4], padding=params[5])
         case "linear":
@@ -240,9 +267,8 @@ def apply_layer(name: str, params: Sequence, h: Tensor, own: list[Tensor], group
             return torch.baddbmm(bias[:, None], h, weight.transpose(1, 2))
         case "bn" | "bn_shift":
             own = [weight.repeat_interleave(groups, 0) for weight in own] if groups > 1 else own
-            scale, shift, eps = (*own, taskwise.EPS) if name == "bn" else (None, *own, SHIFT_EPS)
             grouped = h.reshape(len(h) * groups, -1, *h.shape[2:])
-            return taskwise.batch_norm(grouped, scale, shift, eps, first).view(h.shape)
+            return taskwise.batch_norm(grouped, *_scale_shift_eps(name, own), first).view(h.shape)
         case "relu":
             return F.relu(h)  # in place, autograd would refuse views
         case "leakyrelu":
@@ -265,8 +291,14 @@ def apply_layer(name: str, params: Sequence, h: Tensor, own: list[Tensor], group
             return h.permute(0, 1, 3, 4, 2) if h.dim() == 5 else h
 
 
-def _same(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """TensorFlow's SAME: ceil(size / stride) outputs; where the padding is odd, the larger half comes after."""
+def _scale_shift_eps(name: str, own: list[Tensor]) -> tuple[Tensor | None, Tensor, float]:
+    return (*own, taskwise.EPS) if name == "bn" else (None, *own, SHIFT_EPS)
+
+
+def _before_and_after(size: int, kernel: int, stride: int, padding: int | str) -> tuple[int, int]:
+    """Padding before and after. "same" is TensorFlow's: ceil(size / stride) outputs, the larger half comes after."""
+    if padding != "same":
+        return padding, padding
     total = max(0, (math.ceil(size / stride) - 1) * stride + kernel - size)
     return total // 2, total - total // 2
 

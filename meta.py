@@ -66,7 +66,7 @@ def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapp
     """
     lr = lr if isinstance(lr, Mapping) else dict.fromkeys(net.adaptable, lr)
     with torch.enable_grad():
-        trajectory = [net.per_task(weights, len(x))]
+        trajectory, x = [net.per_task(weights, len(x))], net.patches(x)
         for _ in range(steps):
             weights = trajectory[-1] if second_order else leaves(trajectory[-1])
             loss = cross_entropy(net(x, weights), y).sum()  # tasks share nothing: each gets its own gradient

@@ -3,19 +3,18 @@
 MAML's inner loop gives every task its own fast weights, and its outer gradient differentiates through the inner
 gradients. These layers have a leading task axis T on inputs and weights, channels last, and a closed form for the
 second derivative: the double backward is a few matrix products and a few passes over memory instead of a graph of
-small operations. A third derivative raises an error.
+small operations. A third derivative raises an error. `conv_bn` is a network's first convolution with its batch norm.
 
-Why not `torch.vmap` over `F.conv2d` and `F.batch_norm`: vmap turns every convolution with per-task weights into a
-grouped one, which is slow for small maps, and its rule for batch norm's double backward is wrong
-(pytorch/functorch#534).
+`torch.vmap` over `F.conv2d` is a grouped convolution, which is slow for small maps, and over `F.batch_norm` its double
+backward is wrong (pytorch/functorch#534).
 
-Letters: T tasks, N samples, h w c height, width, channels in, o channels out, k kernel, R = N*h*w rows that share a
-channel's statistics.
+Letters: T tasks, N samples, h w c height, width, channels in, o channels out, k kernel, R = N*h*w rows of a channel.
 """
 
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,18 +27,19 @@ LARGE = 2**15  # values of a task's im2col, above which oneDNN's kernel is faste
 LONG = 2**14  # rows above which a GPU sums in two stages: cuBLAS uses few threads for a small product with a long sum
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int | tuple[int, int] = 0) -> Tensor:
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1,
+           padding: tuple[int, int] = (0, 0)) -> Tensor:
     """Convolve every task's images with that task's kernels.
 
     Args:
         x: [T, N, h, w, c], channels last.
         weight: [T, o, c, k, k]; fastest where each task's kernel is stored [o, k, k, c].
         bias: [T, o].
-        padding: zeros on each side of the image, or (before, after): before the first row and column, after the last.
+        padding: rows and columns of zeros before the first ones of the image, and after the last.
     Returns:
         [T, N, h', w', o].
     """
-    before, after = (padding, padding) if isinstance(padding, int) else padding
+    before, after = padding
     if (before or after) and (before != after or len(x) > 1):  # else the native kernel pads
         x, before = F.pad(x, (0, 0, before, after, before, after)), 0
     return _Conv.apply(x, weight, bias, stride, before)
@@ -49,20 +49,70 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor, eps: float = EPS,
     """Normalise by the batch's own statistics, task by task (transductive, as in MAML).
 
     Args:
-        x: [T, N, ..., c], channels last; statistics are over all axes but T and c.
+        x: [T, N, ..., c], channels last, as the result; statistics are over all axes but T and c.
         weight: the scale, [T, c]; None: no scale.
         bias: [T, c].
         eps: added to the variance.
         first: the statistics are of the first `first` samples, and are applied to all N; of all N if None.
-    Returns:
-        As x.
     """
     if first is not None:
-        axes = tuple(range(1, x.dim() - 1))
-        variance, mean = torch.var_mean(x[:, :first], axes, correction=0, keepdim=True)
+        variance, mean = torch.var_mean(x[:, :first], tuple(range(1, x.dim() - 1)), correction=0, keepdim=True)
         xhat = (x - mean) * (variance + eps).rsqrt()
         return (xhat if weight is None else xhat * weight.view(mean.shape)) + bias.view(mean.shape)
     return _BatchNorm.apply(x, torch.ones_like(bias) if weight is None else weight, bias, eps)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Of images, what `conv_bn` needs with any weights. G groups have statistics of their own.
+
+    A patch is p = c + c*k*k values: its middle pixel, and its pixels minus that one. In float32 the variance of what an
+    edge filter answers would be lost in the rounding of the pixels' own.
+    """
+
+    rows: Tensor  # [T, G, N/G, 1 + p, h'*w']: a row of ones, and a patch per column
+    mean: Tensor  # [T, G, 1, p] of the patches, in float64
+    covariance: Tensor  # [T, G, p, p] of the patches, in float64
+    sides: list[int]  # h', w'
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def patches(x: Tensor, kernel: int, stride: int = 1, padding: tuple[int, int] = (0, 0), groups: int = 1,
+            first: int | None = None) -> Patches:
+    """The patches of images [T, N, c, h, w], which get no gradient, with padding as in `conv2d`.
+
+    Mean and covariance are of the first `first` images of each group of N / groups; of all if None.
+    """
+    x = F.pad(x, (*padding, *padding))
+    x = x - x.mean((1, 3, 4), keepdim=True)  # else the covariance would be a difference of large numbers
+    windows = x.unfold(3, kernel, stride).unfold(4, kernel, stride).permute(0, 1, 2, 5, 6, 3, 4)
+    tasks, samples, c, *_, h, w = windows.shape  # [T, N, c, k, k, h', w']
+    rows = x.new_ones(tasks, samples, 1 + c + c * kernel**2, h, w)
+    middle = rows[:, :, 1:1 + c] = windows[:, :, :, kernel // 2, kernel // 2]
+    torch.sub(windows, middle[:, :, :, None, None], out=rows[:, :, 1 + c:].unflatten(2, windows.shape[2:5]))
+    rows = rows.flatten(3).unflatten(1, (groups, -1))
+    moments = (rows[:, :, :first] @ rows[:, :, :first].mT).mean(2, dtype=torch.float64) / (h * w)
+    mean, square = moments[..., :1, 1:], moments[..., 1:, 1:]
+    return Patches(rows, mean, square - mean.mT @ mean, [h, w])
+
+
+def conv_bn(x: Patches, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor, eps: float = EPS) -> Tensor:
+    """`batch_norm(conv2d(images, weight, bias), scale, shift)` as one product: [T, N, h', w', o].
+
+    With the kernels as the rows of W, the convolution's channels have the variances diag(W covariance W^T). So batch
+    norm takes passes over W, which is small, and none over the output or its gradient. The bias cancels.
+    """
+    matrix = torch.cat([weight.sum((3, 4)), weight.flatten(2)], -1).double()[:, None]  # [T, 1, o, p]
+    variance = ((matrix @ x.covariance) * matrix).sum(-1, keepdim=True)  # [T, G, o, 1]
+    factor = (variance.clamp_min(0) + eps).rsqrt()  # rounding may leave it below 0
+    if scale is not None:
+        factor = factor * scale[:, None, :, None]
+    matrix = matrix * factor
+    shift = (shift + 0 * bias)[:, None, :, None] - (matrix * x.mean).sum(-1, keepdim=True)  # the bias's gradient is 0
+    matrix = torch.cat([shift, matrix], -1).to(weight.dtype)[:, :, None]
+    return (x.rows.mT @ matrix.mT).flatten(1, 2).unflatten(2, x.sides)
 
 
 def max_pool2d(x: Tensor, kernel: int, stride: int, padding: int = 0) -> Tensor:
@@ -131,11 +181,10 @@ class _ConvGradients(torch.autograd.Function):
     def backward(ctx, saved, vx, vw, vb):
         # Differentiate <vx, for x> + <vw, for weight> + <vb, for bias> = <g, conv(vx, weight) + conv(x, vw) + vb>.
         x, weight, g = saved
-        needs_x, *_ = ctx.needs_input_grad
         to_x = to_weight = to_g = None
         if vw is not None:
             to_g = _convolve(x, ctx.operand, vw, vb, *ctx.geometry)
-            if needs_x:
+            if ctx.needs_input_grad[0]:
                 to_x, _, _ = _adjoints(x, ctx.operand, vw, g, *ctx.geometry, [True, False, False])
         elif vb is not None:
             to_g = vb[:, None, None, None].expand_as(g)
@@ -177,9 +226,7 @@ def _adjoints(x, operand, weight, g, stride, padding, wanted):
     gx = _col2im(torch.bmm(rows, _matrix(weight)), x.shape, k, stride) if for_x else None
     gw = None
     if for_weight:
-        if k * k * c < o:  # a product is slow where its last side is short
-            gw = torch.bmm(operand.transpose(1, 2), rows).transpose(1, 2).contiguous()
-        elif g.is_cuda and rows.shape[1] > LONG:  # a sum per image, then over images: else one block sums all
+        if g.is_cuda and rows.shape[1] > LONG:  # a sum per image, then over images: else one block sums all
             images = tasks * g.shape[1]
             per_image = torch.bmm(rows.reshape(images, -1, o).transpose(1, 2), operand.reshape(images, -1, k * k * c))
             gw = per_image.view(tasks, -1, o, k * k * c).sum(1)
@@ -226,12 +273,10 @@ def _matrix(weight):  # [T, o, c, k, k] -> [T, o, k*k*c], a view where the memor
 
 def _im2col(x, k, stride):
     """[T, N, h, w, c] -> [T, N*h'*w', k*k*c], each row the patch under one output pixel."""
-    tasks, samples, h, w, c = x.shape
-    t, n, y, z, d = x.stride()
-    rows, cols = _output_sides(x, k, stride)
-    patches = x.as_strided((tasks, samples, rows, cols, k, k, c), (t, n, y * stride, z * stride, y, z, d),
-                           x.storage_offset())
-    return patches.reshape(tasks, samples * rows * cols, k * k * c)
+    (tasks, samples, _, _, c), (t, n, y, z, d) = x.shape, x.stride()
+    windows = x.as_strided((tasks, samples, *_output_sides(x, k, stride), k, k, c),
+                           (t, n, y * stride, z * stride, y, z, d), x.storage_offset())
+    return windows.reshape(tasks, -1, k * k * c)
 
 
 def _col2im(columns, shape, k, stride):

@@ -19,6 +19,9 @@ CASES = {
     "mean": (3, 6, [("conv2d", [4, 3, 3, 3, 1, 0]), ("mean", []), ("linear", [2, 4])]),
     "convt2d stride": (3, 5, [("convt2d", [3, 4, 4, 4, 2, 1]), ("conv2d", [2, 4, 3, 3, 1, 0]), FLAT]),
     "bn": (3, 6, [("conv2d", [4, 3, 3, 3, 1, 0]), ("bn", [4]), FLAT]),
+    "first conv2d and bn": (1, 6, [("conv2d", [9, 1, 3, 3, 1, 1]), ("bn", [9]), ("relu", [True]), FLAT]),
+    "first conv2d and bn_shift": (3, 6, [("conv2d", [27, 3, 3, 3, 2, "same"]), ("bn_shift", [27]),
+                                         ("max_pool2d", [2, 2, 0]), FLAT]),
     "bn of features": (3, 4, [FLAT, ("linear", [6, 48]), ("bn", [6]), ("linear", [2, 6])]),
     "max_pool2d padding": (3, 8, [("conv2d", [4, 3, 3, 3, 1, 0]), ("max_pool2d", [3, 2, 1]), FLAT]),
     "avg_pool2d": (3, 8, [("conv2d", [4, 3, 3, 3, 1, 0]), ("avg_pool2d", [3, 2, 1]), FLAT]),
@@ -78,9 +81,15 @@ def test_tasks_with_weights_of_their_own(case, tasks):
     inputs = [x.requires_grad_(), *weights.values()]
     expected = torch.stack([forward(net.config, {name: w[t] for name, w in weights.items()}, images)[0]
                             for t, images in enumerate(x)])
-    assert_close(output_and_gradients(net(x, weights), inputs), output_and_gradients(expected, inputs))
-    halves = [net(half, weights) for half in x.split(2, 1)]
-    assert_close([net(x, weights, groups=2)], [torch.cat(halves, 1)])
+    expected = output_and_gradients(expected, inputs)
+    assert_close(output_and_gradients(net(x, weights), inputs), expected)
+    logits, _, *gradients = expected
+    for images in (x.detach(), net.patches(x.detach())):  # without a gradient of theirs
+        assert_close(output_and_gradients(net(images, weights), inputs[1:]), [logits, *gradients])
+    for images in (x, x.detach()):
+        halves = [net(half, weights) for half in images.split(2, 1)]
+        assert_close([net(images, weights, groups=2)], [torch.cat(halves, 1)])
+        assert_close([net(images, weights, first=2)[:, :2]], halves[:1])
 
 
 def test_evaluation_is_training_and_no_statistics_are_kept():
