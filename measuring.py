@@ -35,6 +35,11 @@ def squared_distances(features: Tensor, means: Tensor) -> Tensor:
     return (features[..., :, None, :] - means[..., None, :, :]).square().sum(-1)
 
 
+def with_patches(net: Learner, tasks: Tasks) -> Tasks:
+    """The tasks for several sets of weights: their images as `Learner.patches`, which are the same for all of them."""
+    return tasks._replace(x_spt=net.patches(tasks.x_spt), x_qry=net.patches(tasks.x_qry))
+
+
 @torch.no_grad()
 def accuracies(net: Learner, tasks: Tasks, trajectory: Sequence[Weights], transductive: bool = True) -> dict:
     """Query accuracy with each set of weights, by the classifier and by the nearest support mean of its input.
@@ -42,6 +47,7 @@ def accuracies(net: Learner, tasks: Tasks, trajectory: Sequence[Weights], transd
     Returns:
         "accuracy", "nearest_mean": [T, K+1].
     """
+    tasks = with_patches(net, tasks) if transductive else tasks
     answers = [scores(net, tasks, weights, transductive)[:2] for weights in trajectory]
     return {name: torch.stack([accuracy(one, tasks.y_qry) for one in along], 1)
             for name, along in zip(("accuracy", "nearest_mean"), zip(*answers))}
@@ -113,6 +119,7 @@ def collapse_metrics(net: Learner, tasks: Tasks, trajectory: Sequence[Weights],
         model's support features, and in "inner" their traces, "support_within" and "support_between".
     """
     null_spt, null_qry = null
+    tasks = with_patches(net, tasks)
     n_way, last = net.shapes[-1][0], len(trajectory) - 1
     several = tasks.y_spt.shape[1] > n_way
     metrics, inner = {}, []
