@@ -131,7 +131,7 @@ class Learner(nn.Module):
         """Logits of a batch of images, or of a batch of tasks.
 
         Args:
-            x: [N, c, h, w], or [T, N, c, h, w] for T tasks, or the `patches` of these.
+            x: [N, c, h, w], or [T, N, c, h, w] for T tasks, or their `patches`, made with the same groups and first.
             weights: as `self.weights`, or each with a leading task axis [T, ...] (needs x of tasks); theta if None.
             features: also return the features of every block, i.e. what enters the next convolution or linear layer,
                 and last the logits: a list of [N, D] or [T, N, D], in the order of `blocks`. D is in memory order

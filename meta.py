@@ -59,14 +59,14 @@ def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapp
         weights: where to start; one set for all tasks, or each with a leading task axis [T, ...].
         x, y: support sets, [T, N, c, h, w] and [T, N].
         lr: of SGD on the mean cross-entropy of a task's support set (the paper's alpha), or one per adapted weight.
-        steps: K.
         second_order: keep the graph, so that the last weights can be differentiated with respect to the first.
     Returns:
-        K+1 sets of weights, each [T, ...]: the start, and after each step.
+        `steps` + 1 sets of weights, each [T, ...]: the start, and after each step.
     """
     lr = lr if isinstance(lr, Mapping) else dict.fromkeys(net.adaptable, lr)
     with torch.enable_grad():
-        trajectory, x = [net.per_task(weights, len(x))], net.patches(x)
+        x = net.patches(x)
+        trajectory = [net.per_task(weights, len(x))]
         for _ in range(steps):
             weights = trajectory[-1] if second_order else leaves(trajectory[-1])
             loss = cross_entropy(net(x, weights), y).sum()  # tasks share nothing: each gets its own gradient

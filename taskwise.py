@@ -273,10 +273,8 @@ def _matrix(weight):  # [T, o, c, k, k] -> [T, o, k*k*c], a view where the memor
 
 def _im2col(x, k, stride):
     """[T, N, h, w, c] -> [T, N*h'*w', k*k*c], each row the patch under one output pixel."""
-    (tasks, samples, _, _, c), (t, n, y, z, d) = x.shape, x.stride()
-    windows = x.as_strided((tasks, samples, *_output_sides(x, k, stride), k, k, c),
-                           (t, n, y * stride, z * stride, y, z, d), x.storage_offset())
-    return windows.reshape(tasks, -1, k * k * c)
+    windows = x.unfold(2, k, stride).unfold(3, k, stride).permute(0, 1, 2, 3, 5, 6, 4)  # [T, N, h', w', k, k, c]
+    return windows.reshape(len(x), -1, k * k * x.shape[-1])
 
 
 def _col2im(columns, shape, k, stride):

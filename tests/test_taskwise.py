@@ -56,7 +56,7 @@ def conv(kernel, stride, padding, size):
 
 
 def conv_bn(kernel, stride, padding, size):
-    """The same; the images are no input. The convolution's bias, which cancels, is large."""
+    """The same; the images are no input. The convolution's bias is another in both, because it cancels."""
     def ours(weight, bias, scale, shift):
         images, _, _ = conv_inputs(len(weight), kernel, size)
         patches = taskwise.patches(images.detach().permute(0, 1, 4, 2, 3), kernel, stride, padding)
