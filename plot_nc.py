@@ -3,7 +3,7 @@
     python plot_nc.py                          result.png and the report's figures, from the logs under res/
     python plot_nc.py RUN                      a run's traces, before and after adaptation, into RUN/result.png
     python plot_nc.py RUN RUN RUN -o FILE.png  several seeds of one setting: thin lines, and their mean
-    python plot_nc.py RUN --layer block2       another layer than the classifier's input
+    python plot_nc.py RUN --layer block2       another layer than the classifier's input: RUN/traces-block2.png
     python plot_nc.py RUN RUN --figure metrics another figure, into the first RUN; other settings in other colours
 
 A RUN is a run's folder, or its log next to args.json. The meta model has the weights before adaptation, the finetuned
@@ -49,8 +49,9 @@ def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
             for run, *_ in groups:
                 if options.layer and options.layer not in run.layers:
                     raise UserError(f"no layer {options.layer!r} in {run.path}; there are: {', '.join(run.layers)}")
-            name = "result.png" if options.figure == "traces" else f"{options.figure}.png"
-            path = options.output or groups[0][0].path / name
+            layer = f"-{options.layer}" if options.layer else ""
+            name = "result" if (options.figure, layer) == ("traces", "") else f"{options.figure}{layer}"
+            path = options.output or groups[0][0].path / f"{name}.png"
             figure_of_path = {path: figures.ANY[options.figure](groups, options.layer)}
         else:
             figure_of_path = {home / name: figure for name, figure in report.all_figures(Study(home / "res")).items()}

@@ -347,7 +347,7 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
 
 
 def _check_network(args: argparse.Namespace, network: Callable[[argparse.Namespace], Learner]) -> None:
-    """Refuse `layers` that can't be built, or that don't end in one output per class."""
+    """Refuse `layers` that can't be built or trained, or that don't end in one output per class."""
     try:
         net = network(args)
     except ValueError as error:
@@ -360,3 +360,5 @@ def _check_network(args: argparse.Namespace, network: Callable[[argparse.Namespa
     if net.shapes[-1] != [args.n_way]:
         raise UserError(f"layers: the last layer has {net.shapes[-1][0]} outputs, and --n_way {args.n_way} needs "
                         f"{args.n_way}: ('linear', [args.n_way, features])")
+    if args.learner == "protonet" and len(net.weights) == len(net.head):
+        raise UserError("layers: --learner protonet trains the layers before the last, and none of them has weights")

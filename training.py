@@ -12,7 +12,7 @@ A run writes its own folder:
     result.json    test accuracy of the best weights, or of the last with --test_weights last
     timing.json    minutes and memory, which differ from run to run
     test-*.json    results of later tests (--test)
-    controls.json  the weights measured under other conditions (`python controls.py RUN`)
+    controls.json  the weights measured under other conditions (`python -m study.controls RUN`)
     .run.lock      locked while a process trains
 
 "step" is the number of meta-steps that the weights had seen. A checkpoint holds the state at the top of a step, before

@@ -1,6 +1,7 @@
 """Reads what training runs leave: args.json, log.jsonl or log.jsonl.gz, result.json, timing.json, controls.json.
 
-`study` imports only files.py of the tool, and no torch: a log can be analysed where torch is not installed.
+Except for controls.py, `study` imports only files.py of the tool, and no torch: a log can be analysed where torch is
+not installed.
 """
 
 import functools

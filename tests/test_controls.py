@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from data_files import write_classes
 
-import controls
 import nc_metrics
 import omniglot_train
 import predict
@@ -16,7 +15,7 @@ import synthetic
 import training
 from files import UserError
 from learner import Learner
-from study import effects
+from study import controls, effects
 from study.logs import read_run
 
 FLAGS = ("--synthetic --device cpu --task_num 3 --epoch 1 --k_qry 2 --n_way 3 --update_step 1 --update_step_test 2 "

@@ -14,7 +14,7 @@ import omniglot_train
 import training
 
 PROJECT = Path(training.__file__).parent
-SCRIPTS = ("omniglot_train", "miniimagenet_train", "plot_nc", "controls", "predict")
+SCRIPTS = ("omniglot_train", "miniimagenet_train", "plot_nc", "predict")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -58,6 +58,8 @@ def test_a_pipe_whose_reader_has_ended_is_no_error(length):
     (lambda layers: [], [], "layers: the last layer is missing; it must be linear"),
     (lambda layers: [], ["--head_std", "1"], "layers at --imgsz 28: head_std: the last layer is not linear"),
     (lambda layers: [*layers[:-1], ("linear", [8, 64])], [], "the last layer has 8 outputs, and --n_way 5 needs 5"),
+    (lambda layers: [("flatten", []), ("linear", [5, 784])], ["--learner", "protonet"],
+     "layers: --learner protonet trains the layers before the last, and none of them has weights"),
     (lambda layers: [("swish", []), *layers], [],
      "layers at --imgsz 28: layer 0, swish(), after (1, 28, 28): unknown layer 'swish'"),
 ])

@@ -82,6 +82,8 @@ def test_the_figures_name_the_data_the_tasks_and_the_layer(tmp_path):
     names = [name for _, _, name in figures.colours(logs.read_groups([whole, part]))]
     assert names == ["Omniglot, 5-way 5-shot, second order", r"\$x^\$, 5-way 1-shot, second order"]
     plot_nc.main([str(whole), str(part), "--figure", "layers"])
+    plot_nc.main([str(whole), "--layer", "block2"])
+    assert sorted(path.name for path in whole.glob("*.png")) == ["layers.png", "traces-block2.png"]
     assert "draws all layers; leave --layer out" in refused(whole, "--figure", "layers", "--layer", "block2")
 
 

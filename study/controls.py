@@ -1,8 +1,8 @@
 """Measures a run's weights, and controls to compare them with, on the run's test tasks.
 
-    python controls.py res/RUN                      writes res/RUN/controls.json
-    python controls.py res/RUN --root DATA --only final pixels      measures these; the others stay in the file
-    python controls.py res/RUN --data FOLDER        on other images: res/RUN/controls-FOLDER.json
+    python -m study.controls res/RUN                                    writes res/RUN/controls.json
+    python -m study.controls res/RUN --root DATA --only final pixels    measures these; the others stay in the file
+    python -m study.controls res/RUN --data FOLDER                      on other images: res/RUN/controls-FOLDER.json
 
 The tasks are those of the run's test. The controls, each with all metrics and accuracies (T tasks, K inner steps):
 
@@ -24,9 +24,6 @@ The tasks are those of the run's test. The controls, each with all metrics and a
 class goes through the network together, upright, in all controls. Metrics that are undefined are null.
 """
 
-# first: the others do not parse on an older Python
-from files import Parser, UserError, atomic, progress, quoted, reading, run  # noqa: I001
-
 import argparse
 import copy
 import itertools
@@ -40,12 +37,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+import files
 import nc_metrics
 import predict
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
+from files import Parser, UserError, atomic, progress, quoted, reading
 from learner import Learner, Weights
-from measuring import (accuracies, accuracy, class_means, collapse_metrics, permuted_labels, scores,
-                       squared_distances)
+from measuring import accuracies, accuracy, class_means, collapse_metrics, permuted_labels, scores, squared_distances
 from meta import Meta
 from record import numbers, other_images, say, summary
 from settings import check
@@ -60,7 +58,8 @@ ALONE, BY_SUPPORT = "batch norm by one query and the support set", "batch norm b
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = Parser(description="Measure a run's weights and their controls on its test tasks: RUN/controls.json.")
+    parser = Parser(prog="python -m study.controls",
+                    description="Measure a run's weights and their controls on its test tasks: RUN/controls.json.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--tasks", "--test_tasks", type=int, default=600, help="test tasks (default: 600)")
     parser.add_argument("--only", nargs="+", metavar="CONTROL", help="measure only these (default: all)")
@@ -231,4 +230,4 @@ def with_intervals(values: dict[str, Tensor]) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    files.run(main)
