@@ -17,6 +17,8 @@ The tasks are those of the run's test. The controls, each with all metrics and a
     first step by parts   the final weights after the first inner step of the classifier alone, the body alone, both:
                    accuracy; and how far apart the classifier's rows are, and how far the body's weights move
     first step by parts, untrained   the same of the untrained network
+    similarity, final   how similar each layer's features are before and after the inner loop (`measuring.cka`)
+    similarity, untrained   the same of the untrained network
     batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
     batch norm by the support set                 the same, by statistics without the query
 
@@ -38,12 +40,13 @@ import torch
 from torch import Tensor
 
 import files
+import measuring
 import nc_metrics
 import predict
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
 from files import Parser, UserError, atomic, progress, quoted, reading
 from learner import Learner, Weights
-from measuring import accuracies, accuracy, class_means, collapse_metrics, permuted_labels, scores, squared_distances
+from measuring import accuracies, accuracy, cka, class_means, collapse_metrics, permuted_labels, scores
 from meta import Meta
 from record import numbers, other_images, say, summary
 from settings import check
@@ -105,6 +108,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     if args.k_spt != SHOTS < most + args.k_spt:
         wanted[f"{SHOTS}-shot"] = final, Meta.finetune, (SHOTS, min(QUERIES, most + args.k_spt - SHOTS))
     wanted |= {BY_PARTS: (final, by_parts, usual), f"{BY_PARTS}, untrained": (untrained, by_parts, usual)}
+    wanted |= {"similarity, final": (final, similarity, usual), "similarity, untrained": (untrained, similarity, usual)}
     wanted[ALONE] = final, partial(not_transductive, score=partial(scores, transductive=False)), usual
     wanted[BY_SUPPORT] = final, partial(not_transductive, score=scores_by_support), usual
     if not wanted.keys() >= set(only or ()):
@@ -185,6 +189,13 @@ def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str
             "body": (end - start).norm(dim=1, keepdim=True) / start.norm(dim=1, keepdim=True)}
 
 
+def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """"cka" [T, L] of the query features before adaptation and after the inner loop of training."""
+    before, *_, after = maml.adapt(tasks, maml.update_step)
+    layers = [maml.net(tasks.x_qry, weights, features=True)[1] for weights in (before, after)]
+    return {"cka": torch.stack([cka(*features) for features in zip(*layers)], 1)}
+
+
 def not_transductive(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], score: Callable) -> dict:
     """Each query apart from the others, by `score`; accuracies before adaptation and after the last inner step."""
     net, steps = maml.net, (0, maml.update_step, maml.update_step_test)
@@ -209,7 +220,7 @@ def scores_by_support(net: Learner, tasks: Tasks, weights: Weights) -> tuple[Ten
     logits, layers = net(torch.cat([tasks.x_spt, tasks.x_qry], 1), weights, features=True, first=n_support)
     support, query = layers[-2].split([n_support, tasks.x_qry.shape[1]], 1)
     means = class_means(support, tasks.y_spt, logits.shape[-1])
-    return logits[:, n_support:], -squared_distances(query, means), query
+    return logits[:, n_support:], -measuring.squared_distances(query, means), query
 
 
 def dimension(net: Learner, images: Tensor, dataset: Dataset) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from data_files import write_classes
 
+import measuring
 import nc_metrics
 import omniglot_train
 import predict
@@ -21,6 +22,7 @@ from study.logs import read_run
 FLAGS = ("--synthetic --device cpu --task_num 3 --epoch 1 --k_qry 2 --n_way 3 --update_step 1 --update_step_test 2 "
          "--eval_tasks 2 --test_tasks 2 --nc_every 1").split()
 PARTS = controls.BY_PARTS, f"{controls.BY_PARTS}, untrained"
+SIMILARITY = "similarity, final", "similarity, untrained"
 
 
 def share(features, labels):
@@ -40,6 +42,27 @@ def tasks_of(run, k_spt=1):
     data = training.Data(args, script.dataset(args), torch.device("cpu"))
     images = data.load("test")
     return args, images, data.sampler("test", images, training.TEST_SEED)(4)
+
+
+def hsic(one, other):
+    """Its unbiased estimate for linear kernels, as Song et al. (2007) write it, up to a factor of the sample size."""
+    k, m = ((x.double() @ x.double().T).fill_diagonal_(0) for x in (one, other))
+    n = len(k)
+    return (k * m).sum() + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 * (k @ m).sum() / (n - 2)
+
+
+def similarity(one, other):
+    return (hsic(one, other) / (hsic(one, one) * hsic(other, other)).sqrt()).item()
+
+
+def test_cka():
+    one = torch.randn(6, 40, 30, generator=torch.Generator().manual_seed(0))
+    other = 5 - torch.cat([one[..., :4], one.flip(0)], -1)
+    expected = [similarity(*features) for features in zip(one, other)]
+    assert measuring.cka(one, other).tolist() == pytest.approx(expected, 1e-9) and max(expected) < 0.5
+    rotation, _ = torch.linalg.qr(one[0, :30])
+    assert measuring.cka(one, 3 - 2 * one @ rotation).tolist() == pytest.approx([1] * 6, 1e-5)
+    assert measuring.cka(one[:3], one[3:]).mean().abs() < 0.05  # independent: the biased estimate has 0.4
 
 
 @torch.no_grad()
@@ -67,7 +90,8 @@ def test_controls(tmp_path):
     controls.main([str(run), "--tasks", "4"])
     found = json.loads((run / "controls.json").read_text())
     assert list(found) == ["final", "untrained", "classifier at zero", "classifier at random", "pixels", "queries 1",
-                           "queries 5", "queries 19", "5-shot", *PARTS, controls.ALONE, controls.BY_SUPPORT]
+                           "queries 5", "queries 19", "5-shot", *PARTS, *SIMILARITY, controls.ALONE,
+                           controls.BY_SUPPORT]
     args, images, tasks = tasks_of(run)
     nets = {"final": predict.load(run, "last").net}
     torch.manual_seed(args.seed)
@@ -85,16 +109,18 @@ def test_controls(tmp_path):
         assert one["meta"]["within"]["mean"][:-1] != one["finetuned"]["within"]["mean"][:-1]
     assert len({one["finetuned"]["self_duality"]["mean"][-2] for one in (found["final"], at_random, zeroed)}) == 3
     head, body = (lambda name: "linear" in name), (lambda name: "linear" not in name)
-    for name, net in zip(PARTS, nets.values()):
-        right, moved = [], []
+    for name, similar, net in zip(PARTS, SIMILARITY, nets.values()):
+        right, moved, kept = [], [], []
         for x, y, x_qry, y_qry in zip(*tasks):
             parts = [net.weights, *(oracle.adapt(net.config, net.weights, x, y, args.update_lr, 1, changes=changes)[-1]
                                     for changes in (head, body, bool))]
-            logits = [oracle.forward(net.config, weights, x_qry)[0] for weights in parts]
+            logits, layers = zip(*(oracle.forward(net.config, weights, x_qry) for weights in parts))
+            kept.append([similarity(*features) for features in zip(layers[0], layers[-1])])
             right.append([(one.argmax(1) == y_qry).double().mean() for one in logits])
             start, end = (torch.cat([weights[key].flatten() for key in filter(body, weights)])
                           for weights in (parts[0], parts[-1]))
             moved.append((end - start).norm() / start.norm())
+        assert found[similar]["cka"] == pytest.approx(torch.tensor(kept).mean(0).tolist(), 1e-4)
         rows = net.weights[net.classifier] - net.weights[net.classifier].mean(0)
         assert found[name]["rows"] == pytest.approx([rows.norm().item()], 1e-4)
         assert found[name]["body"] == pytest.approx([torch.stack(moved).mean().item()], 1e-3)
