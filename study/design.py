@@ -58,7 +58,7 @@ SETTINGS = {setting.name: setting for setting in (
            "--update_lr 0.5 --head_lr 0.05"),
           ("slow-head", "MAML, the classifier's inner rate 0.005", (1, 2), 28000, "--head_lr 0.005"),
           ("equal-rows", "MAML, classifier from N(0, 0.001²)", (1, 2), 28000, "--head_std 0.001"),
-          ("frozen-head", "MAML, classifier kept as drawn", (1,), 28000, "--freeze_head"))),
+          ("frozen-head", "MAML, classifier kept as drawn", (1, 2), 28000, "--freeze_head"))),
     Setting("omniglot-photographs-loop", "Omniglot, MAML, inner loop and classifier as on photographs",
             f"{_CONTRAST} --update_step 5 --update_lr 0.05 --update_step_test 10 --no-spatial_mean --head_std 0.0875",
             (1, 2)),
@@ -178,6 +178,11 @@ KEPT = {  # by meta-step: where the classifier's initial weights are trained, ke
     5_000: ("contrast-maml", "frozen-head", "contrast-zero-head", "small-images-small-head",
             "small-images-frozen-head"),
     7_000: ("photographs-maml", "photographs-frozen-head", "crops", "crops-zero-head")}
+MOVED = (  # where the inner loop moves features, or might
+    *(name for name in LEARNERS if name not in ("contrast-anil", "contrast-zero-head")), "paper-omniglot-5w1s",
+    "five-steps", "five-steps-zero-head", *DIFFICULTY["photographs"], *DIFFICULTY["characters"],
+    "omniglot-in-noise-5-shot", "photographs-equal-rows", "photographs-frozen-head", "photographs-slow-head",
+    "crops-zero-head", *MAIN, "omniglot-5w1s-first-order")
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
 TASKS = {"train": "training tasks", "heldout": "held-out tasks"}

@@ -184,6 +184,11 @@ difficulty = partial(compared, names=tuple(itertools.chain(*DIFFICULTY.values())
     name: column for name, column in (narrow() | PARTS).items()
     if name not in ("tr(S_W S_B⁺)/C", "adapted", "nearest support mean, %")})
 
+# How similar features are before and after the inner loop, layer by layer.
+similarity = partial(compared, names=design.MOVED, columns=HEAD | {
+    name: (in_control, "similarity, final", "cka", layer) for layer, name in NAMED_LAYERS.items()} | {
+    "block 4, untrained": (in_control, "similarity, untrained", "cka", HIDDEN)})
+
 
 def ranking(study: Study) -> str:
     """Spearman correlation of each metric before adaptation with accuracy, over learners (means over seeds).
@@ -325,7 +330,8 @@ accuracies = partial(compared, names=(*LONG, *MAIN), columns={
 TABLES: dict[str, Callable[[Study], str]] = dict(
     contrast=contrast, accuracies=accuracies, collapse=collapse, accuracy=accuracy, layers=layers, original=original,
     cells=cells, learners=learners, photographs=photographs, difficulty=difficulty, ranking=ranking,
-    adaptation=adaptation, kept=kept, changes=changes, length=length, controls=controls, runs=runs)
+    similarity=similarity, adaptation=adaptation, kept=kept, changes=changes, length=length, controls=controls,
+    runs=runs)
 
 
 # ---- the program
