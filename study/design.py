@@ -178,11 +178,9 @@ KEPT = {  # by meta-step: where the classifier's initial weights are trained, ke
     5_000: ("contrast-maml", "frozen-head", "contrast-zero-head", "small-images-small-head",
             "small-images-frozen-head"),
     7_000: ("photographs-maml", "photographs-frozen-head", "crops", "crops-zero-head")}
-MOVED = (  # where the inner loop moves features, or might
-    *(name for name in LEARNERS if name not in ("contrast-anil", "contrast-zero-head")), "paper-omniglot-5w1s",
-    "five-steps", "five-steps-zero-head", *DIFFICULTY["photographs"], *DIFFICULTY["characters"],
-    "omniglot-in-noise-5-shot", "photographs-equal-rows", "photographs-frozen-head", "photographs-slow-head",
-    "crops-zero-head", *MAIN, "omniglot-5w1s-first-order")
+SIMILARITY = (*LEARNERS, "paper-omniglot-5w1s", "five-steps", "five-steps-zero-head", *DIFFICULTY["photographs"],
+              *DIFFICULTY["characters"], "omniglot-in-noise-5-shot", "photographs-equal-rows",
+              "photographs-frozen-head", "photographs-slow-head", "crops-zero-head", *MAIN, "omniglot-5w1s-first-order")
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
 TASKS = {"train": "training tasks", "heldout": "held-out tasks"}

@@ -131,6 +131,27 @@ def difficulty(study: Study) -> Figure:
     return by_setting(study, DIFFICULTY, SHARES, ACCURACIES)
 
 
+def similarity(study: Study) -> Figure:
+    """CKA of each layer's features before and after the inner loop: learners; hard and easy tasks."""
+    figure = Figure(figsize=(figures.WIDTH, 3.0))
+    figure.set_layout_engine("constrained", w_pad=0.05)
+    left, right = figure.subplots(1, 2, sharey=True)
+    hard_and_easy = DIFFICULTY["photographs"][0], DIFFICULTY["photographs"][-1], *DIFFICULTY["characters"]
+    for axes, names, untrained in ((left, LEARNERS, "untrained"), (right, hard_and_easy, "untrained, photographs")):
+        groups = study.groups(names)
+        lines = [(group, "similarity, final", colour, name) for group, colour, name in figures.colours(groups)]
+        lines += [(group, "similarity, untrained", figures.GREY, untrained) for group in groups[:1]]
+        for group, kind, colour, name in lines:
+            layers = group[0].layers
+            values = [[effects.in_control(run, kind, "cka", i) for i in range(len(layers))] for run in group]
+            axes.plot(layers, np.mean(values, 0), "o-", color=colour, markersize=3, label=name)
+        axes.legend(handles=axes.get_lines(), loc="lower left", fontsize=7.5)
+        axes.set(ylim=(0, 1.03))
+    left.set(title="A  Learners, Omniglot, one inner step", ylabel="CKA, before and after the inner loop")
+    right.set(title="B  MAML, images of 32 x 32, five inner steps")
+    return figure
+
+
 def length(study: Study) -> Figure:
     """The paper's recipe to its end: collapse on training and held-out classes, and accuracy."""
     groups = study.groups(LONG)
@@ -151,7 +172,8 @@ def all_figures(study: Study) -> dict[str, Figure]:
     every = {"result.png": (MAIN, result),
              "res/metrics.png": (MAIN, lambda study: figures.metrics(study.groups(MAIN))),
              "res/learners.png": (LEARNERS, learners), "res/changes.png": (CHANGES["1 x 1"], changes),
-             "res/difficulty.png": (DIFFICULTY["photographs"], difficulty), "res/length.png": (LONG, length)}
+             "res/difficulty.png": (DIFFICULTY["photographs"], difficulty),
+             "res/similarity.png": (LEARNERS, similarity), "res/length.png": (LONG, length)}
     drawn = {path: draw(study) for path, (names, draw) in every.items() if study.groups(names)}
     if not drawn:
         raise UserError(f"no run of the study in {study.folder}; run python -m study.run, and then with --collect")

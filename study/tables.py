@@ -185,7 +185,7 @@ difficulty = partial(compared, names=tuple(itertools.chain(*DIFFICULTY.values())
     if name not in ("tr(S_W S_B⁺)/C", "adapted", "nearest support mean, %")})
 
 # How similar features are before and after the inner loop, layer by layer.
-similarity = partial(compared, names=design.MOVED, columns=HEAD | {
+similarity = partial(compared, names=design.SIMILARITY, columns=HEAD | {
     name: (in_control, "similarity, final", "cka", layer) for layer, name in NAMED_LAYERS.items()} | {
     "block 4, untrained": (in_control, "similarity, untrained", "cka", HIDDEN)})
 

@@ -111,7 +111,7 @@ def test_no_argument_redraws_the_figures_of_the_runs_that_are_there(tmp_path):
     nc_logs.write_study(tmp_path / "res", nc_logs.LEARNERS | nc_logs.LONG | {"small-images": {"imgsz": 16}}, seeds=2)
     plot_nc.main([], home=tmp_path)
     then = {path.name for path in tmp_path.rglob("*.png")}
-    assert "result.png" in first and then - first == {"learners.png", "changes.png", "length.png"}
+    assert "result.png" in first and then - first == {"learners.png", "similarity.png", "changes.png", "length.png"}
     shown = (PROJECT / "study" / "README.md").read_text()
     assert all(name in shown for name in then), "a figure that the report doesn't show"
 
