@@ -18,7 +18,7 @@ The tasks are those of the run's test. The controls, each with all metrics and a
                    accuracy; and how far apart the classifier's rows are, and how far the body's weights move
     first step by parts, untrained   the same of the untrained network
     similarity, final   how similar each layer's features are before and after the inner loop (`measuring.cka`)
-    similarity, untrained   the same of the untrained network
+    similarity, classifier at random; similarity, untrained   the same of these
     batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
     batch norm by the support set                 the same, by statistics without the query
 
@@ -96,19 +96,22 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     final = predict.load(folder, "last" if (folder / "last.pt").exists() else "best", args.device).net
     torch.manual_seed(args.seed)
     untrained = script.network(args).to(device)
+    at_random = with_classifier(final, script.network(args))
     pixels = Learner([("flatten", []), ("linear", [args.n_way, math.prod(untrained.input_shape)])],
                      args.imgc, args.imgsz).to(device)  # its classifier is not used
     usual = args.k_spt, min(QUERIES, most)  # support and query images per class
     wanted = {"final": (final, Meta.finetune, usual), "untrained": (untrained, Meta.finetune, usual),
               "classifier at zero": (with_classifier(final, None), Meta.finetune, usual),
-              "classifier at random": (with_classifier(final, script.network(args)), Meta.finetune, usual),
+              "classifier at random": (at_random, Meta.finetune, usual),
               "pixels": (pixels, not_adapted, usual)}
     wanted |= {f"queries {queries}": (final, Meta.finetune, (args.k_spt, queries))
                for queries in (1, 5, 19) if queries <= most}
     if args.k_spt != SHOTS < most + args.k_spt:
         wanted[f"{SHOTS}-shot"] = final, Meta.finetune, (SHOTS, min(QUERIES, most + args.k_spt - SHOTS))
     wanted |= {BY_PARTS: (final, by_parts, usual), f"{BY_PARTS}, untrained": (untrained, by_parts, usual)}
-    wanted |= {"similarity, final": (final, similarity, usual), "similarity, untrained": (untrained, similarity, usual)}
+    for name in ("final", "classifier at random", "untrained"):
+        net, *_ = wanted[name]
+        wanted[f"similarity, {name}"] = net, similarity, usual
     wanted[ALONE] = final, partial(not_transductive, score=partial(scores, transductive=False)), usual
     wanted[BY_SUPPORT] = final, partial(not_transductive, score=scores_by_support), usual
     if not wanted.keys() >= set(only or ()):

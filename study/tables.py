@@ -187,7 +187,8 @@ difficulty = partial(compared, names=tuple(itertools.chain(*DIFFICULTY.values())
 # How similar features are before and after the inner loop, layer by layer.
 similarity = partial(compared, names=design.SIMILARITY, columns=HEAD | {
     name: (in_control, "similarity, final", "cka", layer) for layer, name in NAMED_LAYERS.items()} | {
-    "block 4, untrained": (in_control, "similarity, untrained", "cka", HIDDEN)})
+    f"{name}, {kind}": (in_control, f"similarity, {kind}", "cka", layer)
+    for kind in ("classifier at random", "untrained") for layer, name in ((-3, "block 3"), (HIDDEN, "block 4"))})
 
 
 def ranking(study: Study) -> str:

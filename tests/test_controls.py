@@ -22,7 +22,7 @@ from study.logs import read_run
 FLAGS = ("--synthetic --device cpu --task_num 3 --epoch 1 --k_qry 2 --n_way 3 --update_step 1 --update_step_test 2 "
          "--eval_tasks 2 --test_tasks 2 --nc_every 1").split()
 PARTS = controls.BY_PARTS, f"{controls.BY_PARTS}, untrained"
-SIMILARITY = "similarity, final", "similarity, untrained"
+SIMILARITY = "similarity, final", "similarity, classifier at random", "similarity, untrained"
 
 
 def share(features, labels):
@@ -100,6 +100,8 @@ def test_controls(tmp_path):
         query, support = (net(x, features=True)[1][-2] for x in (tasks.x_qry, tasks.x_spt))
         assert found[name]["meta"]["relative_within"]["mean"][-2] == pytest.approx(share(query, tasks.y_qry), 1e-4)
         assert found[name]["nearest_mean"][0] == pytest.approx(nearest(query, support), abs=1e-5)
+    similar, other, _ = (found[name]["cka"] for name in SIMILARITY)
+    assert similar != other and max(other) < 1
     zeroed = found["classifier at zero"]  # equal logits, and no gradient but the classifier's own
     assert zeroed["accuracy"][0] == pytest.approx(1 / 3, abs=1e-5)
     assert zeroed["meta"]["within"]["mean"][:-1] == zeroed["finetuned"]["within"]["mean"][:-1]
@@ -109,7 +111,7 @@ def test_controls(tmp_path):
         assert one["meta"]["within"]["mean"][:-1] != one["finetuned"]["within"]["mean"][:-1]
     assert len({one["finetuned"]["self_duality"]["mean"][-2] for one in (found["final"], at_random, zeroed)}) == 3
     head, body = (lambda name: "linear" in name), (lambda name: "linear" not in name)
-    for name, similar, net in zip(PARTS, SIMILARITY, nets.values()):
+    for name, similar, net in zip(PARTS, SIMILARITY[::2], nets.values()):
         right, moved, kept = [], [], []
         for x, y, x_qry, y_qry in zip(*tasks):
             parts = [net.weights, *(oracle.adapt(net.config, net.weights, x, y, args.update_lr, 1, changes=changes)[-1]
