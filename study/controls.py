@@ -17,7 +17,8 @@ The tasks are those of the run's test. The controls, each with all metrics and a
     first step by parts   the final weights after the first inner step of the classifier alone, the body alone, both:
                    accuracy; and how far apart the classifier's rows are, and how far the body's weights move
     first step by parts, untrained   the same of the untrained network
-    similarity, final   how similar each layer's features are before and after the inner loop (`measuring.cka`)
+    similarity, final   how similar each layer's features are before and after MAML's inner loop, which adapts all
+                   layers, for every learner (`measuring.cka`)
     similarity, classifier at random; similarity, untrained   the same of these
     batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
     batch norm by the support set                 the same, by statistics without the query
@@ -122,8 +123,9 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     for name, (net, function, sizes) in wanted.items():
         data.args.k_spt, data.args.k_qry_test = sizes
         data.args.nc_qry = sizes[1]  # or more are drawn than a class may have
+        learner = "maml" if function is similarity else args.learner
         maml = Meta(net, args.update_lr, update_step=args.update_step, update_step_test=args.update_step_test,
-                    task_chunk=args.task_chunk, seed=args.seed, learner=args.learner, head_lr=args.head_lr)
+                    task_chunk=args.task_chunk, seed=args.seed, learner=learner, head_lr=args.head_lr)
         batches = math.ceil(args.test_tasks / args.task_num)
         results = cat(list(progress(measured(maml, data, images, function), name, batches, "batches")))
         metrics, right = results.pop("metrics", None), with_intervals(results)
@@ -193,7 +195,7 @@ def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str
 
 
 def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """"cka" [T, L] of the query features before adaptation and after the inner loop of training."""
+    """"cka" [T, L] of the query features before adaptation and after as many inner steps as in training."""
     before, *_, after = maml.adapt(tasks, maml.update_step)
     layers = [maml.net(tasks.x_qry, weights, features=True)[1] for weights in (before, after)]
     return {"cka": torch.stack([cka(*features) for features in zip(*layers)], 1)}

@@ -179,8 +179,10 @@ KEPT = {  # by meta-step: where the classifier's initial weights are trained, ke
             "small-images-frozen-head"),
     7_000: ("photographs-maml", "photographs-frozen-head", "crops", "crops-zero-head")}
 SIMILARITY = (*LEARNERS, "paper-omniglot-5w1s", "five-steps", "five-steps-zero-head", *DIFFICULTY["photographs"],
-              *DIFFICULTY["characters"], "omniglot-in-noise-5-shot", "photographs-equal-rows",
-              "photographs-frozen-head", "photographs-slow-head", "crops-zero-head", *MAIN, "omniglot-5w1s-first-order")
+              *DIFFICULTY["characters"], "omniglot-in-noise-5-shot",
+              *(f"photographs-{name}" for name in ("anil", "protonet", "classifier", "equal-rows", "frozen-head",
+                                                   "slow-head")),
+              "crops-zero-head", *MAIN, "omniglot-5w1s-first-order")
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
 TASKS = {"train": "training tasks", "heldout": "held-out tasks"}
