@@ -195,9 +195,11 @@ def test_no_more_tasks_go_together_than_asked_for(tmp_path, monkeypatch):
 def test_classes_of_fewer_images_than_five_shots_and_the_usual_queries(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "CHARACTER_IMAGES", 17)
     run = str(tmp_path / "run")
-    omniglot_train.main([*FLAGS, "--out", run])
-    controls.main([run, "--tasks", "2", "--only", "5-shot", "queries 5"])
-    assert list(json.loads((tmp_path / "run/controls.json").read_text())) == ["5-shot", "queries 5"]
+    omniglot_train.main([*FLAGS, "--learner", "anil", "--out", run])
+    controls.main([run, "--tasks", "2", "--only", "5-shot", "queries 5", "similarity, final"])
+    found = json.loads((tmp_path / "run/controls.json").read_text())
+    assert list(found) == ["5-shot", "queries 5", "similarity, final"]
+    assert found["similarity, final"]["cka"][0] < 0.9999, "MAML's inner loop changes ANIL's body too"
     write_classes(tmp_path / "pictures", 15, count=6)
     controls.main([run, "--tasks", "2", "--only", "final", "--data", str(tmp_path / "pictures")])
     assert list(json.loads((tmp_path / "run/controls-pictures.json").read_text())) == ["final"]
