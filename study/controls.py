@@ -18,7 +18,7 @@ The tasks are those of the run's test. The controls, each with all metrics and a
                    accuracy; and how far apart the classifier's rows are, and how far the body's weights move
     first step by parts, untrained   the same of the untrained network
     similarity, final   how similar each layer's features are before and after MAML's inner loop, which adapts all
-                   layers, for every learner (`measuring.cka`)
+                   layers, for every learner (`measuring.cka`), and how far each layer's kernel moves
     similarity, classifier at random; similarity, untrained   the same of these
     batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
     batch norm by the support set                 the same, by statistics without the query
@@ -195,10 +195,15 @@ def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str
 
 
 def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """"cka" [T, L] of the query features before adaptation and after as many inner steps as in training."""
+    """"cka" [T, L] of the query features before adaptation and after as many inner steps as in training.
+
+    With it "step" [T, L], the change of each layer's kernel as a multiple of its norm.
+    """
     before, *_, after = maml.adapt(tasks, maml.update_step)
     layers = [maml.net(tasks.x_qry, weights, features=True)[1] for weights in (before, after)]
-    return {"cka": torch.stack([cka(*features) for features in zip(*layers)], 1)}
+    kernels = [(start.flatten(1), after[name].flatten(1)) for name, start in before.items() if start.dim() > 2]
+    steps = [(end - start).norm(dim=1) / start.norm(dim=1) for start, end in kernels]
+    return {"cka": torch.stack([cka(*features) for features in zip(*layers)], 1), "step": torch.stack(steps, 1)}
 
 
 def not_transductive(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], score: Callable) -> dict:

@@ -190,6 +190,12 @@ similarity = partial(compared, names=design.SIMILARITY, columns=HEAD | {
     f"{name}, {kind}": (in_control, f"similarity, {kind}", "cka", layer)
     for kind in ("classifier at random", "untrained") for layer, name in ((-3, "block 3"), (HIDDEN, "block 4"))})
 
+# How far that inner loop moves the kernels of each block, and the classifier.
+steps = partial(compared, names=(*LEARNERS, *(f"photographs-{name}" for name in (
+    "maml", "frozen-head", "anil", "protonet", "classifier"))), columns=HEAD | {
+    name.replace("logits", "classifier"): (in_control, "similarity, final", "step", layer)
+    for layer, name in NAMED_LAYERS.items()})
+
 
 def ranking(study: Study) -> str:
     """Spearman correlation of each metric before adaptation with accuracy, over learners (means over seeds).
@@ -331,8 +337,8 @@ accuracies = partial(compared, names=(*LONG, *MAIN), columns={
 TABLES: dict[str, Callable[[Study], str]] = dict(
     contrast=contrast, accuracies=accuracies, collapse=collapse, accuracy=accuracy, layers=layers, original=original,
     cells=cells, learners=learners, photographs=photographs, difficulty=difficulty, ranking=ranking,
-    similarity=similarity, adaptation=adaptation, kept=kept, changes=changes, length=length, controls=controls,
-    runs=runs)
+    similarity=similarity, steps=steps, adaptation=adaptation, kept=kept, changes=changes, length=length,
+    controls=controls, runs=runs)
 
 
 # ---- the program

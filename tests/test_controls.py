@@ -112,7 +112,7 @@ def test_controls(tmp_path):
     assert len({one["finetuned"]["self_duality"]["mean"][-2] for one in (found["final"], at_random, zeroed)}) == 3
     head, body = (lambda name: "linear" in name), (lambda name: "linear" not in name)
     for name, similar, net in zip(PARTS, SIMILARITY[::2], nets.values()):
-        right, moved, kept = [], [], []
+        right, moved, kept, steps = [], [], [], []
         for x, y, x_qry, y_qry in zip(*tasks):
             parts = [net.weights, *(oracle.adapt(net.config, net.weights, x, y, args.update_lr, 1, changes=changes)[-1]
                                     for changes in (head, body, bool))]
@@ -121,7 +121,10 @@ def test_controls(tmp_path):
             right.append([(one.argmax(1) == y_qry).double().mean() for one in logits])
             start, end = (torch.cat([weights[key].flatten() for key in filter(body, weights)])
                           for weights in (parts[0], parts[-1]))
+            steps.append([((parts[-1][key] - weight).norm() / weight.norm()).item()
+                          for key, weight in parts[0].items() if weight.dim() > 1])
             moved.append((end - start).norm() / start.norm())
+        assert found[similar]["step"] == pytest.approx(torch.tensor(steps).mean(0).tolist(), 1e-3)
         assert found[similar]["cka"] == pytest.approx(torch.tensor(kept).mean(0).tolist(), 1e-4)
         rows = net.weights[net.classifier] - net.weights[net.classifier].mean(0)
         assert found[name]["rows"] == pytest.approx([rows.norm().item()], 1e-4)
