@@ -86,7 +86,7 @@ SETTINGS = {setting.name: setting for setting in (
            "omniglot/folders-noise", "Omniglot in noise", (1, 2), "--epoch 28000 --k_spt 5 --task_num 4"))),
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
-    Setting("cosine", "cosine schedule", f"{_CONTRAST} --lr_schedule cosine", (1, 2)),
+    Setting("cosine", "MAML, second order, cosine schedule", f"{_CONTRAST} --lr_schedule cosine", (1, 2)),
     Setting("small-step", "1 inner step at rate 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1, 2)),
     Setting("frozen-head", "classifier kept as drawn", f"{_ONE_CHANGE} --freeze_head", (1, 2)),
     Setting("small-head", "classifier from N(0, 0.18²)", _SMALL_HEAD, (1, 2)),
