@@ -44,11 +44,12 @@ import files
 import measuring
 import nc_metrics
 import predict
+from baselines import inner_rates
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
 from files import Parser, UserError, atomic, progress, quoted, reading
 from learner import Learner, Weights
 from measuring import accuracies, accuracy, cka, class_means, collapse_metrics, permuted_labels, scores
-from meta import Meta
+from meta import Meta, adapt
 from record import numbers, other_images, say, summary
 from settings import check
 from tasks import Dataset, Tasks, as_tasks, cat, chunked
@@ -95,15 +96,14 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     keep_memory()
     set_arithmetic(args.precision, args.deterministic)
     final = predict.load(folder, "last" if (folder / "last.pt").exists() else "best", args.device).net
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # of all networks below, which are drawn in this order
     untrained = script.network(args).to(device)
-    at_random = with_classifier(final, script.network(args))
     pixels = Learner([("flatten", []), ("linear", [args.n_way, math.prod(untrained.input_shape)])],
                      args.imgc, args.imgsz).to(device)  # its classifier is not used
     usual = args.k_spt, min(QUERIES, most)  # support and query images per class
     wanted = {"final": (final, Meta.finetune, usual), "untrained": (untrained, Meta.finetune, usual),
               "classifier at zero": (with_classifier(final, None), Meta.finetune, usual),
-              "classifier at random": (at_random, Meta.finetune, usual),
+              "classifier at random": (with_classifier(final, script.network(args)), Meta.finetune, usual),
               "pixels": (pixels, not_adapted, usual)}
     wanted |= {f"queries {queries}": (final, Meta.finetune, (args.k_spt, queries))
                for queries in (1, 5, 19) if queries <= most}
@@ -123,9 +123,8 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     for name, (net, function, sizes) in wanted.items():
         data.args.k_spt, data.args.k_qry_test = sizes
         data.args.nc_qry = sizes[1]  # or more are drawn than a class may have
-        learner = "maml" if function is similarity else args.learner
         maml = Meta(net, args.update_lr, update_step=args.update_step, update_step_test=args.update_step_test,
-                    task_chunk=args.task_chunk, seed=args.seed, learner=learner, head_lr=args.head_lr)
+                    task_chunk=args.task_chunk, seed=args.seed, learner=args.learner, head_lr=args.head_lr)
         batches = math.ceil(args.test_tasks / args.task_num)
         results = cat(list(progress(measured(maml, data, images, function), name, batches, "batches")))
         metrics, right = results.pop("metrics", None), with_intervals(results)
@@ -195,11 +194,12 @@ def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str
 
 
 def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """"cka" [T, L] of the query features before adaptation and after as many inner steps as in training.
+    """"cka" [T, L] of the query features before and after MAML's inner loop, with as many steps as in training.
 
     With it "step" [T, L], the change of each layer's kernel as a multiple of its norm.
     """
-    before, *_, after = maml.adapt(tasks, maml.update_step)
+    rates = inner_rates(maml.net, "maml", maml.update_lr, maml.head_lr)  # of all layers, for every learner
+    before, *_, after = adapt(maml.net, maml.net.weights, tasks.x_spt, tasks.y_spt, rates, maml.update_step)
     layers = [maml.net(tasks.x_qry, weights, features=True)[1] for weights in (before, after)]
     kernels = [(start.flatten(1), after[name].flatten(1)) for name, start in before.items() if start.dim() > 2]
     steps = [(end - start).norm(dim=1) / start.norm(dim=1) for start, end in kernels]

@@ -178,6 +178,7 @@ KEPT = {  # by meta-step: where the classifier's initial weights are trained, ke
     5_000: ("contrast-maml", "frozen-head", "contrast-zero-head", "small-images-small-head",
             "small-images-frozen-head"),
     7_000: ("photographs-maml", "photographs-frozen-head", "crops", "crops-zero-head")}
+# whose features are compared before and after MAML's inner loop, layer by layer
 SIMILARITY = (*LEARNERS, "paper-omniglot-5w1s", "five-steps", "five-steps-zero-head", *DIFFICULTY["photographs"],
               *DIFFICULTY["characters"], "omniglot-in-noise-5-shot",
               *(f"photographs-{name}" for name in ("anil", "protonet", "classifier", "equal-rows", "frozen-head",

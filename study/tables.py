@@ -187,8 +187,8 @@ difficulty = partial(compared, names=tuple(itertools.chain(*DIFFICULTY.values())
 # How similar features are before and after the inner loop, layer by layer.
 similarity = partial(compared, names=design.SIMILARITY, columns=HEAD | {
     name: (in_control, "similarity, final", "cka", layer) for layer, name in NAMED_LAYERS.items()} | {
-    f"{name}, {kind}": (in_control, f"similarity, {kind}", "cka", layer)
-    for kind in ("classifier at random", "untrained") for layer, name in ((-3, "block 3"), (HIDDEN, "block 4"))})
+    f"{NAMED_LAYERS[layer]}, {kind}": (in_control, f"similarity, {kind}", "cka", layer)
+    for kind in ("classifier at random", "untrained") for layer in (-3, HIDDEN)})
 
 # How far that inner loop moves the kernels of each block, and the classifier.
 steps = partial(compared, names=(*LEARNERS, *(f"photographs-{name}" for name in (
