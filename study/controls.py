@@ -20,6 +20,7 @@ The tasks are those of the run's test. The controls, each with all metrics and a
     similarity, final   how similar each layer's features are before and after MAML's inner loop, which adapts all
                    layers, for every learner (`measuring.cka`), and how far each layer's kernel moves
     similarity, classifier at random; similarity, untrained   the same of these
+    similarity by rate, final; similarity by rate, untrained   with the inner rates times each of `design.FRACTIONS`
     batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
     batch norm by the support set                 the same, by statistics without the query
 
@@ -52,6 +53,7 @@ from measuring import accuracies, accuracy, cka, class_means, collapse_metrics, 
 from meta import Meta, adapt
 from record import numbers, other_images, say, summary
 from settings import check
+from study.design import FRACTIONS
 from tasks import Dataset, Tasks, as_tasks, cat, chunked
 from training import TEST_SEED, Data, held_out_tasks
 
@@ -113,6 +115,8 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     for name in ("final", "classifier at random", "untrained"):
         net, *_ = wanted[name]
         wanted[f"similarity, {name}"] = net, similarity, usual
+    wanted |= {f"similarity by rate, {name}": (net, similarity_by_rate, usual)
+               for name, net in (("final", final), ("untrained", untrained))}
     wanted[ALONE] = final, partial(not_transductive, score=partial(scores, transductive=False)), usual
     wanted[BY_SUPPORT] = final, partial(not_transductive, score=scores_by_support), usual
     if not wanted.keys() >= set(only or ()):
@@ -193,17 +197,24 @@ def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str
             "body": (end - start).norm(dim=1, keepdim=True) / start.norm(dim=1, keepdim=True)}
 
 
-def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor], fraction: float = 1.0) -> dict[str, Tensor]:
     """"cka" [T, L] of the query features before and after MAML's inner loop, with as many steps as in training.
 
-    With it "step" [T, L], the change of each layer's kernel as a multiple of its norm.
+    With it "step" [T, L], the change of each layer's kernel as a multiple of its norm. The inner rates are this
+    fraction of those in training.
     """
     rates = inner_rates(maml.net, "maml", maml.update_lr, maml.head_lr)  # of all layers, for every learner
+    rates = {name: fraction * rate for name, rate in rates.items()}
     before, *_, after = adapt(maml.net, maml.net.weights, tasks.x_spt, tasks.y_spt, rates, maml.update_step)
     layers = [maml.net(tasks.x_qry, weights, features=True)[1] for weights in (before, after)]
     kernels = [(start.flatten(1), after[name].flatten(1)) for name, start in before.items() if start.dim() > 2]
     steps = [(end - start).norm(dim=1) / start.norm(dim=1) for start, end in kernels]
     return {"cka": torch.stack([cka(*features) for features in zip(*layers)], 1), "step": torch.stack(steps, 1)}
+
+
+def similarity_by_rate(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """"cka" [T, R, L] as `similarity`'s, with each of the R FRACTIONS of the inner rates."""
+    return {"cka": torch.stack([similarity(maml, tasks, null, fraction)["cka"] for fraction in FRACTIONS], 1)}
 
 
 def not_transductive(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], score: Callable) -> dict:

@@ -26,6 +26,7 @@ _SMALL_HEAD = f"{_ONE_CHANGE} --head_std 0.177"
 _SMALL_IMAGES, _OTHER_NETWORK = f"{_SMALL_HEAD} --imgsz 16", f"{_ONE_CHANGE} --net conv_bn_relu"
 _FIVE_STEPS = (f"{_SHORT} --epoch 3000 --imgsz 16 --head_std 0.177 --update_step 5 --update_lr 0.4 "
                "--update_step_test 5")
+EARLY = (100, 300, 1000, 3000)  # meta-steps
 _IN_LAYOUT = "tinyimagenet-in-miniimagenet-layout-5w5s"
 SETTINGS = {setting.name: setting for setting in (
     Setting("omniglot-5w1s", "1-shot, second order", _ORIGINAL),
@@ -87,6 +88,9 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
     Setting("cosine", "MAML, second order, cosine schedule", f"{_CONTRAST} --lr_schedule cosine", (1, 2)),
+    *(Setting(f"{learner}-{epoch}", f"{label} after {epoch:,} meta-steps",
+              f"{_SHORT} --learner {learner} --epoch {epoch}", seeds)
+      for learner, label, seeds in (("maml", "MAML", (1, 2)), ("anil", "ANIL", (1,))) for epoch in EARLY),
     Setting("small-step", "1 inner step at rate 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1, 2)),
     Setting("frozen-head", "classifier kept as drawn", f"{_ONE_CHANGE} --freeze_head", (1, 2)),
     Setting("small-head", "classifier from N(0, 0.18²)", _SMALL_HEAD, (1, 2)),
@@ -153,6 +157,7 @@ MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
 PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
+COURSE = {learner: (*(f"{learner}-{step}" for step in EARLY), f"contrast-{learner}") for learner in ("maml", "anil")}
 DIFFICULTY = {  # one inner loop and network on images whose classes are hard or easy to tell apart
     "photographs": ("photographs-maml", "photographs-20-images", "crops"),
     "characters": ("omniglot-in-noise", "omniglot-in-less-noise", "omniglot-in-little-noise",
@@ -178,12 +183,14 @@ KEPT = {  # by meta-step: where the classifier's initial weights are trained, ke
     5_000: ("contrast-maml", "frozen-head", "contrast-zero-head", "small-images-small-head",
             "small-images-frozen-head"),
     7_000: ("photographs-maml", "photographs-frozen-head", "crops", "crops-zero-head")}
+FRACTIONS = (1, 0.25, 0.1, 0.025, 0.01)  # of the inner rates, at which features are compared
 # whose features are compared before and after MAML's inner loop, layer by layer
-SIMILARITY = (*LEARNERS, "paper-omniglot-5w1s", "five-steps", "five-steps-zero-head", *DIFFICULTY["photographs"],
-              *DIFFICULTY["characters"], "omniglot-in-noise-5-shot",
+SIMILARITY = (*LEARNERS, *(name for names in COURSE.values() for name in names[:-1]), "paper-omniglot-5w1s",
+              "five-steps", "five-steps-zero-head", *DIFFICULTY["photographs"], *DIFFICULTY["characters"],
+              "omniglot-in-noise-5-shot", "crops-zero-head",
               *(f"photographs-{name}" for name in ("anil", "protonet", "classifier", "equal-rows", "frozen-head",
                                                    "slow-head")),
-              "crops-zero-head", *MAIN, "omniglot-5w1s-first-order")
+              *MAIN, "omniglot-5w1s-first-order")
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
 TASKS = {"train": "training tasks", "heldout": "held-out tasks"}

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from files import UserError
 from study import effects, figures
-from study.design import CHANGES, DIFFICULTY, LEARNERS, LONG, MAIN, MODELS, label
+from study.design import CHANGES, COURSE, DIFFICULTY, FRACTIONS, LEARNERS, LONG, MAIN, MODELS, label
 from study.logs import Run, Study
 
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
@@ -131,24 +131,59 @@ def difficulty(study: Study) -> Figure:
     return by_setting(study, DIFFICULTY, SHARES, ACCURACIES)
 
 
+def mean_cka(group: figures.Group, control: str, *keys: int) -> float:
+    return np.mean([effects.in_control(run, control, "cka", *keys) for run in group])
+
+
+def by_layer(axes: Axes, groups: Sequence[tuple], untrained: str) -> None:
+    """CKA of each layer's features before and after the inner loop; also of the first group's untrained network."""
+    lines = [(group, "similarity, final", colour, name) for group, colour, name in groups]
+    lines += [(group, "similarity, untrained", figures.GREY, untrained) for group, *_ in groups[:1]]
+    for group, control, colour, name in lines:
+        layers = group[0].layers
+        values = [mean_cka(group, control, i) for i in range(len(layers))]
+        axes.plot(layers, values, "o-", color=colour, markersize=3, label=name)
+    axes.legend(handles=axes.get_lines(), loc="lower left", fontsize=7.5)
+
+
+def by_rate(axes: Axes, groups: Sequence[tuple]) -> None:
+    """CKA of block3 against that of block4, a point per inner rate; also of the first group's untrained network."""
+    lines = [(group, "similarity by rate, final", colour) for group, colour, _ in groups]
+    lines += [(group, "similarity by rate, untrained", figures.GREY) for group, *_ in groups[:1]]
+    for group, control, colour in lines:
+        block3, block4 = ([mean_cka(group, control, i, layer) for i in range(len(FRACTIONS))] for layer in (-3, -2))
+        axes.plot(block4, block3, "o-", color=colour, markersize=3)
+    axes.set(xlabel="CKA of block4", ylabel="CKA of block3")
+
+
+def in_training(axes: Axes, study: Study, groups: Sequence[tuple]) -> None:
+    """CKA of the last two blocks against meta-steps, for MAML and ANIL, in the colours of `groups`."""
+    for learner, names in COURSE.items():
+        runs = study.groups(names)
+        colour = next(colour for group, colour, _ in groups if group[0].settings["learner"] == learner)
+        for layer, style in ((-3, "-"), (-2, ":")):
+            values = {0: mean_cka(runs[-1], "similarity, untrained", layer)}
+            values |= {group[0].last_step: mean_cka(group, "similarity, final", layer) for group in runs}
+            axes.plot(values.keys(), values.values(), "o", color=colour, linestyle=style, markersize=3)
+        figures.step_axis(axes, runs)
+    axes.legend(handles=[figures.key("block3"), figures.key("block4", linestyle=":")], loc="lower right")
+
+
 def similarity(study: Study) -> Figure:
-    """CKA of each layer's features before and after the inner loop: learners; hard and easy tasks."""
-    figure = Figure(figsize=(figures.WIDTH, 3.0))
+    """CKA of features before and after the inner loop: by layer, by inner rate, in training."""
+    figure = Figure(figsize=(figures.WIDTH, 5.8))
     figure.set_layout_engine("constrained", w_pad=0.05)
-    left, right = figure.subplots(1, 2, sharey=True)
-    hard_and_easy = DIFFICULTY["photographs"][0], DIFFICULTY["photographs"][-1], *DIFFICULTY["characters"]
-    for axes, names, untrained in ((left, LEARNERS, "untrained"), (right, hard_and_easy, "untrained, photographs")):
-        groups = study.groups(names)
-        lines = [(group, "similarity, final", colour, name) for group, colour, name in figures.colours(groups)]
-        lines += [(group, "similarity, untrained", figures.GREY, untrained) for group in groups[:1]]
-        for group, kind, colour, name in lines:
-            layers = group[0].layers
-            values = [[effects.in_control(run, kind, "cka", i) for i in range(len(layers))] for run in group]
-            axes.plot(layers, np.mean(values, 0), "o-", color=colour, markersize=3, label=name)
-        axes.legend(handles=axes.get_lines(), loc="lower left", fontsize=7.5)
-        axes.set(ylim=(0, 1.03))
-    left.set(title="A  Learners, Omniglot, one inner step", ylabel="CKA, before and after the inner loop")
-    right.set(title="B  MAML, images of 32 x 32, five inner steps")
+    panels = figure.subplots(2, 2, sharey=True).flat
+    learners = figures.colours(study.groups(LEARNERS))
+    images = DIFFICULTY["photographs"][0], DIFFICULTY["photographs"][-1], *DIFFICULTY["characters"]
+    by_layer(panels[0], learners, "untrained")
+    by_layer(panels[1], figures.colours(study.groups(images)), "untrained, photographs")
+    by_rate(panels[2], learners)
+    in_training(panels[3], study, learners)
+    panels[0].set(title="A  Learners, Omniglot, one inner step", ylabel="CKA, before and after the inner loop")
+    panels[1].set(title="B  MAML, images of 32 x 32, five inner steps", ylim=(0, 1.03))
+    panels[2].set(title="C  As A, inner rate times 1 to 1/100")
+    panels[3].set(title="D  MAML and ANIL during training")
     return figure
 
 

@@ -190,6 +190,11 @@ similarity = partial(compared, names=design.SIMILARITY, columns=HEAD | {
     f"{NAMED_LAYERS[layer]}, {kind}": (in_control, f"similarity, {kind}", "cka", layer)
     for kind in ("classifier at random", "untrained") for layer in (-3, HIDDEN)})
 
+# The same of the last two blocks, with smaller inner rates.
+rates = partial(compared, names=LEARNERS, columns=HEAD | {
+    f"{NAMED_LAYERS[layer]}, rate x {fraction:g}": (in_control, "similarity by rate, final", "cka", i, layer)
+    for layer in (-3, HIDDEN) for i, fraction in enumerate(design.FRACTIONS)})
+
 # How far that inner loop moves the kernels of each block, and the classifier.
 steps = partial(compared, names=(*LEARNERS, *(f"photographs-{name}" for name in (
     "maml", "frozen-head", "anil", "protonet", "classifier"))), columns=HEAD | {
@@ -337,7 +342,7 @@ accuracies = partial(compared, names=(*LONG, *MAIN), columns={
 TABLES: dict[str, Callable[[Study], str]] = dict(
     contrast=contrast, accuracies=accuracies, collapse=collapse, accuracy=accuracy, layers=layers, original=original,
     cells=cells, learners=learners, photographs=photographs, difficulty=difficulty, ranking=ranking,
-    similarity=similarity, steps=steps, adaptation=adaptation, kept=kept, changes=changes, length=length,
+    similarity=similarity, rates=rates, steps=steps, adaptation=adaptation, kept=kept, changes=changes, length=length,
     controls=controls, runs=runs)
 
 

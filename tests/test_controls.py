@@ -16,13 +16,14 @@ import synthetic
 import training
 from files import UserError
 from learner import Learner
-from study import controls, effects
+from study import controls, design, effects
 from study.logs import read_run
 
 FLAGS = ("--synthetic --device cpu --task_num 3 --epoch 1 --k_qry 2 --n_way 3 --update_step 1 --update_step_test 2 "
          "--eval_tasks 2 --test_tasks 2 --nc_every 1").split()
 PARTS = controls.BY_PARTS, f"{controls.BY_PARTS}, untrained"
 SIMILARITY = "similarity, final", "similarity, classifier at random", "similarity, untrained"
+BY_RATE = "similarity by rate, final", "similarity by rate, untrained"
 
 
 def share(features, labels):
@@ -90,8 +91,8 @@ def test_controls(tmp_path):
     controls.main([str(run), "--tasks", "4"])
     found = json.loads((run / "controls.json").read_text())
     assert list(found) == ["final", "untrained", "classifier at zero", "classifier at random", "pixels", "queries 1",
-                           "queries 5", "queries 19", "5-shot", *PARTS, *SIMILARITY, controls.ALONE,
-                           controls.BY_SUPPORT]
+                           "queries 5", "queries 19", "5-shot", *PARTS, *SIMILARITY, *BY_RATE,
+                           controls.ALONE, controls.BY_SUPPORT]
     args, images, tasks = tasks_of(run)
     nets = {"final": predict.load(run, "last").net}
     torch.manual_seed(args.seed)
@@ -111,13 +112,16 @@ def test_controls(tmp_path):
         assert one["meta"]["within"]["mean"][:-1] != one["finetuned"]["within"]["mean"][:-1]
     assert len({one["finetuned"]["self_duality"]["mean"][-2] for one in (found["final"], at_random, zeroed)}) == 3
     head, body = (lambda name: "linear" in name), (lambda name: "linear" not in name)
-    for name, similar, net in zip(PARTS, SIMILARITY[::2], nets.values()):
-        right, moved, kept, steps = [], [], [], []
+    for name, similar, by_rate, net in zip(PARTS, SIMILARITY[::2], BY_RATE, nets.values()):
+        right, moved, kept, steps, slower = [], [], [], [], []
         for x, y, x_qry, y_qry in zip(*tasks):
             parts = [net.weights, *(oracle.adapt(net.config, net.weights, x, y, args.update_lr, 1, changes=changes)[-1]
                                     for changes in (head, body, bool))]
             logits, layers = zip(*(oracle.forward(net.config, weights, x_qry) for weights in parts))
             kept.append([similarity(*features) for features in zip(layers[0], layers[-1])])
+            *_, end = oracle.adapt(net.config, net.weights, x, y, 0.1 * args.update_lr, 1)
+            slower.append([similarity(*features)
+                           for features in zip(layers[0], oracle.forward(net.config, end, x_qry)[1])])
             right.append([(one.argmax(1) == y_qry).double().mean() for one in logits])
             start, end = (torch.cat([weights[key].flatten() for key in filter(body, weights)])
                           for weights in (parts[0], parts[-1]))
@@ -126,6 +130,9 @@ def test_controls(tmp_path):
             moved.append((end - start).norm() / start.norm())
         assert found[similar]["step"] == pytest.approx(torch.tensor(steps).mean(0).tolist(), 1e-3)
         assert found[similar]["cka"] == pytest.approx(torch.tensor(kept).mean(0).tolist(), 1e-4)
+        assert found[by_rate]["cka"][0] == pytest.approx(found[similar]["cka"], 1e-5)
+        tenth = found[by_rate]["cka"][design.FRACTIONS.index(0.1)]
+        assert tenth == pytest.approx(torch.tensor(slower).mean(0).tolist(), 1e-4) != found[similar]["cka"]
         rows = net.weights[net.classifier] - net.weights[net.classifier].mean(0)
         assert found[name]["rows"] == pytest.approx([rows.norm().item()], 1e-4)
         assert found[name]["body"] == pytest.approx([torch.stack(moved).mean().item()], 1e-3)
