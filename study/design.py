@@ -72,7 +72,7 @@ SETTINGS = {setting.name: setting for setting in (
           ("crops-equal-rows", "crops of one photograph per class, classifier from N(0, 0.001²)",
            "miniimagenet/folders-crops", "crops of photographs", (1, 2), "--epoch 28000 --head_std 0.001"),
           ("crops-zero-head", "crops of one photograph per class, classifier kept at 0",
-           "miniimagenet/folders-crops", "crops of photographs", (1,), "--epoch 28000 --head_std 0 --freeze_head"),
+           "miniimagenet/folders-crops", "crops of photographs", (1, 2), "--epoch 28000 --head_std 0 --freeze_head"),
           ("omniglot-as-photographs", "characters of 32 x 32",
            "omniglot/folders", "Omniglot in class folders", (1, 2), "--epoch 40000"),
           ("omniglot-100-as-photographs", "100 characters of 32 x 32",
@@ -190,7 +190,7 @@ SIMILARITY = (*LEARNERS, *(name for names in COURSE.values() for name in names[:
               "omniglot-in-noise-5-shot", "crops-zero-head",
               *(f"photographs-{name}" for name in ("anil", "protonet", "classifier", "equal-rows", "frozen-head",
                                                    "slow-head")),
-              *MAIN, "omniglot-5w1s-first-order")
+              *MAIN, "omniglot-5w1s-first-order", "random-labels")
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
 TASKS = {"train": "training tasks", "heldout": "held-out tasks"}
