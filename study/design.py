@@ -51,7 +51,7 @@ SETTINGS = {setting.name: setting for setting in (
           ("maml", "MAML", (1, 2), 40000, "--learner maml"),
           ("anil", "ANIL", (1,), 40000, "--learner anil"),
           ("protonet", "ProtoNet", (1,), 40000, "--learner protonet"),
-          ("classifier", "classifier", (1,), 40000, "--learner classifier"),
+          ("classifier", "classifier", (1, 2), 40000, "--learner classifier"),
           ("omniglot-loop", "MAML, inner loop and classifier as on Omniglot", (1,), 40000,
            "--update_step 1 --update_lr 2 --update_step_test 3 --spatial_mean --head_std 1"),
           ("large-step", "MAML, 5 inner steps at rate 0.5", (1,), 28000, "--update_lr 0.5"),
@@ -89,8 +89,8 @@ SETTINGS = {setting.name: setting for setting in (
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
     Setting("cosine", "MAML, second order, cosine schedule", f"{_CONTRAST} --lr_schedule cosine", (1, 2)),
     *(Setting(f"{learner}-{epoch}", f"{label} after {epoch:,} meta-steps",
-              f"{_SHORT} --learner {learner} --epoch {epoch}", seeds)
-      for learner, label, seeds in (("maml", "MAML", (1, 2)), ("anil", "ANIL", (1,))) for epoch in EARLY),
+              f"{_SHORT} --learner {learner} --epoch {epoch}", (1, 2))
+      for learner, label in (("maml", "MAML"), ("anil", "ANIL")) for epoch in EARLY),
     Setting("small-step", "1 inner step at rate 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1, 2)),
     Setting("frozen-head", "classifier kept as drawn", f"{_ONE_CHANGE} --freeze_head", (1, 2)),
     Setting("small-head", "classifier from N(0, 0.18²)", _SMALL_HEAD, (1, 2)),
