@@ -50,7 +50,7 @@ SETTINGS = {setting.name: setting for setting in (
       for name, label, seeds, epoch, flags in (
           ("maml", "MAML", (1, 2), 40000, "--learner maml"),
           ("anil", "ANIL", (1,), 40000, "--learner anil"),
-          ("protonet", "ProtoNet", (1,), 40000, "--learner protonet"),
+          ("protonet", "ProtoNet", (1, 2), 40000, "--learner protonet"),
           ("classifier", "classifier", (1, 2), 40000, "--learner classifier"),
           ("omniglot-loop", "MAML, inner loop and classifier as on Omniglot", (1,), 40000,
            "--update_step 1 --update_lr 2 --update_step_test 3 --spatial_mean --head_std 1"),
