@@ -106,7 +106,7 @@ def by_setting(study: Study, kinds: dict[str, Sequence[str]], shares: Sequence[t
     groups = [(group, colour_of[kind], re.sub("classifier from |images of | of 32 x 32(, MAML)?", "", label(group[0])))
               for kind, names in kinds.items() for group in study.groups(names)]
     legend = [figures.key(kind, colour, linewidth=2.2) for kind, colour in colour_of.items()]
-    figure, ((left, right, spread),) = figures.frame(1, 3, 0.5 + 0.27 * len(groups), [*legend, *POINTS])
+    figure, ((left, right, spread),) = figures.frame(1, 3, 0.5 + 0.27 * max(len(groups), 3), [*legend, *POINTS])
     before_and_after(left, groups, *shares)
     before_and_after(right, groups, *accuracies, scale=100)
     before_and_after(spread, groups, (effects.in_control, "first step by parts, untrained", "rows", 0),
@@ -158,11 +158,14 @@ def by_rate(axes: Axes, groups: Sequence[tuple]) -> None:
 
 def in_training(axes: Axes, study: Study, groups: Sequence[tuple]) -> None:
     """CKA of the last two blocks against meta-steps, for MAML and ANIL, in the colours of `groups`."""
-    for learner, names in COURSE.items():
-        runs = study.groups(names)
-        colour = next(colour for group, colour, _ in groups if group[0].settings["learner"] == learner)
+    for names in COURSE:
+        *early, trained = map(study.__getitem__, names)
+        colour = next((colour for group, colour, _ in groups if group is trained), None)
+        if colour is None:
+            continue
+        runs = [*filter(None, early), trained]
         for layer, style in ((-3, "-"), (-2, ":")):
-            values = {0: mean_cka(runs[-1], "similarity, untrained", layer)}
+            values = {0: mean_cka(trained, "similarity, untrained", layer)}
             values |= {group[0].last_step: mean_cka(group, "similarity, final", layer) for group in runs}
             axes.plot(values.keys(), values.values(), "o", color=colour, linestyle=style, markersize=3)
         figures.step_axis(axes, runs)
