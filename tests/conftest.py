@@ -1,6 +1,9 @@
-"""Fixtures of several test files; and runs within the tests' process are spared the drawing of a figure."""
+"""Fixtures of several test files; all tests compute with one thread, and runs in their process draw no figure."""
+
+import os
 
 import pytest
+import torch
 from data_files import photos, small_omniglot  # noqa: F401
 
 import record
@@ -12,3 +15,10 @@ def no_figures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(record, "draw_figure", lambda out: None)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Small tests gain nothing from threads, and take ten times as long with them where other programs use a core."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
