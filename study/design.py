@@ -1,5 +1,6 @@
 """The settings that the study trains, and the groups of them that its tables and figures compare."""
 
+import itertools
 from typing import NamedTuple
 
 from study.logs import Run, describe
@@ -157,7 +158,7 @@ MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
 PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
-COURSE = [(*(f"{learner}-{step}" for step in EARLY), f"contrast-{learner}") for learner in ("maml", "anil")]
+COURSE = {f"contrast-{learner}": [f"{learner}-{step}" for step in EARLY] for learner in ("maml", "anil")}
 DIFFICULTY = {  # one inner loop and network on images whose classes are hard or easy to tell apart
     "photographs": ("photographs-maml", "photographs-20-images", "crops"),
     "characters": ("omniglot-in-noise", "omniglot-in-less-noise", "omniglot-in-little-noise",
@@ -185,7 +186,7 @@ KEPT = {  # by meta-step: where the classifier's initial weights are trained, ke
     7_000: ("photographs-maml", "photographs-frozen-head", "crops", "crops-zero-head")}
 FRACTIONS = (1, 0.25, 0.1, 0.025, 0.01)  # of the inner rates, at which features are compared
 # whose features are compared before and after MAML's inner loop, layer by layer
-SIMILARITY = (*LEARNERS, *(name for names in COURSE for name in names[:-1]), "paper-omniglot-5w1s",
+SIMILARITY = (*LEARNERS, *itertools.chain(*COURSE.values()), "paper-omniglot-5w1s",
               "five-steps", "five-steps-zero-head", *DIFFICULTY["photographs"], *DIFFICULTY["characters"],
               "omniglot-in-noise-5-shot", "crops-zero-head",
               *(f"photographs-{name}" for name in ("anil", "protonet", "classifier", "equal-rows", "frozen-head",

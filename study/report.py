@@ -132,6 +132,7 @@ def difficulty(study: Study) -> Figure:
 
 
 def mean_cka(group: figures.Group, control: str, *keys: int) -> float:
+    """Mean over seeds."""
     return np.mean([effects.in_control(run, control, "cka", *keys) for run in group])
 
 
@@ -158,12 +159,11 @@ def by_rate(axes: Axes, groups: Sequence[tuple]) -> None:
 
 def in_training(axes: Axes, study: Study, groups: Sequence[tuple]) -> None:
     """CKA of the last two blocks against meta-steps, for MAML and ANIL, in the colours of `groups`."""
-    for names in COURSE:
-        *early, trained = map(study.__getitem__, names)
-        colour = next((colour for group, colour, _ in groups if group is trained), None)
-        if colour is None:
+    for name, early in COURSE.items():
+        if not study[name]:
             continue
-        runs = [*filter(None, early), trained]
+        *_, trained = runs = study.groups([*early, name])
+        colour = next(colour for group, colour, _ in groups if group is trained)
         for layer, style in ((-3, "-"), (-2, ":")):
             values = {0: mean_cka(trained, "similarity, untrained", layer)}
             values |= {group[0].last_step: mean_cka(group, "similarity, final", layer) for group in runs}
