@@ -4,6 +4,8 @@ ANIL and BOIL are MAML whose inner loop adapts some of the weights (`inner_rates
 training. Their functions return the first three values that `meta.meta_gradient` returns. T tasks.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -49,17 +51,20 @@ def _gradient(net: Learner, logits: Tensor, labels: Tensor) -> tuple[list[Tensor
 BASELINES = {"protonet": protonet_gradient, "classifier": classifier_gradient}
 
 
-def inner_rates(net: Learner, learner: str, lr: float, head_lr: float | None = None) -> dict[str, float]:
+def inner_rates(net: Learner, learner: str, lr: float, head_lr: float | None = None,
+                blocks: Collection[int] | None = None) -> dict[str, float]:
     """Inner learning rate of each weight that the learner's inner loop adapts; `head_lr` is for the last layer.
 
-    ANIL (Raghu et al. 2020) adapts the last layer alone, BOIL (Oh et al. 2021) all but the last.
+    ANIL (Raghu et al. 2020) adapts the last layer alone, BOIL (Oh et al. 2021) all but the last. MAML adapts the blocks
+    with these numbers (`Learner.block`), or all if None.
 
     Raises:
         ValueError: an unknown learner.
     """
     head = dict.fromkeys(net.head, lr if head_lr is None else head_lr)
     body = {name: lr for name in net.adaptable if name not in head}
-    rates = {"maml": body | head, "anil": head, "boil": body} | dict.fromkeys(BASELINES, body | head)
+    chosen = {name: rate for name, rate in (body | head).items() if blocks is None or net.block(name) in blocks}
+    rates = {"maml": chosen, "anil": head, "boil": body} | dict.fromkeys(BASELINES, body | head)
     if learner not in rates:
         raise ValueError(f"learner {learner!r}: must be one of {', '.join(rates)}")
     return rates[learner]

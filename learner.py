@@ -99,6 +99,11 @@ class Learner(nn.Module):
         ends = sum(name in BLOCK_STARTS for name, _ in self.config[1:])
         return [f"block{i}" for i in range(1, ends + 1)] + ["logits"]
 
+    def block(self, weight: str) -> int:
+        """Number of the block that this weight belongs to: 1, 2, ..., in the order of `blocks`."""
+        index = int(weight.partition("_")[0])
+        return sum(name in BLOCK_STARTS for name, _ in self.config[:index + 1])
+
     @property
     def classifier(self) -> str:
         """Name of the last linear layer's weight, [n_way, features]."""

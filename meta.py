@@ -10,7 +10,7 @@ line 10), and `Meta` takes the meta-steps.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -92,15 +92,14 @@ def meta_gradient(net: Learner, tasks: Tasks, lr: float | Mapping[str, float], s
     The gradient with respect to the adapted weights, `query_chunk` tasks at a time, is pulled back through the inner
     loop. Returns a gradient per weight of theta, losses [T], accuracies [T], the inner loop's weights (detached).
     """
-    theta = dict(net.weights)
-    trajectory = adapt(net, theta, tasks.x_spt, tasks.y_spt, lr, steps, not first_order)
+    trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, lr, steps, not first_order)
     last = trajectory[-1]
     losses, right, outer = chunked(partial(query_pass, net), query_chunk, len(tasks.y_qry), last, tasks)
     if first_order:  # the last weights are theta minus constants
         gradient = [g.sum(0) for g in outer]
     else:
         outer = [torch.empty_like(w).copy_(g) for w, g in zip(last.values(), outer)]  # in their layout: faster
-        gradient = list(torch.autograd.grad(list(last.values()), list(theta.values()), outer))
+        gradient = list(torch.autograd.grad(list(last.values()), list(net.weights.values()), outer))
     return gradient, losses, right, tree_map(Tensor.detach, trajectory)
 
 
@@ -128,11 +127,12 @@ class Meta:
     learner: str = "maml"  # or anil, boil (see `inner_rates`); protonet, classifier: no inner loop in training
     head_lr: float | None = None  # inner learning rate of the last layer; None: update_lr
     freeze_head: bool = False  # the last layer's weights in theta are not trained; the inner loop still adapts them
+    adapt_blocks: Collection[int] | None = None  # the only blocks that MAML's inner loop adapts (`Learner.block`)
     cosine_steps: int = 0  # Adam's rate falls to 0 as half a cosine over this many updates; 0: it is constant
 
     def __post_init__(self) -> None:
         self.step = 0
-        self.rates = inner_rates(self.net, self.learner, self.update_lr, self.head_lr)
+        self.rates = inner_rates(self.net, self.learner, self.update_lr, self.head_lr, self.adapt_blocks)
         self.outer = GuardedAdam(self.net.parameters(), self.meta_lr, self.cosine_steps, self.clip, self.skip_nonfinite)
         self.optimizer, self.updates, self.state = self.outer.adam, self.outer.updates, self.outer.state
 

@@ -124,7 +124,8 @@ class Model:
             warnings.warn(f"{total} queries of {len(classes)} classes are normalised together: their "
                           "statistics mean little; leave transductive out", stacklevel=3)
         by_mean = self.args.learner in BASELINES
-        rates = inner_rates(self.net, self.args.learner, self.args.update_lr, self.args.head_lr)
+        rates = inner_rates(self.net, self.args.learner, self.args.update_lr, self.args.head_lr,
+                            self.args.adapt_blocks)
         *_, weights = adapt(self.net, self.net.weights, x_spt, y_spt, rates,
                             0 if by_mean else self.args.update_step_test)
         names, answers = list(classes), []

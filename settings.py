@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import device as devices
-from baselines import BASELINES
+from baselines import BASELINES, inner_rates
 from files import Parser, UserError, quoted, reading, same_place
 from learner import Learner
 from tasks import Dataset
@@ -109,6 +109,8 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("update_lr", None, "learning rate of the inner loop, SGD on the mean cross-entropy; the paper's "
          "code sums over the classes, so that its 0.4 is 2.0 here in 5-way")
     flag("head_lr", None, "the same for the last layer alone; UPDATE_LR if not given", type=float)
+    flag("adapt_blocks", None, "numbers of the blocks that MAML's inner loop adapts: 1 is the first convolution with "
+         "its batch norm, the highest number the last layer; all if not given", type=int, nargs="+", metavar="BLOCK")
     flag("lr_schedule", "constant", "schedule of the outer learning rate: constant, or half a cosine that ends at 0",
          choices=["constant", "cosine"])
     flag("update_step", None, "inner steps in training")
@@ -271,6 +273,8 @@ def _as_flags(settings: dict, defaults: dict) -> list[str]:
             continue
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
         else:
             flags.append(f"--{name}={value}")
     return flags
@@ -310,8 +314,8 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
                         "or give --no-synthetic")
     if args.synthetic and args.data_name is not None:
         raise UserError(f"--data_name {args.data_name}: generated images keep their own name; leave --data_name out")
-    if args.head_lr is not None and args.learner == "boil":
-        raise UserError("--head_lr: BOIL does not adapt the last layer; leave --head_lr out, or give --learner maml")
+    if args.adapt_blocks is not None and args.learner != "maml":
+        raise UserError(f"--adapt_blocks: --learner {args.learner} has its own inner loop; give --learner maml")
     if args.first_order and args.learner in BASELINES:
         raise UserError(f"--first_order: --learner {args.learner} has no inner gradient; give --no-first_order")
     if getattr(args, "split", "shuffled") != "shuffled" and (args.synthetic or args.data is not None):
@@ -360,5 +364,11 @@ def _check_network(args: argparse.Namespace, network: Callable[[argparse.Namespa
     if net.shapes[-1] != [args.n_way]:
         raise UserError(f"layers: the last layer has {net.shapes[-1][0]} outputs, and --n_way {args.n_way} needs "
                         f"{args.n_way}: ('linear', [args.n_way, features])")
+    for block in args.adapt_blocks or ():
+        if not 1 <= block <= len(net.blocks):
+            raise UserError(f"--adapt_blocks {block}: the blocks are 1 to {len(net.blocks)}, which is the last layer")
+    rates = inner_rates(net, args.learner, args.update_lr, args.head_lr, args.adapt_blocks)
+    if args.head_lr is not None and net.classifier not in rates:
+        raise UserError("--head_lr: the inner loop does not adapt the last layer; leave --head_lr out")
     if args.learner == "protonet" and len(net.weights) == len(net.head):
         raise UserError("layers: --learner protonet trains the layers before the last, and none of them has weights")

@@ -78,7 +78,7 @@ def _train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpar
                 update_step_test=args.update_step_test, first_order=args.first_order, nc_every=args.nc_every,
                 nc_every_late=args.nc_every_late if args.nc_every else 0, task_chunk=args.task_chunk, seed=args.seed,
                 clip=args.clip, skip_nonfinite=args.skip_nonfinite, learner=args.learner, head_lr=args.head_lr,
-                freeze_head=args.freeze_head,
+                freeze_head=args.freeze_head, adapt_blocks=args.adapt_blocks,
                 cosine_steps=meta_steps(args) if args.lr_schedule == "cosine" else 0)
     if args.test is not None:
         run = Path(args.test)

@@ -128,7 +128,8 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
         data.args.k_spt, data.args.k_qry_test = sizes
         data.args.nc_qry = sizes[1]  # or more are drawn than a class may have
         maml = Meta(net, args.update_lr, update_step=args.update_step, update_step_test=args.update_step_test,
-                    task_chunk=args.task_chunk, seed=args.seed, learner=args.learner, head_lr=args.head_lr)
+                    task_chunk=args.task_chunk, seed=args.seed, learner=args.learner, head_lr=args.head_lr,
+                    adapt_blocks=args.adapt_blocks)
         batches = math.ceil(args.test_tasks / args.task_num)
         results = cat(list(progress(measured(maml, data, images, function), name, batches, "batches")))
         metrics, right = results.pop("metrics", None), with_intervals(results)

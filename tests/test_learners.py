@@ -93,13 +93,14 @@ def test_a_frozen_head_stays_in_theta_and_all_else_trains_as_without(net, learne
 
 @pytest.mark.parametrize("second_order", [False, True])
 @pytest.mark.parametrize("head_lr", [None, 0.2])
-@pytest.mark.parametrize("learner, changes", [
-    ("maml", lambda name: "bn_shift" not in name), ("anil", lambda name: "linear" in name),
-    ("boil", lambda name: "linear" not in name and "bn_shift" not in name)])
-def test_which_weights_the_inner_loop_adapts(net, learner, changes, head_lr, second_order):
+@pytest.mark.parametrize("learner, blocks, changes", [
+    ("maml", None, lambda name: "bn_shift" not in name), ("anil", None, lambda name: "linear" in name),
+    ("boil", None, lambda name: "linear" not in name and "bn_shift" not in name),
+    ("maml", [2, 3], lambda name: name.startswith(("3_", "6_")))])
+def test_which_weights_the_inner_loop_adapts(net, learner, blocks, changes, head_lr, second_order):
     """The weights after adaptation, and the meta-gradient."""
     tasks, steps = make_tasks(n_tasks=2), 2
-    maml = Meta(net, update_lr=0.5, learner=learner, head_lr=head_lr)
+    maml = Meta(net, update_lr=0.5, learner=learner, head_lr=head_lr, adapt_blocks=blocks)
 
     def lr(name):
         return head_lr if head_lr and "linear" in name else 0.5

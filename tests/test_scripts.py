@@ -217,7 +217,11 @@ def test_without_posix_and_without_removing_open_files(tmp_path, monkeypatch):
     (omniglot_train, "--synthetic --epoch 1 --data mine", "--data mine: with --synthetic the images are generated"),
     (omniglot_train, "--synthetic --epoch 1 --split vinyals", "--split vinyals: these images are not Omniglot's"),
     (omniglot_train, "--learner protonet --first_order", "--learner protonet has no inner gradient"),
-    (omniglot_train, "--synthetic --epoch 1 --learner boil --head_lr 1", "--head_lr: BOIL does not adapt the last"),
+    (omniglot_train, "--synthetic --epoch 1 --learner boil --head_lr 1", "--head_lr: the inner loop does not adapt"),
+    (omniglot_train, "--synthetic --epoch 1 --adapt_blocks 1 4 --head_lr 1", "--head_lr: the inner loop does not ad"),
+    (omniglot_train, "--adapt_blocks 0", "--adapt_blocks 0: the blocks are 1 to 5, which is the last layer"),
+    (omniglot_train, "--adapt_blocks 6", "--adapt_blocks 6: the blocks are 1 to 5, which is the last layer"),
+    (omniglot_train, "--learner anil --adapt_blocks 5", "--adapt_blocks: --learner anil has its own inner loop"),
     (omniglot_train, "--head_lr 0", "--head_lr 0.0: must be a number above 0"),
     (omniglot_train, "--synthetic --epoch 1 --data_name mine", "generated images keep their own name"),
     (omniglot_train, "--device tpu7", "--device tpu7:"),
@@ -281,10 +285,11 @@ def test_help_tells_every_flag_and_default(script, capsys):
                                              ("--n_way 20 --task_num 4", (4, 5, 0.3)),
                                              ("--n_way 10", (32, 1, 0.3))])  # the paper has no 10-way
 def test_a_repeated_recipe_follows_n_way_and_k_spt(flags, expected, tmp_path):
-    recorded = settings.recorded_settings(omniglot_train.arguments("--recipe paper --update_lr 0.3".split()))
+    first = "--recipe paper --update_lr 0.3 --adapt_blocks 4 5"
+    recorded = settings.recorded_settings(omniglot_train.arguments(first.split()))
     (tmp_path / "args.json").write_text(json.dumps({"settings": recorded}))
     again = omniglot_train.arguments(["--from_args", str(tmp_path), *flags.split()])
-    assert (again.task_num, again.update_step, again.update_lr) == expected
+    assert (again.task_num, again.update_step, again.update_lr) == expected and again.adapt_blocks == [4, 5]
 
 
 def test_what_other_data_changes(tmp_path, monkeypatch):
