@@ -243,6 +243,8 @@ def _output_shape(name: str, params: Sequence, shape: list[int], own: Iterable[T
     """The output shape for one image, found by running the layer on the meta device."""
     h = torch.empty(1, 2, *shape[1:], shape[0], device="meta")
     *sides, channels = apply_layer(name, params, h, [w[None].to("meta") for w in own]).shape[2:]
+    if 0 in sides:  # older versions of torch don't refuse it on the meta device
+        raise ValueError("Kernel size can't be greater than the image")
     return [channels, *sides]
 
 

@@ -273,7 +273,7 @@ def _as_flags(settings: dict, defaults: dict) -> list[str]:
             continue
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
+        elif name == "adapt_blocks" and isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         else:
             flags.append(f"--{name}={value}")

@@ -57,7 +57,8 @@ def outcome(call, around: Path, *results: Path) -> str:
     (around / "cwd").mkdir()
     before, status = snapshot(), 0
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err, \
-            contextlib.chdir(around / "cwd"):
+            pytest.MonkeyPatch.context() as patch:
+        patch.chdir(around / "cwd")
         try:
             files.run(call)
         except SystemExit as ended:
