@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import tokenize
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -287,7 +288,7 @@ def _read_cache(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
 
     The images are memory-mapped: processes share one copy, and a page that is written to becomes private.
     """
-    with contextlib.suppress(OSError, ValueError, EOFError):
+    with contextlib.suppress(OSError, ValueError, EOFError, tokenize.TokenError):
         images = np.load(path, mmap_mode="c")
         with open(path, "rb") as file:
             file.seek(images.offset + images.nbytes)
