@@ -50,7 +50,7 @@ SETTINGS = {setting.name: setting for setting in (
               f"{_PHOTO_DATA} {_SMALL} --epoch {epoch} {flags}", seeds, "miniimagenet_train.py")
       for name, label, seeds, epoch, flags in (
           ("maml", "MAML", (1, 2), 40000, "--learner maml"),
-          ("anil", "ANIL", (1,), 40000, "--learner anil"),
+          ("anil", "ANIL", (1, 2), 40000, "--learner anil"),
           ("protonet", "ProtoNet", (1, 2), 40000, "--learner protonet"),
           ("classifier", "classifier", (1, 2), 40000, "--learner classifier"),
           ("omniglot-loop", "MAML, inner loop and classifier as on Omniglot", (1,), 40000,
