@@ -20,6 +20,7 @@ The tasks are those of the run's test. The controls, each with all metrics and a
     similarity, final   how similar each layer's features are before and after MAML's inner loop, which adapts all
                    layers, for every learner (`measuring.cka`), and how far each layer's kernel moves
     similarity, classifier at random; similarity, untrained   the same of these
+    similarity of blocks 1-2, final; similarity of blocks 3-5, final   where that inner loop adapts these blocks alone
     similarity by rate, final; similarity by rate, untrained   with the inner rates times each of `design.FRACTIONS`
     batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
     batch norm by the support set                 the same, by statistics without the query
@@ -115,6 +116,8 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     for name in ("final", "classifier at random", "untrained"):
         net, *_ = wanted[name]
         wanted[f"similarity, {name}"] = net, similarity, usual
+    wanted |= {f"similarity of blocks {name}, final": (final, partial(similarity, blocks=blocks), usual)
+               for name, blocks in (("1-2", (1, 2)), ("3-5", (3, 4, 5)))}
     wanted |= {f"similarity by rate, {name}": (net, similarity_by_rate, usual)
                for name, net in (("final", final), ("untrained", untrained))}
     wanted[ALONE] = final, partial(not_transductive, score=partial(scores, transductive=False)), usual
@@ -198,13 +201,14 @@ def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str
             "body": (end - start).norm(dim=1, keepdim=True) / start.norm(dim=1, keepdim=True)}
 
 
-def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor], fraction: float = 1.0) -> dict[str, Tensor]:
+def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor], fraction: float = 1.0,
+               blocks: Sequence[int] | None = None) -> dict[str, Tensor]:
     """"cka" [T, L] of the query features before and after MAML's inner loop, with as many steps as in training.
 
-    With it "step" [T, L], the change of each layer's kernel as a multiple of its norm. The inner rates are this
-    fraction of those in training.
+    With it "step" [T, L], the change of each layer's kernel as a multiple of its norm. The inner loop adapts these
+    blocks, or all if None, for every learner. Its rates are this fraction of those in training.
     """
-    rates = inner_rates(maml.net, "maml", maml.update_lr, maml.head_lr)  # of all layers, for every learner
+    rates = inner_rates(maml.net, "maml", maml.update_lr, maml.head_lr, blocks)
     rates = {name: fraction * rate for name, rate in rates.items()}
     before, *_, after = adapt(maml.net, maml.net.weights, tasks.x_spt, tasks.y_spt, rates, maml.update_step)
     layers = [maml.net(tasks.x_qry, weights, features=True)[1] for weights in (before, after)]

@@ -93,7 +93,7 @@ SETTINGS = {setting.name: setting for setting in (
               f"{_SHORT} --learner {learner} --epoch {epoch}", (1, 2))
       for learner, label in (("maml", "MAML"), ("anil", "ANIL")) for epoch in EARLY),
     Setting("blocks-4-5", "MAML, inner loop of block 4 and the classifier", f"{_CONTRAST} --adapt_blocks 4 5", (1, 2)),
-    *(Setting(f"blocks-{'-'.join(blocks)}", f"MAML, inner loop of {label}, after 3,000 meta-steps",
+    *(Setting(f"blocks-{'-'.join(blocks)}", f"MAML, inner loop of {label}",
               f"{_SHORT} --epoch 3000 --adapt_blocks {' '.join(blocks)}", (1, 2))
       for blocks, label in (("345", "blocks 3 and 4 and the classifier"), ("1235", "blocks 1 to 3 and the classifier"),
                             ("123", "blocks 1 to 3"))),
@@ -189,9 +189,10 @@ KEPT = {  # by meta-step: where the classifier's initial weights are trained, ke
     5_000: ("contrast-maml", "frozen-head", "contrast-zero-head", "small-images-small-head",
             "small-images-frozen-head"),
     7_000: ("photographs-maml", "photographs-frozen-head", "crops", "crops-zero-head")}
+BLOCKS = ("blocks-4-5", "blocks-3-4-5", "blocks-1-2-3-5", "blocks-1-2-3")  # MAML whose inner loop adapts only these
 FRACTIONS = (1, 0.25, 0.1, 0.025, 0.01)  # of the inner rates, at which features are compared
 # whose features are compared before and after MAML's inner loop, layer by layer
-SIMILARITY = (*LEARNERS, *itertools.chain(*COURSE.values()), "paper-omniglot-5w1s",
+SIMILARITY = (*LEARNERS, *itertools.chain(*COURSE.values()), *BLOCKS, "paper-omniglot-5w1s",
               "five-steps", "five-steps-zero-head", *DIFFICULTY["photographs"], *DIFFICULTY["characters"],
               "omniglot-in-noise-5-shot", "crops-zero-head",
               *(f"photographs-{name}" for name in ("anil", "protonet", "classifier", "equal-rows", "frozen-head",

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from files import UserError
 from study import effects, figures
-from study.design import CHANGES, COURSE, DIFFICULTY, FRACTIONS, LEARNERS, LONG, MAIN, MODELS, label
+from study.design import BLOCKS, CHANGES, COURSE, DIFFICULTY, FRACTIONS, LEARNERS, LONG, MAIN, MODELS, label
 from study.logs import Run, Study
 
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
@@ -136,10 +136,10 @@ def mean_cka(group: figures.Group, control: str, *keys: int) -> float:
     return np.mean([effects.in_control(run, control, "cka", *keys) for run in group])
 
 
-def by_layer(axes: Axes, groups: Sequence[tuple], untrained: str) -> None:
+def by_layer(axes: Axes, groups: Sequence[tuple]) -> None:
     """CKA of each layer's features before and after the inner loop; also of the first group's untrained network."""
     lines = [(group, "similarity, final", colour, name) for group, colour, name in groups]
-    lines += [(group, "similarity, untrained", figures.GREY, untrained) for group, *_ in groups[:1]]
+    lines += [(group, "similarity, untrained", figures.GREY, "untrained") for group, *_ in groups[:1]]
     for group, control, colour, name in lines:
         layers = group[0].layers
         values = [mean_cka(group, control, i) for i in range(len(layers))]
@@ -178,13 +178,12 @@ def similarity(study: Study) -> Figure:
     figure.set_layout_engine("constrained", w_pad=0.05)
     panels = figure.subplots(2, 2, sharey=True).flat
     learners = figures.colours(study.groups(LEARNERS))
-    images = DIFFICULTY["photographs"][0], DIFFICULTY["photographs"][-1], *DIFFICULTY["characters"]
-    by_layer(panels[0], learners, "untrained")
-    by_layer(panels[1], figures.colours(study.groups(images)), "untrained, photographs")
+    by_layer(panels[0], learners)
+    by_layer(panels[1], figures.colours(study.groups(("contrast-maml", *BLOCKS))))
     by_rate(panels[2], learners)
     in_training(panels[3], study, learners)
     panels[0].set(title="A  Learners, Omniglot, one inner step", ylabel="CKA, before and after the inner loop")
-    panels[1].set(title="B  MAML, images of 32 x 32, five inner steps", ylim=(0, 1.03))
+    panels[1].set(title="B  MAML whose inner loop adapts some of the blocks", ylim=(0, 1.03))
     panels[2].set(title="C  As A, inner rate times 1 to 1/100")
     panels[3].set(title="D  MAML and ANIL during training")
     return figure

@@ -195,8 +195,16 @@ rates = partial(compared, names=LEARNERS, columns=HEAD | {
     f"{NAMED_LAYERS[layer]}, rate x {fraction:g}": (in_control, "similarity by rate, final", "cka", i, layer)
     for layer in (-3, HIDDEN) for i, fraction in enumerate(design.FRACTIONS)})
 
+# The same, and accuracy, of MAML whose inner loop adapts some of the blocks; also where this one does.
+blocks = partial(compared, names=(*LEARNERS, "maml-3000", *design.BLOCKS), columns=HEAD | {
+    "meta-steps": lambda runs: f"{runs[0].last_step:,}", "test accuracy, %": (own_accuracy,),
+    "not transductive, %": (own_accuracy, False)} | {
+    f"{NAMED_LAYERS[layer]}, {adapted}": (in_control, f"similarity{control}, final", "cka", layer)
+    for adapted, control in (("all adapted", ""), ("1-2 adapted", " of blocks 1-2"), ("3-5 adapted", " of blocks 3-5"))
+    for layer in (-3, HIDDEN)})
+
 # How far that inner loop moves the kernels of each block, and the classifier.
-steps = partial(compared, names=(*LEARNERS, *(f"photographs-{name}" for name in (
+steps = partial(compared, names=(*LEARNERS, *design.BLOCKS, *(f"photographs-{name}" for name in (
     "maml", "frozen-head", "anil", "protonet", "classifier"))), columns=HEAD | {
     name.replace("logits", "classifier"): (in_control, "similarity, final", "step", layer)
     for layer, name in NAMED_LAYERS.items()})
@@ -342,8 +350,8 @@ accuracies = partial(compared, names=(*LONG, *MAIN), columns={
 TABLES: dict[str, Callable[[Study], str]] = dict(
     contrast=contrast, accuracies=accuracies, collapse=collapse, accuracy=accuracy, layers=layers, original=original,
     cells=cells, learners=learners, photographs=photographs, difficulty=difficulty, ranking=ranking,
-    similarity=similarity, rates=rates, steps=steps, adaptation=adaptation, kept=kept, changes=changes, length=length,
-    controls=controls, runs=runs)
+    similarity=similarity, blocks=blocks, rates=rates, steps=steps, adaptation=adaptation, kept=kept, changes=changes,
+    length=length, controls=controls, runs=runs)
 
 
 # ---- the program

@@ -23,6 +23,7 @@ FLAGS = ("--synthetic --device cpu --task_num 3 --epoch 1 --k_qry 2 --n_way 3 --
          "--eval_tasks 2 --test_tasks 2 --nc_every 1").split()
 PARTS = controls.BY_PARTS, f"{controls.BY_PARTS}, untrained"
 SIMILARITY = "similarity, final", "similarity, classifier at random", "similarity, untrained"
+BY_BLOCKS = {"similarity of blocks 1-2, final": range(6), "similarity of blocks 3-5, final": range(6, 14)}  # its layers
 BY_RATE = "similarity by rate, final", "similarity by rate, untrained"
 
 
@@ -91,7 +92,7 @@ def test_controls(tmp_path):
     controls.main([str(run), "--tasks", "4"])
     found = json.loads((run / "controls.json").read_text())
     assert list(found) == ["final", "untrained", "classifier at zero", "classifier at random", "pixels", "queries 1",
-                           "queries 5", "queries 19", "5-shot", *PARTS, *SIMILARITY, *BY_RATE,
+                           "queries 5", "queries 19", "5-shot", *PARTS, *SIMILARITY, *BY_BLOCKS, *BY_RATE,
                            controls.ALONE, controls.BY_SUPPORT]
     args, images, tasks = tasks_of(run)
     nets = {"final": predict.load(run, "last").net}
@@ -137,6 +138,16 @@ def test_controls(tmp_path):
         assert found[name]["rows"] == pytest.approx([rows.norm().item()], 1e-4)
         assert found[name]["body"] == pytest.approx([torch.stack(moved).mean().item()], 1e-3)
         assert found[name]["accuracy"] == pytest.approx(torch.tensor(right).mean(0).tolist(), abs=1e-5)
+    net = nets["final"]
+    for name, adapted in BY_BLOCKS.items():
+        alike = []
+        for x, y, x_qry, _ in zip(*tasks):
+            start, end = oracle.adapt(net.config, net.weights, x, y, args.update_lr, 1,
+                                      changes=lambda weight: int(weight.split("_")[0]) in adapted)
+            alike.append([similarity(*features)
+                          for features in zip(*(oracle.forward(net.config, one, x_qry)[1] for one in (start, end)))])
+        assert found[name]["cka"] == pytest.approx(torch.tensor(alike).mean(0).tolist(), 1e-4)
+    assert found[name]["cka"][0] == pytest.approx(1) != found["similarity, final"]["cka"][0]
     pixels, support = tasks.x_qry.flatten(2), tasks.x_spt.flatten(2)
     assert found["pixels"]["meta"]["relative_within"]["mean"] == pytest.approx([share(pixels, tasks.y_qry)], 1e-4)
     assert found["pixels"]["nearest_mean"] == pytest.approx([nearest(pixels, support)], abs=1e-5)
