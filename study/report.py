@@ -183,7 +183,7 @@ def similarity(study: Study) -> Figure:
     by_rate(panels[2], learners)
     in_training(panels[3], study, learners)
     panels[0].set(title="A  Learners, Omniglot, one inner step", ylabel="CKA, before and after the inner loop")
-    panels[1].set(title="B  MAML whose inner loop adapts some of the blocks", ylim=(0, 1.03))
+    panels[1].set(title="B  MAML trained with an inner loop of some blocks", ylim=(0, 1.03))
     panels[2].set(title="C  As A, inner rate times 1 to 1/100")
     panels[3].set(title="D  MAML and ANIL during training")
     return figure
