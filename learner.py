@@ -102,7 +102,7 @@ class Learner(nn.Module):
     def block(self, weight: str) -> int:
         """Number of the block that this weight belongs to: 1, 2, ..., in the order of `blocks`."""
         index = int(weight.partition("_")[0])
-        return sum(name in BLOCK_STARTS for name, _ in self.config[:index + 1])
+        return 1 + sum(name in BLOCK_STARTS for name, _ in self.config[1:index + 1])
 
     @property
     def classifier(self) -> str:

@@ -97,6 +97,17 @@ def test_evaluation_is_training_and_no_statistics_are_kept():
     assert torch.equal(net.eval()(x), net.train()(x)) and list(net.buffers()) == []
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_weight_is_of_the_first_block_whose_features_it_changes(case):
+    net, x = make(case)
+    before = net(x, features=True)[1]
+    for name, weight in net.weights.items():
+        after = net(x, {**net.weights, name: weight + torch.randn_like(weight)}, features=True)[1]
+        changed = [not torch.allclose(*features) for features in zip(before, after)]
+        if any(changed):  # batch norm removes a bias before it
+            assert net.block(name) == 1 + changed.index(True), name
+
+
 # ---- the scripts' networks ----
 
 @pytest.mark.parametrize("net", ["conv_bn_relu", "original"])
