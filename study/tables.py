@@ -195,7 +195,7 @@ rates = partial(compared, names=LEARNERS, columns=HEAD | {
     f"{NAMED_LAYERS[layer]}, rate x {fraction:g}": (in_control, "similarity by rate, final", "cka", i, layer)
     for layer in (-3, HIDDEN) for i, fraction in enumerate(design.FRACTIONS)})
 
-# The same, and accuracy, of MAML whose inner loop adapts some of the blocks; also where this one does.
+# The same where this inner loop adapts some of the blocks, and accuracy; also of MAML trained to adapt some of them.
 blocks = partial(compared, names=(*LEARNERS, "maml-3000", *design.BLOCKS), columns=HEAD | {
     "meta-steps": lambda runs: f"{runs[0].last_step:,}", "test accuracy, %": (own_accuracy,),
     "not transductive, %": (own_accuracy, False)} | {
