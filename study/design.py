@@ -92,7 +92,7 @@ SETTINGS = {setting.name: setting for setting in (
     *(Setting(f"{learner}-{epoch}", f"{label} after {epoch:,} meta-steps",
               f"{_SHORT} --learner {learner} --epoch {epoch}", (1, 2))
       for learner, label in (("maml", "MAML"), ("anil", "ANIL")) for epoch in EARLY),
-    Setting("blocks-4-5", "MAML, inner loop of block 4 and the classifier", f"{_CONTRAST} --adapt_blocks 4 5", (1, 2)),
+    Setting("blocks-4-5", "MAML, inner loop of block 4 and the classifier", f"{_CONTRAST} --adapt_blocks 4 5"),
     *(Setting(f"blocks-{'-'.join(blocks)}", f"MAML, inner loop of {label}",
               f"{_SHORT} --epoch 3000 --adapt_blocks {' '.join(blocks)}", seeds)
       for blocks, label, seeds in (
