@@ -4,6 +4,7 @@
 folders below it. A zip file is read without unpacking it. A missing part is downloaded.
 """
 
+import contextlib
 import functools
 import itertools
 import os
@@ -54,6 +55,8 @@ def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffl
     """
     root = Path(root)
     with reading(root, "name another folder with --root FOLDER"):
+        with contextlib.suppress(FileNotFoundError):
+            root.stat()  # glob passes over a folder that can't be read
         missing = [part for part in PARTS if not _candidates(root, part)]
     if missing:
         if os.path.isfile(root):

@@ -16,7 +16,7 @@ import tasks
 
 
 def test_requests_that_can_not_be(photos):
-    for find, flag in ((omniglot.find, "too long"), (miniimagenet.find, "--synthetic"),
+    for find, flag in ((omniglot.find, "--root"), (miniimagenet.find, "--synthetic"),
                        (lambda root: folders.find(root, Image.Resampling.BILINEAR), "--data")):
         with refused("long" * 100, flag):
             find(photos / ("long" * 100))
