@@ -22,6 +22,7 @@ _PHOTOS = f"{_PHOTO_DATA} --task_num 2 --nc_every 30 --eval_every 150 --eval_tas
 _SMALL = "--recipe paper --k_spt 1 --imgsz 32 --nc_every 100"
 _LONG = "--recipe paper --eval_every 1000 --keep_every 10000 --save_every 5000"
 _SHORT = "--recipe paper --nc_every 100 --eval_every 1000 --save_every 5000"
+_TWENTY_WAY = "--n_way 20 --epoch 24000 --nc_every 100 --nc_every_late 300"
 _CONTRAST, _ONE_CHANGE = f"{_SHORT} --epoch 10000", f"{_SHORT} --epoch 5000"
 _SMALL_HEAD = f"{_ONE_CHANGE} --head_std 0.177"
 _SMALL_IMAGES, _OTHER_NETWORK = f"{_SMALL_HEAD} --imgsz 16", f"{_ONE_CHANGE} --net conv_bn_relu"
@@ -60,7 +61,8 @@ SETTINGS = {setting.name: setting for setting in (
            "--update_lr 0.5 --head_lr 0.05"),
           ("slow-head", "MAML, the classifier's inner rate 0.005", (1, 2), 28000, "--head_lr 0.005"),
           ("equal-rows", "MAML, classifier from N(0, 0.001²)", (1, 2), 28000, "--head_std 0.001"),
-          ("frozen-head", "MAML, classifier kept as drawn", (1, 2), 28000, "--freeze_head"))),
+          ("frozen-head", "MAML, classifier kept as drawn", (1, 2), 28000, "--freeze_head"),
+          ("blocks-4-5", "MAML, inner loop of block 4 and the classifier", (1,), 40000, "--adapt_blocks 4 5"))),
     Setting("omniglot-photographs-loop", "Omniglot, MAML, inner loop and classifier as on photographs",
             f"{_CONTRAST} --update_step 5 --update_lr 0.05 --update_step_test 10 --no-spatial_mean --head_std 0.0875",
             (1, 2)),
@@ -93,10 +95,17 @@ SETTINGS = {setting.name: setting for setting in (
               f"{_SHORT} --learner {learner} --epoch {epoch}", (1, 2))
       for learner, label in (("maml", "MAML"), ("anil", "ANIL")) for epoch in EARLY),
     Setting("blocks-4-5", "MAML, inner loop of block 4 and the classifier", f"{_CONTRAST} --adapt_blocks 4 5"),
+    Setting("blocks-4-5-20-way", "20-way, MAML, inner loop of block 4 and the classifier",
+            f"{_LONG} {_TWENTY_WAY} --adapt_blocks 4 5", (1,)),
     *(Setting(f"blocks-{'-'.join(blocks)}", f"MAML, inner loop of {label}",
               f"{_SHORT} --epoch 3000 --adapt_blocks {' '.join(blocks)}", (1, 2))
       for blocks, label in (("345", "blocks 3 and 4 and the classifier"), ("1235", "blocks 1 to 3 and the classifier"),
                             ("123", "blocks 1 to 3"))),
+    *(Setting(name, label, f"{_SHORT} --epoch 3000 --update_lr 0.2 --head_lr 2 {flags}", (1, 2))
+      for name, label, flags in (
+          ("small-body-step", "MAML, inner rate 0.2, the classifier's 2", ""),
+          ("blocks-4-5-small-body-step", "MAML, inner loop of block 4 at 0.2 and the classifier at 2",
+           "--adapt_blocks 4 5"))),
     Setting("small-step", "1 inner step at rate 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1, 2)),
     Setting("frozen-head", "classifier kept as drawn", f"{_ONE_CHANGE} --freeze_head", (1, 2)),
     Setting("small-head", "classifier from N(0, 0.18²)", _SMALL_HEAD, (1, 2)),
@@ -155,8 +164,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("paper-omniglot-5w1s-first-order", "paper's recipe, 5-way 1-shot, first order",
             f"{_LONG} --first_order", (1,)),
     Setting("paper-omniglot-5w5s", "paper's recipe, 5-way 5-shot", f"{_LONG} --k_spt 5 --epoch 35000", (1,)),
-    Setting("paper-omniglot-20w1s", "paper's recipe, 20-way 1-shot",
-            f"{_LONG} --n_way 20 --epoch 24000 --nc_every 100 --nc_every_late 300", (1,)),
+    Setting("paper-omniglot-20w1s", "paper's recipe, 20-way 1-shot", f"{_LONG} {_TWENTY_WAY}", (1,)),
 )}
 
 MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
@@ -190,13 +198,17 @@ KEPT = {  # by meta-step: where the classifier's initial weights are trained, ke
             "small-images-frozen-head"),
     7_000: ("photographs-maml", "photographs-frozen-head", "crops", "crops-zero-head")}
 BLOCKS = ("blocks-4-5", "blocks-3-4-5", "blocks-1-2-3-5", "blocks-1-2-3")  # MAML whose inner loop adapts only these
+SMALLER_STEPS = ("small-body-step", "blocks-4-5-small-body-step", "small-step", "small-head")  # that move the body less
+OTHER_LOOPS = ("contrast-maml", "maml-3000", "contrast-zero-head", *BLOCKS, *SMALLER_STEPS)
+STEPS = (*LEARNERS, *BLOCKS, *SMALLER_STEPS, *(  # whose inner loop's step is compared block by block
+    f"photographs-{name}" for name in ("maml", "frozen-head", "anil", "protonet", "classifier", "blocks-4-5")))
 FRACTIONS = (1, 0.25, 0.1, 0.025, 0.01)  # of the inner rates, at which features are compared
 # whose features are compared before and after MAML's inner loop, layer by layer
-SIMILARITY = (*LEARNERS, *itertools.chain(*COURSE.values()), *BLOCKS, "paper-omniglot-5w1s",
+SIMILARITY = (*LEARNERS, *itertools.chain(*COURSE.values()), *BLOCKS, *SMALLER_STEPS, "paper-omniglot-5w1s",
               "five-steps", "five-steps-zero-head", *DIFFICULTY["photographs"], *DIFFICULTY["characters"],
               "omniglot-in-noise-5-shot", "crops-zero-head",
               *(f"photographs-{name}" for name in ("anil", "protonet", "classifier", "equal-rows", "frozen-head",
-                                                   "slow-head")),
+                                                   "slow-head", "blocks-4-5")),
               *MAIN, "omniglot-5w1s-first-order", "random-labels")
 LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 

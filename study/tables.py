@@ -20,7 +20,7 @@ import numpy as np
 import files
 from files import Parser, UserError, atomic
 from study import design, effects
-from study.design import DIFFICULTY, LEARNERS, LONG, MAIN, METRICS, MODELS, label
+from study.design import DIFFICULTY, LEARNERS, LONG, MAIN, METRICS, MODELS, OTHER_LOOPS, label
 from study.effects import HIDDEN, at, end, growth, in_control, measured, own_accuracy, tested
 from study.logs import HOME, Run, Study
 from study.markdown import MISSING, Cell, Columns, fixed, over, row, table
@@ -195,17 +195,19 @@ rates = partial(compared, names=LEARNERS, columns=HEAD | {
     f"{NAMED_LAYERS[layer]}, rate x {fraction:g}": (in_control, "similarity by rate, final", "cka", i, layer)
     for layer in (-3, HIDDEN) for i, fraction in enumerate(design.FRACTIONS)})
 
-# The same where this inner loop adapts some of the blocks, and accuracy; also of MAML trained to adapt some of them.
-blocks = partial(compared, names=(*LEARNERS, "maml-3000", *design.BLOCKS), columns=HEAD | {
-    "meta-steps": lambda runs: f"{runs[0].last_step:,}", "test accuracy, %": (own_accuracy,),
-    "not transductive, %": (own_accuracy, False)} | {
+# The same where this inner loop adapts some blocks; also of MAML trained so, and with smaller steps.
+blocks = partial(compared, names=tuple(dict.fromkeys((*LEARNERS, *OTHER_LOOPS))), columns=HEAD | {
     f"{NAMED_LAYERS[layer]}, {adapted}": (in_control, f"similarity{control}, final", "cka", layer)
     for adapted, control in (("all adapted", ""), ("1-2 adapted", " of blocks 1-2"), ("3-5 adapted", " of blocks 3-5"))
     for layer in (-3, HIDDEN)})
 
+# How fast these train, and what they reach.
+pace = partial(compared, names=OTHER_LOOPS, columns=HEAD | {
+    f"validation after {step:,}, %": (at, "finetuned", "accuracy", step) for step in (1_000, 2_000, 3_000)} | {
+    "test after": lambda runs: f"{runs[0].last_step:,}", "test, %": (own_accuracy,)} | OWN_RULE)
+
 # How far that inner loop moves the kernels of each block, and the classifier.
-steps = partial(compared, names=(*LEARNERS, *design.BLOCKS, *(f"photographs-{name}" for name in (
-    "maml", "frozen-head", "anil", "protonet", "classifier"))), columns=HEAD | {
+steps = partial(compared, names=design.STEPS, columns=HEAD | {
     name.replace("logits", "classifier"): (in_control, "similarity, final", "step", layer)
     for layer, name in NAMED_LAYERS.items()})
 
@@ -350,8 +352,8 @@ accuracies = partial(compared, names=(*LONG, *MAIN), columns={
 TABLES: dict[str, Callable[[Study], str]] = dict(
     contrast=contrast, accuracies=accuracies, collapse=collapse, accuracy=accuracy, layers=layers, original=original,
     cells=cells, learners=learners, photographs=photographs, difficulty=difficulty, ranking=ranking,
-    similarity=similarity, blocks=blocks, rates=rates, steps=steps, adaptation=adaptation, kept=kept, changes=changes,
-    length=length, controls=controls, runs=runs)
+    similarity=similarity, blocks=blocks, pace=pace, rates=rates, steps=steps, adaptation=adaptation, kept=kept,
+    changes=changes, length=length, controls=controls, runs=runs)
 
 
 # ---- the program
