@@ -18,7 +18,7 @@ The tasks are those of the run's test. The controls, each with all metrics and a
                    accuracy; and how far apart the classifier's rows are, and how far the body's weights move
     first step by parts, untrained   the same of the untrained network
     similarity, final   how similar each layer's features are before and after MAML's inner loop, which adapts all
-                   layers, for every learner (`measuring.cka`), and how far each layer's kernel moves
+                   layers, for every learner (`measuring.cka`), how far each layer's kernel moves, and the accuracy
     similarity, classifier at random; similarity, untrained   the same of these
     similarity of blocks 1-2, final; similarity of blocks 3-5, final   where that inner loop adapts these blocks alone
     similarity by rate, final; similarity by rate, untrained   with the inner rates times each of `design.FRACTIONS`
@@ -205,8 +205,9 @@ def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor], fraction:
                blocks: Sequence[int] | None = None) -> dict[str, Tensor]:
     """"cka" [T, L] of the query features before and after MAML's inner loop, with as many steps as in training.
 
-    With it "step" [T, L], the change of each layer's kernel as a multiple of its norm. The inner loop adapts these
-    blocks, or all if None, for every learner. Its rates are this fraction of those in training.
+    With it "step" [T, L], the change of each layer's kernel as a multiple of its norm, and "accuracy" [T, 1] of the
+    queries after the loop. It adapts these blocks, or all if None, for every learner. Its rates are this fraction of
+    those in training.
     """
     rates = inner_rates(maml.net, "maml", maml.update_lr, maml.head_lr, blocks)
     rates = {name: fraction * rate for name, rate in rates.items()}
@@ -214,7 +215,8 @@ def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor], fraction:
     layers = [maml.net(tasks.x_qry, weights, features=True)[1] for weights in (before, after)]
     kernels = [(start.flatten(1), after[name].flatten(1)) for name, start in before.items() if start.dim() > 2]
     steps = [(end - start).norm(dim=1) / start.norm(dim=1) for start, end in kernels]
-    return {"cka": torch.stack([cka(*features) for features in zip(*layers)], 1), "step": torch.stack(steps, 1)}
+    return {"cka": torch.stack([cka(*features) for features in zip(*layers)], 1), "step": torch.stack(steps, 1),
+            "accuracy": accuracy(layers[1][-1], tasks.y_qry)[:, None]}
 
 
 def similarity_by_rate(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

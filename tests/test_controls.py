@@ -58,11 +58,14 @@ def similarity(one, other):
 
 
 def kept(net, tasks, rate, changes=bool):
-    """Mean over tasks of each layer's similarity before and after one inner step of the weights in `changes`."""
-    layers = [[oracle.forward(net.config, weights, x_qry)[1]
-               for weights in oracle.adapt(net.config, net.weights, x, y, rate, 1, changes=changes)]
-              for x, y, x_qry, _ in zip(*tasks)]
-    return torch.tensor([[similarity(*features) for features in zip(*ends)] for ends in layers]).mean(0).tolist()
+    """Of one inner step of the weights in `changes`: each layer's similarity before and after it, accuracy; means."""
+    alike, right = [], []
+    for x, y, x_qry, y_qry in zip(*tasks):
+        before, after = (oracle.forward(net.config, weights, x_qry)[1]
+                         for weights in oracle.adapt(net.config, net.weights, x, y, rate, 1, changes=changes))
+        alike.append([similarity(*features) for features in zip(before, after)])
+        right.append((after[-1].argmax(1) == y_qry).double().mean().item())
+    return torch.tensor(alike).mean(0).tolist(), sum(right) / len(right)
 
 
 def test_cka():
@@ -134,18 +137,21 @@ def test_controls(tmp_path):
                           for key, weight in parts[0].items() if weight.dim() > 1])
             moved.append((end - start).norm() / start.norm())
         assert found[similar]["step"] == pytest.approx(torch.tensor(steps).mean(0).tolist(), 1e-3)
-        assert found[similar]["cka"] == pytest.approx(kept(net, tasks, args.update_lr), 1e-4)
+        alike, accuracy = kept(net, tasks, args.update_lr)
+        assert found[similar]["cka"] == pytest.approx(alike, 1e-4)
+        assert found[similar]["accuracy"] == pytest.approx([accuracy], abs=1e-5)
         assert found[by_rate]["cka"][0] == pytest.approx(found[similar]["cka"], 1e-5)
         tenth = found[by_rate]["cka"][design.FRACTIONS.index(0.1)]
-        assert tenth == pytest.approx(kept(net, tasks, 0.1 * args.update_lr), 1e-4) != found[similar]["cka"]
+        assert tenth == pytest.approx(kept(net, tasks, 0.1 * args.update_lr)[0], 1e-4) != found[similar]["cka"]
         rows = net.weights[net.classifier] - net.weights[net.classifier].mean(0)
         assert found[name]["rows"] == pytest.approx([rows.norm().item()], 1e-4)
         assert found[name]["body"] == pytest.approx([torch.stack(moved).mean().item()], 1e-3)
         assert found[name]["accuracy"] == pytest.approx(torch.tensor(right).mean(0).tolist(), abs=1e-5)
     net = nets["final"]
     for name, adapted in BY_BLOCKS.items():
-        alike = kept(net, tasks, args.update_lr, lambda weight: int(weight.split("_")[0]) in adapted)
+        alike, accuracy = kept(net, tasks, args.update_lr, lambda weight: int(weight.split("_")[0]) in adapted)
         assert found[name]["cka"] == pytest.approx(alike, 1e-4)
+        assert found[name]["accuracy"] == pytest.approx([accuracy], abs=1e-5)
     assert found[name]["cka"][0] == pytest.approx(1) != found["similarity, final"]["cka"][0]
     pixels, support = tasks.x_qry.flatten(2), tasks.x_spt.flatten(2)
     assert found["pixels"]["meta"]["relative_within"]["mean"] == pytest.approx([share(pixels, tasks.y_qry)], 1e-4)
