@@ -195,11 +195,12 @@ rates = partial(compared, names=LEARNERS, columns=HEAD | {
     f"{NAMED_LAYERS[layer]}, rate x {fraction:g}": (in_control, "similarity by rate, final", "cka", i, layer)
     for layer in (-3, HIDDEN) for i, fraction in enumerate(design.FRACTIONS)})
 
-# The same where this inner loop adapts some blocks; also of MAML trained so, and with smaller steps.
+# The same, and accuracy, where this inner loop adapts some blocks; also of MAML trained so, and with smaller steps.
 blocks = partial(compared, names=tuple(dict.fromkeys((*LEARNERS, *OTHER_LOOPS))), columns=HEAD | {
-    f"{NAMED_LAYERS[layer]}, {adapted}": (in_control, f"similarity{control}, final", "cka", layer)
+    f"{name}, {adapted}": (in_control, f"similarity{control}, final", *place)
     for adapted, control in (("all adapted", ""), ("1-2 adapted", " of blocks 1-2"), ("3-5 adapted", " of blocks 3-5"))
-    for layer in (-3, HIDDEN)})
+    for name, place in {"block 3": ("cka", -3), "block 4": ("cka", HIDDEN), "accuracy, %": ("accuracy", 0)}.items()
+    if (name, adapted) != ("accuracy, %", "1-2 adapted")})  # near chance: the classifier is not adapted
 
 # How fast these train, and what they reach.
 pace = partial(compared, names=OTHER_LOOPS, columns=HEAD | {
@@ -363,11 +364,7 @@ TABLE_IN_PAGE = re.compile(r"<!-- table: (\w+) -->\n(.*?)\n?<!-- /table -->", re
 
 
 def with_tables(text: str, study: Study, page: str, check: bool) -> tuple[str, int]:
-    """The text of a page with its tables from the logs, and their number.
-
-    Raises:
-        UserError: a table is not one of the study's or, with `check`, differs.
-    """
+    """The text of a page with its tables from the logs, and their number; with `check` a different table is refused."""
     def replace(match: re.Match) -> str:
         name, body = match.groups()
         if name not in TABLES:
