@@ -62,7 +62,7 @@ SETTINGS = {setting.name: setting for setting in (
           ("slow-head", "MAML, the classifier's inner rate 0.005", (1, 2), 28000, "--head_lr 0.005"),
           ("equal-rows", "MAML, classifier from N(0, 0.001²)", (1, 2), 28000, "--head_std 0.001"),
           ("frozen-head", "MAML, classifier kept as drawn", (1, 2), 28000, "--freeze_head"),
-          ("blocks-4-5", "MAML, inner loop of block 4 and the classifier", (1,), 40000, "--adapt_blocks 4 5"))),
+          ("blocks-4-5", "MAML, inner loop of block 4 and the classifier", (1, 2), 40000, "--adapt_blocks 4 5"))),
     Setting("omniglot-photographs-loop", "Omniglot, MAML, inner loop and classifier as on photographs",
             f"{_CONTRAST} --update_step 5 --update_lr 0.05 --update_step_test 10 --no-spatial_mean --head_std 0.0875",
             (1, 2)),
@@ -199,6 +199,7 @@ KEPT = {  # by meta-step: where the classifier's initial weights are trained, ke
     7_000: ("photographs-maml", "photographs-frozen-head", "crops", "crops-zero-head")}
 BLOCKS = ("blocks-4-5", "blocks-3-4-5", "blocks-1-2-3-5", "blocks-1-2-3")  # MAML whose inner loop adapts only these
 SMALLER_STEPS = ("small-body-step", "blocks-4-5-small-body-step", "small-step", "small-head")  # that move the body less
+# MAML by its inner loop in training
 OTHER_LOOPS = ("contrast-maml", "maml-3000", "contrast-zero-head", *BLOCKS, *SMALLER_STEPS)
 STEPS = (*LEARNERS, *BLOCKS, *SMALLER_STEPS, *(  # whose inner loop's step is compared block by block
     f"photographs-{name}" for name in ("maml", "frozen-head", "anil", "protonet", "classifier", "blocks-4-5")))
