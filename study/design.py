@@ -22,7 +22,7 @@ _PHOTOS = f"{_PHOTO_DATA} --task_num 2 --nc_every 30 --eval_every 150 --eval_tas
 _SMALL = "--recipe paper --k_spt 1 --imgsz 32 --nc_every 100"
 _LONG = "--recipe paper --eval_every 1000 --keep_every 10000 --save_every 5000"
 _SHORT = "--recipe paper --nc_every 100 --eval_every 1000 --save_every 5000"
-_TWENTY_WAY = "--n_way 20 --epoch 24000 --nc_every 100 --nc_every_late 300"
+_TWENTY_WAY = f"{_LONG} --n_way 20 --nc_every 100 --nc_every_late 300"
 _CONTRAST, _ONE_CHANGE = f"{_SHORT} --epoch 10000", f"{_SHORT} --epoch 5000"
 _SMALL_HEAD = f"{_ONE_CHANGE} --head_std 0.177"
 _SMALL_IMAGES, _OTHER_NETWORK = f"{_SMALL_HEAD} --imgsz 16", f"{_ONE_CHANGE} --net conv_bn_relu"
@@ -96,7 +96,7 @@ SETTINGS = {setting.name: setting for setting in (
       for learner, label in (("maml", "MAML"), ("anil", "ANIL")) for epoch in EARLY),
     Setting("blocks-4-5", "MAML, inner loop of block 4 and the classifier", f"{_CONTRAST} --adapt_blocks 4 5"),
     Setting("blocks-4-5-20-way", "20-way, MAML, inner loop of block 4 and the classifier",
-            f"{_LONG} {_TWENTY_WAY} --adapt_blocks 4 5", (1,)),
+            f"{_TWENTY_WAY} --epoch 6000 --adapt_blocks 4 5", (1,)),
     *(Setting(f"blocks-{'-'.join(blocks)}", f"MAML, inner loop of {label}",
               f"{_SHORT} --epoch 3000 --adapt_blocks {' '.join(blocks)}", (1, 2))
       for blocks, label in (("345", "blocks 3 and 4 and the classifier"), ("1235", "blocks 1 to 3 and the classifier"),
@@ -164,7 +164,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("paper-omniglot-5w1s-first-order", "paper's recipe, 5-way 1-shot, first order",
             f"{_LONG} --first_order", (1,)),
     Setting("paper-omniglot-5w5s", "paper's recipe, 5-way 5-shot", f"{_LONG} --k_spt 5 --epoch 35000", (1,)),
-    Setting("paper-omniglot-20w1s", "paper's recipe, 20-way 1-shot", f"{_LONG} {_TWENTY_WAY}", (1,)),
+    Setting("paper-omniglot-20w1s", "paper's recipe, 20-way 1-shot", f"{_TWENTY_WAY} --epoch 24000", (1,)),
 )}
 
 MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
