@@ -89,7 +89,7 @@ SETTINGS = {setting.name: setting for setting in (
           ("omniglot-in-noise-5-shot", "characters in noise of 0.4, 5-shot",
            "omniglot/folders-noise", "Omniglot in noise", (1, 2), "--epoch 28000 --k_spt 5 --task_num 4"))),
     Setting("random-labels", "MAML, labels at random",
-            "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1,)),
+            "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels", (1, 2)),
     Setting("cosine", "MAML, second order, cosine schedule", f"{_CONTRAST} --lr_schedule cosine", (1, 2)),
     *(Setting(f"{learner}-{epoch}", f"{label} after {epoch:,} meta-steps",
               f"{_SHORT} --learner {learner} --epoch {epoch}", (1, 2))
