@@ -18,7 +18,7 @@ The tasks are those of the run's test. The controls, each with all metrics and a
                    accuracy; and how far apart the classifier's rows are, and how far the body's weights move
     first step by parts, untrained   the same of the untrained network
     similarity, final   how similar each layer's features are before and after MAML's inner loop, which adapts all
-                   layers, for every learner (`measuring.cka`), how far each layer's kernel moves, and the accuracy
+                   layers, for every learner (`measuring.cka`), how far each layer's kernel moves, accuracy after it
     similarity, classifier at random; similarity, untrained   the same of these
     similarity of blocks 1-2, final; similarity of blocks 3-5, final   where that inner loop adapts these blocks alone
     similarity by rate, final; similarity by rate, untrained   with the inner rates times each of `design.FRACTIONS`
