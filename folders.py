@@ -1,7 +1,7 @@
 """Folders of class folders: your own images, and photographs laid out as for torchvision's ImageFolder.
 
     FOLDER/CLASS/*.jpg                  split by class, with a shuffle of the class names
-    FOLDER/{train,val,test}/CLASS/*.jpg as they are
+    FOLDER/{train,val,test}/CLASS/*.jpg as they are; to test a trained model, test/ is enough
 
 The images of a class may lie in CLASS/images/ instead, as in Tiny ImageNet.
 """
@@ -33,17 +33,19 @@ def dataset(args: argparse.Namespace, mean: Sequence[float], std: Sequence[float
     """The images of --data, for `training.train`; --imgc is 1 (greyscale) or 3 (colour), for files of either kind."""
     if args.imgc not in (1, 3):
         raise UserError(f"--imgc {args.imgc}: images are read as greyscale (1) or colour (3)")
-    return images.dataset(lambda: find(args.data, resample, args.cache),
+    return images.dataset(lambda: find(args.data, resample, args.cache, args.test is not None),
                           lambda: args.data_name or f"images in {Path(args.data).resolve().name}",
                           args.imgc, mean, std, args.imgsz)
 
 
-def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None = None) -> ImageSet:
+def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None = None,
+         tests_only: bool = False) -> ImageSet:
     """The images of `root`, by split and class. Single folders around the class folders are entered.
 
     Args:
         resample: filter of the resize.
         cache: folder of the decoded images; `<root>/.cache` if None.
+        tests_only: a folder test/ is enough.
     Raises:
         UserError: there is no folder with images, it can't be read, or it has too few classes for three splits.
     """
@@ -53,7 +55,7 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
     top = _around_classes(Path(root))
     cache = Path(cache or Path(root) / ".cache")  # hidden, because FOLDER/cache may be a class
     parts = split_folders(top)
-    if len(parts) == 3:
+    if len(parts) == 3 or tests_only and "test" in parts:
         layout = f"folders {', '.join(path.name for path in parts.values())} of class folders"
         return ImageSet("folders", layout, split_classes(parts), resample, cache, REMEDY)
     if any(map(image_folders, parts.values())):
@@ -76,8 +78,9 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
 
 
 def _around_classes(folder: Path) -> Path:
-    """The folder itself if it has class folders or several splits, else that within its only folder of folders."""
-    if image_folders(folder) or len(split_folders(folder)) > 1:
+    """The folder itself if it has class folders, test/ or several splits, else that in its only folder of folders."""
+    parts = split_folders(folder)
+    if image_folders(folder) or "test" in parts or len(parts) > 1:
         return folder
     inner = [entry for entry in images.subfolders(folder) if images.subfolders(entry)]
     return _around_classes(Path(inner[0])) if len(inner) == 1 else folder
@@ -93,13 +96,14 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def split_classes(parts: dict[str, Path]) -> dict[str, dict[str, list[ImageFile]]]:
-    """Split -> class -> its images, of the folders of the three splits."""
+    """Split -> class -> its images, of the folders of the splits."""
     splits = {split: class_folders(folder) for split, folder in parts.items()}
     for split in ("val", "test"):
-        if list(splits[split]) == ["images"]:  # Tiny ImageNet's val/images and test/images
+        if list(splits.get(split, ())) == ["images"]:  # Tiny ImageNet's val/images and test/images
+            alone = (f", or have the classes of {parts['train'].name}/ alone split, with --data "
+                     f"{quoted(parts['train'])}" if "train" in parts else "")
             raise UserError(f"{parts[split]} has one folder, images, where class folders are needed; put the images of "
-                            f"each class into a folder of its own in it, or have the classes of {parts['train'].name}/ "
-                            f"alone split, with --data {quoted(parts['train'])}")
+                            f"each class into a folder of its own in it{alone}")
     return splits
 
 

@@ -64,7 +64,7 @@ class ImageSet:
                    "a task needs at least 2 images per class, and these classes have one",
                    "add images, or remove the class")
         for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
-            listed([short(label) for label in self.splits[one] if label in self.splits[other]],
+            listed([short(label) for label in self.splits.get(one, ()) if label in self.splits.get(other, ())],
                    f"classes are in both {one} and {other} ({self.layout}), which must not share any",
                    "remove each from one of them")
 

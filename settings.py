@@ -146,7 +146,7 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
            "instead of stopping there")
     flag("root", None, "folder of the data")
     flag("data", None, "your own images instead: a folder of class folders, or of train/, val/ and test/ with class "
-         "folders; IMGC 1 or 3 makes them greyscale or colour", metavar="FOLDER")
+         "folders (--test needs only test/); IMGC 1 or 3 makes them greyscale or colour", metavar="FOLDER")
     flag("data_name", None, "name of the data in logs and figures; the data's own if not given")
     if "split" in defaults:
         flag("split", None, "which characters are for training, validation and testing: shuffled = a fixed shuffle of "
@@ -336,9 +336,11 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     sizes = {split: size for split, size in dataset.sizes().items() if split == "test" or not tests_only}
     for split, (classes, images) in sizes.items():
         if args.n_way > classes:
-            lower = "" if tests_only else "lower --n_way, or "
+            remedy = "" if not args.data else (
+                f"; put {args.n_way} or more into {quoted(Path(args.data) / 'test')}" if tests_only
+                else "; lower --n_way, or divide them yourself into train/, val/ and test/")
             raise UserError(f"--n_way {args.n_way}: {dataset.name()} has {classes} classes in its {split} split"
-                            + f"; {lower}divide them yourself into train/, val/ and test/" * bool(args.data))
+                            + remedy)
         for name in ("k_qry" if split == "train" or args.k_qry_test in (None, args.k_qry) else "k_qry_test", "nc_qry"):
             if args.k_spt + (getattr(args, name) or 0) > images:
                 raise UserError(f"--k_spt {args.k_spt} --{name} {getattr(args, name)}: {dataset.name()} has {images} "

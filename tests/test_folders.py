@@ -167,3 +167,23 @@ def test_query_images_are_needed_where_they_are_drawn_alone(tmp_path):
         omniglot_train.main([*flags, "--out", str(tmp_path / "run")])
     omniglot_train.main([*flags, "--k_qry_test", "1", "--out", str(tmp_path / "run")])
     assert json.loads((tmp_path / "run/result.json").read_text())["test"]["k_qry"] == 1
+
+
+def test_a_folder_test_is_enough_to_test_a_trained_model_on_all_its_classes(tmp_path):
+    write_classes(tmp_path / "pictures", 12)
+    omniglot_train.main([*TINY, "--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run")])
+    again = ["--test", str(tmp_path / "run"), "--data", str(tmp_path / "own")]
+    write_classes(tmp_path / "own", 5)  # one of them becomes the test split
+    with refused("--n_way 2: images in own has 1 classes in its test split; put 2 or more into", "own/test"):
+        omniglot_train.main(again)
+    (tmp_path / "own").rename(tmp_path / "test")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "test").rename(tmp_path / "own/test")
+    omniglot_train.main(again)
+    result, = (tmp_path / "run").glob("test-*.json")
+    assert json.loads(result.read_text())["test_classes"] == 5
+    with refused("own has test and no train/, val/; add it, or put all class folders into one"):
+        omniglot_train.main([*TINY, "--data", str(tmp_path / "own"), "--out", str(tmp_path / "other")])
+    shutil.copytree(tmp_path / "own/test/class 0", tmp_path / "flat/test/images")
+    with refused("flat/test has one folder, images, where class folders are needed", "a folder of its own in it"):
+        omniglot_train.main([*again[:-1], str(tmp_path / "flat")])
