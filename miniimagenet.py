@@ -5,6 +5,7 @@
     train.csv, val.csv, test.csv    header filename,label; the images in images/, in images/CLASS/ or in CLASS/, under
                                     the CSV's names, with another extension, or under ImageNet's names
     train/, val/, test/             of class folders
+    n01532829/, n01558993/, ...     the folders of the 100 classes, here or in images/, with no CSV file
     *train.pkl, *val.pkl, *test.pkl the caches in which it is passed on; no code from them is run
 
 `MiniImagenet` gives single tasks, for use with a DataLoader.
@@ -33,6 +34,21 @@ CHANNELS = 3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, red green blue
 RESAMPLE = Image.Resampling.BILINEAR
 CSV, FOLDERS, PICKLES = "train.csv, val.csv and test.csv", "folders train/, val/ and test/", "pickled caches (*.pkl)"
+CLASSES = "the folders of miniImageNet's 100 classes, split as by Ravi and Larochelle"
+WNIDS = {split: text.split() for split, text in {  # the classes in the CSV files of Ravi and Larochelle
+    "train": """
+        n01532829 n01558993 n01704323 n01749939 n01770081 n01843383 n01910747 n02074367 n02089867 n02091831 n02101006
+        n02105505 n02108089 n02108551 n02108915 n02111277 n02113712 n02120079 n02165456 n02457408 n02606052 n02687172
+        n02747177 n02795169 n02823428 n02966193 n03017168 n03047690 n03062245 n03207743 n03220513 n03337140 n03347037
+        n03400231 n03476684 n03527444 n03676483 n03838899 n03854065 n03888605 n03908618 n03924679 n03998194 n04067472
+        n04243546 n04251144 n04258138 n04275548 n04296562 n04389033 n04435653 n04443257 n04509417 n04515003 n04596742
+        n04604644 n04612504 n06794110 n07584110 n07697537 n07747607 n09246464 n13054560 n13133613""",
+    "val": """
+        n01855672 n02091244 n02114548 n02138441 n02174001 n02950826 n02971356 n02981792 n03075370 n03417042 n03535780
+        n03584254 n03770439 n03773504 n03980874 n09256479""",
+    "test": """
+        n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484 n02871525 n03127925
+        n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357 n04522168 n07613480"""}.items()}
 # A cache's name. train_phase_val and train_phase_test hold other images of the training classes.
 PICKLE = r"(?i)(?:.*[-_])?(?<!train_phase_)(train|val|test)(?:idation|_phase_train)?\.(?:pkl|pickle)"
 CACHE_REMEDY = "put the cache file there again, or the images as folders train/, val/ and test/ of class folders"
@@ -51,6 +67,7 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
     if not os.path.isdir(root):
         where = _where(root.parent if os.path.isfile(root) else root)
         raise UserError(f"there is no folder {root} that can be read; {where}")
+    cache = Path(cache) if cache else root / "cache"
     if not _complete(root):
         inner = [Path(folder) for folder in images.subfolders(root) if _complete(folder)]
         top = inner[0] if len(inner) == 1 else root
@@ -65,9 +82,12 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
         remedy += " from the CSV file"
     elif layout == FOLDERS:
         splits = folders.split_classes(parts)
+    elif layout == CLASSES:
+        classes = folders.class_folders(top, cache)
+        splits = {split: {wnid: classes[wnid] for wnid in wnids} for split, wnids in WNIDS.items()}
     else:
         splits = {split: _from_cache(parts[split], split) for split in SPLITS}
-    return ImageSet("miniimagenet", layout, splits, RESAMPLE, Path(cache) if cache else root / "cache", remedy)
+    return ImageSet("miniimagenet", layout, splits, RESAMPLE, cache, remedy)
 
 
 def _layouts(root: Path | os.DirEntry) -> dict[str, dict[str, Path]]:
@@ -81,8 +101,9 @@ def _layouts(root: Path | os.DirEntry) -> dict[str, dict[str, Path]]:
             other = caches.setdefault(match[1].lower(), Path(entry))
             if other != Path(entry):
                 raise UserError(f"{other} and {entry.path} are both of the {match[1]} split; move one away")
+    all_classes = not tables and sorted(folders.image_folders(root)) == sorted(sum(WNIDS.values(), []))
     return {CSV: tables, FOLDERS: {split: parts[split] for split in parts if images.subfolders(parts[split])},
-            PICKLES: caches}
+            PICKLES: caches, CLASSES: dict.fromkeys(SPLITS, Path(root)) if all_classes else {}}
 
 
 def _complete(root: Path | os.DirEntry) -> dict[str, dict[str, Path]]:
@@ -102,8 +123,8 @@ def _missing(root: Path) -> str:
 
 def _where(root: Path) -> str:
     return ("put images/ with train.csv, val.csv and test.csv (filename,label), or train/, val/ and test/ of class "
-            f"folders, or the caches *-train.pkl, *-val.pkl and *-test.pkl into {root}, or use --synthetic, which "
-            "needs no data")
+            "folders, or the folders of all 100 classes, or the caches *-train.pkl, *-val.pkl and *-test.pkl into "
+            f"{root}, or use --synthetic, which needs no data")
 
 
 # ---- the CSV files

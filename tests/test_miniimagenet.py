@@ -3,6 +3,7 @@
     MINIIMAGENET_ROOT=... python -m pytest tests/test_miniimagenet.py
 """
 
+import itertools
 import os
 import pickle
 import re
@@ -126,6 +127,31 @@ def test_two_layouts_in_one_folder(photos):
     assert reds(photos) == RED
     (photos / "train").mkdir()  # an empty folder is no reading
     assert reds(photos) == RED
+
+
+@pytest.mark.parametrize("place", [".", "images"])
+def test_folders_of_all_classes_are_split_as_by_ravi_and_larochelle(tmp_path, place):
+    wnids = sorted(itertools.chain(*miniimagenet.WNIDS.values()))
+    for number, wnid in enumerate(wnids):
+        (tmp_path / place / wnid).mkdir(parents=True)
+        for image in range(2):
+            pixels = np.full((4, 4, 3), 2 * number + image, np.uint8)
+            (tmp_path / place / wnid / f"{image}.png").write_bytes(encode(pixels))
+    for _ in range(2):  # the second time with decoded images beside the classes
+        image_set = miniimagenet.find(tmp_path)
+        assert "100 classes, split as by Ravi and Larochelle: train 64 classes of 2 images, val 16" in image_set.summary
+        found = {split: image_set.load(split, 4, 3)[:, 0, 0, 0, 0] // 2 for split in images.SPLITS}
+    assert {split: [wnids[number] for number in found[split]] for split in found} == miniimagenet.WNIDS
+    assert len(set(wnids)) == 100 and image_set.sizes() == {"train": (64, 2), "val": (16, 2), "test": (20, 2)}
+    for split, labels in miniimagenet.WNIDS.items():
+        lines = [f"{image}.png,{label}\n" for label in labels for image in range(2)]
+        (tmp_path / f"{split}.csv").write_text("filename,label\n" + "".join(lines))
+    assert miniimagenet.find(tmp_path).summary.startswith("train.csv, val.csv and test.csv with ")
+    shutil.rmtree(tmp_path / place / wnids[0])
+    for split in images.SPLITS:
+        (tmp_path / f"{split}.csv").unlink()
+    with refused("99 folders with images: for images of your own, --data"):
+        miniimagenet.find(tmp_path / place)
 
 
 def test_files_that_two_names_fit(photos):
