@@ -5,8 +5,9 @@
     train.csv, val.csv, test.csv    header filename,label; the images in images/, in images/CLASS/ or in CLASS/, under
                                     the CSV's names, with another extension, or under ImageNet's names
     train/, val/, test/             of class folders
-    n01532829/, n01558993/, ...     the folders of the 100 classes, here or in images/, with no CSV file
     *train.pkl, *val.pkl, *test.pkl the caches in which it is passed on; no code from them is run
+    n01532829/*, n01558993/*, ...   all 100 classes, as folders or as files n0153282900000005.jpg in one folder, here or
+                                    in images/, with no CSV files: in the splits of Ravi and Larochelle
 
 `MiniImagenet` gives single tasks, for use with a DataLoader.
 """
@@ -14,19 +15,17 @@
 import csv
 import functools
 import os
-import pickle
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 
 import folders
 import images
-from files import UserError, listed, note, reading, short
+import pickled
+from files import UserError, listed, reading, same_place, short
 from images import SPLITS, ImageFile, ImageSet, normal
 from tasks import Sampler
 
@@ -34,7 +33,6 @@ CHANNELS = 3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, red green blue
 RESAMPLE = Image.Resampling.BILINEAR
 CSV, FOLDERS, PICKLES = "train.csv, val.csv and test.csv", "folders train/, val/ and test/", "pickled caches (*.pkl)"
-CLASSES = "the folders of miniImageNet's 100 classes, split as by Ravi and Larochelle"
 WNIDS = {split: text.split() for split, text in {  # the classes in the CSV files of Ravi and Larochelle
     "train": """
         n01532829 n01558993 n01704323 n01749939 n01770081 n01843383 n01910747 n02074367 n02089867 n02091831 n02101006
@@ -49,9 +47,9 @@ WNIDS = {split: text.split() for split, text in {  # the classes in the CSV file
     "test": """
         n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484 n02871525 n03127925
         n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357 n04522168 n07613480"""}.items()}
-# A cache's name. train_phase_val and train_phase_test hold other images of the training classes.
-PICKLE = r"(?i)(?:.*[-_])?(?<!train_phase_)(train|val|test)(?:idation|_phase_train)?\.(?:pkl|pickle)"
-CACHE_REMEDY = "put the cache file there again, or the images as folders train/, val/ and test/ of class folders"
+# A cache's name. train_phase_val and train_phase_test hold other images of the training classes; learn2learn's
+# "bookkeeping" holds no images.
+PICKLE = r"(?i)(?!.*bookkeeping)(?:.*[-_])?(?<!train_phase_)(train|val|test)(?:idation|_phase_train)?\.(?:pkl|pickle)"
 
 
 def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
@@ -75,6 +73,9 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
     if len(complete) > 1:
         raise UserError(f"{top} has two layouts, {' and '.join(complete)}; move one away")
     if not complete:
+        if splits := _from_wnids(root, cache):
+            layout = "all 100 classes by their names, split as by Ravi and Larochelle"
+            return ImageSet("miniimagenet", layout, splits, RESAMPLE, cache, remedy)
         raise UserError(f"{_missing(top)}; {_where(top)}")
     (layout, parts), = complete.items()
     if layout == CSV:
@@ -82,11 +83,8 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
         remedy += " from the CSV file"
     elif layout == FOLDERS:
         splits = folders.split_classes(parts)
-    elif layout == CLASSES:
-        classes = folders.class_folders(top, cache)
-        splits = {split: {wnid: classes[wnid] for wnid in wnids} for split, wnids in WNIDS.items()}
     else:
-        splits = {split: _from_cache(parts[split], split) for split in SPLITS}
+        splits = {split: pickled.read(parts[split], split) for split in SPLITS}
     return ImageSet("miniimagenet", layout, splits, RESAMPLE, cache, remedy)
 
 
@@ -101,14 +99,22 @@ def _layouts(root: Path | os.DirEntry) -> dict[str, dict[str, Path]]:
             other = caches.setdefault(match[1].lower(), Path(entry))
             if other != Path(entry):
                 raise UserError(f"{other} and {entry.path} are both of the {match[1]} split; move one away")
-    all_classes = not tables and sorted(folders.image_folders(root)) == sorted(sum(WNIDS.values(), []))
     return {CSV: tables, FOLDERS: {split: parts[split] for split in parts if images.subfolders(parts[split])},
-            PICKLES: caches, CLASSES: dict.fromkeys(SPLITS, Path(root)) if all_classes else {}}
+            PICKLES: caches}
 
 
 def _complete(root: Path | os.DirEntry) -> dict[str, dict[str, Path]]:
-    """Those of `_layouts` that have all splits."""
-    return {layout: parts for layout, parts in _layouts(root).items() if len(parts) == len(SPLITS)}
+    """Those of `_layouts` that have all splits; not CSV files without images, which often lie beside another layout."""
+    return {layout: parts for layout, parts in _layouts(root).items()
+            if len(parts) == len(SPLITS) and (layout != CSV or _images_of_tables(Path(root)))}
+
+
+def _images_of_tables(root: Path) -> Path | None:
+    """The folder of the images that the CSV files in `root` name: images/, `root` with class folders, ../images/."""
+    here, above = root / "images", root.parent / "images"
+    if here.is_dir() and images.entries(here):
+        return here
+    return root if folders.image_folders(root) else above if above.is_dir() else None
 
 
 def _missing(root: Path) -> str:
@@ -117,6 +123,8 @@ def _missing(root: Path) -> str:
         if parts:
             names = ", ".join(path.name for path in parts.values())
             missing = ", ".join(split for split in SPLITS if split not in parts)
+            if not missing:
+                return f"{root} has {names}, and {root / 'images'} is missing or empty"
             return f"{root} has {names} but none for {missing} (needed: {layout})"
     return f"{root} has no CSV files, no folders train/, val/ and test/ and no caches{folders.own_images(root)}"
 
@@ -125,6 +133,23 @@ def _where(root: Path) -> str:
     return ("put images/ with train.csv, val.csv and test.csv (filename,label), or train/, val/ and test/ of class "
             "folders, or the folders of all 100 classes, or the caches *-train.pkl, *-val.pkl and *-test.pkl into "
             f"{root}, or use --synthetic, which needs no data")
+
+
+def _from_wnids(root: Path, cache: Path) -> dict[str, dict[str, list[ImageFile]]] | None:
+    """The images of all 100 classes in `root`, its images/ or its only folder; None if there are not exactly these."""
+    expected = set().union(*WNIDS.values())
+    inner = [Path(folder) for folder in images.subfolders(root) if not same_place(folder.path, str(cache))]
+    places = [root, root / "images", *(inner[0] / name for name in (".", "images") if len(inner) == 1)]
+    for place in [] if _layouts(root)[CSV] else filter(Path.is_dir, places):
+        labels = set(folders.image_folders(place))
+        classes = {} if labels else images.by_class(
+            (entry.name[:9], images.image_file(entry, entry.name)) for entry in images.entries(place)
+            if re.fullmatch(r"n\d{8}(\d{8}|_\d+)\.\w+", entry.name))
+        if labels == expected:
+            classes = folders.class_folders(place, cache)
+        if classes.keys() == expected:
+            return {split: {wnid: classes[wnid] for wnid in wnids} for split, wnids in WNIDS.items()}
+    return None
 
 
 # ---- the CSV files
@@ -155,7 +180,7 @@ def _rows(table: Path) -> list[_Row]:
 def _from_tables(root: Path, tables: dict[str, Path]) -> tuple[dict[str, dict[str, list[ImageFile]]], str]:
     """The images of each split and label, and where and by which names they were found, in words."""
     rows = {split: _rows(tables[split]) for split in SPLITS}
-    index = _Files(root, {row.label for split in SPLITS for row in rows[split]})
+    index = _Files(root, _images_of_tables(root), {row.label for split in SPLITS for row in rows[split]})
     renamed, how = index.imagenet([row for split in SPLITS for row in rows[split] if not index.find(row)])
     splits, parents = {}, set()
     for split in SPLITS:
@@ -188,12 +213,11 @@ def _parts(filename: str) -> tuple[str, str, str]:
 
 
 class _Files:
-    """The files in images/ and its folders, by stem. Without images/, those in folders with the labels' names."""
+    """The files in `folder` and its folders, by stem. In `root` itself, those in folders with the labels' names."""
 
-    def __init__(self, root: Path, labels: set[str]):
-        self.labels = labels
-        self.folder = root / "images" if (root / "images").is_dir() else root
-        inside = images.subfolders(self.folder)
+    def __init__(self, root: Path, folder: Path, labels: set[str]):
+        self.labels, self.folder = labels, folder
+        inside = images.subfolders(folder)
         if self.folder == root:
             inside = [entry for entry in inside if normal(entry.name) in labels]
             if not inside:
@@ -244,107 +268,6 @@ class _Files:
         if number_fits:
             return by_number, ", ImageNet's names by number"
         return (by_rank, ", ImageNet's names by rank") if rank_fits else ({}, "")
-
-
-# ---- the pickled caches: a pickle may name any function to be called; what is called here is listed in REPLACED
-
-
-class _Type:
-    """Stands in for numpy.dtype: a damaged pickle that sets a real one's state can crash Python."""
-
-    def __init__(self, code: str, *_):
-        self.type = np.dtype(code)
-
-    def __setstate__(self, state: tuple) -> None:
-        if state[1] in ("<", ">"):
-            self.type = self.type.newbyteorder(state[1])
-
-
-class _Array:
-    """Stands in for numpy.ndarray. `value` is the array, or the list in an array of objects."""
-
-    def __init__(self, *_):
-        self.value = []
-
-    def __setstate__(self, state: tuple) -> None:
-        *_, shape, dtype, fortran, data = state
-        self.value = data if dtype.type.hasobject else _array(data, dtype, shape, "F" if fortran else "C")
-
-
-def _array(data: bytes | str, dtype: _Type, shape: Sequence[int] = (-1,), order: str = "C") -> np.ndarray:
-    data = data.encode("latin1") if isinstance(data, str) else data  # from Python 2
-    return np.frombuffer(data, dtype.type).reshape(shape, order=order)
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, _Array) else value
-
-
-REPLACED = {  # all functions that a pickle may name, and what is called in their place
-    "ndarray": None, "dtype": _Type, "_reconstruct": _Array, "_frombuffer": _array,
-    "scalar": lambda dtype, data: _array(data, dtype).item(),
-    "encode": lambda text, _: text.encode("latin1"),  # bytes, in pickles of protocol 2
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] in ("numpy", "_codecs") and name in REPLACED:
-            return REPLACED[name]
-        raise pickle.UnpicklingError(f"it would call {module}.{name}, and only arrays, dicts, lists, text and numbers "
-                                     "are read")
-
-
-def _from_cache(path: Path, split: str) -> dict[str, list[ImageFile]]:
-    """The images of each class, in the order of the cache file, which is a dict in one of two forms.
-
-    `image_data` uint8 [N, 84, 84, 3] with `class_dict` (class -> indices), or `data` with `labels` (one per image) and
-    perhaps `catname2label`.
-    """
-    with reading(path, CACHE_REMEDY, "can't be read as a cache of miniImageNet"):
-        status = path.stat()
-        if status.st_size > 10**8:
-            note(f"reading {path}, {status.st_size / 10**6:,.0f} MB")
-        try:
-            with open(path, "rb") as file:
-                content = _Unpickler(file, encoding="latin1").load()  # of text from Python 2
-        except MemoryError as error:  # a damaged file may give sizes that fit into no memory
-            raise ValueError("it doesn't fit into memory") from error
-        content = {key: _plain(value) for key, value in content.items()}
-        if "image_data" in content and "class_dict" in content:
-            pixels = content["image_data"]
-            for label, indices in content["class_dict"].items():
-                if not len(_plain(indices)):
-                    raise ValueError(f"class_dict names no image of {label!r}")
-            labelled = [(label, int(index)) for label, indices in content["class_dict"].items()
-                        for index in _plain(indices)]
-        elif "data" in content and "labels" in content:
-            pixels, labels = content["data"], content["labels"]
-            if len(labels) != len(pixels):
-                raise ValueError(f"{len(labels):,} labels of {len(pixels):,} images")
-            names = {number: name for name, number in content.get("catname2label", {}).items()}
-            labelled = [(names.get(label, f"{split} {label}") if isinstance(label, (int, np.integer)) else label, index)
-                        for index, label in enumerate(labels)]  # a number is another class in another split's file
-        else:
-            raise ValueError(f"its keys are {', '.join(map(short, map(str, content)))}, and not image_data and "
-                             "class_dict, or data and labels")
-        indices = {index for _, index in labelled}
-        if len(indices) < len(labelled) or not indices <= set(range(len(pixels))):
-            raise ValueError(f"class_dict names an image twice, or one of {len(pixels):,} that isn't there")
-        return images.by_class((_label(label), _image(path, pixels, index, status.st_mtime_ns))
-                               for label, index in labelled)
-
-
-def _label(label: Any) -> str:
-    return normal(label.decode("latin1") if isinstance(label, bytes) else str(label))
-
-
-def _image(path: Path, pixels: Sequence, index: int, stamp: int) -> ImageFile:
-    image = np.asarray(_plain(pixels[index]))
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image {index} is {image.dtype} {list(image.shape)}, and not uint8 [height, width, 3]")
-    return ImageFile(f"{path.name}/{index}", image.size, stamp, f"image {index} of {path}",
-                     lambda: _plain(pixels[index]))
 
 
 # ---- single tasks

@@ -19,6 +19,7 @@ from PIL import Image
 
 import images
 import miniimagenet
+import pickled
 
 
 def reds(root: Path) -> list[list[int]]:
@@ -94,6 +95,13 @@ LAYOUTS = {  # and words of the line that says what was found
         f"{wnid}_{10 * i + 7}.JPEG", f"{wnid}{i + 1:08}.jpg")), "ImageNet's names by rank"),
     "ImageNet's names, by number": (lambda root: rename_images(root, lambda wnid, i: (
         f"{wnid}_{10 * i + 7}.JPEG", f"{wnid}{10 * i + 7:08}.jpg")), "ImageNet's names by number"),
+    "tables in a folder of their own": (lambda root: (root / "split").mkdir() or [
+        path.rename(root / "split" / path.name) for path in root.glob("*.csv")], "with ../images/:"),
+    "ImageFolder beside tables without images": (lambda root: into_folders(root, "{split}/{label}"), "train/, val/"),
+    "the same in two folders": (
+        lambda root: into_folders(root, "processed/{split}/{label}") or (root / "images").rmdir() or
+        [path.rename(root / "csv" / path.name) for path in [*root.glob("*.csv"), (root / "csv").mkdir()] if path],
+        "folders train/, val/"),
     "ImageFolder": (image_folder, "folders train/, val/ and test/: train 3 classes of 4 images"),
     **{f"cache, {form}": (lambda root, form=form: cached(root, form), "pickled caches (*.pkl): train 3 classes")
        for form in ("image_data", "labels", "catname2label", "list of arrays")},
@@ -101,6 +109,9 @@ LAYOUTS = {  # and words of the line that says what was found
     "cache, protocol 5": (lambda root: cached(root, protocol=5), "pickled caches"),
     "cache, Python 2": (lambda root: cached(root, protocol=2, pickler=Python2), "pickled caches"),
     "cache, other names": (other_names, "pickled caches"),
+    "cache, with learn2learn's own files": (lambda root: cached(root) or [
+        shutil.copy(path, path.with_name(path.name.replace("cache", "bookkeeping"))) for path in root.glob("*.pkl")],
+        "pickled caches"),
 }
 
 
@@ -129,29 +140,27 @@ def test_two_layouts_in_one_folder(photos):
     assert reds(photos) == RED
 
 
-@pytest.mark.parametrize("place", [".", "images"])
-def test_folders_of_all_classes_are_split_as_by_ravi_and_larochelle(tmp_path, place):
+@pytest.mark.parametrize("name", ["{}/{}.png", "images/{}/{}.png", "images/{}0000000{}.png", "a/images/{}_{}.png"])
+def test_all_classes_without_csv_files_are_split_as_by_ravi_and_larochelle(tmp_path, name):
     wnids = sorted(itertools.chain(*miniimagenet.WNIDS.values()))
     for number, wnid in enumerate(wnids):
-        (tmp_path / place / wnid).mkdir(parents=True)
         for image in range(2):
-            pixels = np.full((4, 4, 3), 2 * number + image, np.uint8)
-            (tmp_path / place / wnid / f"{image}.png").write_bytes(encode(pixels))
+            path = tmp_path / name.format(wnid, image)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode(np.full((4, 4, 3), 2 * number + image, np.uint8)))
     for _ in range(2):  # the second time with decoded images beside the classes
         image_set = miniimagenet.find(tmp_path)
-        assert "100 classes, split as by Ravi and Larochelle: train 64 classes of 2 images, val 16" in image_set.summary
+        assert image_set.summary.startswith("all 100 classes by their names, split as by Ravi and Larochelle: train 64")
         found = {split: image_set.load(split, 4, 3)[:, 0, 0, 0, 0] // 2 for split in images.SPLITS}
     assert {split: [wnids[number] for number in found[split]] for split in found} == miniimagenet.WNIDS
     assert len(set(wnids)) == 100 and image_set.sizes() == {"train": (64, 2), "val": (16, 2), "test": (20, 2)}
-    for split, labels in miniimagenet.WNIDS.items():
-        lines = [f"{image}.png,{label}\n" for label in labels for image in range(2)]
-        (tmp_path / f"{split}.csv").write_text("filename,label\n" + "".join(lines))
-    assert miniimagenet.find(tmp_path).summary.startswith("train.csv, val.csv and test.csv with ")
-    shutil.rmtree(tmp_path / place / wnids[0])
-    for split in images.SPLITS:
-        (tmp_path / f"{split}.csv").unlink()
-    with refused("99 folders with images: for images of your own, --data"):
-        miniimagenet.find(tmp_path / place)
+    (tmp_path / "val.csv").write_text("filename,label\n")  # of somebody's own split
+    with refused("val.csv but none for train, test"):
+        miniimagenet.find(tmp_path)
+    (tmp_path / "val.csv").unlink()
+    [path.unlink() for path in tmp_path.rglob("*.png") if wnids[0] in str(path)]
+    with refused("no CSV files, no folders train/"):
+        miniimagenet.find(tmp_path)
 
 
 def test_files_that_two_names_fit(photos):
@@ -292,14 +301,14 @@ class SameName:
     ({"class_dict": {"a": [0, 1], "b": [1, 2]}}, "twice"), ({"class_dict": {"a": [0, 1], "b": []}}, "of 'b'"),
     ({"class_dict": None}, "as a cache"),
     ({"form": "labels", "labels": [1]}, "1 labels of 12 images"), (b"hello", "as a cache"),
-    (lambda whole: whole[:len(whole) // 2], "as a cache")])
+    (lambda whole: whole[:len(whole) // 2], "as a cache"), (b"<!DOCTYPE html>", "it is a web page")])
 def test_pickles_that_are_no_caches_are_refused_and_nothing_is_run(photos, change, words, monkeypatch):
     cached(photos, **(change if isinstance(change, dict) else {}))
     path = photos / "mini-imagenet-cache-train.pkl"
     if not isinstance(change, dict):
         path.write_bytes(change(path.read_bytes()) if callable(change) else change)
     monkeypatch.chdir(photos)
-    with refused(path.name, words, miniimagenet.CACHE_REMEDY):
+    with refused(path.name, words, pickled.REMEDY):
         miniimagenet.find(photos)
     assert not (photos / "run-by-a-pickle").exists()
 
