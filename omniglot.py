@@ -1,7 +1,8 @@
 """Omniglot: 1,623 handwritten characters of 50 alphabets, 20 drawings each (Lake et al., Science 2015).
 
 `find` looks for images_background and images_evaluation, folders or zip files, in the data folder and up to two
-folders below it. A zip file is read without unpacking it. A missing part is downloaded.
+folders below it, or for one folder there with all alphabets. A zip file is read without unpacking it. A missing part is
+downloaded.
 """
 
 import contextlib
@@ -28,6 +29,10 @@ PARTS = {  # and the md5 sum of the official zip
     "images_background": "68d2efa1b9178cc56df9314c21c6e718",
     "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
 }
+EVALUATION = {  # the alphabets of images_evaluation
+    "Angelic", "Atemayar_Qelisayer", "Atlantean", "Aurek-Besh", "Avesta", "Ge_ez", "Glagolitic", "Gurmukhi", "Kannada",
+    "Keble", "Malayalam", "Manipuri", "Mongolian", "Old_Church_Slavonic_(Cyrillic)", "Oriya", "Sylheti",
+    "Syriac_(Serto)", "Tengwar", "Tibetan", "ULOG"}
 SPLITS = {"train": 1100, "val": 100, "test": 423}  # characters
 VINYALS = {"train": 1028, "val": 172, "test": 423}  # characters, with --split vinyals
 VINYALS_VAL = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")  # its validation alphabets
@@ -65,11 +70,11 @@ def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffl
             raise UserError(f"{root} has no {' and no '.join(missing)}{others}; to download Omniglot, name another "
                             "folder with --root FOLDER")
         _download(root, missing)
-    chosen, characters = [], {}
+    chosen, characters = {}, {}
     for part in PARTS:  # of several, the one with the most drawings: the zip file, not a half-unpacked folder
         drawings = {path: _drawings(path) for path in _candidates(root, part)}
         path = max(drawings, key=lambda path: sum(map(len, drawings[path].values())))
-        chosen.append(path)
+        chosen[path] = len(drawings[path])
         characters |= drawings[path]
     _check_counts(characters, chosen, root)
     names = split_names(characters, split)
@@ -97,16 +102,23 @@ def split_names(names: Iterable[str], split: str = "shuffled") -> dict[str, list
 
 
 def _candidates(root: Path, part: str) -> list[Path]:
-    """The folders and zip files of a part, in `root` or up to two folders below it, nearest first."""
-    return [path for depth in ("", "*/", "*/*/") for name in (part, f"{part}.zip")
-            for path in sorted(root.glob(depth + name))]
+    """The folders and zip files of a part, in `root` or up to two folders below it, nearest first.
+
+    If there is none, the folders there with the alphabets of both parts.
+    """
+    found = [path for depth in ("", "*/", "*/*/") for name in (part, f"{part}.zip")
+             for path in sorted(root.glob(depth + name))]
+    return found or [path for path in (root, *sorted(root.glob("*")), *sorted(root.glob("*/*")))
+                     if path.name not in PARTS and all((path / alphabet).is_dir() for alphabet in EVALUATION)]
 
 
 def _drawings(path: Path) -> dict[str, list[ImageFile]]:
     """Character -> its drawings, <part>/<alphabet>/<character>/*.png in a folder or a zip file.
 
-    The zip file stays open. It may have other folders around <part>.
+    The zip file stays open. It may have other folders around <part>. A folder of another name has the alphabets of both
+    parts.
     """
+    background, evaluation = PARTS
     if path.suffix == ".zip":
         with reading(path, _where(path.parent), "is not a complete zip file"):
             archive = zipfile.ZipFile(path)
@@ -114,27 +126,29 @@ def _drawings(path: Path) -> dict[str, list[ImageFile]]:
                                f"{path}/{entry.filename}", functools.partial(archive.read, entry))
                      for entry in archive.infolist()]
     else:
-        files = [images.image_file(file, f"{path.name}/{alphabet.name}/{character.name}/{file.name}")
-                 for alphabet in images.subfolders(path) for character in images.subfolders(alphabet)
-                 for file in images.entries(character)]
-    drawing = re.compile(rf"{path.stem}/[^/]+/[^/]+/[^/.][^/]*(?i:\.png)")
+        files = []
+        for alphabet in images.subfolders(path):
+            part = path.name if path.name in PARTS else evaluation if alphabet.name in EVALUATION else background
+            files += [images.image_file(file, f"{part}/{alphabet.name}/{character.name}/{file.name}")
+                      for character in images.subfolders(alphabet) for file in images.entries(character)]
+    drawing = re.compile(rf"({background}|{evaluation})/[^/]+/[^/]+/[^/.][^/]*(?i:\.png)")
     return images.by_class((os.path.dirname(file.name), file) for file in sorted(files, key=lambda file: file.name)
                            if drawing.fullmatch(file.name))
 
 
-def _check_counts(characters: dict[str, list[ImageFile]], chosen: list[Path], root: Path) -> None:
+def _check_counts(characters: dict[str, list[ImageFile]], chosen: dict[Path, int], root: Path) -> None:
     expected = sum(SPLITS.values())
     if len(characters) != expected:
-        counts = ", ".join(_described(path, characters) for path in chosen)
+        counts = ", ".join(_described(path, count) for path, count in chosen.items())
         raise UserError(f"{root} holds {len(characters):,} characters ({counts}) where Omniglot has {expected:,}; "
                         f"{_where(root)}")
     listed([f"{len(files)} of {name}" for name, files in sorted(characters.items()) if len(files) != DRAWINGS],
            f"{root} holds other numbers of drawings than Omniglot's {DRAWINGS}", _where(root))
 
 
-def _described(path: Path, characters: dict[str, list[ImageFile]]) -> str:
-    """How many characters a part has; if none, which files it has instead."""
-    if count := sum(name.startswith(path.stem) for name in characters):
+def _described(path: Path, count: int) -> str:
+    """How many characters a folder or zip file has; if none, which files it has instead."""
+    if count:
         return f"{count:,} in {path.name}"
     others = Counter(file.suffix for file in path.rglob("*") if file.is_file())
     files = ", ".join(f"{count:,} {suffix}" for suffix, count in others.items())

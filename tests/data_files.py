@@ -65,6 +65,7 @@ def omniglot_entries() -> dict[str, bytes]:
 def small_omniglot(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     monkeypatch.setattr(omniglot, "SPLITS", {"train": 3, "val": 1, "test": 2})
     monkeypatch.setattr(omniglot, "DRAWINGS", 4)
+    monkeypatch.setattr(omniglot, "EVALUATION", set(ALPHABETS["images_evaluation"]))
     monkeypatch.setattr(omniglot, "URL", "http://127.0.0.1:1")  # no test asks the network
     return omniglot_entries()
 

@@ -42,6 +42,8 @@ PLACES = {  # where people have it: how it is written, words of the line that sa
     "upper case, and files that a notebook made": (lambda root, entries: write_folders(
         root, {name.replace(".png", ".PNG"): data for name, data in entries.items()} | {
             "images_background/Greek/.ipynb_checkpoints/0001_01-checkpoint.png": b""}), "from images_background and"),
+    "all alphabets in one folder": (lambda root, entries: write_folders(root / "omniglot/data", {
+        name.partition("/")[2]: data for name, data in entries.items()}), "from omniglot/data: train"),
     "macOS's files": (lambda root, entries: write_zips(root, entries | {
         name.replace("00", "._00", 1): b"" for name in entries} | {"__MACOSX/._x.png": b""}), ".zip"),
 }
