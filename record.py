@@ -137,7 +137,7 @@ def write_json(path: Path, value: dict, remedy: str = REMEDY) -> None:
 
 
 def other_images(run: Path, args: argparse.Namespace) -> str:
-    """Suffix for the name of a result file if the images are not the run's own: "-FOLDER", or "-NAME" of --data_name.
+    """Suffix of a result file if the images are not the run's own: "-PARENT_FOLDER", or "-NAME" of --data_name.
 
     Every --root of Omniglot has the same images. Another --root has other photographs if the run's own is still there.
     """
@@ -146,12 +146,14 @@ def other_images(run: Path, args: argparse.Namespace) -> str:
     other = not same_place(here, own)
     if flag == "root":
         other = other and args.script == "miniimagenet_train" and not args.synthetic and os.path.isdir(str(own))
-    return "-" + re.sub(r"[^\w.-]", "_", args.data_name or Path(here).resolve().name) if other else ""
+    return "-" + re.sub(r"[^\w.-]", "_", args.data_name or "_".join(Path(here).resolve().parts[-2:])) if other else ""
 
 
 def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
     """Write the result of a later test to a file named after its settings; remove what a killed test left."""
     name = f"test-{args.test_tasks}tasks-{args.k_qry_test}qry-{args.update_step_test}steps"
+    if args.k_spt != _args(run)["settings"]["k_spt"]:
+        name += f"-{args.k_spt}shot"
     if args.test_weights == "last":
         name += "-last"
     if not args.transductive:

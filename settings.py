@@ -29,8 +29,8 @@ NC_QRY = 15  # --nc_qry where it is not given and the classes have enough images
 RATES = ("meta_lr", "update_lr", "head_lr")  # may not be 0
 MAY_CHANGE = {  # flags that may change a run's settings
     "resume": ("epoch", *PLACE, "save_every", "task_chunk", "cuda_graph", "tensorboard"),
-    "test": ("k_qry", "k_qry_test", "update_step_test", "test_tasks", "test_weights", "transductive", "task_chunk",
-             "data_name", *PLACE),
+    "test": ("k_spt", "k_qry", "k_qry_test", "update_step_test", "test_tasks", "test_weights", "transductive",
+             "task_chunk", "data_name", *PLACE),
 }
 
 

@@ -80,7 +80,9 @@ def _train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpar
                 clip=args.clip, skip_nonfinite=args.skip_nonfinite, learner=args.learner, head_lr=args.head_lr,
                 freeze_head=args.freeze_head, adapt_blocks=args.adapt_blocks,
                 cosine_steps=meta_steps(args) if args.lr_schedule == "cosine" else 0)
+    found = f"Data: {dataset.name()}{dataset.found() and f' ({dataset.found()})'}"
     if args.test is not None:
+        say(found)
         run = Path(args.test)
         result = _test(maml, data, run, Signals())
         return record.write_test(run, result, args)
@@ -92,8 +94,7 @@ def _train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpar
         parameters = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
         say(f"{flags}\n{net}\n"
             f"Total trainable parameters: {parameters}\n"
-            f"Data: {dataset.name()}{dataset.found() and f' ({dataset.found()})'}. "
-            f"{run.steps} meta-steps of {args.task_num} tasks on {args.device}, to {out}")
+            f"{found}. {run.steps} meta-steps of {args.task_num} tasks on {args.device}, to {out}")
         with run.signals:
             try:
                 run.train()

@@ -2,7 +2,7 @@
 
     python -m study.controls res/RUN                                    writes res/RUN/controls.json
     python -m study.controls res/RUN --root DATA --only final pixels    measures these; the others stay in the file
-    python -m study.controls res/RUN --data FOLDER                      on other images: res/RUN/controls-FOLDER.json
+    python -m study.controls res/RUN --data FOLDER                      on other images: writes controls-..._FOLDER.json
 
 The tasks are those of the run's test. The controls, each with all metrics and accuracies (T tasks, K inner steps):
 

@@ -228,7 +228,7 @@ def test_classes_of_fewer_images_than_five_shots_and_the_usual_queries(tmp_path,
     assert found["similarity, final"]["cka"][0] < 0.9999, "MAML's inner loop changes ANIL's body too"
     write_classes(tmp_path / "pictures", 15, count=6)
     controls.main([run, "--tasks", "2", "--only", "final", "--data", str(tmp_path / "pictures")])
-    assert list(json.loads((tmp_path / "run/controls-pictures.json").read_text())) == ["final"]
+    assert list(json.loads((tmp_path / f"run/controls-{tmp_path.name}_pictures.json").read_text())) == ["final"]
     (tmp_path / "run/controls.json").write_text("{")
     monkeypatch.setattr(controls, "measure", lambda *_: pytest.fail("measured, and it can't be kept"))
     with pytest.raises(UserError, match="controls.json is damaged .*; remove it, and measure all controls again"):

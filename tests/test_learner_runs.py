@@ -99,7 +99,8 @@ def test_testing_on_other_images_needs_only_their_test_split(tmp_path):
                          "--out", str(run)])
     other = ["--test", str(run), "--data", str(tmp_path / "few"), "--k_qry_test", "1"]
     omniglot_train.main([*other, "--task_chunk", "1"])
-    assert json.loads((run / "test-2tasks-1qry-10steps-few.json").read_text())["data"] == "images in few"
+    result, = run.glob(f"test-2tasks-1qry-10steps-{tmp_path.name}_few.json")
+    assert json.loads(result.read_text())["data"] == "images in few"
     omniglot_train.main([*other, "--data_name", "other"])
     assert json.loads((run / "test-2tasks-1qry-10steps-other.json").read_text())["data"] == "other"
     omniglot_train.main(["--test", str(run)])

@@ -117,6 +117,10 @@ def test_testing_again(omniglot_run, monkeypatch, capsys):
     omniglot_train.main(["--test", str(omniglot_run), "--k_qry", "1", "--update_step_test", "1", "--test_tasks", "4"])
     other = json.loads((omniglot_run / "test-4tasks-1qry-1steps.json").read_text())["test"]
     assert (other["tasks"], other["k_qry"], len(other["accuracy"])) == (4, 1, 2)
+    capsys.readouterr()
+    omniglot_train.main(["--test", str(omniglot_run), "--k_spt", "3"])
+    assert json.loads((omniglot_run / "test-3tasks-3qry-3steps-3shot.json").read_text())["test"]["k_spt"] == 3
+    assert "5-way 3-shot, queries together" in capsys.readouterr().out
     assert omniglot_train.arguments(["--test", str(omniglot_run), "--synthetic"]).synthetic
     with pytest.raises(UserError, match="--synthetic can't be set with --test"):
         omniglot_train.main(["--test", str(PROJECT / "res/contrast-maml-seed1"), "--synthetic"])
@@ -333,14 +337,14 @@ def test_what_other_data_changes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script, own, flags, suffix", [
     (omniglot_train, "--data mine", "--data ./other/../mine/", ""), (omniglot_train, "--data mine", "--data link", ""),
-    (omniglot_train, "--data mine", "--data faces/v2", "-v2"), (omniglot_train, "", "--data /", "-"),
+    (omniglot_train, "--data mine", "--data faces/v2", "-faces_v2"), (omniglot_train, "", "--data /", "-_"),
     (omniglot_train, "", "--data mine --data_name a/../../../escaped", "-a_.._.._.._escaped"),
     (omniglot_train, "", "--data mine --data_name été:1", "-été_1"), (omniglot_train, "", "--root other", ""),
     (miniimagenet_train, "--root mine", "--root ./mine", ""), (miniimagenet_train, "--root mine", "", ""),
-    (miniimagenet_train, "--root mine --data_name x", "--root a/other", "-other"),
+    (miniimagenet_train, "--root mine --data_name x", "--root a/other", "-a_other"),
     (miniimagenet_train, "--root moved", "--root other", ""),
     (miniimagenet_train, "--data mine", "--root other", ""), (miniimagenet_train, "--synthetic", "--root other", ""),
-    (miniimagenet_train, "--synthetic", "--data other", "-other"),
+    (miniimagenet_train, "--synthetic", "--data b/other", "-b_other"),
 ])
 def test_a_result_on_other_images_has_a_file_of_its_own_in_the_run(script, own, flags, suffix, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
