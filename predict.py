@@ -92,13 +92,15 @@ class Model:
                 query_images: Iterable[Picture], transductive: bool = False) -> list[Hashable]:
         """The label of each query image, after adaptation to the support set.
 
-        MAML, ANIL and BOIL take the run's --update_step_test inner steps from the trained weights. ProtoNet and the
-        classifier answer with the label of the nearest support mean. Each query is normalised together with the
-        support set alone, so its answer does not depend on the other queries.
+        MAML, ANIL and BOIL take the run's --update_step_test inner steps from the trained weights, for fewer than n_way
+        classes with the first rows of the classifier. ProtoNet and the classifier answer with the label of the nearest
+        support mean. Each query is normalised together with the support set alone, so its answer does not depend on
+        the other queries.
 
         Args:
             support_images: one or more of each class.
-            support_labels: one per image, n_way different ones; any hashable objects.
+            support_labels: one per image; any hashable objects. Two different ones or more, and for MAML, ANIL and BOIL
+                n_way at most.
             query_images: any number.
             transductive: normalise all queries together, as MAML's tests do. Answers then depend on the other queries,
                 which should be balanced over the classes; with fewer than n_way queries there is a warning.
@@ -111,9 +113,10 @@ class Model:
         except (TypeError, ValueError, RuntimeError) as error:  # a list is not hashable, a row of an array has no item
             raise UserError("each label must be one number, string or other hashable object; for one-hot rows give "
                             "labels.argmax(1)") from error
-        if len(classes) != self.args.n_way:
-            raise UserError(f"the support set has {len(classes)} different labels; this run's network needs "
-                            f"{self.args.n_way}")
+        by_mean = self.args.learner in BASELINES
+        if len(classes) < 2 or len(classes) > self.args.n_way and not by_mean:
+            most = "or more" if by_mean else f"to {self.args.n_way}"
+            raise UserError(f"the support set has {len(classes)} different labels; this run's network takes 2 {most}")
         x_spt, x_qry = self.pixels(support_images), self.pixels(query_images)
         total = x_qry.shape[1]
         if x_spt.shape[1] != len(labels):
@@ -123,10 +126,13 @@ class Model:
         if transductive and 0 < total < len(classes):
             warnings.warn(f"{total} queries of {len(classes)} classes are normalised together: their "
                           "statistics mean little; leave transductive out", stacklevel=3)
-        by_mean = self.args.learner in BASELINES
+        theta = dict(self.net.weights)
+        for name in self.net.head:  # a row per class; nearest means need none
+            rows = theta[name][:len(classes)]
+            theta[name] = torch.cat([rows, rows.new_zeros(len(classes) - len(rows), *rows.shape[1:])])
         rates = inner_rates(self.net, self.args.learner, self.args.update_lr, self.args.head_lr,
                             self.args.adapt_blocks)
-        *_, weights = adapt(self.net, self.net.weights, x_spt, y_spt, rates,
+        *_, weights = adapt(self.net, theta, x_spt, y_spt, rates,
                             0 if by_mean else self.args.update_step_test)
         names, answers = list(classes), []
         for queries, in chunks(total if transductive else QUERIES_PER_PASS, total, x_qry[0]) if total else ():

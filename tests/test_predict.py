@@ -52,15 +52,20 @@ def as_input(images, inverted=False):
     return 1 - x if inverted else x
 
 
-def answers(model, support, queries, learner):
+def answers(model, support, queries, learner, index=INDEX):
     """The scores of each query, normalised with the support set alone: the plain inner loop, a pass per query."""
-    net, steps = model.net, 3 if learner in ("maml", "anil", "boil") else 0
+    steps, n_way = 3 if learner in ("maml", "anil", "boil") else 0, len(set(index.tolist()))
+    *body, (_, (_, features)) = model.net.config
+    config = [*body, ("linear", [n_way, features])]
+    theta = {name: weight[:n_way] if "linear" in name else weight for name, weight in model.net.weights.items()}
+    if n_way > 3:  # more rows than there are; no nearest mean depends on them
+        theta |= {name: torch.ones(n_way, *weight.shape[1:]) for name, weight in theta.items() if "linear" in name}
     changes = {"anil": lambda name: "linear" in name, "boil": lambda name: "linear" not in name}.get(learner, bool)
-    weights = oracle.adapt(net.config, net.weights, support, INDEX, 0.4, steps, changes=changes)[-1]
+    weights = oracle.adapt(config, theta, support, index, 0.4, steps, changes=changes)[-1]
     rows = []
     for query in queries:
-        logits, layers = oracle.forward(net.config, weights, torch.cat([support, query[None]]))
-        distances = squared_distances(layers[-2][-1:], class_means(layers[-2][:-1], INDEX, 3))
+        logits, layers = oracle.forward(config, weights, torch.cat([support, query[None]]))
+        distances = squared_distances(layers[-2][-1:], class_means(layers[-2][:-1], index, n_way))
         rows.append(-distances[0] if learner in ("protonet", "classifier") else logits[-1])
     return torch.stack(rows)
 
@@ -74,6 +79,17 @@ def test_each_query_is_answered_with_the_support_set_alone(runs, images, learner
     assert labels == [names[i] for i in answers(model, x[:4], x[4:], learner).argmax(1)]
     assert labels == [model.predict(images[:4], LABELS, [image])[0] for image in images[4:]]
     assert model.predict(images[:4], LABELS, []) == []
+
+
+@pytest.mark.parametrize("learner, index", [("maml", [1, 0, 1, 0]), ("protonet", [1, 1, 0, 0]),
+                                            ("protonet", [0, 1, 2, 3])])
+def test_other_numbers_of_classes_than_in_training(runs, images, learner, index):
+    model = predict.load(runs / learner)
+    x = as_input(images, inverted=True)
+    order = torch.tensor([list(dict.fromkeys(index)).index(label) for label in index])
+    expected = answers(model, x[:4], x[4:], learner, order).argmax(1)
+    assert model.predict(images[:4], index, images[4:]) == [list(dict.fromkeys(index))[i] for i in expected]
+    assert len(set(expected.tolist())) > 1
 
 
 def test_queries_together(runs, images, monkeypatch):
@@ -153,7 +169,8 @@ def test_paths_in_the_home_folder_and_generators(tmp_path, runs, images, monkeyp
     (lambda run, model, four: predict.load(run.parent), "args.json: No such file"),
     (lambda run, model, four: predict.load(run, "weights-9"), "weights can be best, last, weights-0, weights-1"),
     (lambda run, model, four: predict.load(run, device="mps"), "--device mps"),
-    (lambda run, model, four: model.predict(four, [0, 1, 1, 1], four), "2 different labels; this run's network needs"),
+    (lambda run, model, four: model.predict(four, [0, 1, 2, 3], four), "4 different labels; this run's network takes"),
+    (lambda run, model, four: model.predict(four, [1, 1, 1, 1], four), "1 different labels; this run's network takes"),
     (lambda run, model, four: model.predict(four, [[0], [1], [2], [1]], four), "each label must be one number, string"),
     (lambda run, model, four: model.predict(four, np.eye(3)[INDEX], four), "for one-hot rows give labels.argmax(1)"),
     (lambda run, model, four: model.predict(four[:3], LABELS, four), "3 support images and 4 labels"),
