@@ -7,6 +7,7 @@
 After --collect, `python plot_nc.py` redraws the figures and `python -m study.tables` rewrites the tables.
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import files
 from files import Parser, UserError, atomic, reading
 from study.design import SETTINGS
-from study.logs import HOME
+from study.logs import HOME, NOT_COMPARED
 
 RESULTS = ("result.json", "timing.json")  # a finished run has both
 ROOTS = {"omniglot_train.py": "omniglot/", "miniimagenet_train.py": "miniimagenet/"}  # the scripts' defaults
@@ -103,6 +104,23 @@ def run_all(jobs: Sequence[Job], at_once: int, roots: dict[str, str]) -> None:
         raise UserError(f"failed: {', '.join(job.folder.name for job in failed)}; {failed[0].folder}.txt says why")
 
 
+def differing(flags: Sequence[str], settings: dict) -> list[str]:
+    """The names of the flags that a run's settings, from its args.json, do not agree with."""
+    given: dict[str, list] = {}
+    for text in flags:
+        if text.startswith("--"):
+            values = given[text.removeprefix("--")] = []
+        else:
+            with contextlib.suppress(ValueError):  # text that is no number
+                text = json.loads(text)
+            values.append(text)
+    expected = {name if values else name.removeprefix("no-"): values or [not name.startswith("no-")]
+                for name, values in given.items()}
+    recorded = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
+    return [name for name, values in expected.items()
+            if name not in NOT_COMPARED - {"seed"} and recorded.get(name) != values]
+
+
 def contents(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
     """What the files of these names hold, without those that are absent."""
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
@@ -119,6 +137,8 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
             continue
         with reading(job.folder, "let it train again", "is damaged"):
             arguments = json.loads((job.folder / "args.json").read_bytes())
+            if different := differing(job.flags, arguments["settings"]):
+                raise UserError(f"{job.folder} has another {', '.join(different)} than the study; rename it")
             arguments["settings"] |= {"root": ROOTS[job.script], "cache": None, "out": None}
             log = (job.folder / "log.jsonl").read_bytes()
         copies = {"log.jsonl.gz": gzip.compress(log, mtime=0),

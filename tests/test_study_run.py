@@ -26,7 +26,8 @@ resumed = "--resume" in flags
 folder = pathlib.Path(flags.get("--resume") or flags["--out"])
 folder.mkdir(parents=True, exist_ok=True)
 seed = json.loads((folder / "args.json").read_text())["settings"]["seed"] if resumed else int(flags["--seed"])
-(folder / "args.json").write_text(json.dumps({"settings": {"seed": seed, "root": flags["--root"], "out": str(folder)}}))
+settings = {"seed": seed, "epoch": 6000, "task_num": 8, "root": flags["--root"], "out": str(folder)}
+(folder / "args.json").write_text(json.dumps({"settings": settings}))
 def stop(*_):
     (folder / "checkpoint.pt").touch()
     sys.exit(143)
@@ -95,12 +96,13 @@ def test_collected_files_name_no_place_and_no_time(place, capsys):
         assert collected.keys() == {"log.jsonl.gz", "args.json", "result.json", "timing.json", "last.pt"}
         assert gzip.decompress(collected["log.jsonl.gz"]) == b"begun\n" and collected["log.jsonl.gz"][4:8] == bytes(4)
         assert json.loads(collected["args.json"])["settings"] == {
-            "seed": 1, "root": "omniglot/", "cache": None, "out": None}
+            "seed": 1, "epoch": 6000, "task_num": 8, "root": "omniglot/", "cache": None, "out": None}
     assert f"{SETTING}-seed2: not finished, left out" in capsys.readouterr().out
     job, = run.jobs_of([SETTING], [1])
     (job.folder / "best.pt").write_text("weights")
     for tested in ("last", "best"):  # the best weights where they were tested
-        (job.folder / "args.json").write_text(json.dumps({"settings": {"seed": 1, "test_weights": tested}}))
+        settings = {"seed": 1, "epoch": 6000, "task_num": 8, "test_weights": tested}
+        (job.folder / "args.json").write_text(json.dumps({"settings": settings}))
         run.main([SETTING, "--seeds", "1", "--collect"])
         assert (place / "res" / job.folder.name / "best.pt").exists() == (tested == "best")
     measured = place / "res" / job.folder.name / "controls.json"
@@ -110,6 +112,9 @@ def test_collected_files_name_no_place_and_no_time(place, capsys):
     (job.folder / "last.pt").write_text("other weights")
     run.main([SETTING, "--seeds", "1", "--collect"])
     assert not measured.exists()
+    (job.folder / "args.json").write_text(json.dumps({"settings": settings | {"epoch": 20, "seed": 4}}))
+    with pytest.raises(UserError, match="seed1 has another epoch, seed than the study; rename it"):
+        run.main([SETTING, "--seeds", "1", "--collect"])
     (job.folder / "args.json").write_text("{")
     with pytest.raises(UserError, match="seed1 is damaged .*; let it train again"):
         run.main([SETTING, "--seeds", "1", "--collect"])
@@ -122,6 +127,15 @@ def test_every_command_is_one_that_its_script_takes(name):
     module = {"omniglot_train.py": omniglot_train, "miniimagenet_train.py": miniimagenet_train}[script]
     args = module.arguments(flags)
     assert args.out == str(job.folder) and args.root == "data" and args.seed == 1
+
+
+def test_flags_that_a_run_does_not_have():
+    settings = {"update_lr": 2.0, "adapt_blocks": [4, 5], "spatial_mean": False, "freeze_head": True, "learner": "anil"}
+    flags = "--update_lr 2 --adapt_blocks 4 5 --no-spatial_mean --freeze_head --learner anil --nc_every 9".split()
+    assert run.differing(flags, settings) == []
+    for name, other in (("update_lr", 0.4), ("adapt_blocks", None), ("spatial_mean", True), ("freeze_head", False),
+                        ("learner", "boil")):
+        assert run.differing(flags, settings | {name: other}) == [name]
 
 
 def test_refusals(place):
