@@ -149,8 +149,7 @@ class Learner(nn.Module):
         one_set = isinstance(x, Tensor) and x.dim() == 4
         x = x[None] if one_set else x
         weights = self.per_task(self.weights if weights is None else weights, len(x))
-        own = [[weights[key] for key in (f"{i}_{name}_weight", f"{i}_{name}_bias") if key in weights]
-               for i, (name, _) in enumerate(self.config)]
+        own = [[weights[key] for key in self.weights if key.startswith(f"{i}_")] for i in range(len(self.config))]
         x = self.patches(x, groups, first) if isinstance(x, Tensor) else x
         if isinstance(x, Patches):
             h = taskwise.conv_bn(x, *own[0], *_scale_shift_eps(self.config[1][0], own[1]))
@@ -263,7 +262,10 @@ def _initial_weights(name: str, params: Sequence, fill: Callable) -> dict[str, T
 
 def apply_layer(name: str, params: Sequence, h: Tensor, own: list[Tensor], groups: int = 1,
                 first: int | None = None) -> Tensor:
-    """One layer on all tasks: h is [T, N, h, w, c] or [T, N, features], `own` its weights, each [T, ...]."""
+    """One layer on all tasks: h is [T, N, h, w, c] or [T, N, features], `own` its weights, each [T, ...].
+
+    A layer with statistics of a batch takes them of `groups` parts of the N images, as in `Learner.forward`.
+    """
     match name:
         case "conv2d":
             return taskwise.conv2d(h, *own, params[4], _before_and_after(h.shape[2], *params[3:]))

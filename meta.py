@@ -20,7 +20,7 @@ from torch import Tensor
 
 import device as devices
 from adam import GuardedAdam
-from baselines import BASELINES, inner_rates
+from baselines import BASELINES, descend, inner_rates
 from learner import Learner, Weights
 from measuring import accuracies, accuracy, collapse_metrics, cross_entropy, one_by_one, permuted_labels
 from tasks import Tasks, cat, chunked, chunks, tree_map
@@ -51,19 +51,19 @@ def leaves(weights: Weights) -> dict[str, Tensor]:
     return {name: weight.detach().requires_grad_() for name, weight in weights.items()}
 
 
-def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapping[str, float], steps: int,
+def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapping[str, float | Tensor], steps: int,
           second_order: bool = False) -> list[Weights]:
     """The inner loop: K steps of SGD on each task's own loss, for all tasks at once. Nothing passed in changes.
 
     Args:
         weights: where to start; one set for all tasks, or each with a leading task axis [T, ...].
         x, y: support sets, [T, N, c, h, w] and [T, N].
-        lr: of SGD on the mean cross-entropy of a task's support set (the paper's alpha), or one per adapted weight.
+        lr: of SGD on a support set's mean cross-entropy (the paper's alpha), or one per adapted weight (see `descend`).
         second_order: keep the graph, so that the last weights can be differentiated with respect to the first.
     Returns:
         `steps` + 1 sets of weights, each [T, ...]: the start, and after each step.
     """
-    lr = lr if isinstance(lr, Mapping) else dict.fromkeys(net.adaptable, lr)
+    lr = dict.fromkeys(net.adaptable, lr) if isinstance(lr, (int, float, Tensor)) else lr
     with torch.enable_grad():
         x = net.patches(x)
         trajectory = [net.per_task(weights, len(x))]
@@ -72,7 +72,7 @@ def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapp
             loss = cross_entropy(net(x, weights), y).sum()  # tasks share nothing: each gets its own gradient
             adapted = [weights[name] for name in lr]  # none: BOIL of a network without a body
             gradients = torch.autograd.grad(loss, adapted, create_graph=second_order) if adapted else []
-            trajectory.append(weights | {name: weights[name].add(g, alpha=-lr[name]) for name, g in zip(lr, gradients)})
+            trajectory.append(weights | {name: descend(weights[name], g, lr[name]) for name, g in zip(lr, gradients)})
     return trajectory
 
 

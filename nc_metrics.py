@@ -38,7 +38,10 @@ CHUNK = 2**20   # feature values projected per call on a CPU: 8 MB in float64, s
 
 
 class _Group(NamedTuple):
-    """Features sorted into classes."""
+    """Features sorted into classes. In `measure` they are shifted and projected (`_project`).
+
+    So a metric takes lengths of residuals from `spread`, and depends on `means` by their differences alone.
+    """
 
     residual: Tensor   # [..., N, D] h - mu_c, float64
     one_hot: Tensor    # [..., N, C]

@@ -45,19 +45,20 @@ QUERIES_PER_PASS = 64  # unless all are normalised together
 
 
 def load(run: str | os.PathLike, weights: str | None = None, device: str = "cpu") -> "Model":
-    """Load the model that a run trained.
+    """Load the model that a run trained, with the network that it recorded.
 
     Args:
         run: its folder, with args.json and the weights.
         weights: "best", "last" or "weights-STEP"; None: those that the run tests (--test_weights).
         device: where to compute, as --device.
     Raises:
-        UserError: one line, if the folder, the weights or the device can't be used, or the network is another one.
+        UserError: one line, if the folder, the weights or the device can't be used.
     """
     run = Path(os.path.expanduser(run))
     script, args = settings_of(run, f"--device={device}")
-    torch_device, net = select_device(args.device), script.network(args)
-    record.check_network(run, net)
+    torch_device = select_device(args.device)
+    with reading(run / "args.json", wrong="is not what a run writes"):
+        net = Learner(record.recorded_layers(run) or script.layers(args), args.imgc, args.imgsz)
     name = (weights or args.test_weights).removesuffix(".pt")
     names = sorted(file.stem for file in run.glob("*.pt") if file.stem.startswith(("best", "last", "weights")))
     remedy = f"weights can be {', '.join(names)}" if names else f"{run} has no weights yet"

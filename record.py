@@ -73,14 +73,16 @@ def _commit() -> str | None:
     return None
 
 
-def check_network(run: Path, net: Learner) -> None:
-    """Refuse the run if it recorded another network, and name the first layer that differs.
+def recorded_layers(run: Path) -> list | None:
+    """The network's layers; older versions recorded none."""
+    return _args(run).get("layers")
 
-    Older versions recorded none.
-    """
+
+def check_network(run: Path, net: Learner) -> None:
+    """Refuse the run if it recorded another network, and name the first layer that differs."""
     with reading(run / "args.json", wrong="is not what a run writes"):
         layers = json.loads(json.dumps(net.config))  # tuples become lists
-        for i, (then, now) in enumerate(itertools.zip_longest(_args(run).get("layers", layers), layers)):
+        for i, (then, now) in enumerate(itertools.zip_longest(recorded_layers(run) or layers, layers)):
             if then != now:
                 then, now = (f"{layer[0]}{layer[1]}" if layer else "absent" for layer in (then, now))
                 raise UserError(f"{run / 'args.json'}: layer {i} was {then} in the run and is {now} here; use the code "

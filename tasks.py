@@ -6,7 +6,8 @@ A task picks `n_way` classes and, of each, `k_spt` support and `k_qry` query ima
 
     args = omniglot_train.arguments(["--recipe", "paper"])
     dataset, net = omniglot_train.dataset(args), omniglot_train.network(args)
-    sampler = Sampler(dataset.load("train"), dataset, torch.device("cpu"), seed=0, n_way=5, k_spt=1, k_qry=1)
+    images = with_rotations(dataset.load("train"))
+    sampler = Sampler(images, dataset, torch.device("cpu"), seed=0, n_way=5, k_spt=1, k_qry=1, turns=4)
     step = Meta(net, update_lr=2.0, update_step=1)(sampler(32))      # a meta-step of 32 tasks, in a loop of your own
 """
 
@@ -20,7 +21,10 @@ from torch import Tensor
 
 
 class Tasks(NamedTuple):
-    """T tasks. Images are float, scaled to 0..1 and normalised; labels are int64, 0..n_way-1."""
+    """T tasks. Images are float, scaled to 0..1 and normalised; labels are int64, 0..n_way-1, each equally often.
+
+    From a `Sampler` one class follows the other; `one_by_one` relies on it where it takes the first query of each.
+    """
 
     x_spt: Tensor  # [T, n_way * k_spt, c, h, w]
     y_spt: Tensor  # [T, n_way * k_spt]

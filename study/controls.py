@@ -52,7 +52,7 @@ from files import Parser, UserError, atomic, progress, quoted, reading
 from learner import Learner, Weights
 from measuring import accuracies, accuracy, cka, class_means, collapse_metrics, permuted_labels, scores
 from meta import Meta, adapt
-from record import numbers, other_images, say, summary
+from record import check_network, numbers, other_images, say, summary
 from settings import check
 from study.design import FRACTIONS
 from tasks import Dataset, Tasks, as_tasks, cat, chunked
@@ -98,6 +98,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     most = dataset.sizes()["test"][1] - args.k_spt  # queries per class
     keep_memory()
     set_arithmetic(args.precision, args.deterministic)
+    check_network(folder, script.network(args))
     final = predict.load(folder, "last" if (folder / "last.pt").exists() else "best", args.device).net
     torch.manual_seed(args.seed)  # of all networks below, which are drawn in this order
     untrained = script.network(args).to(device)

@@ -54,13 +54,15 @@ def save(figure: Figure, path: Path) -> None:
 def colours(groups: Sequence[Group]) -> list[tuple[Group, str, str]]:
     """Each group with its colour and its name in the legend.
 
-    The name includes the data's name if there are several, and the folder's name if two groups share a name.
+    The name includes the data's name if there are several, and the end of the folder's path if two share a name.
     """
     runs = [group[0] for group in groups]
     several = len({run.data for run in runs}) > 1
     names = [f"{run.data}, {name}" if several and name == describe(run) else name
              for run, name in zip(runs, map(label, runs))]
-    folders = [one_line(run.path.resolve().name) for run in runs]
+    paths = [run.path.resolve().parts for run in runs]
+    length = 1 + (len({path[-1] for path in paths}) < len(paths))  # of two folders of one name their parents' names too
+    folders = [one_line("/".join(path[-length:])) for path in paths]
     names = [f"{name} ({folder})" if names.count(name) > 1 else name for name, folder in zip(names, folders)]
     return [(group, PALETTE[i % len(PALETTE)], names[i].replace("$", r"\$")) for i, group in enumerate(groups)]
 
@@ -229,7 +231,8 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
     one_size = len({(run.settings["n_way"], run.queries) for run, *_ in groups}) == 1
     references = [(groups[0][0], GREY)] if one_size else [(group[0], colour) for group, colour, _ in colours(groups)]
     note = key("permuted labels; NC2: random directions", GREY, linestyle=":")
-    figure, panels = frame(2, 3, 4.4, keys(groups, note, models=True))
+    rows = math.ceil(len(LABELS) / 3)
+    figure, panels = frame(rows, 3, 2.2 * rows, keys(groups, note, models=True))
     headline(figure, groups, TASKS[split], layer or distinct(groups, "hidden"))
     for axes, (metric, title) in zip(panels.flat, LABELS.items()):
         curves(axes, groups, [(of_metric(split, model, metric, layer), style) for model, style in STYLES.items()

@@ -81,6 +81,9 @@ def test_the_figures_name_the_data_the_tasks_and_the_layer(tmp_path):
     assert keys[-1] == "nearest support mean at block2, before adaptation"
     names = [name for _, _, name in figures.colours(logs.read_groups([whole, part]))]
     assert names == ["Omniglot, 5-way 5-shot, second order", r"\$x^\$, 5-way 1-shot, second order"]
+    longer = write_run(tmp_path / "res/whole", k_spt=5, epoch=700)
+    names = [name for _, _, name in figures.colours(logs.read_groups([whole, longer]))]
+    assert names == [f"5-way 5-shot, second order ({place}/whole)" for place in (tmp_path.name, "res")]
     plot_nc.main([str(whole), str(part), "--figure", "layers"])
     plot_nc.main([str(whole), "--layer", "block2"])
     assert sorted(path.name for path in whole.glob("*.png")) == ["layers.png", "traces-block2.png"]

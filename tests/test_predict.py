@@ -136,7 +136,7 @@ def test_photographs():
     torch.testing.assert_close(model.pixels([image])[0, 0], expected.permute(2, 0, 1))
 
 
-def test_layers_other_than_the_run_s_are_refused(tmp_path, runs):
+def test_layers_other_than_the_run_s_are_refused_or_taken_from_it(tmp_path, runs):
     """With the same weights, so that nothing else tells."""
     net = predict.load(runs / "maml").net
     shutil.copytree(runs / "maml", tmp_path / "run")
@@ -146,10 +146,10 @@ def test_layers_other_than_the_run_s_are_refused(tmp_path, runs):
     assert predict.load(tmp_path / "run").net.config == net.config
     layers[2] = ["tanh", []]
     (tmp_path / "run/args.json").write_text(json.dumps(args | {"layers": layers}))
-    for use in (predict.load, lambda run: omniglot_train.main(["--test", run]),
-                lambda run: omniglot_train.main(["--resume", run])):
+    for mode in ("--test", "--resume"):
         with refused("args.json: layer 2 was tanh[] in the run and is relu[True] here; use the code that made the run"):
-            use(str(tmp_path / "run"))
+            omniglot_train.main([mode, str(tmp_path / "run")])
+    assert predict.load(tmp_path / "run").net.config[2] == ("tanh", [])  # it has the run's
     (tmp_path / "run/args.json").write_text(json.dumps(args | {"layers": [1]}))
     with refused("args.json is not what a run writes"):
         predict.load(tmp_path / "run")
