@@ -11,6 +11,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -185,14 +186,15 @@ class Signals:
     """Within its context SIGTERM and Ctrl-C only set a flag; `check` raises Stopped, where nothing is lost.
 
     A second signal ends the process at once. With several processes it is ignored, because a launcher passes on a
-    signal that the processes have already received.
+    signal that the processes have already received. Outside the main thread, signals are left as they are.
     """
 
     def __init__(self):
         self.number = 0  # of the signal that was received
 
     def __enter__(self) -> "Signals":
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_) -> None:

@@ -50,8 +50,8 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
         UserError: there is no folder with images, it can't be read, or it has too few classes for three splits.
     """
     if not os.path.isdir(root):
-        raise UserError(f"there is no folder {root} that can be read; name the folder of the class folders with "
-                        "--data FOLDER")
+        raise UserError(f"there is no folder {Path(root).absolute()} that can be read; name the folder of the class "
+                        "folders with --data FOLDER")
     top = _around_classes(Path(root))
     cache = Path(cache or Path(root) / ".cache")  # hidden, because FOLDER/cache may be a class
     parts = split_folders(top)

@@ -66,7 +66,8 @@ class ImageSet:
         for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
             listed([short(label) for label in self.splits.get(one, ()) if label in self.splits.get(other, ())],
                    f"classes are in both {one} and {other} ({self.layout}), which must not share any",
-                   "remove each from one of them")
+                   "remove each from one of them, or put all images of a class into one folder, and have the classes "
+                   "split with --data FOLDER")
 
     @property
     def summary(self) -> str:

@@ -64,7 +64,7 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
     root = top = Path(root)
     if not os.path.isdir(root):
         where = _where(root.parent if os.path.isfile(root) else root)
-        raise UserError(f"there is no folder {root} that can be read; {where}")
+        raise UserError(f"there is no folder {root.absolute()} that can be read; {where}")
     cache = Path(cache) if cache else root / "cache"
     if not _complete(root):
         inner = [Path(folder) for folder in images.subfolders(root) if _complete(folder)]
@@ -168,7 +168,8 @@ def _rows(table: Path) -> list[_Row]:
         reader.fieldnames = [normal(name).lower() for name in reader.fieldnames or ()]
         for column in ("filename", "label"):
             if column not in reader.fieldnames:
-                raise UserError(f"{table} has no column {column}; its first line must be filename,label")
+                raise UserError(f"{table} has no column {column}; its first line must be filename,label and is "
+                                f"{short(','.join(reader.fieldnames))}")
         rows = [_Row(reader.line_num, normal(row["filename"] or ""), normal(row["label"] or "")) for row in reader]
     listed([f"line {row.line}" for row in rows if not (row.filename and row.label)],
            f"{table} lacks filename or label", "write both there, or remove the lines")

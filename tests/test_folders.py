@@ -125,7 +125,8 @@ def no_folders(root: Path) -> None:
      ["the val split has no class with images"]),
     (split_folders("train", "val", "valid", "test"), ["two folders of one split", "valid", "move one away"]),
     (lambda root: write_classes(root, 5, count=1), ["'class 0' in", "at least 2 images"]),
-    (split_folders("train", "val", "test"), ["in both train and val", "'class 0'; 'class 1'; 'class 2'"]),
+    (split_folders("train", "val", "test"),
+     ["in both train and val", "'class 0'; 'class 1'; 'class 2'", "have the classes split with --data"]),
 ])
 def test_faults_are_named_in_one_line(tmp_path, make, words):
     make(tmp_path / "mine")
@@ -163,7 +164,8 @@ def test_query_images_are_needed_where_they_are_drawn_alone(tmp_path):
     for split, count in (("train", 6), ("val", 3), ("test", 3)):
         write_classes(tmp_path / "pictures" / split, 3, len(split), count, name=split)
     flags = [*TINY, "--data", str(tmp_path / "pictures"), "--k_qry", "4", "--nc_qry", "2"]
-    with refused("--k_spt 1 --k_qry 4", "3 images per class in its val split"):
+    with refused("--k_spt 1 --k_qry 4", "3 images per class in its val split; lower them to that sum, or remove the "
+                 "smallest classes (folders train, val, test", "val 3 classes of 3 ('val 0') to 5 images"):
         omniglot_train.main([*flags, "--out", str(tmp_path / "run")])
     omniglot_train.main([*flags, "--k_qry_test", "1", "--out", str(tmp_path / "run")])
     assert json.loads((tmp_path / "run/result.json").read_text())["test"]["k_qry"] == 1

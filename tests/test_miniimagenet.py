@@ -194,7 +194,7 @@ FAULTS = {  # what is wrong: how to make it so, the words that the line must hol
     "no images folder": (lambda root: shutil.rmtree(root / "images"), ["images", "missing"]),
     "two caches": (lambda root: cached(root) or shutil.copy(root / "mini-imagenet-cache-val.pkl", root / "val.pickle"),
                    ["both of the val split", "move one away"]),
-    "no column": (lambda root: edit(root, "label", "class"), ["no column label"]),
+    "no column": (lambda root: edit(root, "label", "class"), ["no column label", "and is 'filename,class'"]),
     "not UTF-8": (lambda root: (root / "train.csv").write_bytes(b"filename,label\n\xff\xfe.png,a\n"), ["UTF-8"]),
     "only in another class": (lambda root: LAYOUTS["the same names in each class"][0](root) and
                               [path.unlink() for path in root.glob("images/*/3.png") if path.parent.name != "class1"],

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import kill
@@ -130,6 +131,9 @@ def test_a_signal_waits_for_the_check_and_a_second_one_does_not():
         with pytest.raises(Stopped) as stopped:
             signals.check(CPU)
     assert stopped.value.code == 130
+    with ThreadPoolExecutor() as pool, Signals() as outer:  # a thread can't set handlers: the main one's stay
+        assert pool.submit(lambda: Signals().__enter__().before).result() == {}
+        assert signal.getsignal(signal.SIGINT) == outer._note
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     child = os.fork()
     if not child:
