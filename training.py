@@ -74,12 +74,7 @@ def _train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpar
         classes, _ = dataset.sizes()["train"]
         net.classes = nn.Linear(net.weights[net.classifier].shape[1], classes * data.turns("train"))
     net.to(device)
-    maml = Meta(net, update_lr=args.update_lr, meta_lr=args.meta_lr, update_step=args.update_step,
-                update_step_test=args.update_step_test, first_order=args.first_order, nc_every=args.nc_every,
-                nc_every_late=args.nc_every_late if args.nc_every else 0, task_chunk=args.task_chunk, seed=args.seed,
-                clip=args.clip, skip_nonfinite=args.skip_nonfinite, learner=args.learner, head_lr=args.head_lr,
-                freeze_head=args.freeze_head, adapt_blocks=args.adapt_blocks,
-                cosine_steps=meta_steps(args) if args.lr_schedule == "cosine" else 0)
+    maml = meta_of(net, args)
     found = f"Data: {dataset.name()}{dataset.found() and f' ({dataset.found()})'}"
     if args.test is not None:
         say(found)
@@ -102,6 +97,16 @@ def _train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpar
             except Stopped:
                 say(f"stopped at step {maml.step}; resume with: python {args.script}.py --resume {quoted(out)}")
                 raise
+
+
+def meta_of(net: Learner, args: argparse.Namespace) -> Meta:
+    """MAML with a run's settings."""
+    return Meta(net, update_lr=args.update_lr, meta_lr=args.meta_lr, update_step=args.update_step,
+                update_step_test=args.update_step_test, first_order=args.first_order, nc_every=args.nc_every,
+                nc_every_late=args.nc_every_late if args.nc_every else 0, task_chunk=args.task_chunk, seed=args.seed,
+                clip=args.clip, skip_nonfinite=args.skip_nonfinite, learner=args.learner, head_lr=args.head_lr,
+                freeze_head=args.freeze_head, adapt_blocks=args.adapt_blocks,
+                cosine_steps=meta_steps(args) if args.lr_schedule == "cosine" else 0)
 
 
 class Data:

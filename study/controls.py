@@ -56,7 +56,7 @@ from record import check_network, numbers, other_images, say, summary
 from settings import check
 from study.design import FRACTIONS
 from tasks import Dataset, Tasks, as_tasks, cat, chunked
-from training import TEST_SEED, Data, held_out_tasks
+from training import TEST_SEED, Data, held_out_tasks, meta_of
 
 QUERIES = 15  # per class, if nothing else is said
 SHOTS = 5  # of the control with more support images
@@ -131,9 +131,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     for name, (net, function, sizes) in wanted.items():
         data.args.k_spt, data.args.k_qry_test = sizes
         data.args.nc_qry = sizes[1]  # or more are drawn than a class may have
-        maml = Meta(net, args.update_lr, update_step=args.update_step, update_step_test=args.update_step_test,
-                    task_chunk=args.task_chunk, seed=args.seed, learner=args.learner, head_lr=args.head_lr,
-                    adapt_blocks=args.adapt_blocks)
+        maml = meta_of(net, args)
         batches = math.ceil(args.test_tasks / args.task_num)
         results = cat(list(progress(measured(maml, data, images, function), name, batches, "batches")))
         metrics, right = results.pop("metrics", None), with_intervals(results)
