@@ -25,7 +25,8 @@ REMEDY = "replace or convert them, or remove them"  # of images that can't be re
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp")
 OTHER_EXTENSIONS = (".webp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".ppm", ".pgm",
                     ".pnm")  # refused, not silently left out
-NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+NAMES = {"train": ("train", "training", "base", "meta_train"), "val": ("val", "valid", "validation", "meta_val"),
+         "test": ("test", "testing", "novel", "meta_test")}
 
 
 def dataset(args: argparse.Namespace, mean: Sequence[float], std: Sequence[float],
@@ -55,7 +56,7 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
     top = _around_classes(Path(root))
     cache = Path(cache or Path(root) / ".cache")  # hidden, because FOLDER/cache may be a class
     parts = split_folders(top)
-    if len(parts) == 3 or tests_only and "test" in parts:
+    if len(parts) == 3 or tests_only and "test" in parts and image_folders(parts["test"]):
         layout = f"folders {', '.join(path.name for path in parts.values())} of class folders"
         return ImageSet("folders", layout, split_classes(parts), resample, cache, REMEDY)
     if any(map(image_folders, parts.values())):

@@ -93,7 +93,7 @@ def _layouts(root: Path | os.DirEntry) -> dict[str, dict[str, Path]]:
     parts = folders.split_folders(root)
     tables, caches = {}, {}
     for entry in images.entries(root):
-        if match := re.fullmatch(r"(train|val|test)\.csv", entry.name):
+        if match := re.fullmatch(r"(train|val|test)(?:idation)?\.csv", entry.name):
             tables[match[1]] = Path(entry)
         if match := re.fullmatch(PICKLE, entry.name):
             other = caches.setdefault(match[1].lower(), Path(entry))

@@ -43,7 +43,8 @@ def test_classes_are_split_by_their_names_alone(tmp_path):
     assert np.array_equal(data[1][1, 7, 0], np.asarray(picture.convert("L").resize((8, 8), BILINEAR)))
 
 
-@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "validation", "testing")])
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "validation", "testing"),
+                                   ("base", "val", "novel")])
 def test_split_folders_are_used_as_they_are(tmp_path, names):
     for first, name in enumerate(names):
         write_classes(tmp_path / "top" / name, 2 + first, first, name=name)
@@ -176,6 +177,7 @@ def test_a_folder_test_is_enough_to_test_a_trained_model_on_all_its_classes(tmp_
     omniglot_train.main([*TINY, "--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run")])
     again = ["--test", str(tmp_path / "run"), "--data", str(tmp_path / "own")]
     write_classes(tmp_path / "own", 5)  # one of them becomes the test split
+    (tmp_path / "own/class 4").rename(tmp_path / "own/novel")  # a class
     with refused("--n_way 2: images in own has 1 classes in its test split; put 2 or more into", "own/test"):
         omniglot_train.main(again)
     (tmp_path / "own").rename(tmp_path / "test")

@@ -86,6 +86,7 @@ LAYOUTS = {  # and words of the line that says what was found
     "absolute": (lambda root: edit(root, "([pvt]..[.])", rf"{root}/images/\1"), "images/:"),
     "backslashes": (lambda root: edit(root, "([pvt]..[.])", r"images\\\1"), "images/:"),
     "blanks": (lambda root: edit(root, r"(class\d)\n(.*)\n", "\\1 \r\n \\2\r\n"), "train 3 classes of 4 images"),
+    "validation.csv": (lambda root: (root / "val.csv").rename(root / "validation.csv"), "with images/:"),
     "header": (lambda root: edit(root, "filename,label", '\ufeff Filename , "label "'), "train 3 classes"),
     "links": (lambda root: (root / "images").rename(root.parent / "all") and (root / "images").mkdir() or
               [(root / "images" / path.name).symlink_to(path) for path in (root.parent / "all").iterdir()], "images/:"),
