@@ -51,11 +51,6 @@ def _gradient(net: Learner, logits: Tensor, labels: Tensor) -> tuple[list[Tensor
 BASELINES = {"protonet": protonet_gradient, "classifier": classifier_gradient}
 
 
-def descend(weight: Tensor, gradient: Tensor, rate: float | Tensor) -> Tensor:
-    """One step of SGD. A rate that is a tensor can be learned, as in Meta-SGD (Li et al. 2017, arXiv:1707.09835)."""
-    return weight - rate * gradient if isinstance(rate, Tensor) else weight.add(gradient, alpha=-rate)
-
-
 def inner_rates(net: Learner, learner: str, lr: float, head_lr: float | None = None,
                 blocks: Collection[int] | None = None) -> dict[str, float]:
     """Inner learning rate of each weight that the learner's inner loop adapts; `head_lr` is for the last layer.

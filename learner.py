@@ -178,6 +178,11 @@ class Learner(nn.Module):
         return "\n".join(["Learner(", f"  {list(self.input_shape)}", *lines, ")"])
 
 
+def leaves(weights: Weights) -> dict[str, Tensor]:
+    """The same values, where a new graph starts."""
+    return {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+
+
 def output_shape(config: Config, imgc: int, imgsz: int) -> list[int]:
     """Shape [c, h, w] or [features] of one image after the layers, computed without allocating memory.
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 import device as devices
 from adam import GuardedAdam
-from baselines import BASELINES, descend, inner_rates
-from learner import Learner, Weights
+from baselines import BASELINES, inner_rates
+from learner import Learner, Weights, leaves
 from measuring import accuracies, accuracy, collapse_metrics, cross_entropy, one_by_one, permuted_labels
 from tasks import Tasks, cat, chunked, chunks, tree_map
 
@@ -47,8 +47,9 @@ class Adapted(NamedTuple):
     nontransductive: dict | None  # the same two, each query normalised with the support set alone: [T, n], as asked for
 
 
-def leaves(weights: Weights) -> dict[str, Tensor]:
-    return {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+def descend(weight: Tensor, gradient: Tensor, rate: float | Tensor) -> Tensor:
+    """One step of SGD. A rate that is a tensor can be learned, as in Meta-SGD (Li et al. 2017, arXiv:1707.09835)."""
+    return weight - rate * gradient if isinstance(rate, Tensor) else weight.add(gradient, alpha=-rate)
 
 
 def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapping[str, float | Tensor], steps: int,
@@ -210,8 +211,7 @@ class Meta:
     def _chunk_sizes(self, tasks: Tasks, trains: bool = False) -> tuple[int, int]:
         """How many tasks go together at most through the inner loop, and through the query pass.
 
-        On a GPU all of them. On a CPU small tasks go together, as many as the cache holds, because one is too little
-        work per operation; large ones go one at a time (benchmarks/README.md has the measurements).
+        On a GPU all; on a CPU small tasks, as many as the cache holds, and large ones singly (benchmarks/README.md).
         """
         def size(x: Tensor, small: int) -> int:
             values = x.shape[1] * max(map(math.prod, self.net.shapes))  # of the largest activation
