@@ -29,6 +29,8 @@ from files import UserError, listed, reading, same_place, short
 from images import SPLITS, ImageFile, ImageSet, normal
 from tasks import Sampler
 
+Splits = dict[str, dict[str, list[ImageFile]]]  # split -> class -> images
+
 CHANNELS = 3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, red green blue
 RESAMPLE = Image.Resampling.BILINEAR
@@ -61,15 +63,16 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
     Raises:
         UserError: no layout or two; a file is missing or can't be read; the splits share classes.
     """
-    root = top = Path(root)
+    root = Path(root)
     if not os.path.isdir(root):
         where = _where(root.parent if os.path.isfile(root) else root)
         raise UserError(f"there is no folder {root.absolute()} that can be read; {where}")
     cache = Path(cache) if cache else root / "cache"
-    if not _complete(root):
-        inner = [Path(folder) for folder in images.subfolders(root) if _complete(folder)]
-        top = inner[0] if len(inner) == 1 else root
-    complete, remedy = _complete(top), folders.REMEDY
+    top, complete, above, remedy = root, _complete(root), None, folders.REMEDY
+    if not complete:
+        above = root / "images"
+        inner = {Path(folder): found for folder in images.subfolders(root) if (found := _complete(folder, above))}
+        top, complete = inner.popitem() if len(inner) == 1 else (root, {})
     if len(complete) > 1:
         raise UserError(f"{top} has two layouts, {' and '.join(complete)}; move one away")
     if not complete:
@@ -79,7 +82,7 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
         raise UserError(f"{_missing(top)}; {_where(top)}")
     (layout, parts), = complete.items()
     if layout == CSV:
-        splits, layout = _from_tables(top, parts)
+        splits, layout = _from_tables(top, parts, _images_of_tables(top, above))
         remedy += " from the CSV file"
     elif layout == FOLDERS:
         splits = folders.split_classes(parts)
@@ -103,18 +106,18 @@ def _layouts(root: Path | os.DirEntry) -> dict[str, dict[str, Path]]:
             PICKLES: caches}
 
 
-def _complete(root: Path | os.DirEntry) -> dict[str, dict[str, Path]]:
+def _complete(root: Path | os.DirEntry, above: Path | None = None) -> dict[str, dict[str, Path]]:
     """Those of `_layouts` that have all splits; not CSV files without images, which often lie beside another layout."""
     return {layout: parts for layout, parts in _layouts(root).items()
-            if len(parts) == len(SPLITS) and (layout != CSV or _images_of_tables(Path(root)))}
+            if len(parts) == len(SPLITS) and (layout != CSV or _images_of_tables(Path(root), above))}
 
 
-def _images_of_tables(root: Path) -> Path | None:
-    """The folder of the images that the CSV files in `root` name: images/, `root` with class folders, ../images/."""
-    here, above = root / "images", root.parent / "images"
-    if here.is_dir() and images.entries(here):
+def _images_of_tables(root: Path, above: Path | None) -> Path | None:
+    """The folder of the images that the CSV files in `root` name: images/, `root` with class folders, or `above`."""
+    here = root / "images"
+    if here.is_dir() and any(not entry.name.startswith(".") for entry in os.scandir(here)):
         return here
-    return root if folders.image_folders(root) else above if above.is_dir() else None
+    return root if folders.image_folders(root) else above if above and above.is_dir() else None
 
 
 def _missing(root: Path) -> str:
@@ -135,7 +138,7 @@ def _where(root: Path) -> str:
             f"{root}, or use --synthetic, which needs no data")
 
 
-def _from_wnids(root: Path, cache: Path) -> dict[str, dict[str, list[ImageFile]]] | None:
+def _from_wnids(root: Path, cache: Path) -> Splits | None:
     """The images of all 100 classes in `root`, its images/ or its only folder; None if there are not exactly these."""
     expected = set().union(*WNIDS.values())
     inner = [Path(folder) for folder in images.subfolders(root) if not same_place(folder.path, str(cache))]
@@ -178,10 +181,10 @@ def _rows(table: Path) -> list[_Row]:
     return rows
 
 
-def _from_tables(root: Path, tables: dict[str, Path]) -> tuple[dict[str, dict[str, list[ImageFile]]], str]:
+def _from_tables(root: Path, tables: dict[str, Path], folder: Path) -> tuple[Splits, str]:
     """The images of each split and label, and where and by which names they were found, in words."""
     rows = {split: _rows(tables[split]) for split in SPLITS}
-    index = _Files(root, _images_of_tables(root), {row.label for split in SPLITS for row in rows[split]})
+    index = _Files(root, folder, {row.label for split in SPLITS for row in rows[split]})
     renamed, how = index.imagenet([row for split in SPLITS for row in rows[split] if not index.find(row)])
     splits, parents = {}, set()
     for split in SPLITS:
