@@ -303,6 +303,8 @@ def apply_layer(name: str, params: Sequence, h: Tensor, own: list[Tensor], group
             h = h.permute(0, 1, 4, 2, 3) if h.dim() == 5 else h
             h = h.flatten(2) if name == "flatten" else h.reshape(*h.shape[:2], *params)
             return h.permute(0, 1, 3, 4, 2) if h.dim() == 5 else h
+        case _:
+            raise ValueError("it is in LAYERS, and apply_layer has no case for it")
 
 
 def _scale_shift_eps(name: str, own: list[Tensor]) -> tuple[Tensor | None, Tensor, float]:

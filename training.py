@@ -3,7 +3,8 @@
 A run writes its own folder:
 
     args.json      every setting, the network, versions, device, data: before the first step
-    log.jsonl      one JSON object per line: "run" (the data's name), then "train", "nc" (metrics) and "val"
+    log.jsonl      one JSON object per line: "run" (the data's name), then "train", "nc" (metrics) and "val"; of "nc",
+                   line["meta" or "finetuned"]["nc1"]["mean"] has a value per layer of line["layers"]
     checkpoint.pt  the run's state, every --save_every steps and when it is stopped: --resume continues from it
     best.pt        weights with the best validation accuracy so far
     last.pt        weights after the last step; weights-STEP.pt at every --keep_every-th step

@@ -168,3 +168,9 @@ def test_initial_weights():
 def test_layers_that_do_not_fit_are_refused_by_name(config, text):
     with pytest.raises(ValueError, match=text):
         Learner(config, imgc=3, imgsz=8)
+
+
+def test_a_new_layer_needs_a_case(monkeypatch):
+    monkeypatch.setitem(LAYERS, "gelu", "[]")
+    with pytest.raises(ValueError, match="layer 0, gelu.*apply_layer has no case for it"):
+        Learner([("gelu", [])], 1, 8)
