@@ -158,7 +158,7 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m study.run", description="Train the study's runs: skip finished, resume stopped.")
-    parser.add_argument("names", nargs="*", metavar="SETTING", help=f"{', '.join(SETTINGS)}; default: all")
+    parser.add_argument("names", nargs="*", metavar="SETTING", help="settings in study/design.py; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the study's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     parser.add_argument("--omniglot", default=ROOTS["omniglot_train.py"], metavar="ROOT", help="folder of its data")
