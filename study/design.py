@@ -106,6 +106,8 @@ SETTINGS = {setting.name: setting for setting in (
           ("small-body-step", "MAML, inner rate 0.2, the classifier's 2", ""),
           ("blocks-4-5-small-body-step", "MAML, inner loop of block 4 at 0.2 and the classifier at 2",
            "--adapt_blocks 4 5"))),
+    Setting("small-body-step-10000", "MAML, inner rate 0.2, the classifier's 2, for 10,000 meta-steps",
+            f"{_CONTRAST} --update_lr 0.2 --head_lr 2", (1, 2)),
     Setting("small-step", "1 inner step at rate 0.4", f"{_ONE_CHANGE} --update_lr 0.4", (1, 2)),
     Setting("frozen-head", "classifier kept as drawn", f"{_ONE_CHANGE} --freeze_head", (1, 2)),
     Setting("small-head", "classifier from N(0, 0.18²)", _SMALL_HEAD, (1, 2)),
@@ -198,7 +200,8 @@ KEPT = {  # by meta-step: where the classifier's initial weights are trained, ke
             "small-images-frozen-head"),
     7_000: ("photographs-maml", "photographs-frozen-head", "crops", "crops-zero-head")}
 BLOCKS = ("blocks-4-5", "blocks-3-4-5", "blocks-1-2-3-5", "blocks-1-2-3")  # MAML whose inner loop adapts only these
-SMALLER_STEPS = ("small-body-step", "blocks-4-5-small-body-step", "small-step", "small-head")  # that move the body less
+SMALLER_STEPS = ("small-body-step", "small-body-step-10000", "blocks-4-5-small-body-step", "small-step",
+                 "small-head")  # that move the body less
 # MAML by its inner loop in training
 OTHER_LOOPS = ("contrast-maml", "maml-3000", "contrast-zero-head", *BLOCKS, *SMALLER_STEPS)
 STEPS = (*LEARNERS, *BLOCKS, *SMALLER_STEPS, *(  # whose inner loop's step is compared block by block
