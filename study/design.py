@@ -165,6 +165,8 @@ SETTINGS = {setting.name: setting for setting in (
             f"{_LONG} --lr_schedule cosine --epoch 30000", (1,)),
     Setting("paper-omniglot-5w1s-first-order", "paper's recipe, 5-way 1-shot, first order",
             f"{_LONG} --first_order", (1,)),
+    Setting("paper-omniglot-5w1s-blocks-4-5", "paper's recipe, 5-way 1-shot, inner loop of block 4 and the classifier",
+            f"{_SHORT} --epoch 60000 --adapt_blocks 4 5", (1,)),
     Setting("paper-omniglot-5w5s", "paper's recipe, 5-way 5-shot", f"{_LONG} --k_spt 5 --epoch 35000", (1,)),
     Setting("paper-omniglot-20w1s", "paper's recipe, 20-way 1-shot", f"{_TWENTY_WAY} --epoch 24000", (1,)),
 )}
@@ -203,14 +205,15 @@ BLOCKS = ("blocks-4-5", "blocks-3-4-5", "blocks-1-2-3-5", "blocks-1-2-3")  # MAM
 SMALLER_STEPS = ("small-body-step", "small-body-step-10000", "blocks-4-5-small-body-step", "small-step",
                  "small-head")  # that move the body less
 # MAML by its inner loop in training
-OTHER_LOOPS = ("contrast-maml", "maml-3000", "contrast-zero-head", *BLOCKS, *SMALLER_STEPS)
+OTHER_LOOPS = ("contrast-maml", "maml-3000", "contrast-zero-head", *BLOCKS, *SMALLER_STEPS, "paper-omniglot-5w1s",
+               "paper-omniglot-5w1s-blocks-4-5")
 STEPS = (*LEARNERS, *BLOCKS, *SMALLER_STEPS, *(  # whose inner loop's step is compared block by block
     f"photographs-{name}" for name in ("maml", "frozen-head", "anil", "protonet", "classifier", "blocks-4-5")))
 FRACTIONS = (1, 0.25, 0.1, 0.025, 0.01)  # of the inner rates, at which features are compared
 # whose features are compared before and after MAML's inner loop, layer by layer
 SIMILARITY = (*LEARNERS, *itertools.chain(*COURSE.values()), *BLOCKS, *SMALLER_STEPS, "paper-omniglot-5w1s",
-              "five-steps", "five-steps-zero-head", *DIFFICULTY["photographs"], *DIFFICULTY["characters"],
-              "omniglot-in-noise-5-shot", "crops-zero-head",
+              "paper-omniglot-5w1s-blocks-4-5", "five-steps", "five-steps-zero-head", *DIFFICULTY["photographs"],
+              *DIFFICULTY["characters"], "omniglot-in-noise-5-shot", "crops-zero-head",
               *(f"photographs-{name}" for name in ("anil", "protonet", "classifier", "equal-rows", "frozen-head",
                                                    "slow-head", "blocks-4-5")),
               *MAIN, "omniglot-5w1s-first-order", "random-labels")
