@@ -186,6 +186,16 @@ def draw_figure(out: Path) -> None:
 # ---- the log
 
 
+def check_log(path: Path, keep: int) -> None:
+    """Raise a UserError if the log is missing or shorter than `keep` bytes, or is no file."""
+    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
+        raise UserError(f"{path} is not a regular file; remove it")  # a link may lead out of the folder
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    if size < keep:
+        raise UserError(f"{path} is missing or cut: {size:,} of the {keep:,} bytes that the checkpoint counts; "
+                        "put it back")
+
+
 class Log:
     """log.jsonl: one JSON object per line, written without a buffer, so that a running run can be plotted.
 
@@ -193,7 +203,7 @@ class Log:
         keep: bytes of an existing log that stay; the rest is cut off. 0: a new log.
         board: a TensorBoard writer (`tensorboard`) that gets the scalars too, or None.
     Raises:
-        UserError: the log can't be written; or it is missing or shorter than `keep`.
+        UserError: the log can't be written; or as `check_log`.
     """
 
     def __init__(self, path: Path, keep: int = 0, board=None):
@@ -201,12 +211,7 @@ class Log:
         if devices.rank() > 0:
             self.file = open(os.devnull, "wb", buffering=0)
             return
-        if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
-            raise UserError(f"{path} is not a regular file; remove it")  # a link may lead out of the folder
-        size = os.path.getsize(path) if os.path.exists(path) else 0
-        if size < keep:
-            raise UserError(f"{path} is missing or cut: {size:,} of the {keep:,} bytes that the checkpoint counts; "
-                            "put it back")
+        check_log(path, keep)
         with writing(path, REMEDY):
             self.file = open(path, "ab", buffering=0)
             self.file.truncate(keep)

@@ -186,6 +186,7 @@ class _Run:
         else:
             self.best, self.minutes, self.log_bytes = checkpoint.restore(path, saved, self.experiment, maml,
                                                                          self.sampler, again)
+            record.check_log(out / "log.jsonl", self.log_bytes)  # before anything is removed
             record.resumed(out, args.epoch, maml.step, self.steps)
             if self.best is not None:
                 checkpoint.write(out / "best.pt", self.best)
@@ -355,7 +356,8 @@ def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
     all_steps = list(range(last_step + 1))
     alone_steps = [0, last_step] if args.transductive else all_steps  # one query at a time takes long
     devices.wait()  # for the process that writes the weights
-    remedy = f"the run has not reached that step yet; continue it with --resume {quoted(run)}"
+    remedy = ("put it back, or test others with --test_weights" if record.complete(run, args.epoch)
+              else f"the run has not reached that step yet; continue it with --resume {quoted(run)}")
     tested = checkpoint.load_weights(run / f"{args.test_weights}.pt", maml.net, data.device, remedy, validated=True)
     classes, _ = data.dataset.sizes()["test"]
     say(f"testing on {args.test_tasks} tasks of the {classes} test classes of {data.dataset.name()}")

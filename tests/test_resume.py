@@ -321,6 +321,17 @@ def test_a_run_without_its_checkpoint_or_log_is_refused(stopped):
     assert (stopped / "log.jsonl").read_bytes() == log[:-1]
 
 
+def test_a_finished_run_that_cannot_be_continued_stays_as_it_is(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "log.jsonl").unlink()
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert "log.jsonl is missing or cut: 0 of" in refused("--resume", str(run), "--epoch", "99")
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    (run / "best.pt").unlink()
+    assert "best.pt is missing: put it back, or test others with --test_weights" in refused("--test", str(run))
+
+
 # ---- two at once
 
 
