@@ -68,8 +68,8 @@ def series(run: Run, split: str, model: str, metric: str, layer: int | str = HID
     """A metric of `model` ("meta", "finetuned", "support") against meta-steps: [3, S].
 
     The rows are step, mean over tasks and its standard error; nan where undefined. "accuracy" is the adapted
-    classifier's for every model and layer, and has no standard error here. "cdnv_unbiased" is `unbiased_cdnv` of the
-    mean CDNV, so that older logs have it too.
+    classifier's for every model and layer. "cdnv_unbiased" is `unbiased_cdnv` of the mean CDNV, so that older logs have
+    it too.
 
     Raises:
         UserError: the log lacks it.
@@ -85,7 +85,7 @@ def series(run: Run, split: str, model: str, metric: str, layer: int | str = HID
         lacks = f"lacks {model} {metric} of {layer} in the measurement ({split}) at step {step}"
         with reading(run.path, "its log is incomplete", lacks):
             if metric == "accuracy":
-                mean, se = row["inner"]["accuracy"]["mean"][-1], None
+                mean, se = (row["inner"]["accuracy"][name][-1] for name in ("mean", "se"))
             else:
                 mean, se = (row[model][metric][name][row["layers"].index(layer)] for name in ("mean", "se"))
             points.append((step, number(mean), number(se)))

@@ -255,7 +255,7 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
 def layers(groups: Sequence[Group], layer: str | None = None) -> Figure:
     """The relative within trace by layer at a few meta-steps, a panel per setting; `layer` is not used."""
     split = common_split(groups)
-    measured = {step for group in groups for step in set.intersection(*(set(run.rows[split]) for run in group))}
+    measured = set.intersection(*(set(run.rows[split]) for group in groups for run in group))  # that all have
     steps = sorted({min(measured, key=lambda other, step=step: (abs(other - step), other))
                     for step in (0, 250, 1_000, 6_000, 20_000, 60_000) if measured})
     shades = dict(zip(steps, matplotlib.colormaps["viridis_r"](np.linspace(0.12, 1, len(steps)))))
@@ -270,10 +270,9 @@ def layers(groups: Sequence[Group], layer: str | None = None) -> Figure:
         layers = group[0].layers
         for model, style in STYLES.items():
             for step, shade in shades.items():
-                if all(step in run.rows[split] for run in group):
-                    values = [[effects.at(run, model, "relative_within", step, name, split) for name in layers]
-                              for run in group]
-                    axes.plot(layers, np.mean(values, 0), "o", color=shade, linestyle=style, markersize=2.5)
+                values = [[effects.at(run, model, "relative_within", step, name, split) for name in layers]
+                          for run in group]
+                axes.plot(layers, np.mean(values, 0), "o", color=shade, linestyle=style, markersize=2.5)
         axes.set(title=textwrap.fill(title, 120 // columns), ylim=(0, 1))
     for axes in panels[:, 0]:
         axes.set_ylabel("relative within trace")

@@ -61,7 +61,7 @@ def nc_row(step: int, classes: str = "train", value: Callable = usual, tasks: in
     return {
         "kind": "nc", "step": step, "classes": classes, "tasks": tasks, "layers": LAYERS, **models,
         "per_task": per_task,
-        "inner": {name: {"mean": means} for name, means in inner.items()},
+        "inner": {name: {"mean": means, "se": (0.02 * np.array(means)).tolist()} for name, means in inner.items()},
     }
 
 
