@@ -227,9 +227,9 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
     """NC1 to NC4 against meta-steps, and their level with permuted labels; for NC2, with random directions."""
     split = common_split(groups)
 
-    # the references depend on ways and queries: one grey line for all settings, or a line in each one's colour
-    one_size = len({(run.settings["n_way"], run.queries) for run, *_ in groups}) == 1
-    references = [(groups[0][0], GREY)] if one_size else [(group[0], colour) for group, colour, _ in colours(groups)]
+    # the references depend on ways and queries: one grey line, or one per size in the colour of a setting of that size
+    sizes = {(run.settings["n_way"], run.queries): (run, colour) for (run, *_), colour, _ in colours(groups)}
+    references = sizes.values() if len(sizes) > 1 else [(groups[0][0], GREY)]
     note = key("permuted labels; NC2: random directions", GREY, linestyle=":")
     rows = math.ceil(len(LABELS) / 3)
     figure, panels = frame(rows, 3, 2.2 * rows, keys(groups, note, models=True))
@@ -243,7 +243,7 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
                     error = effects.random_etf_errors(run.settings["n_way"])[dimension - 1]
                     axes.axhline(error, color=colour, linestyle=":", linewidth=1)
                     axes.text(1.01, error, f"d = {dimension}", transform=axes.get_yaxis_transform(), va="center",
-                              fontsize=7)
+                              fontsize=7, color=colour)
             else:
                 null = of_metric(split, "finetuned", f"{metric}_null", layer)
                 draw(axes, [run], lambda run, null=null: null(run)[:2], colour, ":")  # without a band
