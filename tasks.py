@@ -46,6 +46,10 @@ class Dataset:
     counts: Callable[[str], Sequence[int] | None] = lambda split: None  # images per class, where they are unequal
     digest: Callable[[str], str | None] = lambda split: None  # of the names of a split's classes
 
+    def described(self) -> str:
+        """The name, and where and how the images were found."""
+        return f"{self.name()} ({self.found()})" if self.found() else self.name()
+
 
 # ---- trees: tensors in dicts, lists and tuples
 

@@ -76,9 +76,8 @@ def _train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpar
         net.classes = nn.Linear(net.weights[net.classifier].shape[1], classes * data.turns("train"))
     net.to(device)
     maml = meta_of(net, args)
-    found = f"Data: {dataset.name()}{dataset.found() and f' ({dataset.found()})'}"
     if args.test is not None:
-        say(found)
+        say(f"Data: {dataset.described()}")
         run = Path(args.test)
         result = _test(maml, data, run, Signals())
         return record.write_test(run, result, args)
@@ -90,7 +89,7 @@ def _train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpar
         parameters = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
         say(f"{flags}\n{net}\n"
             f"Total trainable parameters: {parameters}\n"
-            f"{found}. {run.steps} meta-steps of {args.task_num} tasks on {args.device}, to {out}")
+            f"Data: {dataset.described()}. {run.steps} meta-steps of {args.task_num} tasks on {args.device}, to {out}")
         with run.signals:
             try:
                 run.train()

@@ -321,6 +321,14 @@ def test_a_run_without_its_checkpoint_or_log_is_refused(stopped):
     assert (stopped / "log.jsonl").read_bytes() == log[:-1]
 
 
+def test_a_complete_run_is_named_without_its_data(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run/args.json"
+    path.write_text(path.read_text().replace('"synthetic": true', '"synthetic": false', 1))
+    omniglot_train.main(["--resume", str(tmp_path / "run"), "--root", str(tmp_path / "absent")])
+    assert "is complete; a larger --epoch adds steps" in capsys.readouterr().out
+
+
 def test_a_finished_run_that_cannot_be_continued_stays_as_it_is(whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
