@@ -70,12 +70,11 @@ def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffl
             raise UserError(f"{root} has no {' and no '.join(missing)}{others}; to download Omniglot, name another "
                             "folder with --root FOLDER")
         _download(root, missing)
-    chosen, characters = {}, {}
+    drawings, chosen, characters = functools.cache(_drawings), {}, {}  # one folder may have both parts
     for part in PARTS:  # of several, the one with the most drawings: the zip file, not a half-unpacked folder
-        drawings = {path: _drawings(path) for path in _candidates(root, part)}
-        path = max(drawings, key=lambda path: sum(map(len, drawings[path].values())))
-        chosen[path] = len(drawings[path])
-        characters |= drawings[path]
+        path = max(_candidates(root, part), key=lambda path: sum(map(len, drawings(path).values())))
+        chosen[path] = len(drawings(path))
+        characters |= drawings(path)
     _check_counts(characters, chosen, root)
     names = split_names(characters, split)
     return ImageSet(
