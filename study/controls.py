@@ -98,10 +98,10 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     most = dataset.sizes()["test"][1] - args.k_spt  # queries per class
     keep_memory()
     set_arithmetic(args.precision, args.deterministic)
-    check_network(folder, script.network(args))
     final = predict.load(folder, "last" if (folder / "last.pt").exists() else "best", args.device).net
     torch.manual_seed(args.seed)  # of all networks below, which are drawn in this order
     untrained = script.network(args).to(device)
+    check_network(folder, untrained)  # the controls draw theirs from this version's layers
     pixels = Learner([("flatten", []), ("linear", [args.n_way, math.prod(untrained.input_shape)])],
                      args.imgc, args.imgsz).to(device)  # its classifier is not used
     usual = args.k_spt, min(QUERIES, most)  # support and query images per class
