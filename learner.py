@@ -74,6 +74,7 @@ class Learner(nn.Module):
         self.order = _pools_before_relus(self.config)
         self.input_shape = (imgc, imgsz, imgsz)
         self.shapes: list[list[int]] = []  # [c, h, w] or [features] after each layer
+        self.keys: list[list[str]] = []  # names of each layer's weights
         self.weights = nn.ParameterDict()
         self.classes: nn.Linear | None = None  # features -> all training classes, for `baselines.classifier_gradient`
         shape = list(self.input_shape)
@@ -87,6 +88,7 @@ class Learner(nn.Module):
                 raise ValueError(f"layer {i}, {name}{tuple(params)}, after {tuple(shape)}: {reason}") from error
             for kind, weight in own.items():
                 self.weights[f"{i}_{name}_{kind}"] = nn.Parameter(weight)
+            self.keys.append([f"{i}_{name}_{kind}" for kind in own])
             self.shapes.append(shape)
         if head_std is not None:
             if [name for name, _ in self.config[-1:]] != ["linear"]:
@@ -149,7 +151,7 @@ class Learner(nn.Module):
         one_set = isinstance(x, Tensor) and x.dim() == 4
         x = x[None] if one_set else x
         weights = self.per_task(self.weights if weights is None else weights, len(x))
-        own = [[weights[key] for key in self.weights if key.startswith(f"{i}_")] for i in range(len(self.config))]
+        own = [[weights[key] for key in keys] for keys in self.keys]
         x = self.patches(x, groups, first) if isinstance(x, Tensor) else x
         if isinstance(x, Patches):
             h = taskwise.conv_bn(x, *own[0], *_scale_shift_eps(self.config[1][0], own[1]))
