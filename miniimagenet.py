@@ -107,7 +107,7 @@ def _layouts(root: Path | os.DirEntry) -> dict[str, dict[str, Path]]:
 
 
 def _complete(root: Path | os.DirEntry, above: Path | None = None) -> dict[str, dict[str, Path]]:
-    """Those of `_layouts` that have all splits; not CSV files without images, which often lie beside another layout."""
+    """Those of `_layouts` that have all splits; not CSV files without images, which another layout often has too."""
     return {layout: parts for layout, parts in _layouts(root).items()
             if len(parts) == len(SPLITS) and (layout != CSV or _images_of_tables(Path(root), above))}
 
@@ -115,7 +115,7 @@ def _complete(root: Path | os.DirEntry, above: Path | None = None) -> dict[str, 
 def _images_of_tables(root: Path, above: Path | None) -> Path | None:
     """The folder of the images that the CSV files in `root` name: images/, `root` with class folders, or `above`."""
     here = root / "images"
-    if here.is_dir() and any(not entry.name.startswith(".") for entry in os.scandir(here)):
+    if here.is_dir() and images.entries(here):
         return here
     return root if folders.image_folders(root) else above if above and above.is_dir() else None
 

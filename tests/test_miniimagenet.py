@@ -98,7 +98,7 @@ LAYOUTS = {  # and words of the line that says what was found
         f"{wnid}_{10 * i + 7}.JPEG", f"{wnid}{10 * i + 7:08}.jpg")), "ImageNet's names by number"),
     "tables in a folder of their own": (lambda root: (root / "split").mkdir() or [
         path.rename(root / "split" / path.name) for path in root.glob("*.csv")], "with ../images/:"),
-    "ImageFolder beside tables without images": (lambda root: into_folders(root, "{split}/{label}"), "train/, val/"),
+    "ImageFolder with tables without images": (lambda root: into_folders(root, "{split}/{label}"), "train/, val/"),
     "the same in two folders": (
         lambda root: into_folders(root, "processed/{split}/{label}") or (root / "images").rmdir() or
         [path.rename(root / "csv" / path.name) for path in [*root.glob("*.csv"), (root / "csv").mkdir()] if path],
@@ -149,7 +149,7 @@ def test_all_classes_without_csv_files_are_split_as_by_ravi_and_larochelle(tmp_p
             path = tmp_path / name.format(wnid, image)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encode(np.full((4, 4, 3), 2 * number + image, np.uint8)))
-    for _ in range(2):  # the second time with decoded images beside the classes
+    for _ in range(2):  # the second time with decoded images in the folder
         image_set = miniimagenet.find(tmp_path)
         assert image_set.summary.startswith("all 100 classes by their names, split as by Ravi and Larochelle: train 64")
         found = {split: image_set.load(split, 4, 3)[:, 0, 0, 0, 0] // 2 for split in images.SPLITS}
