@@ -157,7 +157,7 @@ SETTINGS = {setting.name: setting for setting in (
             f"{_OTHER_NETWORK} --conv_init xavier", (1, 2)),
     Setting("other-network-large-images", "conv-bn-relu, images of 36 x 36", f"{_OTHER_NETWORK} --imgsz 36", (1, 2)),
     Setting("other-network-larger-head", "conv-bn-relu, images of 36 x 36, classifier from N(0, 0.18²)",
-            f"{_OTHER_NETWORK} --imgsz 36 --head_std 0.177", (1,)),
+            f"{_OTHER_NETWORK} --imgsz 36 --head_std 0.177", (1, 2)),
     Setting("other-network-mean", "conv-bn-relu, images of 36 x 36, spatial mean",
             f"{_OTHER_NETWORK} --imgsz 36 --spatial_mean", (1, 2)),
     Setting("paper-omniglot-5w1s", "paper's recipe, 5-way 1-shot", _LONG),
