@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import tokenize
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -44,13 +43,16 @@ class ImageFile(NamedTuple):
     read: Callable[[], bytes | np.ndarray]  # the encoded bytes, or uint8 pixels [h, w] or [h, w, 3]
 
 
+Splits = dict[str, dict[str, list[ImageFile]]]  # split -> class -> images
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """The image files of each class of each split. A split without classes is refused, and a class in two splits."""
 
     name: str  # of the cache files
     layout: str  # where and how the images were found, in words
-    splits: dict[str, dict[str, list[ImageFile]]]  # split -> class -> images, in the order of the tensor
+    splits: Splits  # in the order of the tensor
     resample: Image.Resampling  # filter of the resize
     cache: Path  # folder of the decoded images; made if absent
     remedy: str  # ends every message about an image
@@ -76,8 +78,8 @@ class ImageSet:
         for split, classes in self.splits.items():
             counts = {label: len(files) for label, files in classes.items()}
             smallest, most = min(counts, key=counts.get), max(counts.values())
-            count = f"{most:,}" if counts[smallest] == most else f"{counts[smallest]:,} ({short(smallest)}) to {most:,}"
-            sizes.append(f"{split} {len(classes):,} classes of {count} images")
+            least = f"{counts[smallest]:,} ({short(smallest)}) to " if counts[smallest] < most else ""
+            sizes.append(f"{split} {len(classes):,} classes of {least}{most:,} images")
         return f"{self.layout}: {', '.join(sizes)}"
 
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -157,22 +159,6 @@ def dataset(find: Callable[[], ImageSet], name: Callable[[], str], channels: int
                    lambda: find().summary, lambda split: find().counts(split), lambda split: find().digest(split))
 
 
-def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int) -> torch.Tensor:
-    """`images`, the result of `dataset.load`, if they are what a Dataset promises; a UserError if not."""
-    where = f"the {split} split of {dataset.name()}"
-    (classes, least), counts = dataset.sizes()[split], dataset.counts(split)
-    expected = (classes, max(counts) if counts else least, dataset.channels, imgsz, imgsz)
-    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
-        raise UserError(f"{where}: load gives {getattr(images, 'dtype', type(images).__name__)} and must give uint8 in "
-                        "0..255, which is scaled and normalised later: (255 * images).round().to(torch.uint8) of 0..1")
-    if images.shape != expected or counts and (len(counts), min(counts)) != (classes, least):
-        raise UserError(f"{where}: load gives the shape {list(images.shape)}; sizes, {classes} classes of {least}, "
-                        f"counts, channels and --imgsz say {list(expected)}; make them agree")
-    if images.max() <= 1:
-        raise UserError(f"{where}: load gives only pixels 0 and 1 and must give 0..255; multiply them by 255")
-    return images
-
-
 # ---- names and files
 
 
@@ -189,8 +175,7 @@ def entries(folder: Path | str) -> list[os.DirEntry]:
 
 
 def subfolders(folder: Path | str) -> list[os.DirEntry]:
-    with reading(os.fspath(folder), "check the links in it"):  # is_dir raises an error for a link to itself
-        return [entry for entry in entries(folder) if entry.is_dir()]
+    return [entry for entry in entries(folder) if entry.is_dir()]
 
 
 def by_class(files: Iterable[tuple[str, ImageFile]]) -> dict[str, list[ImageFile]]:
@@ -221,24 +206,20 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str, channels: int, img
     Raises:
         UserError: it can't be decoded, is truncated, or has more pixels than PIL takes; the line begins with `name`.
     """
-    if not isinstance(data, Image.Image) and not len(data):
-        raise UserError(f"{name} is empty")
     with reading(name, wrong="can't be decoded"):
         try:
             if isinstance(data, bytes):
                 data = Image.open(io.BytesIO(data), formats=FORMATS)
-            image = data if isinstance(data, Image.Image) else Image.fromarray(data)
-            if image.mode == "F":  # convert() would clip 0..1 to black
-                raise ValueError("floats; give 8 bits in 0..255")
-            if not all(image.size):
-                raise ValueError("it has no pixels")
-            with contextlib.suppress(Exception):  # EXIF data that PIL can't parse is ignored
-                image = ImageOps.exif_transpose(image)
-            image = _opaque(image).convert("RGB" if channels == 3 else "L")
         except UnidentifiedImageError as error:
             raise UserError(f"{name} is none of {', '.join(FORMATS)}") from error
+        image = data if isinstance(data, Image.Image) else Image.fromarray(data)
+        if image.mode == "F":  # convert() would clip 0..1 to black
+            raise ValueError("floats; give 8 bits in 0..255")
+        with contextlib.suppress(Exception):  # EXIF data that PIL can't parse is ignored
+            image = ImageOps.exif_transpose(image)
+        image = _opaque(image).convert("RGB" if channels == 3 else "L")
+        array = np.asarray(image.resize((imgsz, imgsz), resample)).reshape(imgsz, imgsz, channels).transpose(2, 0, 1)
     digest = hashlib.blake2b(image.tobytes(), digest_size=8, key=b"%dx%d" % image.size).digest()
-    array = np.asarray(image.resize((imgsz, imgsz), resample)).reshape(imgsz, imgsz, channels).transpose(2, 0, 1)
     return array, int.from_bytes(digest, "little")
 
 
@@ -281,15 +262,12 @@ def decode_all(classes: Sequence[Sequence[ImageFile]], what: str, shape: tuple[i
     return array, hashes
 
 
-# ---- the cache: a .npy file with two arrays, the images and their hashes; its name has a hash of its sources
-
-
 def _read_cache(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """The images and their hashes; None if the file is absent or damaged.
+    """The two arrays in a cache file, the images and their hashes; None if it is absent or damaged.
 
     The images are memory-mapped: processes share one copy, and a page that is written to becomes private.
     """
-    with contextlib.suppress(OSError, ValueError, EOFError, tokenize.TokenError):
+    with contextlib.suppress(Exception):  # a damaged file makes NumPy raise nearly anything
         images = np.load(path, mmap_mode="c")
         with open(path, "rb") as file:
             file.seek(images.offset + images.nbytes)

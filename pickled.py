@@ -3,8 +3,10 @@
 A pickle may name any function to be called; what is called here is listed in REPLACED.
 """
 
+import functools
 import pickle
 from collections.abc import Sequence
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -29,61 +31,39 @@ def read(path: Path, split: str) -> dict[str, list[ImageFile]]:
             note(f"reading {path}, {status.st_size / 10**6:,.0f} MB")
         try:
             with open(path, "rb") as file:
-                if file.peek(1)[:1] == b"<":
-                    raise ValueError("it is a web page, as a download page that asks for a confirmation gives")
-                content = _Unpickler(file, encoding="latin1").load()  # of text from Python 2
+                content = _plain(_Unpickler(file, encoding="latin1").load())  # of text from Python 2
         except MemoryError as error:  # a damaged file may give sizes that fit into no memory
             raise ValueError("it doesn't fit into memory") from error
-        content = {key: _plain(value) for key, value in content.items()}
-        if "image_data" in content and "class_dict" in content:
+        if content.keys() >= {"image_data", "class_dict"}:
             pixels = content["image_data"]
-            for label, indices in content["class_dict"].items():
-                if not len(_plain(indices)):
-                    raise ValueError(f"class_dict names no image of {label!r}")
-            labelled = [(label, int(index)) for label, indices in content["class_dict"].items()
-                        for index in _plain(indices)]
-        elif "data" in content and "labels" in content:
-            pixels, labels = content["data"], content["labels"]
-            if len(labels) != len(pixels):
-                raise ValueError(f"{len(labels):,} labels of {len(pixels):,} images")
+            labelled = [(label, index) for label, indices in content["class_dict"].items() for index in indices]
+        elif content.keys() >= {"data", "labels"}:
+            pixels = content["data"]
             names = {number: name for name, number in content.get("catname2label", {}).items()}
             labelled = [(names.get(label, f"{split} {label}") if isinstance(label, (int, np.integer)) else label, index)
-                        for index, label in enumerate(labels)]  # a number is another class in another split's file
+                        for index, label in enumerate(content["labels"])]  # another split's numbers are other classes
         else:
             raise ValueError(f"its keys are {', '.join(map(short, map(str, content)))}, and not image_data and "
                              "class_dict, or data and labels")
-        indices = {index for _, index in labelled}
-        if len(indices) < len(labelled) or not indices <= set(range(len(pixels))):
-            raise ValueError(f"class_dict names an image twice, or one of {len(pixels):,} that isn't there")
-        return images.by_class((_label(label), _image(path, pixels, index, status.st_mtime_ns))
-                               for label, index in labelled)
+        return images.by_class(
+            (normal(str(label)), ImageFile(f"{path.name}/{index}", pixels[index].size, status.st_mtime_ns,
+                                           f"image {index} of {path}", functools.partial(getitem, pixels, index)))
+            for label, index in labelled)
 
 
-def _label(label: Any) -> str:
-    return normal(label.decode("latin1") if isinstance(label, bytes) else str(label))
-
-
-def _image(path: Path, pixels: Sequence, index: int, stamp: int) -> ImageFile:
-    image = np.asarray(_plain(pixels[index]))
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image {index} is {image.dtype} {list(image.shape)}, and not uint8 [height, width, 3]")
-    return ImageFile(f"{path.name}/{index}", image.size, stamp, f"image {index} of {path}",
-                     lambda: _plain(pixels[index]))
+# ---- stand-ins: with a forged state, NumPy's own dtype and ndarray read memory that is not theirs
 
 
 class _Type:
-    """Stands in for numpy.dtype: a damaged pickle that sets a real one's state can crash Python."""
-
     def __init__(self, code: str, *_):
         self.type = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
-        if state[1] in ("<", ">"):
-            self.type = self.type.newbyteorder(state[1])
+        self.type = self.type.newbyteorder(state[1])
 
 
 class _Array:
-    """Stands in for numpy.ndarray. `value` is the array, or the list in an array of objects."""
+    """`value` is the array, or the list in an array of objects."""
 
     def __init__(self, *_):
         self.value = []
@@ -99,7 +79,12 @@ def _array(data: bytes | str, dtype: _Type, shape: Sequence[int] = (-1,), order:
 
 
 def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, _Array) else value
+    """What the pickle holds, with arrays in place of their stand-ins."""
+    if isinstance(value, _Array):
+        value = value.value
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 REPLACED = {  # all functions that a pickle may name, and what is called in their place

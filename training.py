@@ -38,7 +38,6 @@ import record
 from baselines import BASELINES
 from device import GraphedStep, Signals, Stopped
 from files import UserError, progress, quoted
-from images import check_images
 from learner import Learner
 from meta import Adapted, Meta, Step
 from record import Log, numbers, percent, say
@@ -119,7 +118,7 @@ class Data:
         """uint8 [class, image, c, h, w] on the host; of several processes, the first decodes the images for all."""
         if devices.rank() > 0:
             devices.wait()
-        images = check_images(self.dataset.load(split), self.dataset, split, self.args.imgsz)
+        images = self.dataset.load(split)
         if devices.rank() == 0:
             devices.wait()
         return images
