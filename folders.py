@@ -16,7 +16,7 @@ from PIL import Image
 
 import images
 from files import UserError, listed, quoted, short
-from images import FORMATS, ImageFile, ImageSet
+from images import FORMATS, ImageFile, ImageSet, Splits
 from tasks import Dataset
 
 SPLIT_SEED = 2015  # of the shuffle of the class names; fixed, so that --seed never moves a class to another split
@@ -44,7 +44,6 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
     """The images of `root`, by split and class. Single folders around the class folders are entered.
 
     Args:
-        resample: filter of the resize.
         cache: folder of the decoded images; `<root>/.cache` if None.
         tests_only: a folder test/ is enough.
     Raises:
@@ -63,7 +62,7 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
         missing = ", ".join(f"{split}/" for split in NAMES if split not in parts)
         raise UserError(f"{top} has {', '.join(path.name for path in parts.values())} and no {missing}; add it, or put "
                         "all class folders into one, to have them split automatically")
-    classes = class_folders(top, cache)
+    classes = class_folders(top)
     if len(classes) < 3:
         loose = sum(map(_is_image, images.entries(top)))
         raise UserError(f"{top} holds {len(classes)} class folders ({loose:,} images outside class folders); "
@@ -73,7 +72,7 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
     random.Random(SPLIT_SEED).shuffle(names)
     n_test, n_val = (max(1, round(len(names) * SHARES[split])) for split in ("test", "val"))
     cut = {"train": names[n_test + n_val:], "val": names[n_test:n_test + n_val], "test": names[:n_test]}
-    splits = {split: {label: classes[label] for label in sorted(cut[split])} for split in cut}
+    splits = {split: {label: classes[label] for label in sorted(labels)} for split, labels in cut.items()}
     layout = f"class folders, split by a shuffle of their names with seed {SPLIT_SEED}"
     return ImageSet("folders", layout, splits, resample, cache, REMEDY)
 
@@ -88,16 +87,12 @@ def _around_classes(folder: Path) -> Path:
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """Split -> its folder, for each split that has one. Two of a split, such as val and validation, are refused."""
+    """Split -> its folder, for each split that has one."""
     folders = {entry.name.lower(): Path(entry) for entry in images.subfolders(root)}
-    parts = {split: [folders[name] for name in names if name in folders] for split, names in NAMES.items()}
-    listed([" and ".join(map(str, paths)) for paths in parts.values() if len(paths) > 1],
-           "there are two folders of one split", "move one away")
-    return {split: paths[0] for split, paths in parts.items() if paths}
+    return {split: folders[name] for split, names in NAMES.items() for name in names if name in folders}
 
 
-def split_classes(parts: dict[str, Path]) -> dict[str, dict[str, list[ImageFile]]]:
-    """Split -> class -> its images, of the folders of the splits."""
+def split_classes(parts: dict[str, Path]) -> Splits:
     splits = {split: class_folders(folder) for split, folder in parts.items()}
     for split in ("val", "test"):
         if list(splits.get(split, ())) == ["images"]:  # Tiny ImageNet's val/images and test/images
@@ -108,33 +103,24 @@ def split_classes(parts: dict[str, Path]) -> dict[str, dict[str, list[ImageFile]
     return splits
 
 
-def class_folders(folder: Path, cache: Path | None = None) -> dict[str, list[ImageFile]]:
+def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     """Class -> its images, both sorted by name, for each folder in `folder` that has images.
 
-    `cache`, the folder of the decoded images, may lie among them. Any other folder whose files would be left out, and
-    images in other formats, are refused.
+    Images that would be left out, because of their format or because they lie deeper, are refused.
     """
-    found, names, others, deeper, unused = [], {}, [], [], []
+    found, others, deeper = [], [], []
     for entry in images.subfolders(folder):
-        files, label = _files(entry), images.normal(entry.name)
+        files = _files(entry)
         pictures = [images.image_file(file, f"{folder.name}/{entry.name}/{file.name}")
                     for file in files if _is_image(file)]
+        found += [(images.normal(entry.name), picture) for picture in pictures]
         others += [f"{entry.name}/{file.name}" for file in files if file.name.lower().endswith(OTHER_EXTENSIONS)]
-        if pictures:
-            found += [(label, picture) for picture in pictures]
-            names.setdefault(label, []).append(short(entry.name))
-        elif _has_files(entry) and not (cache and cache.resolve().is_relative_to(Path(entry).resolve())):
-            unused.append(short(entry.name))
         deeper += [f"{entry.name}/{name}" for name in image_folders(entry)
                    if not pictures or os.path.dirname(pictures[0].path) != os.path.join(entry.path, name)]
     if deeper and not found:  # such as the characters of several alphabets
         raise UserError(f"{folder} has {len(deeper):,} class folders one level too deep, such as {deeper[0]}; move "
                         f"them up into {folder}, each under a name of its own")
     listed(others, f"images in {folder} in other formats than {', '.join(FORMATS)}", "convert them, or remove them")
-    listed([" and ".join(same) for same in names.values() if len(same) > 1],
-           f"class folders in {folder} whose names differ only in whitespace or Unicode normalisation", "rename them")
-    listed(unused if found else [], f"folders in {folder} have files and no images of their own",
-           f"put the images of each class ({', '.join(EXTENSIONS)}) right into its folder, or take these folders out")
     listed(list(map(short, deeper)), f"folders in the class folders of {folder} have images that would be left out",
            "move these into the class folder itself, or remove them")
     return images.by_class(found)
@@ -155,11 +141,6 @@ def _files(folder: os.DirEntry) -> list[os.DirEntry]:
     """What is in a class folder; if that has no images itself, in its folder images/."""
     files, inner = images.entries(folder), os.path.join(folder, "images")
     return images.entries(inner) if os.path.isdir(inner) and not any(map(_is_image, files)) else files
-
-
-def _has_files(folder: os.DirEntry) -> bool:
-    """Whether there is a file in the folder, or in a folder in it."""
-    return any(not entry.is_dir(follow_symlinks=False) or _has_files(entry) for entry in images.entries(folder))
 
 
 def _is_image(file: os.DirEntry) -> bool:

@@ -149,7 +149,7 @@ def _from_wnids(root: Path, cache: Path) -> Splits | None:
             (entry.name[:9], images.image_file(entry, entry.name)) for entry in images.entries(place)
             if re.fullmatch(r"n\d{8}(\d{8}|_\d+)\.\w+", entry.name))
         if labels == expected:
-            classes = folders.class_folders(place, cache)
+            classes = folders.class_folders(place)
         if classes.keys() == expected:
             return {split: {wnid: classes[wnid] for wnid in wnids} for split, wnids in WNIDS.items()}
     return None

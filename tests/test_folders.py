@@ -29,7 +29,6 @@ def test_classes_are_split_by_their_names_alone(tmp_path):
     write_classes(tmp_path / "mine", 10)
     (tmp_path / "mine/notes.txt").write_text("no image")
     (tmp_path / "mine/empty").mkdir()
-    (tmp_path / "mine/class 1/crops").mkdir()
     image_set = find(tmp_path / "mine")
     assert {split: list(classes) for split, classes in image_set.splits.items()} == {
         "train": ["class 0", "class 1", "class 2", "class 5", "class 6", "class 8"], "val": ["class 3", "class 4"],
@@ -52,15 +51,12 @@ def test_split_folders_are_used_as_they_are(tmp_path, names):
         f"{split} {2 + i} classes of 4 ('{names[i]} 0') to {5 + i} images" for i, split in enumerate(images.SPLITS))
 
 
-@pytest.mark.parametrize("top, cache", [("", None), ("pictures", None), ("cache/cache", None), ("pictures", "decoded"),
-                                        ("", "decoded"), ("", "some/decoded")])
+@pytest.mark.parametrize("top, cache", [("", None), ("cache/cache", None), ("pictures", "decoded")])
 def test_decoded_images_are_no_class_and_hide_no_folder(tmp_path, top, cache):
     """In a hidden folder by default, so that a class may be named cache."""
     write_classes(tmp_path / top, 3)
     (tmp_path / top / "class 0").rename(tmp_path / top / "cache")
     (tmp_path / "__MACOSX" / "class 0").mkdir(parents=True)
-    (tmp_path / top / "notes/empty").mkdir(parents=True)
-    (tmp_path / top / "notes/.thumbnails").write_text("hidden")
     for _ in range(2):  # the second finds what the first has written
         image_set = folders.find(tmp_path, BILINEAR, cache and tmp_path / cache)
         assert sorted(label for classes in image_set.splits.values() for label in classes) == [
@@ -84,10 +80,6 @@ def test_the_images_of_a_class_may_lie_in_a_folder_images(tmp_path):
     for find_images in (find, miniimagenet.find):
         with refused("tiny/val has one folder, images", f"train/ alone split, with --data {tmp_path}/tiny/train"):
             find_images(tmp_path / "tiny")
-    for split in ("val", "test"):
-        shutil.rmtree(tmp_path / "tiny" / split)
-        write_classes(tmp_path / "tiny" / split, 3, 1 + len(split), name=split)
-    assert list(miniimagenet.find(tmp_path / "tiny").splits["train"]) == ["class 0", "class 1", "class 2"]
 
 
 def split_folders(*splits: str):
@@ -101,30 +93,17 @@ def no_folders(root: Path) -> None:
 
 @pytest.mark.parametrize("make, words", [
     (lambda root: None, ["there is no folder", "--data FOLDER"]),
-    *((lambda root, name=name: write_classes(root, 3) or (root / f"class 0/{name}").write_text("image"),
-       ["in other formats than JPEG, PNG", f"class 0/{name}; convert"])
-      for name in ("a.WebP", "a.heif", "a.jp2", "a.JXL", "a.tga", "a.pnm")),
-    (lambda root: write_classes(root, 5) or write_classes(root / "b", 1),
-     ["folders in", "have files and no images of their own: 'b'; put the images of each class (.jpg,"]),
-    (lambda root: [write_classes(root / path, 3, name=path) for path in ("train", "val", "test", "val/b")],
-     ["mine/val have files and no images of their own: 'b'; put"]),
+    (lambda root: write_classes(root, 3) or (root / "class 0/a.WebP").write_text("image"),
+     ["in other formats than JPEG, PNG", "class 0/a.WebP; convert"]),
     (lambda root: write_classes(root, 3) or write_classes(root / "class 0", 1, name="more"),
      ["folders in the class folders of", "mine have images that would be left out: 'class 0/more 0'; move"]),
-    (lambda root: write_classes(root, 5) or [file.rename(file.with_suffix(".xyz")) for file in root.glob("*[12]/*")],
-     ["have files and no images of their own: 'class 1'; 'class 2'; put"]),
-    (lambda root: [write_classes(root, 4), write_classes(root, 3, 1, name=" class")],
-     ["differ only in whitespace or Unicode normalisation: ' class 0' and 'class 0'; ' class 1' and", "rename them"]),
-    (lambda root: write_classes(root, 3) or (root / "a").symlink_to("a"), ["mine: ", "links; check the links"]),
     (lambda root: write_classes(root, 2), ["holds 2 class folders", "at least 3 classes"]),
     (lambda root: [write_classes(root / alphabet, 3) for alphabet in ("Greek", "Latin")],
      ["has 6 class folders one level too deep, such as Greek/class 0; move them up into"]),
-    (lambda root: [write_classes(root / split / "Greek", 3, len(split), name=split) for split in images.SPLITS],
-     ["mine/train has 3 class folders one level too deep, such as Greek/train 0; move them up into", "mine/train,"]),
     (no_folders, ["0 class folders (4 images outside class folders)"]),
     (split_folders("train", "test"), ["has train, test and no val/"]),
     (lambda root: split_folders("train")(root) and [(root / split).mkdir() for split in ("val", "test")],
      ["the val split has no class with images"]),
-    (split_folders("train", "val", "valid", "test"), ["two folders of one split", "valid", "move one away"]),
     (lambda root: write_classes(root, 5, count=1), ["'class 0' in", "at least 2 images"]),
     (split_folders("train", "val", "test"),
      ["in both train and val", "'class 0'; 'class 1'; 'class 2'", "have the classes split with --data"]),
@@ -180,14 +159,10 @@ def test_a_folder_test_is_enough_to_test_a_trained_model_on_all_its_classes(tmp_
     (tmp_path / "own/class 4").rename(tmp_path / "own/novel")  # a class
     with refused("--n_way 2: images in own has 1 classes in its test split; put 2 or more into", "own/test"):
         omniglot_train.main(again)
-    (tmp_path / "own").rename(tmp_path / "test")
-    (tmp_path / "own").mkdir()
-    (tmp_path / "test").rename(tmp_path / "own/test")
+    shutil.rmtree(tmp_path / "own")
+    write_classes(tmp_path / "own/test", 5)
     omniglot_train.main(again)
     result, = (tmp_path / "run").glob("test-*.json")
     assert json.loads(result.read_text())["test_classes"] == 5
     with refused("own has test and no train/, val/; add it, or put all class folders into one"):
         omniglot_train.main([*TINY, "--data", str(tmp_path / "own"), "--out", str(tmp_path / "other")])
-    shutil.copytree(tmp_path / "own/test/class 0", tmp_path / "flat/test/images")
-    with refused("flat/test has one folder, images, where class folders are needed", "a folder of its own in it"):
-        omniglot_train.main([*again[:-1], str(tmp_path / "flat")])
