@@ -25,11 +25,9 @@ from PIL import Image
 import folders
 import images
 import pickled
-from files import UserError, listed, reading, same_place, short
-from images import SPLITS, ImageFile, ImageSet, normal
+from files import UserError, listed, reading, short
+from images import SPLITS, ImageSet, Splits, normal
 from tasks import Sampler
-
-Splits = dict[str, dict[str, list[ImageFile]]]  # split -> class -> images
 
 CHANNELS = 3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, red green blue
@@ -141,7 +139,7 @@ def _where(root: Path) -> str:
 def _from_wnids(root: Path, cache: Path) -> Splits | None:
     """The images of all 100 classes in `root`, its images/ or its only folder; None if there are not exactly these."""
     expected = set().union(*WNIDS.values())
-    inner = [Path(folder) for folder in images.subfolders(root) if not same_place(folder.path, str(cache))]
+    inner = [Path(folder) for folder in images.subfolders(root) if Path(folder) != cache]
     places = [root, root / "images", *(inner[0] / name for name in (".", "images") if len(inner) == 1)]
     for place in [] if _layouts(root)[CSV] else filter(Path.is_dir, places):
         labels = set(folders.image_folders(place))
@@ -169,16 +167,10 @@ def _rows(table: Path) -> list[_Row]:
             open(table, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
         reader.fieldnames = [normal(name).lower() for name in reader.fieldnames or ()]
-        for column in ("filename", "label"):
-            if column not in reader.fieldnames:
-                raise UserError(f"{table} has no column {column}; its first line must be filename,label and is "
-                                f"{short(','.join(reader.fieldnames))}")
-        rows = [_Row(reader.line_num, normal(row["filename"] or ""), normal(row["label"] or "")) for row in reader]
-    listed([f"line {row.line}" for row in rows if not (row.filename and row.label)],
-           f"{table} lacks filename or label", "write both there, or remove the lines")
-    if not rows:
-        raise UserError(f"{table} lists no images; {_where(table.parent)}")
-    return rows
+        if not {"filename", "label"} <= set(reader.fieldnames):
+            raise UserError(f"the first line of {table} must be filename,label and is "
+                            f"{short(','.join(reader.fieldnames))}")
+        return [_Row(reader.line_num, normal(row["filename"] or ""), normal(row["label"] or "")) for row in reader]
 
 
 def _from_tables(root: Path, tables: dict[str, Path], folder: Path) -> tuple[Splits, str]:
@@ -221,14 +213,10 @@ class _Files:
 
     def __init__(self, root: Path, folder: Path, labels: set[str]):
         self.labels, self.folder = labels, folder
-        inside = images.subfolders(folder)
-        if self.folder == root:
-            inside = [entry for entry in inside if normal(entry.name) in labels]
-            if not inside:
-                raise UserError(f"{root / 'images'} is missing; {_where(root)}")
+        inside = [entry for entry in images.subfolders(folder) if folder != root or normal(entry.name) in labels]
         self.paths: dict[str, list[Path]] = {}
-        for folder in (self.folder, *inside):
-            for entry in images.entries(folder):
+        for place in (folder, *inside):
+            for entry in images.entries(place):
                 self.paths.setdefault(_parts(entry.name)[1], []).append(Path(entry))
 
     def find(self, row: _Row) -> list[Path]:
@@ -248,11 +236,10 @@ class _Files:
         """Files with ImageNet's names, nXXXXXXXX_NUMBER.JPEG, for rows with names nXXXXXXXXNNNNNNNN.
 
         In the CSV files of Ravi and Larochelle NNNNNNNN is a rank, from 1, among the numbers of the class's images. The
-        tools that make miniImageNet from ImageNet read it so. Other CSV files give the file's own NUMBER. Whichever of
-        the two finds all images is used; if both do, they must be the same images.
+        tools that make miniImageNet from ImageNet read it so. Other CSV files give the file's own NUMBER.
 
         Returns:
-            nXXXXXXXXNNNNNNNN -> files, and which of the two it was, in words.
+            nXXXXXXXXNNNNNNNN -> files, and which of the two finds all images, in words.
         """
         stems = {stem for stem in (_parts(row.filename)[1] for row in rows) if re.fullmatch(r"n\d{16}", stem)}
         numbers: dict[str, dict[int, list[Path]]] = {}  # class -> NUMBER -> files
@@ -262,16 +249,10 @@ class _Files:
         by_number = {f"{wnid}{number:08}": paths for wnid, files in numbers.items() for number, paths in files.items()}
         by_rank = {f"{wnid}{rank:08}": files[number] for wnid, files in numbers.items()
                    for rank, number in enumerate(sorted(files), start=1)}
-        number_fits, rank_fits = (bool(stems) and stems <= named.keys() for named in (by_number, by_rank))
-        if number_fits and rank_fits:
-            for stem in sorted(stems):
-                if by_number[stem] != by_rank[stem]:
-                    raise UserError(f"{stem} of the CSV files can be {by_number[stem][0].name} (by its number) or "
-                                    f"{by_rank[stem][0].name} (by its rank among the class's numbers); rename the "
-                                    "files as in the CSV files")
-        if number_fits:
-            return by_number, ", ImageNet's names by number"
-        return (by_rank, ", ImageNet's names by rank") if rank_fits else ({}, "")
+        for renamed, how in ((by_number, "number"), (by_rank, "rank")):
+            if stems and stems <= renamed.keys():
+                return renamed, f", ImageNet's names by {how}"
+        return {}, ""
 
 
 # ---- single tasks
@@ -289,24 +270,15 @@ class MiniImagenet(torch.utils.data.Dataset):
         k_shot, k_query: support and query images per class.
         startidx: the number of the first task; `startidx=batchsz` gives the next `batchsz` tasks.
     Raises:
-        UserError: as `find` and `ImageSet.load`, and for tasks that the split is too small for.
+        UserError: as `find` and `ImageSet.load`.
+        ValueError: the split has too few classes, or too few images per class.
     """
 
     def __init__(
         self, root: str | Path, mode: str, batchsz: int, n_way: int, k_shot: int, k_query: int, resize: int,
         startidx: int = 0, cache: str | Path | None = None,
     ) -> None:
-        if batchsz < 1 or startidx < 0:
-            raise UserError(f"batchsz {batchsz} must be at least 1 and startidx {startidx} at least 0")
-        if min(n_way, k_shot, k_query, resize) < 1:
-            raise UserError(f"n_way {n_way}, k_shot {k_shot}, k_query {k_query} and resize {resize} must be at least 1")
-        if mode not in SPLITS:
-            raise UserError(f"mode {mode!r}: choose {', '.join(SPLITS)}")
         dataset = images.dataset(functools.partial(find, root, cache), str, CHANNELS, MEAN, STD, resize)
-        classes, least = dataset.sizes()[mode]
-        if n_way > classes or k_shot + k_query > least:
-            raise UserError(f"{n_way} classes of {k_shot} + {k_query} images are more than the {classes} classes of "
-                            f"{least} images of the {mode} split; lower n_way, k_shot or k_query")
         self.batchsz, self.startidx = batchsz, startidx
         self.sampler = Sampler(dataset.load(mode), dataset, torch.device("cpu"), 0, n_way, k_shot, k_query,
                                counts=dataset.counts(mode))

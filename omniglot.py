@@ -5,7 +5,6 @@ folders below it, or for one folder there with all alphabets. A zip file is read
 downloaded.
 """
 
-import contextlib
 import functools
 import itertools
 import os
@@ -13,7 +12,6 @@ import random
 import re
 import socket
 import zipfile
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -48,10 +46,7 @@ RESAMPLE = Image.Resampling.BICUBIC
 def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffled") -> ImageSet:
     """All drawings, found in `root` or downloaded into it; paper is 255, ink 0.
 
-    Which character is in which split depends on the characters' names alone.
-
     Args:
-        root: the folder with images_background and images_evaluation.
         cache: folder of the decoded images; `<root>/cache` if None.
         split: shuffled or vinyals, see `split_names`.
     Raises:
@@ -60,8 +55,6 @@ def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffl
     """
     root = Path(root)
     with reading(root, "name another folder with --root FOLDER"):
-        with contextlib.suppress(FileNotFoundError):
-            root.stat()  # glob passes over a folder that can't be read
         missing = [part for part in PARTS if not _candidates(root, part)]
     if missing:
         if os.path.isfile(root):
@@ -75,7 +68,13 @@ def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffl
         path = max(_candidates(root, part), key=lambda path: sum(map(len, drawings(path).values())))
         chosen[path] = len(drawings(path))
         characters |= drawings(path)
-    _check_counts(characters, chosen, root)
+    expected = sum(SPLITS.values())
+    if len(characters) != expected:
+        counts = ", ".join(f"{count:,} in {path.name}" for path, count in chosen.items())
+        raise UserError(f"{root} holds {len(characters):,} characters ({counts}) where Omniglot has {expected:,}; "
+                        f"{_where(root)}")
+    listed([f"{len(files)} of {name}" for name, files in sorted(characters.items()) if len(files) != DRAWINGS],
+           f"{root} holds other numbers of drawings than Omniglot's {DRAWINGS}", _where(root))
     names = split_names(characters, split)
     return ImageSet(
         "omniglot", f"{split} split, from {' and '.join(os.path.relpath(path, root) for path in chosen)}",
@@ -135,25 +134,6 @@ def _drawings(path: Path) -> dict[str, list[ImageFile]]:
                            if drawing.fullmatch(file.name))
 
 
-def _check_counts(characters: dict[str, list[ImageFile]], chosen: dict[Path, int], root: Path) -> None:
-    expected = sum(SPLITS.values())
-    if len(characters) != expected:
-        counts = ", ".join(_described(path, count) for path, count in chosen.items())
-        raise UserError(f"{root} holds {len(characters):,} characters ({counts}) where Omniglot has {expected:,}; "
-                        f"{_where(root)}")
-    listed([f"{len(files)} of {name}" for name, files in sorted(characters.items()) if len(files) != DRAWINGS],
-           f"{root} holds other numbers of drawings than Omniglot's {DRAWINGS}", _where(root))
-
-
-def _described(path: Path, count: int) -> str:
-    """How many characters a folder or zip file has; if none, which files it has instead."""
-    if count:
-        return f"{count:,} in {path.name}"
-    others = Counter(file.suffix for file in path.rglob("*") if file.is_file())
-    files = ", ".join(f"{count:,} {suffix}" for suffix, count in others.items())
-    return f"none in {path.name}" + (f", whose files are {files}" if files else "")
-
-
 def _where(root: Path, parts: Iterable[str] = PARTS) -> str:
     zips = " and ".join(f"{part}.zip" for part in parts)
     return f"put {zips} from {URL} into {root}, or use --synthetic, which needs no data"
@@ -175,8 +155,7 @@ def _download(root: Path, missing: list[str]) -> None:
             finally:
                 temporary.unlink(missing_ok=True)
     except Exception as error:  # URLError, a timeout, HTTPException, RuntimeError: wrong md5, a full disk
-        present = "".join(f" ({part} is there)" for part in PARTS if part not in missing)
-        raise UserError(f"{' and '.join(missing)} of Omniglot: absent from {root}{present}, and can't be downloaded "
+        raise UserError(f"{' and '.join(missing)} of Omniglot: absent from {root}, and can't be downloaded "
                         f"({str(error) or type(error).__name__}); {_where(root, missing)}") from error
     finally:
         socket.setdefaulttimeout(timeout)

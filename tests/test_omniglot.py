@@ -30,22 +30,20 @@ PLACES = {  # where people have it: how it is written, words of the line that sa
             root, {name: entries[name] for name in entries if "evaluation" in name})), "background.zip and images"),
     "zips with a top folder": (lambda root, entries: write_zips(
         root, dict(reversed(entries.items())), "omniglot-master/python/"), ".zip"),
-    "omniglot-py/": (lambda root, entries: write_folders(root / "omniglot-py", entries), "omniglot-py/images_backgr"),
     "raw/ and processed/": (lambda root, entries: (write_zips(root / "omniglot/raw", entries),
                             write_folders(root / "omniglot/processed", entries)), "processed/images_background and"),
     "folders in themselves": (lambda root, entries: write_folders(root, {
         f"{name.split('/')[0]}/{name}": data for name, data in entries.items()}), "evaluation/images_ev"),
     "half unpacked, next to the zips": (lambda root, entries: (write_zips(root, entries), write_folders(
         root, dict(list(entries.items())[:7]))), "images_background.zip and images_evaluation.zip"),
-    "zips with backslashes": (lambda root, entries: write_zips(root, {
-        name.replace("/", "\\"): data for name, data in entries.items()}), ".zip"),
     "upper case, and files that a notebook made": (lambda root, entries: write_folders(
         root, {name.replace(".png", ".PNG"): data for name, data in entries.items()} | {
             "images_background/Greek/.ipynb_checkpoints/0001_01-checkpoint.png": b""}), "from images_background and"),
     "all alphabets in one folder": (lambda root, entries: write_folders(root / "omniglot/data", {
         name.partition("/")[2]: data for name, data in entries.items()}), "from omniglot/data: train"),
-    "macOS's files": (lambda root, entries: write_zips(root, entries | {
-        name.replace("00", "._00", 1): b"" for name in entries} | {"__MACOSX/._x.png": b""}), ".zip"),
+    "zips with backslashes and macOS's files": (lambda root, entries: write_zips(root, {
+        name.replace("/", "\\"): data for name, data in entries.items()} | {
+            name.replace("00", "._00", 1): b"" for name in entries}), ".zip"),
 }
 
 
@@ -65,9 +63,8 @@ def test_omniglot_is_read_wherever_it_lies(tmp_path, small_omniglot, place):
                 image = Image.open(io.BytesIO(small_omniglot[name])).convert("L").resize((28, 28))
                 assert np.array_equal(data[row, column, 0], np.asarray(image))
     assert data.max() == 255 and data.min() < 60  # white paper, dark ink: as stored, not inverted
-    if place == "zips":
-        assert [name for name in listing(tmp_path) if "cache" not in name] == [
-            "images_background.zip", "images_evaluation.zip"]  # not unpacked
+    if place == "zips":  # not unpacked
+        assert not list(tmp_path.glob("images_*/"))
 
 
 def test_splits_are_pinned_and_disjoint():
@@ -86,32 +83,24 @@ MISSING = {  # what is wrong: how to make it so, the words that the line must ho
     "a character": (lambda root: shutil.rmtree(root / "images_background/Greek/character01"),
                     ["5 characters (3 in images_background, 2 in images_evaluation)", "Omniglot has 6"]),
     "a part": (lambda root: shutil.rmtree(root / "images_evaluation"),
-               ["images_evaluation of Omniglot: absent", "images_background is there", "can't be downloaded"]),
-    "PNG files": (lambda root: [path.rename(path.with_suffix(".jpg")) for path in root.rglob("images_eval*/**/*.png")],
-                  ["none in images_evaluation, whose files are 8 .jpg"]),
+               ["images_evaluation of Omniglot: absent", "can't be downloaded"]),
 }
 
 
 @pytest.mark.parametrize("fault", MISSING)
-def test_what_is_there_and_what_is_missing_are_named_and_the_zips_lead_out(tmp_path, small_omniglot, fault):
+def test_what_is_missing_is_named(tmp_path, small_omniglot, fault):
     write_folders(tmp_path, small_omniglot)
     make, words = MISSING[fault]
     make(tmp_path)
     with refused(*words, "put images_", "images_evaluation.zip from", "--synthetic"):
         load(omniglot, tmp_path, "train", 28)
-    write_zips(tmp_path, small_omniglot)  # as advised
-    assert load(omniglot, tmp_path, "train", 28).shape[0] == 3
 
 
 @pytest.mark.parametrize("split", ["", "train"])
-def test_other_images_start_no_download(tmp_path, official, monkeypatch, split):
-    write_classes(tmp_path / "mine" / split, 3)
-    with server(official) as url:
-        monkeypatch.setattr(omniglot, "URL", url)
-        with refused("images_evaluation, but 3 folders with images", f"--data {tmp_path / 'mine'};", "--root FOLDER"):
-            omniglot.find(tmp_path / "mine")
-        assert omniglot.find(tmp_path / "other").sizes()["train"] == (3, 4)
-    assert len(list((tmp_path / "mine").iterdir())) == (1 if split else 3)
+def test_other_images_start_no_download(tmp_path, small_omniglot, split):
+    write_classes(tmp_path / split, 3)
+    with refused("images_evaluation, but 3 folders with images", f"--data {tmp_path};", "--root FOLDER"):
+        omniglot.find(tmp_path)
 
 
 def test_damaged_zips(tmp_path, small_omniglot):
@@ -126,8 +115,6 @@ def test_damaged_zips(tmp_path, small_omniglot):
             image_set = omniglot.find(tmp_path)
             for split in omniglot.SPLITS:
                 image_set.load(split, 28, 1)
-    path.write_bytes(whole)
-    assert load(omniglot, tmp_path, "train", 28).shape[0] == 3
     with refused("images_background.zip is a file; name the folder"):
         omniglot.find(path)
 
@@ -172,7 +159,7 @@ def test_download_of_what_is_absent(tmp_path, official, monkeypatch, capfd, pres
 
 @pytest.mark.parametrize("fault, words", [("wrong md5", "corrupted"), ("not found", "404"), ("refused", "refused"),
                                           ("hangs", "timed out")])
-def test_download_that_fails_leaves_nothing_half_and_leads_out(tmp_path, official, monkeypatch, fault, words):
+def test_download_that_fails_leaves_nothing_half(tmp_path, official, monkeypatch, fault, words):
     root = tmp_path / "omniglot"
     monkeypatch.setattr(omniglot, "TIMEOUT", 0.2 if fault == "hangs" else 30)
     if fault == "wrong md5":
@@ -187,15 +174,13 @@ def test_download_that_fails_leaves_nothing_half_and_leads_out(tmp_path, officia
         with refused("images_background.zip", "images_evaluation.zip", str(root), "--synthetic", words):
             load(omniglot, root, "train", 28)
     assert listing(root) == [] and socket.getdefaulttimeout() is None
-    shutil.copytree(official, root, dirs_exist_ok=True)  # as advised
-    assert load(omniglot, root, "train", 28).shape[0] == 3
 
 
 # The real data
 
 
 @pytest.mark.slow
-def test_real_omniglot(tmp_path, capfd):
+def test_real_omniglot(tmp_path):
     root = real_data("OMNIGLOT_ROOT")
     image_set = omniglot.find(root, tmp_path)
     splits = {split: image_set.load(split, 28, 1) for split in omniglot.SPLITS}
@@ -205,9 +190,6 @@ def test_real_omniglot(tmp_path, capfd):
     assert (drawings.amax(1) == 255).all() and (drawings.amin(1) < 160).all()  # each has paper and ink
     assert 0.05 < 1 - drawings.float().mean().item() / 255 < 0.15
     assert len(set(map(bytes, drawings.numpy()))) > 0.99 * len(drawings)  # all but a few drawings are unique
-    capfd.readouterr()
-    assert torch.equal(load(omniglot, root, "test", 28, tmp_path), splits["test"])
-    assert capfd.readouterr().err == ""  # nothing was decoded again
 
     vinyals = omniglot.find(root, tmp_path, "vinyals").splits
     assert {split: len(names) for split, names in vinyals.items()} == omniglot.VINYALS
