@@ -11,7 +11,6 @@ import files  # first: the others do not parse on an older Python  # noqa: I001
 
 import argparse
 import os
-import warnings
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,18 +101,13 @@ class Model:
             support_images: one or more of each class.
             support_labels: one per image; any hashable objects. Two different ones or more, and for MAML, ANIL and BOIL
                 n_way at most.
-            query_images: any number.
             transductive: normalise all queries together, as MAML's tests do. Answers then depend on the other queries,
-                which should be balanced over the classes; with fewer than n_way queries there is a warning.
+                which should be balanced over the classes.
         Raises:
-            UserError: one line, if an image can't be read, labels and images don't fit, or an answer is not finite.
+            UserError: an image can't be read, labels and images don't fit, or an answer is not finite.
         """
-        try:
-            labels = [label.item() if hasattr(label, "item") else label for label in support_labels]
-            classes = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-        except (TypeError, ValueError, RuntimeError) as error:  # a list is not hashable, a row of an array has no item
-            raise UserError("each label must be one number, string or other hashable object; for one-hot rows give "
-                            "labels.argmax(1)") from error
+        labels = [label.item() if hasattr(label, "item") else label for label in support_labels]
+        classes = {label: i for i, label in enumerate(dict.fromkeys(labels))}
         by_mean = self.args.learner in BASELINES
         if len(classes) < 2 or len(classes) > self.args.n_way and not by_mean:
             most = "or more" if by_mean else f"to {self.args.n_way}"
@@ -124,17 +118,12 @@ class Model:
             raise UserError(f"there are {x_spt.shape[1]} support images and {len(labels)} labels; give one label per "
                             "image")
         y_spt = torch.tensor([[classes[label] for label in labels]], device=x_spt.device)
-        if transductive and 0 < total < len(classes):
-            warnings.warn(f"{total} queries of {len(classes)} classes are normalised together: their "
-                          "statistics mean little; leave transductive out", stacklevel=3)
         theta = dict(self.net.weights)
         for name in self.net.head:  # a row per class; nearest means need none
             rows = theta[name][:len(classes)]
             theta[name] = torch.cat([rows, rows.new_zeros(len(classes) - len(rows), *rows.shape[1:])])
-        rates = inner_rates(self.net, self.args.learner, self.args.update_lr, self.args.head_lr,
-                            self.args.adapt_blocks)
-        *_, weights = adapt(self.net, theta, x_spt, y_spt, rates,
-                            0 if by_mean else self.args.update_step_test)
+        rates = inner_rates(self.net, self.args.learner, self.args.update_lr, self.args.head_lr, self.args.adapt_blocks)
+        *_, weights = adapt(self.net, theta, x_spt, y_spt, rates, 0 if by_mean else self.args.update_step_test)
         names, answers = list(classes), []
         for queries, in chunks(total if transductive else QUERIES_PER_PASS, total, x_qry[0]) if total else ():
             tasks = Tasks(x_spt, y_spt, queries[None], y_spt)  # the last, the queries' labels, is not used
@@ -171,9 +160,9 @@ def _content(picture: Picture, name: str) -> tuple[bytes | np.ndarray | Image.Im
     array = picture.cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
     if array.dtype == bool:  # a PIL image of mode "1"
         array = np.uint8(255) * array
-    if array.dtype != np.uint8 or array.ndim != 2 and array.shape[2:] != (3,):
+    if array.dtype != np.uint8 or array.ndim != 2 and array.shape[2:] != (3,) or not array.size:
         raise UserError(f"{name} is {array.dtype} {list(array.shape)}; give uint8 [h, w] or [h, w, 3] in 0..255")
-    if array.size and array.max() == 1:
+    if array.max() == 1:
         raise UserError(f"{name} has only pixels 0 and 1; multiply them by 255")
     return array, name
 
