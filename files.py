@@ -28,8 +28,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-LONGEST = 2000  # characters of a message; names and arguments in it may be of any length
-
 
 class UserError(Exception):
     """An error that the user can fix. Its text is one line: what is wrong, where, what to do."""
@@ -54,10 +52,7 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        line = one_line(str(error))
-        if len(line) > LONGEST:
-            line = f"{line[:LONGEST // 2]} ... {line[-LONGEST // 2:]}"
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # as shells report Ctrl-C

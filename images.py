@@ -105,27 +105,49 @@ class ImageSet:
             UserError: an image can't be read or decoded, or is in another split too; the cache folder can't be
                 written; the array doesn't fit into memory.
         """
-        classes = list(self.splits[split].values())
+        classes = self.splits[split].values()
         shape = (len(classes), max(map(len, classes)), channels, imgsz, imgsz)
         sources = [[(file.name, file.size, file.stamp) for file in files] for files in classes]
         key = json.dumps([CACHE_VERSION, split, shape, int(self.resample), sources])  # all that the array depends on
         path = self.cache / f"{self.name}-{split}-{imgsz}px-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
         try:
-            images, hashes = _read_cache(path) or self._build_cache(path, classes, split, shape)
+            images, hashes = _read_cache(path) or self._decode(path, split, shape)
         except MemoryError as error:
             raise UserError(f"no memory for the {split} images at {imgsz} x {imgsz}; lower --imgsz") from error
         self._check_shared(split, hashes)
         return torch.from_numpy(images)
 
-    def _build_cache(self, path: Path, classes: Sequence[Sequence[ImageFile]], split: str,
-                     shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def _decode(self, path: Path, split: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Decode in parallel threads into a cache file -> uint8 of `shape`, uint64 hashes [class, image].
+
+        The images that can't be read or decoded are named together, in their order.
+        """
         if os.path.exists(path):
             note(f"the cache {path} is damaged: building it again")
-        with atomic(path, remedy="free some space, or name another folder with --cache FOLDER") as file:
+        images, hashes = np.zeros(shape, np.uint8), np.zeros(shape[:2], np.uint64)
+
+        def decode_into(place: tuple[int, int, ImageFile]) -> str | None:
+            """Decode an image into its place in the arrays -> what is wrong with it, or None."""
+            row, column, file = place
+            try:
+                with reading(file.path):  # a damaged zip entry raises zlib.error, BadZipFile, RuntimeError, ...
+                    data = file.read()
+                images[row, column], hashes[row, column] = decode(data, file.path, *shape[2:4], self.resample)
+            except UserError as error:
+                return str(error)
+
+        places = [(row, column, file) for row, files in enumerate(self.splits[split].values())
+                  for column, file in enumerate(files)]
+        with atomic(path, remedy="free some space, or name another folder with --cache FOLDER") as cache, \
+                warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor() as pool:
             remove_stale(self.cache, "*.npy", age=24 * 3600)
-            images, hashes = decode_all(classes, f"the {split} split", shape, self.resample, self.remedy)
-            np.save(file, images)
-            np.save(file, hashes)
+            warnings.simplefilter("ignore")  # PIL's, about files that it decodes all the same, or that become a fault
+            decoding = progress(pool.map(decode_into, places), f"decoding the {split} split", len(places), "images")
+            faults = [fault for fault in decoding if fault]
+            listed(faults, f"{len(faults):,} of the {len(places):,} images of the {split} split can't be used",
+                   self.remedy)
+            np.save(cache, images)
+            np.save(cache, hashes)
         return images, hashes
 
     def _check_shared(self, split: str, hashes: np.ndarray) -> None:
@@ -233,33 +255,6 @@ def _opaque(image: Image.Image) -> Image.Image:
     white = Image.new("RGBA", image.size, "white")
     white.alpha_composite(image.convert("RGBA"))
     return white
-
-
-def decode_all(classes: Sequence[Sequence[ImageFile]], what: str, shape: tuple[int, ...], resample: Image.Resampling,
-               remedy: str) -> tuple[np.ndarray, np.ndarray]:
-    """Decode in parallel threads -> uint8 of `shape` [class, image, c, s, s], uint64 hashes [class, image].
-
-    The images that can't be read or decoded are named together, in their order.
-    """
-    array, hashes = np.zeros(shape, np.uint8), np.zeros(shape[:2], np.uint64)
-
-    def decode_into(place: tuple[int, int, ImageFile]) -> str | None:
-        """Decode an image into its place in the arrays -> what is wrong with it, or None."""
-        row, column, file = place
-        try:
-            with reading(file.path):  # a damaged zip entry raises zlib.error, BadZipFile, RuntimeError, ...
-                data = file.read()
-            array[row, column], hashes[row, column] = decode(data, file.path, *shape[2:4], resample)
-        except UserError as error:
-            return str(error)
-
-    places = [(row, column, file) for row, files in enumerate(classes) for column, file in enumerate(files)]
-    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor() as pool:
-        warnings.simplefilter("ignore")  # PIL's, about files that it decodes all the same, or that become a fault here
-        decoding = progress(pool.map(decode_into, places), f"decoding {what}", len(places), "images")
-        faults = [fault for fault in decoding if fault]
-    listed(faults, f"{len(faults):,} of the {len(places):,} images of {what} can't be used", remedy)
-    return array, hashes
 
 
 def _read_cache(path: Path) -> tuple[np.ndarray, np.ndarray] | None:

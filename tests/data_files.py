@@ -24,8 +24,7 @@ ALPHABETS = {"images_background": ("Greek", "Latin"), "images_evaluation": ("Ang
 
 def encode(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
     data = io.BytesIO()
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    image.save(data, kind, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(data, kind, **options)
     return data.getvalue()
 
 
@@ -122,14 +121,6 @@ def into_folders(root: Path, place: str = "images/{label}") -> None:
             folder = root / place.format(split=split, label=label)
             folder.mkdir(exist_ok=True, parents=True)
             (root / "images" / name).rename(folder / name)
-
-
-def image_folder(root: Path) -> None:
-    """train/CLASS/*.png, and no CSV files."""
-    into_folders(root, "{split}/{label}")
-    (root / "images").rmdir()
-    for split in images.SPLITS:
-        (root / f"{split}.csv").unlink()
 
 
 def cached(root: Path, form: str = "image_data", protocol: int = 4, pickler: type = pickle.Pickler, **change) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import cached, colour, encode, image_folder, into_folders, load, real_data, refused, rows
+from data_files import cached, colour, encode, into_folders, load, real_data, refused, rows
 from PIL import Image
 
 import images
@@ -79,6 +79,12 @@ def same_names(root: Path, folder: str, name: str) -> None:
 def without_images(root: Path, place: str) -> None:
     into_folders(root, place)
     (root / "images").rmdir()
+
+
+def image_folder(root: Path) -> None:
+    without_images(root, "{split}/{label}")
+    for path in root.glob("*.csv"):
+        path.unlink()
 
 
 def rename_caches(root: Path) -> None:
