@@ -63,13 +63,11 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
     """
     root = Path(root)
     if not os.path.isdir(root):
-        where = _where(root.parent if os.path.isfile(root) else root)
-        raise UserError(f"there is no folder {root.absolute()} that can be read; {where}")
+        raise UserError(f"there is no folder {root.absolute()} that can be read; {_where(root)}")
     cache = Path(cache) if cache else root / "cache"
-    top, complete, above, remedy = root, _complete(root), None, folders.REMEDY
+    top, complete, remedy = root, _complete(root), folders.REMEDY
     if not complete:
-        above = root / "images"
-        inner = {Path(folder): found for folder in images.subfolders(root) if (found := _complete(folder, above))}
+        inner = {Path(folder): found for folder in images.subfolders(root) if (found := _complete(Path(folder)))}
         top, complete = inner.popitem() if len(inner) == 1 else (root, {})
     if len(complete) > 1:
         raise UserError(f"{top} has two layouts, {' and '.join(complete)}; move one away")
@@ -80,7 +78,7 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
         raise UserError(f"{_missing(top)}; {_where(top)}")
     (layout, parts), = complete.items()
     if layout == CSV:
-        splits, layout = _from_tables(top, parts, _images_of_tables(top, above))
+        splits, layout = _from_tables(top, parts, _images_of_tables(top))
         remedy += " from the CSV file"
     elif layout == FOLDERS:
         splits = folders.split_classes(parts)
@@ -89,7 +87,7 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
     return ImageSet("miniimagenet", layout, splits, RESAMPLE, cache, remedy)
 
 
-def _layouts(root: Path | os.DirEntry) -> dict[str, dict[str, Path]]:
+def _layouts(root: Path) -> dict[str, dict[str, Path]]:
     """Layout -> split -> its file or folder, for the splits that have one."""
     parts = folders.split_folders(root)
     tables, caches = {}, {}
@@ -104,18 +102,18 @@ def _layouts(root: Path | os.DirEntry) -> dict[str, dict[str, Path]]:
             PICKLES: caches}
 
 
-def _complete(root: Path | os.DirEntry, above: Path | None = None) -> dict[str, dict[str, Path]]:
+def _complete(root: Path) -> dict[str, dict[str, Path]]:
     """Those of `_layouts` that have all splits; not CSV files without images, which another layout often has too."""
     return {layout: parts for layout, parts in _layouts(root).items()
-            if len(parts) == len(SPLITS) and (layout != CSV or _images_of_tables(Path(root), above))}
+            if len(parts) == len(SPLITS) and (layout != CSV or _images_of_tables(root))}
 
 
-def _images_of_tables(root: Path, above: Path | None) -> Path | None:
-    """The folder of the images that the CSV files in `root` name: images/, `root` with class folders, or `above`."""
-    here = root / "images"
+def _images_of_tables(root: Path) -> Path | None:
+    """The folder of the images that the CSV files in `root` name: images/, `root` with class folders, or ../images/."""
+    here, above = root / "images", root.parent / "images"
     if here.is_dir() and images.entries(here):
         return here
-    return root if folders.image_folders(root) else above if above and above.is_dir() else None
+    return root if folders.image_folders(root) else above if above.is_dir() else None
 
 
 def _missing(root: Path) -> str:
@@ -180,25 +178,25 @@ def _from_tables(root: Path, tables: dict[str, Path], folder: Path) -> tuple[Spl
     renamed, how = index.imagenet([row for split in SPLITS for row in rows[split] if not index.find(row)])
     splits, parents = {}, set()
     for split in SPLITS:
-        found, faults, used = [], [], set()
+        found, faults = {}, []  # path -> row
         for row in rows[split]:
             paths = index.find(row) or renamed.get(_parts(row.filename)[1], [])
             if len(paths) != 1:
-                names = " or ".join(os.path.relpath(path, index.folder) for path in paths)
-                what = f"may be {names}" if names else f"is not in {index.folder}"
+                names = " or ".join(os.path.relpath(path, folder) for path in paths)
+                what = f"may be {names}" if names else f"is not in {folder}"
                 faults.append(f"line {row.line}: {short(row.filename)} {what}")
-            elif paths[0] in used:
+            elif paths[0] in found:
                 faults.append(f"line {row.line}: {short(row.filename)} is there twice, so support and query images "
                               "could be the same")
             else:
-                used.add(paths[0])
-                parents.add(paths[0].parent)
-                found.append((row.label, images.image_file(paths[0], row.filename)))
+                found[paths[0]] = row
         listed(faults, f"{tables[split]}, {len(faults):,} of {len(rows[split]):,} images",
                "put the images there, or remove the lines")
-        splits[split] = images.by_class(found)
-    inside = "" if index.folder in parents else "CLASS/"
-    return splits, f"{CSV} with {os.path.relpath(index.folder, root)}/{inside}{how}"
+        parents.update(path.parent for path in found)
+        splits[split] = images.by_class(
+            (row.label, images.image_file(path, row.filename)) for path, row in found.items())
+    inside = "" if folder in parents else "CLASS/"
+    return splits, f"{CSV} with {os.path.relpath(folder, root)}/{inside}{how}"
 
 
 def _parts(filename: str) -> tuple[str, str, str]:
