@@ -105,11 +105,10 @@ def reading(path: Path | str, remedy: str = "", wrong: str = "can't be read") ->
     except (UserError, MemoryError):
         raise
     except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        line = f"{path} {wrong} ({reason})"
         if isinstance(error, OSError) and error.strerror:
             line = f"can't read {path}: {error.strerror}"
-        else:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            line = f"{path} {wrong} ({reason})"
         raise UserError(f"{line}; {remedy}" if remedy else line) from error
 
 
@@ -160,12 +159,9 @@ def locked(path: Path) -> Iterator[None]:
 
     It is released however the process ends. Some network file systems have no locks; nothing is held there.
     """
-    try:
+    with writing(path, "fix the permissions there or name another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab")
-    except (OSError, ValueError) as error:  # ValueError: a character that no path can hold
-        raise UserError(f"can't write in {path.parent}: {getattr(error, 'strerror', error)}; fix the permissions "
-                        "there or name another folder") from error
     with file:
         try:
             if fcntl:

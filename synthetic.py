@@ -19,14 +19,12 @@ import torch
 from files import progress
 from tasks import Dataset
 
-CHARACTERS = "synthetic characters"
-PHOTOS = "synthetic photos"
+CHARACTERS, PHOTOS = "synthetic characters", "synthetic photos"
 
 # split: (first class number, classes): few enough to take seconds, more than a task needs.
 CHARACTER_SPLITS = {"train": (0, 200), "val": (200, 40), "test": (240, 60)}
 PHOTO_SPLITS = {"train": (0, 64), "val": (64, 16), "test": (80, 20)}
-CHARACTER_IMAGES = 20
-PHOTO_IMAGES = 40
+CHARACTER_IMAGES, PHOTO_IMAGES = 20, 40
 SEED = 222
 
 _T = np.linspace(0, 1, 33)[:, None]
@@ -44,9 +42,6 @@ def dataset(name: str, channels: int, mean: Sequence[float], std: Sequence[float
 def generate(name: str, first_class: int, n_classes: int, n_images: int, imgsz: int, seed: int) -> torch.Tensor:
     """Draw the classes first_class .. first_class + n_classes - 1 of CHARACTERS or PHOTOS, `n_images` times each.
 
-    Args:
-        imgsz: side of the square images in pixels.
-        seed: any integer from 0; another seed gives other classes.
     Returns:
         uint8 [n_classes, n_images, c, imgsz, imgsz]: characters in dark ink on white paper (255), as Omniglot's, with
         c = 1; photos in RGB, c = 3.
