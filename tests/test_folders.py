@@ -27,8 +27,8 @@ def find(root: Path) -> images.ImageSet:
 
 def test_classes_are_split_by_their_names_alone(tmp_path):
     write_classes(tmp_path / "mine", 10)
-    (tmp_path / "mine/notes.txt").write_text("no image")
-    (tmp_path / "mine/empty").mkdir()
+    (tmp_path / "mine/docs").mkdir()
+    (tmp_path / "mine/docs/notes.txt").write_text("no image")
     image_set = find(tmp_path / "mine")
     assert {split: list(classes) for split, classes in image_set.splits.items()} == {
         "train": ["class 0", "class 1", "class 2", "class 5", "class 6", "class 8"], "val": ["class 3", "class 4"],
