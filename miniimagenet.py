@@ -17,7 +17,6 @@ import functools
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -154,13 +153,8 @@ def _from_wnids(root: Path, cache: Path) -> Splits | None:
 # ---- the CSV files
 
 
-class _Row(NamedTuple):
-    line: int
-    filename: str
-    label: str
-
-
-def _rows(table: Path) -> list[_Row]:
+def _rows(table: Path) -> list[tuple[int, str, str]]:
+    """Line number, file name and label of each row."""
     with reading(table, _where(table.parent), "is no CSV file in UTF-8"), \
             open(table, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
@@ -168,33 +162,32 @@ def _rows(table: Path) -> list[_Row]:
         if not {"filename", "label"} <= set(reader.fieldnames):
             raise UserError(f"the first line of {table} must be filename,label and is "
                             f"{short(','.join(reader.fieldnames))}")
-        return [_Row(reader.line_num, normal(row["filename"] or ""), normal(row["label"] or "")) for row in reader]
+        return [(reader.line_num, normal(row["filename"] or ""), normal(row["label"] or "")) for row in reader]
 
 
 def _from_tables(root: Path, tables: dict[str, Path], folder: Path) -> tuple[Splits, str]:
     """The images of each split and label, and where and by which names they were found, in words."""
     rows = {split: _rows(tables[split]) for split in SPLITS}
-    index = _Files(root, folder, {row.label for split in SPLITS for row in rows[split]})
-    renamed, how = index.imagenet([row for split in SPLITS for row in rows[split] if not index.find(row)])
+    index = _Files(root, folder, {label for split in SPLITS for _, _, label in rows[split]})
+    renamed, how = index.imagenet([name for split in SPLITS for _, name, label in rows[split]
+                                   if not index.find(name, label)])
     splits, parents = {}, set()
     for split in SPLITS:
-        found, faults = {}, []  # path -> row
-        for row in rows[split]:
-            paths = index.find(row) or renamed.get(_parts(row.filename)[1], [])
+        found, faults = {}, []  # path -> its label and name in the CSV file
+        for line, name, label in rows[split]:
+            paths = index.find(name, label) or renamed.get(_parts(name)[1], [])
             if len(paths) != 1:
                 names = " or ".join(os.path.relpath(path, folder) for path in paths)
-                what = f"may be {names}" if names else f"is not in {folder}"
-                faults.append(f"line {row.line}: {short(row.filename)} {what}")
+                faults.append(f"line {line}: {short(name)} " + (f"may be {names}" if names else f"is not in {folder}"))
             elif paths[0] in found:
-                faults.append(f"line {row.line}: {short(row.filename)} is there twice, so support and query images "
-                              "could be the same")
+                faults.append(f"line {line}: {short(name)} is there twice, so support and query images could be the "
+                              "same")
             else:
-                found[paths[0]] = row
+                found[paths[0]] = label, name
         listed(faults, f"{tables[split]}, {len(faults):,} of {len(rows[split]):,} images",
                "put the images there, or remove the lines")
         parents.update(path.parent for path in found)
-        splits[split] = images.by_class(
-            (row.label, images.image_file(path, row.filename)) for path, row in found.items())
+        splits[split] = images.by_class((label, images.image_file(path, name)) for path, (label, name) in found.items())
     inside = "" if folder in parents else "CLASS/"
     return splits, f"{CSV} with {os.path.relpath(folder, root)}/{inside}{how}"
 
@@ -217,21 +210,21 @@ class _Files:
             for entry in images.entries(place):
                 self.paths.setdefault(_parts(entry.name)[1], []).append(Path(entry))
 
-    def find(self, row: _Row) -> list[Path]:
-        """The files with the row's stem, except in another label's folder.
+    def find(self, name: str, label: str) -> list[Path]:
+        """The files with the name's stem, except in another label's folder.
 
-        Of several, those in the folder that the row names, or in its label's, or directly in images/. Of several there,
-        those with its extension.
+        Of several, those in the folder of the name, or in the label's, or directly in images/. Of several there, those
+        with its extension.
         """
-        folder, stem, extension = _parts(row.filename)
-        other_labels = self.labels - {row.label}
+        folder, stem, extension = _parts(name)
+        other_labels = self.labels - {label}
         paths = [path for path in self.paths.get(stem, []) if normal(path.parent.name) not in other_labels]
-        for parent in (folder, row.label, self.folder.name):
+        for parent in (folder, label, self.folder.name):
             paths = [path for path in paths if normal(path.parent.name) == parent] or paths
         return [path for path in paths if path.suffix.lower() == extension] or paths
 
-    def imagenet(self, rows: list[_Row]) -> tuple[dict[str, list[Path]], str]:
-        """Files with ImageNet's names, nXXXXXXXX_NUMBER.JPEG, for rows with names nXXXXXXXXNNNNNNNN.
+    def imagenet(self, names: list[str]) -> tuple[dict[str, list[Path]], str]:
+        """Files with ImageNet's names, nXXXXXXXX_NUMBER.JPEG, for names nXXXXXXXXNNNNNNNN.
 
         In the CSV files of Ravi and Larochelle NNNNNNNN is a rank, from 1, among the numbers of the class's images. The
         tools that make miniImageNet from ImageNet read it so. Other CSV files give the file's own NUMBER.
@@ -239,7 +232,7 @@ class _Files:
         Returns:
             nXXXXXXXXNNNNNNNN -> files, and which of the two finds all images, in words.
         """
-        stems = {stem for stem in (_parts(row.filename)[1] for row in rows) if re.fullmatch(r"n\d{16}", stem)}
+        stems = {stem for _, stem, _ in map(_parts, names) if re.fullmatch(r"n\d{16}", stem)}
         numbers: dict[str, dict[int, list[Path]]] = {}  # class -> NUMBER -> files
         for stem, paths in self.paths.items():
             if match := re.fullmatch(r"(n\d{8})_(\d+)", stem):
