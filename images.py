@@ -170,8 +170,7 @@ def dataset(find: Callable[[], ImageSet], name: Callable[[], str], channels: int
             std: Sequence[float], imgsz: int) -> Dataset:
     """A Dataset for `training.train`; `find` is called once, when the images are first needed.
 
-    `mean` and `std` are per channel of the script's own data set; their averages are taken for another number of
-    channels.
+    `mean` and `std` are of the script's own data set; for another number of channels their averages are taken.
     """
     find = functools.cache(find)
     if channels != len(mean):

@@ -258,7 +258,6 @@ class MiniImagenet(torch.utils.data.Dataset):
     Args:
         root, cache: as in `find`.
         mode: the split: train, val or test.
-        k_shot, k_query: support and query images per class.
         startidx: the number of the first task; `startidx=batchsz` gives the next `batchsz` tasks.
     Raises:
         UserError: as `find` and `ImageSet.load`.

@@ -54,8 +54,7 @@ def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffl
             extra; a file can't be read.
     """
     root = Path(root)
-    with reading(root, "name another folder with --root FOLDER"):
-        missing = [part for part in PARTS if not _candidates(root, part)]
+    missing = [part for part in PARTS if not _candidates(root, part)]
     if missing:
         if os.path.isfile(root):
             raise UserError(f"--root {root} is a file; name the folder that it is in")

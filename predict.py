@@ -44,14 +44,13 @@ QUERIES_PER_PASS = 64  # unless all are normalised together
 
 
 def load(run: str | os.PathLike, weights: str | None = None, device: str = "cpu") -> "Model":
-    """Load the model that a run trained, with the network that it recorded.
+    """Load the model that a run trained, from its folder and with the network that it recorded.
 
     Args:
-        run: its folder, with args.json and the weights.
         weights: "best", "last" or "weights-STEP"; None: those that the run tests (--test_weights).
         device: where to compute, as --device.
     Raises:
-        UserError: one line, if the folder, the weights or the device can't be used.
+        UserError: the folder, the weights or the device can't be used.
     """
     run = Path(os.path.expanduser(run))
     script, args = settings_of(run, f"--device={device}")
@@ -66,11 +65,7 @@ def load(run: str | os.PathLike, weights: str | None = None, device: str = "cpu"
 
 
 def settings_of(run: str | os.PathLike, *flags: str) -> tuple[ModuleType, argparse.Namespace]:
-    """The script that a run was started with, and the run's settings as for --test, changed by `flags`.
-
-    Raises:
-        UserError: its args.json is missing, broken, or of another script.
-    """
+    """The script that a run was started with, and the run's settings as for --test, changed by `flags`."""
     path = Path(run) / "args.json"
     name = str(settings.read_settings(path, "name the folder of a run").get("script"))
     if name not in SCRIPTS:
@@ -94,8 +89,7 @@ class Model:
 
         MAML, ANIL and BOIL take the run's --update_step_test inner steps from the trained weights, for fewer than n_way
         classes with the first rows of the classifier. ProtoNet and the classifier answer with the label of the nearest
-        support mean. Each query is normalised together with the support set alone, so its answer does not depend on
-        the other queries.
+        support mean. Each query is normalised with the support set alone, so its answer does not depend on the others.
 
         Args:
             support_images: one or more of each class.

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import pickle
 import shutil
@@ -89,22 +90,20 @@ def colour(split: str, label: int, number: int) -> tuple[int, int, int]:
     return 20 + 40 * label + 5 * number, {"train": 20, "val": 120, "test": 220}[split], 0
 
 
-def write_photos(root: Path, classes: int = 3, count: int = 4, size: int = 20) -> list[str]:
-    """Splits of `classes` classes of `count` PNG files in images/, and the CSV files -> the lines of train.csv.
+def write_photos(root: Path, classes: int = 3, count: int = 4, size: int = 20) -> None:
+    """Splits of `classes` classes of `count` PNG files in images/, and the CSV files.
 
     In the order of the file names, p<number><label>.png in train, the classes alternate.
     """
     (root / "images").mkdir(parents=True)
     for split, letter in (("test", "t"), ("val", "v"), ("train", "p")):
         lines = ["filename,label"]
-        for label in range(classes):
-            for number in range(count):
-                name = f"{letter}{number}{label}.png"
-                pixels = np.full((size, size, 3), colour(split, label, number), np.uint8)
-                (root / "images" / name).write_bytes(encode(pixels))
-                lines.append(f"{name},{split if split != 'train' else ''}class{classes - label}")
+        for label, number in itertools.product(range(classes), range(count)):
+            name = f"{letter}{number}{label}.png"
+            pixels = np.full((size, size, 3), colour(split, label, number), np.uint8)
+            (root / "images" / name).write_bytes(encode(pixels))
+            lines.append(f"{name},{split if split != 'train' else ''}class{classes - label}")
         (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
-    return lines
 
 
 # What `write_photos` wrote, in the other layouts; the images stay the same
@@ -165,7 +164,7 @@ def listing(folder: Path) -> list[str]:
 def refused(*words: str):
     """The block raises a UserError of one line that holds all `words`."""
     with pytest.raises(UserError) as caught:
-        yield caught
+        yield
     text = str(caught.value)
     assert all(word in text for word in words), text
     assert "\n" not in text and "object at 0x" not in text
