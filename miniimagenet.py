@@ -213,13 +213,12 @@ class _Files:
     def find(self, name: str, label: str) -> list[Path]:
         """The files with the name's stem, except in another label's folder.
 
-        Of several, those in the folder of the name, or in the label's, or directly in images/. Of several there, those
-        with its extension.
+        Of several, those in the folder of the name, or directly in images/. Of several there, those with its extension.
         """
         folder, stem, extension = _parts(name)
         other_labels = self.labels - {label}
         paths = [path for path in self.paths.get(stem, []) if normal(path.parent.name) not in other_labels]
-        for parent in (folder, label, self.folder.name):
+        for parent in (folder, self.folder.name):
             paths = [path for path in paths if normal(path.parent.name) == parent] or paths
         return [path for path in paths if path.suffix.lower() == extension] or paths
 
