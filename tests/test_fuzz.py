@@ -167,9 +167,9 @@ def test_damaged_files(name, sound):
 
 
 VALUES = st.sampled_from([
-    "", " ", "0", "-1", "1", "2", "5", "28", "2147483648", "9" * 5000, "1.5", "nan", "-inf", "1e400", "1e-320", "0x10",
-    "１２", "½", "\udcff", "a\nb", "\u202e", "-", "@file", "%s", "{}", "None", "x" * 300, "cpu", "cpu:7", "cuda:-1",
-    "meta", "mps", "paper", "bf16", "run", "run/args.json", "../data", "/dev/null"])
+    "", " ", "0", "-1", "1", "2", "5", "28", "2147483648", "1.5", "nan", "-inf", "1e400", "1e-320", "0x10", "１２", "½",
+    "\udcff", "a\nb", "\u202e", "-", "@file", "%s", "{}", "None", "cpu", "cpu:7", "cuda:-1", "meta", "mps", "paper",
+    "bf16", "run", "run/args.json", "../data", "/dev/null"])
 
 
 @pytest.mark.slow
