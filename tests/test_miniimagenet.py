@@ -248,21 +248,25 @@ def test_classes_of_unequal_size(photos):
 # Pickles
 
 
-class Code:
-    def __reduce__(self):
-        return os.mkdir, ("run-by-a-pickle",)
+class Call:
+    """Pickled as a call of a function, perhaps with the state of its result."""
 
-
-class SameName:
-    """Pickled as a call of a function that has the name of an allowed one."""
+    def __init__(self, *reduced):
+        self.reduced = reduced
 
     def __reduce__(self):
-        return encode, ("text", "latin1")
+        return self.reduced
+
+
+CODE = Call(os.mkdir, ("run-by-a-pickle",))
+OBJECTS = Call(np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0))
+FORGED = Call(np.empty(0).__reduce__()[0], (np.ndarray, (0,), b"b"), (1, (12,), OBJECTS, False, bytes(range(96))))
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"extra": SameName()}, "data_files.encode"), ({"extra": Code()}, "mkdir"),
-    ({"extra": np.array([Code()], object)}, "mkdir"), ({"image_data": None}, "as a cache"),
+    ({"extra": Call(encode, ("text", "latin1"))}, "data_files.encode"),  # the name of an allowed function
+    ({"extra": CODE}, "mkdir"), ({"extra": np.array([CODE], object)}, "mkdir"), ({"image_data": None}, "as a cache"),
+    ({"image_data": FORGED}, "as a cache"),  # bytes that NumPy would follow as pointers, and crash
     ({"class_dict": {"a": [0, 99]}}, "index 99 is out of bounds"),
     ({"form": "labels", "labels": [99] * 13}, "index 12"),
     (b"<!DOCTYPE html>", "as a cache"), (lambda whole: whole[:len(whole) // 2], "as a cache")])
