@@ -126,9 +126,8 @@ class ImageSet:
             note(f"the cache {path} is damaged: building it again")
         images, hashes = np.zeros(shape, np.uint8), np.zeros(shape[:2], np.uint64)
 
-        def decode_into(place: tuple[int, int, ImageFile]) -> str | None:
+        def decode_into(row: int, column: int, file: ImageFile) -> str | None:
             """Decode an image into its place in the arrays -> what is wrong with it, or None."""
-            row, column, file = place
             try:
                 with reading(file.path):  # a damaged zip entry raises zlib.error, BadZipFile, RuntimeError, ...
                     data = file.read()
@@ -138,14 +137,14 @@ class ImageSet:
 
         places = [(row, column, file) for row, files in enumerate(self.splits[split].values())
                   for column, file in enumerate(files)]
+        what = f"the {split} split"
         with atomic(path, remedy="free some space, or name another folder with --cache FOLDER") as cache, \
                 warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor() as pool:
             remove_stale(self.cache, "*.npy", age=24 * 3600)
             warnings.simplefilter("ignore")  # PIL's, about files that it decodes all the same, or that become a fault
-            decoding = progress(pool.map(decode_into, places), f"decoding the {split} split", len(places), "images")
+            decoding = progress(pool.map(decode_into, *zip(*places)), f"decoding {what}", len(places), "images")
             faults = [fault for fault in decoding if fault]
-            listed(faults, f"{len(faults):,} of the {len(places):,} images of the {split} split can't be used",
-                   self.remedy)
+            listed(faults, f"{len(faults):,} of the {len(places):,} images of {what} can't be used", self.remedy)
             np.save(cache, images)
             np.save(cache, hashes)
         return images, hashes

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import images
-from files import note, reading, short
+from files import note, reading
 from images import ImageFile, normal
 
 REMEDY = "put the cache file there again, or the images as folders train/, val/ and test/ of class folders"
@@ -43,8 +43,7 @@ def read(path: Path, split: str) -> dict[str, list[ImageFile]]:
             labelled = [(names.get(label, f"{split} {label}") if isinstance(label, (int, np.integer)) else label, index)
                         for index, label in enumerate(content["labels"])]  # another split's numbers are other classes
         else:
-            raise ValueError(f"its keys are {', '.join(map(short, map(str, content)))}, and not image_data and "
-                             "class_dict, or data and labels")
+            raise ValueError("it has neither image_data and class_dict nor data and labels")
         return images.by_class(
             (normal(str(label)), ImageFile(f"{path.name}/{index}", pixels[index].size, status.st_mtime_ns,
                                            f"image {index} of {path}", functools.partial(getitem, pixels, index)))

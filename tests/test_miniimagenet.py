@@ -269,7 +269,8 @@ FORGED = Call(np.empty(0).__reduce__()[0], (np.ndarray, (0,), b"b"), (1, (12,), 
     ({"image_data": FORGED}, "as a cache"),  # bytes that NumPy would follow as pointers, and crash
     ({"class_dict": {"a": [0, 99]}}, "index 99 is out of bounds"),
     ({"form": "labels", "labels": [99] * 13}, "index 12"),
-    (b"<!DOCTYPE html>", "as a cache"), (lambda whole: whole[:len(whole) // 2], "as a cache")])
+    (b"<!DOCTYPE html>", "as a cache"), (pickle.dumps({"data": []}), "has neither image_data"),
+    (lambda whole: whole[:len(whole) // 2], "as a cache")])
 def test_pickles_that_are_no_caches_are_refused_and_nothing_is_run(photos, change, words, monkeypatch):
     cached(photos, **(change if isinstance(change, dict) else {}))
     path = photos / "mini-imagenet-cache-train.pkl"
