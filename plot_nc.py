@@ -15,7 +15,7 @@ import files  # first: the others do not parse on an older Python  # noqa: I001
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 
 from files import Parser, UserError, one_line
 from study import figures, report
@@ -41,16 +41,14 @@ def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
         raise UserError("--figure layers draws all layers; leave --layer out")
     if options.output is not None and options.output.suffix.lower() != ".png":
         raise UserError(f"-o {options.output}: name a file that ends in .png")
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the same picture whatever the user's matplotlibrc says
-        matplotlib.rcParams.update(figures.STYLE)
+    with matplotlib.style.context(figures.STYLE, after_reset=True):  # whatever the user's matplotlibrc says
         if options.runs:
             groups = read_groups(options.runs)
             for run, *_ in groups:
                 if options.layer and options.layer not in run.layers:
                     raise UserError(f"no layer {options.layer!r} in {run.path}; there are: {', '.join(run.layers)}")
-            layer = f"-{options.layer}" if options.layer else ""
-            name = "result" if (options.figure, layer) == ("traces", "") else f"{options.figure}{layer}"
+            name = f"{options.figure}-{options.layer}" if options.layer else options.figure
+            name = "result" if name == "traces" else name
             path = options.output or groups[0][0].path / f"{name}.png"
             figure_of_path = {path: figures.ANY[options.figure](groups, options.layer)}
         else:

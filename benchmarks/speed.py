@@ -132,21 +132,19 @@ def measure_in_processes(case: Case, args: argparse.Namespace) -> dict:
     for keep in (False, True) if glibc else (False,):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             runs.append(pool.submit(measure, case, args, keep).result())
-    times = [run["times"] for run in runs]
-    return runs[0] | {"times": {name: min((rows[name] for rows in times), key=lambda row: row["s"])
-                                for name in times[0]}}
+    return runs[0] | {"times": {name: min((run["times"][name] for run in runs), key=lambda row: row["s"])
+                                for name in runs[0]["times"]}}
 
 
 def table(report: dict) -> str:
     """A Markdown table: a row per implementation, a column per case."""
     cases = report["cases"]
-    names = list(next(iter(cases.values()))["times"])
     heads = [f"{CASES[case].title} ({found['GFLOP']:.0f} GFLOP)" for case, found in cases.items()]
     lines = [f"| implementation | {' | '.join(heads)} | compile time |", "|---" * (len(heads) + 2) + "|"]
-    for name in names:
-        rows = [found["times"][name] for found in cases.values()]
-        own = [found["times"][THIS]["s"] for found in cases.values()]
-        cells = [f"{row['s']:.3g} s ({row['s'] / mine:.2f}x)" for row, mine in zip(rows, own)]
+    times = [found["times"] for found in cases.values()]
+    for name in times[0]:
+        rows = [one[name] for one in times]
+        cells = [f"{one[name]['s']:.3g} s ({one[name]['s'] / one[THIS]['s']:.2f}x)" for one in times]
         compiling = " to ".join(f"{most(row['first_s'] for row in rows):.0f}" for most in (min, max))
         lines.append(f"| {name} | {' | '.join(cells)} | {f'{compiling} s' if name == 'JAX' else '-'} |")
     return "\n".join([*lines, "", f"{report['machine']}; medians of {report['repeats']} rounds."])
@@ -164,15 +162,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = start(args)
     if absent := [name for name in OTHERS if name not in implementations_on(device)]:
         print(f"left out: {', '.join(absent)}; pip install -r benchmarks/requirements.txt")
-    cases = [args.only] if args.only else list(CASES)
-    for name in cases:
-        worst = max(check(CASES[name], device).values())
-        print(f"{CASES[name].title}: all gradients agree in float64, relative error at most {worst:.0e}", flush=True)
+    cases = {args.only: CASES[args.only]} if args.only else CASES
+    for case in cases.values():
+        worst = max(check(case, device).values())
+        print(f"{case.title}: all gradients agree in float64, relative error at most {worst:.0e}", flush=True)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     report = {"machine": f"{devices.device_name(device)}{threads}, PyTorch {torch.__version__}",
               "repeats": args.repeats, "cases": {}}
-    for name in cases:
-        report["cases"][name] = measure_in_processes(CASES[name], args)
+    for name, case in cases.items():
+        report["cases"][name] = measure_in_processes(case, args)
         args.json.write_text(json.dumps(report, indent=1) + "\n")
         print(f"\n{table(report)}", flush=True)
     print(f"\nwrote {args.json}")

@@ -105,24 +105,24 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     pixels = Learner([("flatten", []), ("linear", [args.n_way, math.prod(untrained.input_shape)])],
                      args.imgc, args.imgsz).to(device)  # its classifier is not used
     usual = args.k_spt, min(QUERIES, most)  # support and query images per class
+    redrawn = with_classifier(final, script.network(args))
     wanted = {"final": (final, Meta.finetune, usual), "untrained": (untrained, Meta.finetune, usual),
               "classifier at zero": (with_classifier(final, None), Meta.finetune, usual),
-              "classifier at random": (with_classifier(final, script.network(args)), Meta.finetune, usual),
-              "pixels": (pixels, not_adapted, usual)}
+              "classifier at random": (redrawn, Meta.finetune, usual), "pixels": (pixels, not_adapted, usual)}
     wanted |= {f"queries {queries}": (final, Meta.finetune, (args.k_spt, queries))
                for queries in (1, 5, 19) if queries <= most}
     if args.k_spt != SHOTS < most + args.k_spt:
         wanted[f"{SHOTS}-shot"] = final, Meta.finetune, (SHOTS, min(QUERIES, most + args.k_spt - SHOTS))
-    wanted |= {BY_PARTS: (final, by_parts, usual), f"{BY_PARTS}, untrained": (untrained, by_parts, usual)}
-    for name in ("final", "classifier at random", "untrained"):
-        net, *_ = wanted[name]
-        wanted[f"similarity, {name}"] = net, similarity, usual
-    wanted |= {f"similarity of blocks {name}, final": (final, partial(similarity, blocks=blocks), usual)
-               for name, blocks in (("1-2", (1, 2)), ("3-5", (3, 4, 5)))}
-    wanted |= {f"similarity by rate, {name}": (net, similarity_by_rate, usual)
-               for name, net in (("final", final), ("untrained", untrained))}
-    wanted[ALONE] = final, partial(not_transductive, score=partial(scores, transductive=False)), usual
-    wanted[BY_SUPPORT] = final, partial(not_transductive, score=scores_by_support), usual
+    wanted |= {BY_PARTS: (final, by_parts, usual), f"{BY_PARTS}, untrained": (untrained, by_parts, usual),
+               "similarity, final": (final, similarity, usual),
+               "similarity, classifier at random": (redrawn, similarity, usual),
+               "similarity, untrained": (untrained, similarity, usual),
+               "similarity of blocks 1-2, final": (final, partial(similarity, blocks=(1, 2)), usual),
+               "similarity of blocks 3-5, final": (final, partial(similarity, blocks=(3, 4, 5)), usual),
+               "similarity by rate, final": (final, similarity_by_rate, usual),
+               "similarity by rate, untrained": (untrained, similarity_by_rate, usual),
+               ALONE: (final, partial(not_transductive, score=partial(scores, transductive=False)), usual),
+               BY_SUPPORT: (final, partial(not_transductive, score=scores_by_support), usual)}
     if not wanted.keys() >= set(only or ()):
         raise UserError(f"--only {' '.join(only)}: the controls are {', '.join(map(quoted, wanted))}")
     wanted = {name: wanted[name] for name in only or wanted}
@@ -131,11 +131,11 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     for name, (net, function, sizes) in wanted.items():
         data.args.k_spt, data.args.k_qry_test = sizes
         data.args.nc_qry = sizes[1]  # or more are drawn than a class may have
-        maml = meta_of(net, args)
         batches = math.ceil(args.test_tasks / args.task_num)
-        results = cat(list(progress(measured(maml, data, images, function), name, batches, "batches")))
-        metrics, right = results.pop("metrics", None), with_intervals(results)
-        written[name] = {"tasks": args.test_tasks, **right}
+        parts = measured(meta_of(net, args), data, images, function)
+        results = cat(list(progress(parts, name, batches, "batches")))
+        metrics = results.pop("metrics", None)
+        written[name] = {"tasks": args.test_tasks} | with_intervals(results)
         if not metrics:
             say(f"{name}: {written[name]}")
             continue
@@ -177,8 +177,7 @@ def measured(maml: Meta, data: Data, images: Tensor, function: Callable) -> Iter
 def not_adapted(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor]) -> dict:
     """The classifier's input alone, before adaptation; nothing of the classifier."""
     start = maml.adapt(tasks, 0)
-    metrics = collapse_metrics(maml.net, tasks, start, null)["meta"]
-    metrics = {name: values[:, :1] for name, values in metrics.items()
+    metrics = {name: values[:, :1] for name, values in collapse_metrics(maml.net, tasks, start, null)["meta"].items()
                if name.removesuffix("_null") not in CLASSIFIER_METRICS}
     return {"metrics": {"meta": metrics}, "nearest_mean": accuracies(maml.net, tasks, start)["nearest_mean"]}
 

@@ -30,10 +30,10 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:
     """Mean over seeds and half of its 95% t interval, which is nan for a single value."""
-    values, half = np.array(values, float), math.nan
-    if len(values) > 1:
-        half = _T[min(len(values) - 1, len(_T)) - 1] * float(values.std(ddof=1)) / math.sqrt(len(values))
-    return float(values.mean()), half
+    if len(values) == 1:
+        return float(values[0]), math.nan
+    point = _T[min(len(values) - 1, len(_T)) - 1]
+    return float(np.mean(values)), point * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def share_over_tasks(run: Run) -> float:
@@ -130,10 +130,10 @@ def logit_share_change(run: Run, model: str, suffix: str) -> float:
 
     By label with the suffix ""; with "_original", of what the original took for the traces.
     """
-    traces = [trace + suffix for trace in ("within", "between")]
+    traces = f"within{suffix}", f"between{suffix}"
     starts = [at(run, model, trace, 0, -1, "train") for trace in traces]
     ends = [end(run, model, trace, -1, "train") for trace in traces]
-    return float(within_share(ends) - within_share(starts))
+    return within_share(ends) - within_share(starts)
 
 
 # ---- series and ranks
@@ -160,14 +160,6 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 # ---- of saved weights: controls.json, result.json
 
 
-def found(run: Run, kind: str, *keys: str | int) -> Any:
-    """What controls.json holds of the control `kind` at these keys; None without it."""
-    try:
-        return functools.reduce(operator.getitem, keys, run.controls()[kind])
-    except KeyError:
-        return None
-
-
 def in_control(run: Run, kind: str, *keys: str | int) -> float:
     """A number in controls.json; nan without it.
 
@@ -175,7 +167,10 @@ def in_control(run: Run, kind: str, *keys: str | int) -> float:
     ratio of the means of all test classes. Of "first step by parts" also "rows" (0), the norm of the classifier's rows
     minus their mean, and "body" (0), that of the body's step over its own.
     """
-    return number(found(run, kind, *keys))
+    try:
+        return number(functools.reduce(operator.getitem, keys, run.controls()[kind]))
+    except KeyError:
+        return math.nan
 
 
 def measured(run: Run, model: str, metric: str, kind: str = "final") -> float:
@@ -183,8 +178,8 @@ def measured(run: Run, model: str, metric: str, kind: str = "final") -> float:
     if metric == "cdnv_unbiased":
         queries = int(kind.split()[1]) if kind.startswith("queries") else CONTROL_QUERIES
         return float(unbiased_cdnv(measured(run, model, "cdnv", kind), queries))
-    layers = found(run, kind, model, metric, "mean") or [None]
-    return number(layers[HIDDEN:][0])  # some controls have one layer
+    means = run.controls().get(kind, {}).get(model, {}).get(metric, {}).get("mean", [None])
+    return number(means[HIDDEN:][0])  # some controls have one layer
 
 
 def five_shot_share(run: Run, samples: str, inner_step: int) -> float:
@@ -234,9 +229,8 @@ def random_etf_errors(n_way: int) -> np.ndarray:
     return np.sqrt(((grams - simplex[..., None]) ** 2).sum((1, 2))).mean(0)
 
 
-def matching_dimension(etf_error: float, n_way: int) -> float:
-    """The dimension in which n_way random directions have this ETF error; nan beyond 1 to 64 dimensions."""
-    errors = random_etf_errors(n_way)
-    if not errors[-1] <= etf_error <= errors[0]:
-        return math.nan
-    return float(np.interp(-etf_error, -errors, np.arange(1, len(errors) + 1)))
+def matching_dimension(run: Run) -> float:
+    """The dimension in which random directions have the adapted ETF error of the end; nan beyond 1 to 64 dimensions."""
+    errors = random_etf_errors(run.settings["n_way"])
+    error = end(run, "finetuned", "etf_error")
+    return float(np.interp(-error, -errors, np.arange(1, len(errors) + 1), math.nan, math.nan))

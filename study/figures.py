@@ -5,6 +5,7 @@ mean. Curves of training tasks, of which a measurement has few, are smoothed ove
 """
 
 import io
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -56,15 +57,14 @@ def colours(groups: Sequence[Group]) -> list[tuple[Group, str, str]]:
 
     The name includes the data's name if there are several, and the end of the folder's path if two share a name.
     """
-    runs = [group[0] for group in groups]
-    several = len({run.data for run in runs}) > 1
-    names = [f"{run.data}, {name}" if several and name == describe(run) else name
-             for run, name in zip(runs, map(label, runs))]
-    paths = [run.path.resolve().parts for run in runs]
-    length = 1 + (len({path[-1] for path in paths}) < len(paths))  # of two folders of one name their parents' names too
-    folders = [one_line("/".join(path[-length:])) for path in paths]
+    runs = [run for run, *_ in groups]
+    names = list(map(label, runs))
+    if len({run.data for run in runs}) > 1:
+        names = [f"{run.data}, {name}" if name == describe(run) else name for run, name in zip(runs, names)]
+    folders = [one_line("/".join(run.path.resolve().parts[-2:])) for run in runs]
     names = [f"{name} ({folder})" if names.count(name) > 1 else name for name, folder in zip(names, folders)]
-    return [(group, PALETTE[i % len(PALETTE)], names[i].replace("$", r"\$")) for i, group in enumerate(groups)]
+    return [(group, colour, name.replace("$", r"\$"))
+            for group, colour, name in zip(groups, itertools.cycle(PALETTE), names)]
 
 
 def draw(axes: Axes, group: Group, curve: Curve, colour: str, style="-") -> None:
@@ -72,16 +72,14 @@ def draw(axes: Axes, group: Group, curve: Curve, colour: str, style="-") -> None
     seeds = []  # per seed: step -> value
     for run in group:
         steps, values, *half = curve(run)
-        if not len(steps):
-            continue
-        seeds.append(dict(zip(steps, values)))
-        if len(group) == 1 and half:
+        if len(steps):
+            seeds.append(dict(zip(steps, values)))
+        if len(group) > 1:
+            axes.plot(steps, values, color=colour, linestyle=style, linewidth=0.6, alpha=0.5)
+        elif half:
             axes.fill_between(steps, values - half[0], values + half[0], color=colour, alpha=0.15, linewidth=0)
     if not seeds:
         return
-    if len(group) > 1:
-        for seed in seeds:
-            axes.plot(seed.keys(), seed.values(), color=colour, linestyle=style, linewidth=0.6, alpha=0.5)
     common = sorted(set.intersection(*map(set, seeds)))
     mean = [np.mean([seed[step] for seed in seeds]) for step in common]
     marker = "o" if len(common) < 12 else None  # shows how few the points are
@@ -111,7 +109,7 @@ def curves(axes: Axes, groups: Sequence[Group], lines: Sequence[tuple[Curve, str
 
 def step_axis(axes: Axes, groups: Sequence[Group]) -> None:
     """Meta-steps, logarithmic from 100 on and linear before, so that step 0 is shown."""
-    last = max(run.last_step for group in groups for run in group)
+    last = max(run.last_step for run in itertools.chain(*groups))
     axes.set_xlabel("meta-step")
     axes.set_xlim(0, max(last, 1) * 1.04)
     if last > 300:
@@ -126,8 +124,7 @@ def step_axis(axes: Axes, groups: Sequence[Group]) -> None:
 def fit(axes: Axes, log: bool = False) -> None:
     """Fit the y axis to the lines; a panel in which nothing is defined says so."""
     values = np.concatenate([np.empty(0), *(np.asarray(line.get_ydata(), float) for line in axes.get_lines())])
-    values = values[np.isfinite(values)]
-    values = values[values > 0] if log else values
+    values = values[np.isfinite(values) & (values > 0 if log else True)]
     if not values.size:
         axes.text(0.5, 0.5, "undefined", transform=axes.transAxes, ha="center", color=GREY)
         axes.set_yticks([])
@@ -184,7 +181,7 @@ def reference(axes: Axes, level: float, name: str) -> None:
 
 def common_split(groups: Sequence[Group]) -> str:
     """Held-out tasks, which are many, if all runs have measured them; else training tasks."""
-    return "heldout" if all(run.rows["heldout"] for group in groups for run in group) else "train"
+    return "heldout" if all(run.rows["heldout"] for run in itertools.chain(*groups)) else "train"
 
 
 def zoom_on_accuracy(axes: Axes) -> None:
@@ -255,7 +252,7 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
 def layers(groups: Sequence[Group], layer: str | None = None) -> Figure:
     """The relative within trace by layer at a few meta-steps, a panel per setting; `layer` is not used."""
     split = common_split(groups)
-    measured = set.intersection(*(set(run.rows[split]) for group in groups for run in group))  # that all have
+    measured = set.intersection(*(set(run.rows[split]) for run in itertools.chain(*groups)))  # that all have
     steps = sorted({min(measured, key=lambda other, step=step: (abs(other - step), other))
                     for step in (0, 250, 1_000, 6_000, 20_000, 60_000) if measured})
     shades = dict(zip(steps, matplotlib.colormaps["viridis_r"](np.linspace(0.12, 1, len(steps)))))
@@ -282,14 +279,14 @@ def layers(groups: Sequence[Group], layer: str | None = None) -> Figure:
 def accuracy(groups: Sequence[Group], layer: str | None = None) -> Figure:
     """Accuracy on held-out tasks: by the classifier after training's number of inner steps, and by the nearest support
     mean before adaptation."""
-    for run in [run for group in groups for run in group]:
+    for run in itertools.chain(*groups):
         if run.layers and not run.rows["heldout"]:
             raise UserError(f"{run.path} has no measurement on held-out tasks; let it run to its first validation")
     shown = layer or distinct(groups, "hidden")
     before = key(f"nearest support mean at {shown}, before adaptation", linestyle=STYLES["meta"])
     figure, ((axes,),) = frame(1, 1, 3.1, keys(groups, key("adapted classifier, after training's inner steps"), before))
-    queries = sorted({run.queries for run, *_ in groups})
-    headline(figure, groups, TASKS["heldout"], f"{' or '.join(map(str, queries))} queries per class")
+    queries = " or ".join(map(str, sorted({run.queries for run, *_ in groups})))
+    headline(figure, groups, TASKS["heldout"], f"{queries} queries per class")
     curves(axes, groups, [(of_metric("heldout", "finetuned", "accuracy"), STYLES["finetuned"]),
                           (of_metric("heldout", "meta", "ncc_accuracy", layer), STYLES["meta"])])
     axes.set_ylabel("accuracy, %")

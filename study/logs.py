@@ -9,12 +9,11 @@ import gzip
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import UserError, listed, one_line, reading
+from files import UserError, listed, note, one_line, reading
 
 HOME = Path(__file__).resolve().parent.parent
 
@@ -52,9 +51,9 @@ class Run:
     @property
     def recorded(self) -> dict:
         """The network's layers and a digest of each split's classes; None where an older run lacks them."""
-        digests = {f"classes of {split}": about.get("classes_digest")
-                   for split, about in self.arguments["data"].get("splits", {}).items()}
-        return {"layers": self.arguments.get("layers")} | digests
+        splits = self.arguments["data"].get("splits", {})
+        return {"layers": self.arguments.get("layers")} | {
+            f"classes of {split}": about.get("classes_digest") for split, about in splits.items()}
 
     @property
     def queries(self) -> int:
@@ -63,7 +62,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        return max((step for split in ("train", "heldout") for step in self.rows[split]), default=0)
+        return max([0, *self.rows["train"], *self.rows["heldout"]])
 
     @functools.cached_property
     def layers(self) -> list[str]:
@@ -101,7 +100,6 @@ def read_run(path: Path) -> Run:
     Raises:
         UserError: the folder, the log or args.json is missing or broken.
     """
-    path = Path(path)
     if os.path.isdir(path):
         log = next((path / name for name in ("log.jsonl", "log.jsonl.gz") if (path / name).exists()), None)
         inside = [] if log else sorted({str(log.parent) for log in path.glob("*/log.jsonl*")})
@@ -128,19 +126,16 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
     """
     with reading(path, "copy it again, or name another run"):
         content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-    lines = [(line_number, line) for line_number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+        lines = (gzip.decompress(content) if path.suffix == ".gz" else content).splitlines()
     rows: dict[str, dict[int, dict]] = {"train": {}, "heldout": {}}
-    for line_number, line in lines:
+    for line_number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            if line_number == lines[-1][0]:
-                print(f"note: {one_line(str(path))}, line {line_number}: half-written, ignored", file=sys.stderr)
-                break
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {line_number}: not a JSON object; correct or remove that line")
+            row = dict(json.loads(line))
+        except (ValueError, TypeError, RecursionError):
+            if line_number < len(lines):
+                raise UserError(f"{path}, line {line_number}: not a JSON object; correct or remove that line") from None
+            note(f"note: {one_line(str(path))}, line {line_number}: half-written, ignored")
+            break
         split, step = row.get("classes"), row.get("step")
         if row.get("kind") == "nc" and split in ("train", "heldout"):
             if type(step) is not int or not 0 <= step < 2**31:

@@ -33,16 +33,15 @@ def result(study: Study) -> Figure:
     figures.curves(first, groups, [(figures.of_metric("train", model, "relative_within"), style)
                                    for model, style in figures.STYLES.items()])
     figures.curves(second, groups, [(relative_to_start("between"), "-"), (relative_to_start("within"), ":")])
-    untrained = groups[0], functools.partial(effects.at, step=0), figures.GREY
-    trained = [(group, effects.end, colour) for group, colour, _ in figures.colours(groups)]
-    for group, value, colour in [*trained, untrained]:
+    lines = [(group, effects.end, colour) for group, colour, _ in figures.colours(groups)]
+    lines.append((groups[0], functools.partial(effects.at, step=0), figures.GREY))  # untrained
+    for group, value, colour in lines:
         for model, style in figures.STYLES.items():
             shares = [[value(run, model, "relative_within", layer=name) for name in run.layers] for run in group]
             third.plot(range(1, len(run.layers) + 1), np.mean(shares, 0), color=colour, linestyle=style, marker="o",
                        markersize=3)
     figures.reference(first, effects.noise_share(run.settings["n_way"], run.queries), "permuted labels")
-    pixels = effects.measured(run, "meta", "relative_within", "pixels")
-    if math.isfinite(pixels):
+    if math.isfinite(pixels := effects.measured(run, "meta", "relative_within", "pixels")):
         figures.reference(first, pixels, "raw pixels")
     first.legend(handles=figures.keys(groups, models=True), loc="lower left", fontsize=7.5, handlelength=1.8,
                  labelspacing=0.25, borderaxespad=0.1)
@@ -67,21 +66,21 @@ def relative_to_start(trace: str) -> figures.Curve:
 
 def learners(study: Study) -> Figure:
     """What adaptation does to each learner: the share within classes and accuracy, before it and after; and nc1."""
-    groups = study.groups(LEARNERS)
+    groups = figures.colours(study.groups(LEARNERS))
     figure = Figure(figsize=(figures.WIDTH, 3.0))
     figure.set_layout_engine("constrained", w_pad=0.04)
     share, right, ranked = figure.subplots(1, 3)
 
-    before_and_after(share, figures.colours(groups), *SHARES)
-    before_and_after(right, figures.colours(groups), *ACCURACIES, scale=100)
-    share.set_yticklabels([name for _, _, name in figures.colours(groups)])
-    for group, colour, _ in figures.colours(groups):
+    before_and_after(share, groups, *SHARES)
+    before_and_after(right, groups, *ACCURACIES, scale=100)
+    share.set_yticklabels([name for _, _, name in groups])
+    for group, colour, _ in groups:
         ranked.scatter([effects.measured(run, "meta", "nc1") for run in group],
                        [100 * effects.tested(run, "nearest_mean", 0) for run in group], color=colour, s=26)
     share.set(title="A  Within / (within + between)", xlim=(0, 0.8))
     right.set(title="B  Test accuracy, %")
-    ranked.set(title="C  Before adaptation", xscale="log", ylabel="nearest support mean, %")
-    ranked.set_xlabel(figures.LABELS["nc1"])
+    ranked.set(title="C  Before adaptation", xscale="log", xlabel=figures.LABELS["nc1"],
+               ylabel="nearest support mean, %")
     ranked.minorticks_off()
     ranked.set_xticks([0.1, 0.2, 0.4], ["0.1", "0.2", "0.4"])
     share.legend(handles=POINTS, loc="center right", bbox_to_anchor=(1.03, 0.58), fontsize=7.5)
@@ -141,9 +140,8 @@ def by_layer(axes: Axes, groups: Sequence[tuple]) -> None:
     lines = [(group, "similarity, final", colour, name) for group, colour, name in groups]
     lines += [(group, "similarity, untrained", figures.GREY, "untrained") for group, *_ in groups[:1]]
     for group, control, colour, name in lines:
-        layers = group[0].layers
-        values = [mean_cka(group, control, i) for i in range(len(layers))]
-        axes.plot(layers, values, "o-", color=colour, markersize=3, label=name)
+        values = [mean_cka(group, control, i) for i in range(len(group[0].layers))]
+        axes.plot(group[0].layers, values, "o-", color=colour, markersize=3, label=name)
     axes.legend(handles=axes.get_lines(), loc="lower left", fontsize=7.5)
 
 

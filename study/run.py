@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ class Job(NamedTuple):
 
     folder: Path
     script: str
-    flags: tuple[str, ...]
+    flags: list[str]
 
     @property
     def finished(self) -> bool:
@@ -58,10 +58,9 @@ def jobs_of(names: Sequence[str], seeds: Sequence[int] | None) -> list[Job]:
         if name not in SETTINGS:
             raise UserError(f"no setting {name!r} in the study; there are: {', '.join(SETTINGS)}")
     runs = [(seed, SETTINGS[name]) for name in dict.fromkeys(names or SETTINGS)
-            for seed in dict.fromkeys(seeds or SETTINGS[name].seeds)]
-    runs.sort(key=lambda pair: pair[0])
-    return [Job(RUNS / f"{setting.name}-seed{seed}", setting.script,
-                (*shlex.split(setting.flags), "--seed", str(seed))) for seed, setting in runs]
+            for seed in dict.fromkeys(seeds or range(1, SETTINGS[name].seeds + 1))]
+    return [Job(RUNS / f"{setting.name}-seed{seed}", setting.script, shlex.split(f"{setting.flags} --seed {seed}"))
+            for seed, setting in sorted(runs, key=lambda run: run[0])]
 
 
 def run_all(jobs: Sequence[Job], at_once: int, roots: dict[str, str]) -> None:
@@ -76,31 +75,27 @@ def run_all(jobs: Sequence[Job], at_once: int, roots: dict[str, str]) -> None:
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished", flush=True)
     RUNS.mkdir(parents=True, exist_ok=True)
     running: dict[subprocess.Popen, Job] = {}
-    failed = []
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.pop(0)
-                command = job.command(roots[job.script])
-                print(f"python {shlex.join(command)}", flush=True)
+                script, *flags = job.command(roots[job.script])
+                print(f"python {shlex.join([script, *flags])}", flush=True)
                 with open(f"{job.folder}.txt", "ab") as output:
-                    process = subprocess.Popen([sys.executable, HOME / command[0], *command[1:]],
-                                               env={"OMP_NUM_THREADS": "1"} | os.environ, stdin=subprocess.DEVNULL,
-                                               stdout=output, stderr=output,
+                    process = subprocess.Popen([sys.executable, HOME / script, *flags], stdin=subprocess.DEVNULL,
+                                               stdout=output, stderr=output, env={"OMP_NUM_THREADS": "1"} | os.environ,
                                                start_new_session=True)  # Ctrl-C reaches this process alone
                 running[process] = job
             time.sleep(POLL_SECONDS)
             for process in [process for process in running if process.poll() is not None]:
                 job = running.pop(process)
                 print(f"{job.folder.name}: {'finished' if job.finished else 'failed'}", flush=True)
-                if not job.finished:
-                    failed.append(job)
     finally:
         for process in running:
             process.terminate()
         for process in running:
             process.wait()
-    if failed:
+    if failed := [job for job in jobs if not job.finished]:
         raise UserError(f"failed: {', '.join(job.folder.name for job in failed)}; {failed[0].folder}.txt says why")
 
 
@@ -121,7 +116,7 @@ def differing(flags: Sequence[str], settings: dict) -> list[str]:
             if name not in NOT_COMPARED - {"seed"} and recorded.get(name) != values]
 
 
-def contents(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
+def contents(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
     """What the files of these names hold, without those that are absent."""
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
@@ -141,12 +136,11 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
                 raise UserError(f"{job.folder} has another {', '.join(different)} than the study; rename it")
             arguments["settings"] |= {"root": ROOTS[job.script], "cache": None, "out": None}
             log = (job.folder / "log.jsonl").read_bytes()
-        copies = {"log.jsonl.gz": gzip.compress(log, mtime=0),
-                  "args.json": (json.dumps(arguments, indent=1) + "\n").encode()}
         weights = contents(job.folder, ["last.pt", f"{arguments['settings'].get('test_weights', 'best')}.pt"])
-        copies |= contents(job.folder, RESULTS) | weights
+        copies = contents(job.folder, RESULTS) | weights | {
+            "log.jsonl.gz": gzip.compress(log, mtime=0), "args.json": (json.dumps(arguments, indent=1) + "\n").encode()}
         folder = results / job.folder.name
-        if contents(folder, list(weights)) != weights:
+        if contents(folder, weights) != weights:
             for path in folder.glob("controls*.json"):
                 path.unlink()  # measured with other weights
                 print(f"{path} is of other weights and removed")
@@ -171,10 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.collect:
         collect(jobs, HOME / "res")
     else:
-        for name in ("SIGTERM", "SIGHUP"):  # so that the runs are stopped too; SIGHUP: the terminal is closed
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
-                signal.signal(number, lambda number, _: sys.exit(128 + number))
+        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no SIGHUP
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
+                signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the runs are stopped too
         run_all(jobs, options.jobs,
                 {"omniglot_train.py": options.omniglot, "miniimagenet_train.py": options.photographs})
 

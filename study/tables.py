@@ -43,7 +43,7 @@ def compared(study: Study, names: Sequence[str], columns: Columns, transposed: b
 # ---- the original's recipe: collapse, layers, adaptation, the original's measure
 
 
-def from_untrained(model: str, metric: str, layer: int = HIDDEN) -> Cell:
+def from_untrained(metric: str, layer: int = HIDDEN, model: str = "finetuned") -> Cell:
     """ "untrained → end" on held-out tasks."""
     untrained, trained = over(at, 1, model, metric, 0, layer), over(end, 1, model, metric, layer)
     return lambda runs: f"{untrained(runs).split(' ±')[0]} → {trained(runs)}"
@@ -71,23 +71,21 @@ def by_adaptation(layer: int = HIDDEN) -> tuple:
     return minus, ("finetuned", "relative_within", layer), ("meta", "relative_within", layer)
 
 
-def matched_dimension(run: Run) -> float:
-    return effects.matching_dimension(end(run, "finetuned", "etf_error"), run.settings["n_way"])
-
+GROWTH: Columns = {f"{trace} trace, adapted, end / untrained": (growth, "finetuned", trace)
+                   for trace in ("between", "within")}
 
 collapse = partial(compared, names=MAIN, transposed=True, columns=HEAD | {
-    "relative within trace, before adaptation": from_untrained("meta", "relative_within"),
-    "relative within trace, adapted": from_untrained("finetuned", "relative_within"),
+    "relative within trace, before adaptation": from_untrained("relative_within", model="meta"),
+    "relative within trace, adapted": from_untrained("relative_within"),
     "held-out minus training tasks, adapted, end": heldout_gap,
-    "between trace, adapted, end / untrained": (growth, "finetuned", "between"),
-    "within trace, adapted, end / untrained": (growth, "finetuned", "within"),
-    "tr(S_W S_B⁺)/C, adapted": from_untrained("finetuned", "nc1"),
-    "CDNV, unbiased, adapted": from_untrained("finetuned", "cdnv_unbiased"),
-    "directional CDNV, adapted": from_untrained("finetuned", "directional_cdnv"),
-    "NC2: ETF error, adapted": from_untrained("finetuned", "etf_error"),
-    "dimension of random directions with that error": (matched_dimension,),
-    "NC3: self-duality, adapted": from_untrained("finetuned", "self_duality"),
-    "NC4: mismatch with the nearest support mean, adapted": from_untrained("finetuned", "ncc_mismatch")})
+} | GROWTH | {
+    "tr(S_W S_B⁺)/C, adapted": from_untrained("nc1"),
+    "CDNV, unbiased, adapted": from_untrained("cdnv_unbiased"),
+    "directional CDNV, adapted": from_untrained("directional_cdnv"),
+    "NC2: ETF error, adapted": from_untrained("etf_error"),
+    "dimension of random directions with that error": (effects.matching_dimension,),
+    "NC3: self-duality, adapted": from_untrained("self_duality"),
+    "NC4: mismatch with the nearest support mean, adapted": from_untrained("ncc_mismatch")})
 
 accuracy = partial(compared, names=MAIN, transposed=True, columns=HEAD | {
     "nearest support mean, untrained, %": (at, "meta", "ncc_accuracy", 0),
@@ -98,9 +96,8 @@ accuracy = partial(compared, names=MAIN, transposed=True, columns=HEAD | {
     "classifier, adapted, training tasks, %": (end, "finetuned", "accuracy", HIDDEN, "train")})
 
 layers = partial(compared, names=MAIN, transposed=True, columns=HEAD | {
-    **{f"adapted, {name}": from_untrained("finetuned", "relative_within", layer)
-       for layer, name in NAMED_LAYERS.items()},
-    **{f"adapted minus before, {name}": by_adaptation(layer) for layer, name in NAMED_LAYERS.items()}})
+    f"adapted, {name}": from_untrained("relative_within", layer) for layer, name in NAMED_LAYERS.items()} | {
+    f"adapted minus before, {name}": by_adaptation(layer) for layer, name in NAMED_LAYERS.items()})
 
 # Change of the relative within trace of the logits on training tasks: by label and as the original took it.
 original = partial(compared, names=(*MAIN, *design.PHOTOGRAPHS), transposed=True, columns=HEAD | {
@@ -110,12 +107,11 @@ original = partial(compared, names=(*MAIN, *design.PHOTOGRAPHS), transposed=True
 # Inner gradient (first or second order) by network.
 cells = partial(compared, names=design.CELLS, transposed=True, columns=HEAD | {
     "test accuracy, %": (own_accuracy,),
-    "relative within trace, adapted": from_untrained("finetuned", "relative_within"),
+    "relative within trace, adapted": from_untrained("relative_within"),
     "the same minus before adaptation": by_adaptation(),
-    "between trace, adapted, end / untrained": (growth, "finetuned", "between"),
-    "within trace, adapted, end / untrained": (growth, "finetuned", "within"),
-    "CDNV, unbiased, adapted": from_untrained("finetuned", "cdnv_unbiased"),
-    "tr(S_W S_B⁺)/C, adapted": from_untrained("finetuned", "nc1"),
+} | GROWTH | {
+    "CDNV, unbiased, adapted": from_untrained("cdnv_unbiased"),
+    "tr(S_W S_B⁺)/C, adapted": from_untrained("nc1"),
     "nearest support mean before adaptation, %": (end, "meta", "ncc_accuracy")})
 
 
@@ -154,17 +150,13 @@ def narrow(kind: str = "final") -> Columns:
             "adapted classifier, %": rule(kind, "accuracy", -1)}
 
 
-def references(groups: list[list[Run]]) -> list[tuple[list[Run], str, str]]:
-    """What learners are compared with: runs, name, and the control of theirs that measured it."""
-    return [(groups[0][:1], "raw pixels", "pixels"), (groups[0], "untrained", "untrained")] if groups else []
-
-
 def with_references(study: Study, names: Sequence[str], columns_of: Callable[[str], Columns], of_trained: Columns,
                     transposed: bool = False) -> str:
     """As `compared`, after raw pixels and the untrained network, which lack the columns `of_trained`."""
     groups = study.groups(names)
     rows = [row(runs, {"": name} | SEEDS | columns_of(kind) | dict.fromkeys(of_trained, MISSING))
-            for runs, name, kind in references(groups)]
+            for first in groups[:1]  # its controls have them
+            for runs, name, kind in ((first[:1], "raw pixels", "pixels"), (first, "untrained", "untrained"))]
     rows += [row(runs, HEAD | columns_of("final") | of_trained) for runs in groups]
     return table(rows, transposed)
 
@@ -221,7 +213,7 @@ def ranking(study: Study) -> str:
     groups = study.groups(LEARNERS)
     if len(groups) < 3:
         return ""
-    shown = [(runs, "final") for runs in groups] + [(runs, kind) for runs, _, kind in references(groups)]
+    shown = [*((runs, "final") for runs in groups), (groups[0][:1], "pixels"), (groups[0], "untrained")]
 
     def mean(runs: list[Run], column: tuple) -> float:
         value, *arguments = column
@@ -246,7 +238,7 @@ def controls(study: Study) -> str:
     """Other queries, support images and statistics of batch norm, for the long 5-way 1-shot runs, before adaptation."""
     runs = study["paper-omniglot-5w1s"]
     kinds = dict.fromkeys(kind for run in runs for kind in run.controls()
-                          if kind.split()[0] in ("final", "queries", "5-shot", "batch"))
+                          if kind.startswith(("final", "queries", "5-shot", "batch")))
     return table([row(runs, {"control": kind} | SEEDS | before(kind) | {
         f"{name}, %": (in_control, kind, *place) for name, place in RULES.items()}) for kind in kinds])
 
@@ -319,8 +311,8 @@ def published(runs: list[Run]) -> str:
 
 
 def minutes(runs: list[Run]) -> str:
-    times = [round(run.file("timing.json")["training_minutes"]) for run in runs]
-    return " to ".join(map(str, dict.fromkeys((min(times), max(times)))))
+    times = {round(run.file("timing.json")["training_minutes"]) for run in runs}
+    return " to ".join(map(str, sorted({min(times), max(times)})))
 
 
 def machine(run: Run) -> str:

@@ -23,9 +23,7 @@ def omniglot(root: Path) -> None:
             for name in archive.namelist():
                 if name.endswith(".png"):
                     *_, alphabet, character, file = name.split("/")
-                    folder = root / "folders" / f"{alphabet}-{character}"
-                    folder.mkdir(parents=True, exist_ok=True)
-                    (folder / file).write_bytes(archive.read(name))
+                    (made(root / "folders" / f"{alphabet}-{character}") / file).write_bytes(archive.read(name))
     names = sorted(path.name for path in (root / "folders").iterdir() if not path.name.startswith("."))
     for name in random.Random(0).sample(names, 100):
         shutil.copytree(root / "folders" / name, root / "folders-100" / name, dirs_exist_ok=True)
@@ -35,10 +33,9 @@ def omniglot(root: Path) -> None:
             light = np.asarray(Image.open(path).convert("L").resize((32, 32), Image.Resampling.BILINEAR)) / 255
             noise = generator.normal(size=light.shape)
             for noisy, deviation in (("folders-noise-0.2", 0.2), ("folders-noise-0.3", 0.3), ("folders-noise", 0.4)):
-                folder = root / noisy / name
-                folder.mkdir(parents=True, exist_ok=True)
                 faint = 0.3 + 0.4 * light + deviation * noise
-                Image.fromarray((255 * faint.clip(0, 1)).astype(np.uint8)).save(folder / path.name)
+                image = Image.fromarray((255 * faint.clip(0, 1)).astype(np.uint8))
+                image.save(made(root / noisy / name) / path.name)
 
 
 def photographs(root: Path) -> None:
@@ -46,14 +43,12 @@ def photographs(root: Path) -> None:
     for split in ("train", "val", "test"):
         with open(root / f"{split}.csv") as file:
             for row in csv.DictReader(file):
-                folder = root / "folders-20" / split / row["label"]
-                folder.mkdir(parents=True, exist_ok=True)
+                folder = made(root / "folders-20" / split / row["label"])
                 if split != "train" or len(list(folder.iterdir())) < 20:
                     shutil.copy(root / "images" / row["filename"], folder)
     generator = random.Random(0)
     for path in generator.sample(sorted((root / "images").iterdir()), 1623):  # as many classes as Omniglot has
-        folder = root / "folders-crops" / path.stem
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = made(root / "folders-crops" / path.stem)
         photograph = Image.open(path).convert("RGB")
         for i in range(20):
             size = generator.randint(min(photograph.size) // 2, min(photograph.size))
@@ -61,9 +56,13 @@ def photographs(root: Path) -> None:
             photograph.crop((left, top, left + size, top + size)).save(folder / f"{i:02}.png")
 
 
+def made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def main() -> None:
-    Parser(prog="python -m study.variants", description="Make the variants of the data sets that the study trains on, "
-           "from the zip files in omniglot/, and the CSV files and images/ in miniimagenet/.").parse_args()
+    Parser(prog="python -m study.variants", description=__doc__.partition("\n")[0]).parse_args()
     for make, root in ((omniglot, Path("omniglot")), (photographs, Path("miniimagenet"))):
         with reading(root, "put the data set there, or make that folder a link to it"):
             make(root)

@@ -268,7 +268,7 @@ def test_settings_of_one_name_have_their_folders_in_a_legend_that_fits(tmp_path)
             for name in ("one $", "two $")]
     figure = figures.metrics(logs.read_groups(runs))
     legend, = figure.legends
-    assert [text.get_text().endswith(f"({run.name})".replace("$", r"\$"))
+    assert [text.get_text().endswith(f"/{run.name})".replace("$", r"\$"))
             for text, run in zip(legend.get_texts(), runs)] == [True, True]
     assert legend.get_window_extent().width <= figure.bbox.width
 
@@ -298,7 +298,7 @@ def test_a_log_itself_compressed_or_half_written(tmp_path, capsys):
     assert logs.read_run(run).rows == whole
     (run / "log.jsonl.gz").write_bytes((run / "log.jsonl.gz").read_bytes()[:-9])
     assert "can't be read" in refused(run)
-    for content in ('{"kind"\n{"kind": "val", "step": 1}\n', "[]\n"):
+    for content in ('{"kind"\n{"kind": "val", "step": 1}\n', "[1]\n{}\n"):
         (run / "log.jsonl").write_text(content)
         assert "line 1: not a JSON object" in refused(run)
 
