@@ -8,24 +8,19 @@ from pathlib import Path
 import numpy as np
 
 LAYERS = ["block1", "block2", "block3", "block4", "logits"]
-INNER_STEPS = 5
-PER_TASK = {"within": 0.1, "between": -0.1}  # the largest relative deviation of a task from the mean
-
-# At the last hidden layer: with permuted labels, before training, at the end.
-METRICS = {
-    "within": (20.0, 19.0, 30.0), "between": (1.0, 2.6, 60.0),
-    "relative_within": (0.946, 0.88, 0.34), "nc1": (6.9, 0.63, 0.15), "cdnv": (7.0, 3.2, 0.31),
-    "etf_error": (0.58, 0.38, 0.46), "self_duality": (2.0, 1.33, 0.97),
-    "ncc_accuracy": (0.2, 0.478, 0.90), "ncc_mismatch": (0.75, 0.22, 0.06), "cdnv_unbiased": (12.0, 5.0, 0.33),
-    "directional_cdnv": (0.3, 0.09, 0.02),
+METRICS = {  # before training and at the end, at the last hidden layer
+    "within": (19.0, 30.0), "between": (2.6, 60.0), "relative_within": (0.88, 0.34), "nc1": (0.63, 0.15),
+    "cdnv": (3.2, 0.31), "cdnv_unbiased": (5.0, 0.33), "directional_cdnv": (0.09, 0.02), "etf_error": (0.38, 0.46),
+    "self_duality": (1.33, 0.97), "ncc_accuracy": (0.478, 0.90), "ncc_mismatch": (0.22, 0.06),
+    "within_original": (20.3, 60.0), "between_original": (1.3, 30.0),
 }
 
 
 def usual(model: str, metric: str, layer: int, step: int, classes: str) -> float:
     """A plausible value: metrics move from start to end, deeper layers and the adapted model further."""
-    null, start, end = METRICS[metric.removesuffix("_null")]
+    start, end = METRICS[metric.removesuffix("_null")]
     if metric.endswith("_null"):
-        return null
+        return start
     moved = (1 - math.exp(-step / 400)) * (layer + 1) / 4 * (1.0 if model == "finetuned" else 0.9)
     moved = min(moved, 1.1) * (0.97 if classes == "heldout" else 1.0)
     return start * (end / start) ** moved
@@ -34,46 +29,27 @@ def usual(model: str, metric: str, layer: int, step: int, classes: str) -> float
 def nc_row(step: int, classes: str = "train", value: Callable = usual, tasks: int = 8,
            noise: Callable[[], float] = lambda: 0.0) -> dict:
     """A measurement; `value(model, metric, layer, step, classes)` gives the means, `noise` their relative errors."""
+    def summary(means: list[float]) -> dict:
+        return {"mean": means, "se": [0.02 * abs(mean) for mean in means]}
 
-    def summary(mean: list) -> dict:
-        return {"mean": mean, "se": [None if m is None else 0.02 * abs(m) for m in mean]}
-
-    def metric(model: str, name: str) -> dict:
-        means = [value(model, name, layer, step, classes) * (1 + noise()) for layer in range(len(LAYERS))]
-        if name.startswith("self_duality"):  # defined at the classifier's input alone
-            means = [None, None, None, means[3], None]
-        return summary(means)
-
-    names = [name + suffix for name in METRICS for suffix in ("", "_null")]
-    models = {model: {name: metric(model, name) for name in names} for model in ("meta", "finetuned")}
-    for values in models.values():  # the original mistook part of the spread between classes for spread within
-        mixed = values["between"]["mean"][-1] / 2
-        for name, sign in (("within", 1), ("between", -1)):
-            values[f"{name}_original"] = summary([None] * 4 + [values[name]["mean"][-1] + sign * mixed])
-    best = models["finetuned"]["ncc_accuracy"]["mean"][-2]
-    inner = {"accuracy": [best / 4] + [best * (1 - 0.1 / k) for k in range(1, INNER_STEPS + 1)]}
-    for name in ("within", "between"):
-        before, after = (np.array(models[model][name]["mean"]) for model in ("meta", "finetuned"))
-        inner[name] = [list(before + share * (after - before)) for share in np.linspace(0, 1, INNER_STEPS + 1)]
-    spread = np.linspace(-1, 1, tasks)
-    per_task = {model: {name: list(values[name]["mean"][-2] * (1 + part * spread)) for name, part in PER_TASK.items()}
+    models = {model: {name: summary([value(model, name, layer, step, classes) * (1 + noise())
+                                     for layer in range(len(LAYERS))])
+                      for metric in METRICS for name in (metric, f"{metric}_null")}
+              for model in ("meta", "finetuned")}
+    accuracy = models["finetuned"]["ncc_accuracy"]["mean"][-2]
+    spread = np.linspace(-0.1, 0.1, tasks)  # of the tasks around their mean
+    per_task = {model: {"within": list(values["within"]["mean"][-2] * (1 + spread)),
+                        "between": list(values["between"]["mean"][-2] * (1 - spread))}
                 for model, values in models.items()}
-    return {
-        "kind": "nc", "step": step, "classes": classes, "tasks": tasks, "layers": LAYERS, **models,
-        "per_task": per_task,
-        "inner": {name: {"mean": means, "se": (0.02 * np.array(means)).tolist()} for name, means in inner.items()},
-    }
+    return {"kind": "nc", "step": step, "classes": classes, "tasks": tasks, "layers": LAYERS, **models,
+            "per_task": per_task, "inner": {"accuracy": summary([accuracy / 4, 0.9 * accuracy, 0.98 * accuracy])}}
 
 
 def log(steps: int = 120, every: int = 30, eval_every: int = 250, **options) -> list[dict]:
     """The log of a run, measured as in the study."""
-    rows = []
-    for step in range(steps + 1):
-        if step % eval_every == 0 or step == steps:
-            rows.append(nc_row(step, "heldout", tasks=100, **options))
-        if step % every == 0 and step < steps:
-            rows.append(nc_row(step, **options))
-    return rows
+    heldout = [nc_row(step, "heldout", tasks=100, **options) for step in sorted({*range(0, steps, eval_every), steps})]
+    train = [nc_row(step, **options) for step in range(0, steps, every)]
+    return sorted(heldout + train, key=lambda row: row["step"])
 
 
 def write_run(folder: Path, rows: list[dict] | None = None, name: str = "Omniglot", accuracy: float = 0.9,
@@ -100,14 +76,14 @@ def write_run(folder: Path, rows: list[dict] | None = None, name: str = "Omniglo
 
 def write_controls(folder: Path, scale: float = 1.0) -> None:
     """controls.json of a run: the trained weights, the untrained network and raw pixels, which have one layer."""
-    def control(step: int, layers: int) -> dict:
-        row = nc_row(step, "heldout")
-        metrics = {model: {name: {"mean": [x and scale * x for x in values["mean"][:layers]]}
-                           for name, values in row[model].items()} for model in ("meta", "finetuned")}
+    def control(step: int, layers: int = len(LAYERS)) -> dict:
+        row = nc_row(step, "heldout", lambda *place: scale * usual(*place))
+        metrics = {model: {name: {"mean": values["mean"][:layers]} for name, values in row[model].items()}
+                   for model in ("meta", "finetuned")}
         return metrics | {"accuracy": [0.2, 0.5], "nearest_mean": [0.4, 0.5], "effective_dimension": {"meta": 17.5}}
 
-    kinds = {"final": (600, 5), "untrained": (0, 5), "pixels": (0, 1)}
-    (folder / "controls.json").write_text(json.dumps({kind: control(*sizes) for kind, sizes in kinds.items()}))
+    kinds = {"final": control(600), "untrained": control(0), "pixels": control(0, 1)}
+    (folder / "controls.json").write_text(json.dumps(kinds))
 
 
 STUDY = {"omniglot-5w1s": {}, "omniglot-5w5s": {"k_spt": 5},
