@@ -34,6 +34,10 @@ def coarse(monkeypatch):
     monkeypatch.setattr(figures, "DPI", 20)  # drawn in no time
 
 
+def legend(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def drawn(axes) -> list[tuple[list, list]]:
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()]
 
@@ -74,16 +78,11 @@ def test_the_figures_name_the_data_the_tasks_and_the_layer(tmp_path):
     assert heading("metrics", part, layer="block2") == "$x^$, training tasks, block2"
     assert heading("layers", part, whole) == "$x^$ and Omniglot, training tasks"
     assert heading("accuracy", whole) == "Omniglot, held-out tasks, 15 queries per class"
-    legend, = figures.layers(logs.read_groups([whole])).legends
-    last = max(logs.read_run(whole).rows["heldout"])
-    assert f"meta-step {last:,}" in [text.get_text() for text in legend.get_texts()]
-    keys = [text.get_text() for text in figures.accuracy(logs.read_groups([whole]), "block2").legends[0].get_texts()]
+    assert legend(figures.layers(logs.read_groups([whole])))[1] == "meta-step 120"
+    keys = legend(figures.accuracy(logs.read_groups([whole]), "block2"))
     assert keys[-1] == "nearest support mean at block2, before adaptation"
     names = [name for _, _, name in figures.colours(logs.read_groups([whole, part]))]
     assert names == ["Omniglot, 5-way 5-shot, second order", r"\$x^\$, 5-way 1-shot, second order"]
-    longer = write_run(tmp_path / "res/whole", k_spt=5, epoch=700)
-    names = [name for _, _, name in figures.colours(logs.read_groups([whole, longer]))]
-    assert names == [f"5-way 5-shot, second order ({place}/whole)" for place in (tmp_path.name, "res")]
     plot_nc.main([str(whole), str(part), "--figure", "layers"])
     plot_nc.main([str(whole), "--layer", "block2"])
     assert sorted(path.name for path in whole.glob("*.png")) == ["layers.png", "traces-block2.png"]
@@ -134,23 +133,19 @@ def test_other_settings_are_drawn_in_other_colours_and_not_averaged(tmp_path):
 
 def test_runs_on_other_images_or_networks_are_not_seeds_of_one_setting(tmp_path):
     """What an older run did not record is taken as equal."""
-    def run(name, **recorded):
-        folder = write_run(tmp_path / name, seed=len(list(tmp_path.iterdir())))
+    def run(seed, digest=None, **recorded):
+        folder = write_run(tmp_path / f"birds-seed{seed}", seed=seed)
         args = json.loads((folder / "args.json").read_text())
-        args["data"]["splits"] = {"train": {"classes": 9} | recorded.pop("train", {}), "val": {"classes": 9}}
+        args["data"]["splits"] = {"train": {"classes": 9, "classes_digest": digest}, "val": {"classes": 9}}
         (folder / "args.json").write_text(json.dumps(args | recorded))
         return folder
 
-    older, same = run("older"), run("same", train={"classes_digest": "a1"}, layers=[["flatten"]])
-    images, network = run("images", train={"classes_digest": "b2"}), run("network", layers=[["flatten"], ["linear"]])
-    assert list(map(len, logs.read_groups([older, same, images, network]))) == [2, 2]
-    assert list(map(len, logs.read_groups([same, images]))) == [1, 1]
-    assert logs.differing(*map(logs.read_run, (same, images))) == ["classes of train"]
-    assert logs.differing(*map(logs.read_run, (same, network))) == ["layers"]
-    for index, folder in enumerate((older, same, images)):
-        folder.rename(tmp_path / f"birds-seed{index}")
+    older, same, images = run(0), run(1, "a1", layers=[["flatten"]]), run(2, "b2")
     with pytest.raises(UserError, match="birds-seed1 and .*birds-seed2 differ in classes of train; rename one"):
         logs.Study(tmp_path)["birds"]
+    network = run(3, layers=[["flatten"], ["linear"]])
+    assert list(map(len, logs.read_groups([older, same, images, network]))) == [2, 2]
+    assert logs.differing(*map(logs.read_run, (same, network))) == ["layers"]
 
 
 def test_a_run_of_the_study_has_its_label_and_another_of_that_name_has_not(tmp_path):
@@ -163,22 +158,20 @@ def test_a_run_of_the_study_has_its_label_and_another_of_that_name_has_not(tmp_p
 
 def test_lines_of_a_single_run_are_its_log(tmp_path):
     groups = logs.read_groups([write_run(tmp_path, nc_logs.log(300))])
-    rows = [row for row in nc_logs.log(300) if row["classes"] == "heldout"]
+    rows = groups[0][0].rows["heldout"].values()
     nc1 = drawn(figures.metrics(groups, "block2").axes[1])
     for model in ("finetuned", "meta"):
         assert ([row["step"] for row in rows], [row[model]["nc1"]["mean"][1] for row in rows]) in nc1
     accuracies = [row["inner"]["accuracy"]["mean"][-1] * 100 for row in rows]
     assert any(values == pytest.approx(accuracies) for _, values in drawn(figures.accuracy(groups).axes[0]))
-    axes = figures.Figure().subplots()
-    for last, left in ((50, 0), (6000, 100)):  # the first hundred steps are cut off where there are more
-        axes.plot([0, last], [90, 99.5])
-        axes.set_xlim(0, last)
+
+def test_a_zoom_on_accuracy_leaves_out_no_line():
+    for last, end, left, bottom in ((50, 99.5, 0, 0), (6000, 99.5, 100, 88), (6000, 60, 0, 0)):
+        axes = figures.Figure().subplots()
+        axes.plot([0, last], [20, end])
+        axes.set(xlim=(0, last), ylim=(0, 107))
         figures.zoom_on_accuracy(axes)
-        assert axes.get_xlim() == (left, last)
-    axes.plot([0, 6000], [20, 60])  # would be outside
-    axes.set(xlim=(0, 6000), ylim=(0, 107))
-    figures.zoom_on_accuracy(axes)
-    assert axes.get_ylim() == (0, 107)
+        assert (axes.get_xlim()[0], axes.get_ylim()[0]) == (left, bottom)
 
 
 def test_settings_of_other_sizes_have_references_of_their_own(tmp_path):
@@ -198,23 +191,18 @@ def test_the_thick_line_is_the_mean_at_the_steps_that_all_seeds_have(tmp_path):
     *seeds, (steps, mean) = drawn(axes)
     assert [len(x) for x, _ in seeds] == [10, 4]
     assert steps == [0, 30, 60, 90] and mean == [1.5] * 4
-    nothing = group[0]
     axes.clear()
-    figures.draw(axes, group, lambda run: (np.empty(0),) * 2 if run is nothing else ([0, 1], [2, 3]), "k")
+    figures.draw(axes, group, lambda run: ([], []) if run is group[0] else ([0, 1], [2, 3]), "k")
     assert drawn(axes)[-1] == ([0, 1], [2, 3])  # of the seeds that have it
-    legend, = figures.layers([group]).legends  # held-out tasks: 0, 250, 300 and 0, 120
-    assert [text.get_text() for text in legend.get_texts() if "step" in text.get_text()] == ["meta-step 0"]
+    steps = [name for name in legend(figures.layers([group])) if "step" in name]  # held-out tasks: 0, 250, 300; 0, 120
+    assert steps == ["meta-step 0"]
 
 
 def test_smoothing_averages_the_measurements_within_a_tenth_of_each_step():
-    steps = np.arange(1, 1_201, 31)
-    values = np.random.default_rng(0).normal(5, 1, len(steps))
-    values[20] = np.nan
-    smoothed = effects.smoothed(steps, values)
-    for i, step in enumerate(steps):
-        near = [value for other, value in zip(steps, values)
-                if 0.9 * step <= other <= 1.1 * step and not math.isnan(value)]
-        assert smoothed[i] == pytest.approx(math.nan if i == 20 else sum(near) / len(near), nan_ok=True)
+    steps = np.array([0, 90, 95, 100, 110, 112, 1_000])
+    values = np.array([7, 2, math.nan, 4, 9, 100, math.nan])
+    assert effects.smoothed(steps, values).tolist() == pytest.approx(
+        [7, 2, math.nan, 5, 113 / 3, 109 / 2, math.nan], nan_ok=True)
 
 
 def test_the_readme_figure_shows_what_its_panels_say(tmp_path):
@@ -234,14 +222,11 @@ def test_the_readme_figure_shows_what_its_panels_say(tmp_path):
 # ---- what can't be drawn
 
 
-def undefined(model: str, metric: str, layer: int, step: int, classes: str) -> float:
-    """With one query per class nothing has a spread."""
-    return nc_logs.usual(model, metric, layer, step, classes) if metric.startswith("ncc") else math.nan
-
-
 @pytest.mark.parametrize("name", figures.ANY)
 def test_metrics_that_are_undefined_everywhere(name, tmp_path):
-    log = json.loads(json.dumps(nc_logs.log(value=undefined)).replace("NaN", "null"))
+    """With one query per class nothing has a spread."""
+    log = nc_logs.log(value=lambda model, metric, *_: 0.5 if metric.startswith("ncc") else math.nan)
+    log = json.loads(json.dumps(log).replace("NaN", "null"))
     plot_nc.main([str(write_run(tmp_path / "run", log, k_qry=1)), "--figure", name])
     figure = figures.ANY[name](logs.read_groups([tmp_path / "run"]))
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
@@ -264,13 +249,12 @@ def test_a_run_without_held_out_tasks(tmp_path):
 
 
 def test_settings_of_one_name_have_their_folders_in_a_legend_that_fits(tmp_path):
-    runs = [write_run(tmp_path / name, recipe=name, net="original", first_order=True, learner="boil")
-            for name in ("one $", "two $")]
+    runs = [write_run(tmp_path / name / "run $", recipe=name, net="original", first_order=True, learner="boil")
+            for name in ("one", "two")]
     figure = figures.metrics(logs.read_groups(runs))
-    legend, = figure.legends
-    assert [text.get_text().endswith(f"/{run.name})".replace("$", r"\$"))
-            for text, run in zip(legend.get_texts(), runs)] == [True, True]
-    assert legend.get_window_extent().width <= figure.bbox.width
+    assert legend(figure)[:2] == [rf"5-way 1-shot, boil, first order, original network ({name}/run \$)"
+                                  for name in ("one", "two")]
+    assert figure.legends[0].get_window_extent().width <= figure.bbox.width
 
 
 @pytest.mark.parametrize("change, words", [
