@@ -161,11 +161,9 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def in_control(run: Run, kind: str, *keys: str | int) -> float:
-    """A number in controls.json; nan without it.
+    """A number of the control `kind` in controls.json (study/controls.py says what it holds); nan without it.
 
-    "accuracy" or "nearest_mean" before (0) or after (-1) adaptation; "effective_dimension" of "meta": participation
-    ratio of the means of all test classes. Of "first step by parts" also "rows" (0), the norm of the classifier's rows
-    minus their mean, and "body" (0), that of the body's step over its own.
+    Accuracies are "accuracy" (by the classifier) and "nearest_mean", before (0) and after (-1) adaptation.
     """
     try:
         return number(functools.reduce(operator.getitem, keys, run.controls()[kind]))

@@ -106,23 +106,34 @@ def test_controls(tmp_path):
                            "queries 5", "queries 19", "5-shot", *PARTS, *SIMILARITY, *BY_BLOCKS, *BY_RATE,
                            controls.ALONE, controls.BY_SUPPORT]
     args, images, tasks = tasks_of(run)
-    nets = {"final": predict.load(run, "last").net}
+    final = predict.load(run, "last").net
     torch.manual_seed(args.seed)
-    nets["untrained"] = omniglot_train.network(args)
+    nets = {"final": final, "untrained": omniglot_train.network(args)}
+
+    def shares(control):
+        """At the classifier's input, or alone."""
+        return found[control]["meta"]["relative_within"]["mean"][-2:][:1]
+
+    # the networks
     for name, net in nets.items():
         query, support = (net(x, features=True)[1][-2] for x in (tasks.x_qry, tasks.x_spt))
-        assert found[name]["meta"]["relative_within"]["mean"][-2] == pytest.approx(share(query, tasks.y_qry), 1e-4)
+        assert shares(name) == pytest.approx([share(query, tasks.y_qry)], 1e-4)
         assert found[name]["nearest_mean"][0] == pytest.approx(nearest(query, support), abs=1e-5)
-    similar, other, _ = (found[name]["cka"] for name in SIMILARITY)
-    assert similar != other and max(other) < 1
-    zeroed = found["classifier at zero"]  # equal logits, and no gradient but the classifier's own
-    assert zeroed["accuracy"][0] == pytest.approx(1 / 3, abs=1e-5)
-    assert zeroed["meta"]["within"]["mean"][:-1] == zeroed["finetuned"]["within"]["mean"][:-1]
-    at_random = found["classifier at random"]
-    assert at_random["meta"]["within"]["mean"][:-1] == found["final"]["meta"]["within"]["mean"][:-1]
-    for one in (found["final"], at_random):
-        assert one["meta"]["within"]["mean"][:-1] != one["finetuned"]["within"]["mean"][:-1]
-    assert len({one["finetuned"]["self_duality"]["mean"][-2] for one in (found["final"], at_random, zeroed)}) == 3
+    within = {name: [found[name][model]["within"]["mean"][:-1] for model in ("meta", "finetuned")] for name in
+              ("final", "classifier at zero", "classifier at random")}
+    before, after = within["classifier at zero"]  # equal logits, and no gradient but the classifier's own
+    assert before == after and found["classifier at zero"]["accuracy"][0] == pytest.approx(1 / 3, abs=1e-5)
+    assert within["classifier at random"][0] == within["final"][0]
+    assert all(before != after for before, after in (within["final"], within["classifier at random"]))
+    assert len({found[name]["finetuned"]["self_duality"]["mean"][-2] for name in within}) == 3
+    pixels, support = tasks.x_qry.flatten(2), tasks.x_spt.flatten(2)
+    assert shares("pixels") == pytest.approx([share(pixels, tasks.y_qry)], 1e-4)
+    assert found["pixels"]["nearest_mean"] == pytest.approx([nearest(pixels, support)], abs=1e-5)
+    spectrum = torch.linalg.svdvals((images.double() / 255).mean(1).flatten(1).T.cov())
+    ratio = spectrum.sum() ** 2 / spectrum.square().sum()
+    assert found["pixels"]["effective_dimension"]["meta"] == pytest.approx(ratio.item(), 1e-4)
+
+    # the first inner step, by parts and by layer
     head, body = (lambda name: "linear" in name), (lambda name: "linear" not in name)
     for name, similar, by_rate, net in zip(PARTS, SIMILARITY[::2], BY_RATE, nets.values()):
         right, moved, steps = [], [], []
@@ -136,58 +147,52 @@ def test_controls(tmp_path):
             steps.append([((parts[-1][key] - weight).norm() / weight.norm()).item()
                           for key, weight in parts[0].items() if weight.dim() > 1])
             moved.append((end - start).norm() / start.norm())
-        assert found[similar]["step"] == pytest.approx(torch.tensor(steps).mean(0).tolist(), 1e-3)
-        alike, accuracy = kept(net, tasks, args.update_lr)
-        assert found[similar]["cka"] == pytest.approx(alike, 1e-4)
-        assert found[similar]["accuracy"] == pytest.approx([accuracy], abs=1e-5)
-        assert found[by_rate]["cka"][0] == pytest.approx(found[similar]["cka"], 1e-5)
-        tenth = found[by_rate]["cka"][design.FRACTIONS.index(0.1)]
-        assert tenth == pytest.approx(kept(net, tasks, 0.1 * args.update_lr)[0], 1e-4) != found[similar]["cka"]
         rows = net.weights[net.classifier] - net.weights[net.classifier].mean(0)
         assert found[name]["rows"] == pytest.approx([rows.norm().item()], 1e-4)
         assert found[name]["body"] == pytest.approx([torch.stack(moved).mean().item()], 1e-3)
         assert found[name]["accuracy"] == pytest.approx(torch.tensor(right).mean(0).tolist(), abs=1e-5)
-    net = nets["final"]
+        assert found[similar]["step"] == pytest.approx(torch.tensor(steps).mean(0).tolist(), 1e-3)
+        alike, accuracy = kept(net, tasks, args.update_lr)
+        assert found[similar]["cka"] == pytest.approx(alike, 1e-4)
+        assert found[similar]["accuracy"] == pytest.approx([accuracy], abs=1e-5)
+        assert found[by_rate]["cka"][0] == pytest.approx(alike, 1e-4)
+        tenth = found[by_rate]["cka"][design.FRACTIONS.index(0.1)]
+        assert tenth == pytest.approx(kept(net, tasks, 0.1 * args.update_lr)[0], 1e-4) != found[similar]["cka"]
+    assert found[SIMILARITY[0]]["cka"] != found[SIMILARITY[1]]["cka"] and max(found[SIMILARITY[1]]["cka"]) < 1
     for name, adapted in BY_BLOCKS.items():
-        alike, accuracy = kept(net, tasks, args.update_lr, lambda weight: int(weight.split("_")[0]) in adapted)
+        alike, accuracy = kept(final, tasks, args.update_lr, lambda weight: int(weight.split("_")[0]) in adapted)
         assert found[name]["cka"] == pytest.approx(alike, 1e-4)
         assert found[name]["accuracy"] == pytest.approx([accuracy], abs=1e-5)
     assert found[name]["cka"][0] == pytest.approx(1) != found["similarity, final"]["cka"][0]
-    pixels, support = tasks.x_qry.flatten(2), tasks.x_spt.flatten(2)
-    assert found["pixels"]["meta"]["relative_within"]["mean"] == pytest.approx([share(pixels, tasks.y_qry)], 1e-4)
-    assert found["pixels"]["nearest_mean"] == pytest.approx([nearest(pixels, support)], abs=1e-5)
-    spectrum = torch.linalg.svdvals((images.double() / 255).mean(1).flatten(1).T.cov())
-    ratio = spectrum.sum() ** 2 / spectrum.square().sum()
-    assert found["pixels"]["effective_dimension"]["meta"] == pytest.approx(ratio.item(), 1e-4)
+
+    # other queries, support images and statistics of batch norm
     five = torch.arange(45).reshape(3, 15)[:, :5].flatten()  # a smaller query set is the start of a larger one
-    within = share(nets["final"](tasks.x_qry[:, five], features=True)[1][-2], tasks.y_qry[:, five])
-    assert found["queries 5"]["meta"]["relative_within"]["mean"][-2] == pytest.approx(within, 1e-4)
+    query = final(tasks.x_qry[:, five], features=True)[1][-2]
+    assert shares("queries 5") == pytest.approx([share(query, tasks.y_qry[:, five])], 1e-4)
     assert found["queries 1"]["meta"]["within"]["mean"] == [None] * 5 and found["queries 1"]["accuracy"][-1] >= 0
     _, _, five_shot = tasks_of(run, k_spt=5)
     traces, read = found["5-shot"]["inner"], read_run(run)
     for x, y, samples, name in ((five_shot.x_qry, five_shot.y_qry, "query", "within"),
                                 (five_shot.x_spt, five_shot.y_spt, "support", "support_within")):
-        features = nets["final"](x, features=True)[1][-2]
+        features = final(x, features=True)[1][-2]
         within, _ = nc_metrics.covariance_traces(features, y, 3)
         assert traces[name]["mean"][0][-2] == pytest.approx(within.mean().item(), 1e-4)
         within, between = (trace.mean().item() for trace in nc_metrics.unbiased_traces(features, y, 3))
         assert effects.five_shot_share(read, samples, 0) == pytest.approx(within / (within + between), 1e-4)
-    assert len(traces["support_within"]["mean"]) == 2 and "support" in found["5-shot"]
-    each = torch.stack([nets["final"](torch.cat([tasks.x_spt, query[:, None]], 1), features=True)[1][-2]
+    each = torch.stack([final(torch.cat([tasks.x_spt, query[:, None]], 1), features=True)[1][-2]
                         for query in tasks.x_qry.unbind(1)], 1)  # [T, 45, 4, D]
     right = torch.cdist(each[:, :, 3:], each[:, :, :3])[:, :, 0].argmin(-1) == tasks.y_qry
-    within = share(each[:, :, 3], tasks.y_qry)
-    assert found[controls.ALONE]["meta"]["relative_within"]["mean"] == pytest.approx([within], 1e-4)
+    assert shares(controls.ALONE) == pytest.approx([share(each[:, :, 3], tasks.y_qry)], 1e-4)
     assert found[controls.ALONE]["nearest_mean"][0] == pytest.approx(right.double().mean().item(), abs=1e-5)
-    query = by_support(tasks, nets["final"])
-    assert found[controls.BY_SUPPORT]["meta"]["relative_within"]["mean"] == pytest.approx(
-        [share(query, tasks.y_qry)], 1e-4)
+    assert shares(controls.BY_SUPPORT) == pytest.approx([share(by_support(tasks, final), tasks.y_qry)], 1e-4)
+
+    # the file, and how the study reads it
     assert len(found["final"]["accuracy"]) == len(found["final"]["nearest_mean_ci95"]) == 3
     assert len(found["final"]["per_task"]["finetuned"]["nc1"]) == found["final"]["tasks"] == 4
     controls.main([str(run), "--tasks", "2", "--only", "untrained"])  # the others stay
     again = json.loads((run / "controls.json").read_text())
     assert list(again) == list(found) and again["untrained"]["tasks"] == 2 and again["final"] == found["final"]
-    assert effects.measured(read, "meta", "relative_within") == found["final"]["meta"]["relative_within"]["mean"][-2]
+    assert effects.measured(read, "meta", "relative_within") == shares("final")[0]
     assert effects.measured(read, "meta", "nc1", "pixels") == found["pixels"]["meta"]["nc1"]["mean"][0]
     assert effects.in_control(read, "final", "effective_dimension", "meta") > 1
 

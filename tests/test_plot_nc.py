@@ -78,6 +78,8 @@ def test_the_figures_name_the_data_the_tasks_and_the_layer(tmp_path):
     assert heading("metrics", part, layer="block2") == "$x^$, training tasks, block2"
     assert heading("layers", part, whole) == "$x^$ and Omniglot, training tasks"
     assert heading("accuracy", whole) == "Omniglot, held-out tasks, 15 queries per class"
+    assert heading("traces", part) == "$x^$, 5-way 1-shot, second order"
+    assert f"{part} has no measurement on held-out tasks" in refused(whole, part, "--figure", "accuracy")
     assert legend(figures.layers(logs.read_groups([whole])))[1] == "meta-step 120"
     keys = legend(figures.accuracy(logs.read_groups([whole]), "block2"))
     assert keys[-1] == "nearest support mean at block2, before adaptation"
@@ -86,7 +88,6 @@ def test_the_figures_name_the_data_the_tasks_and_the_layer(tmp_path):
     plot_nc.main([str(whole), str(part), "--figure", "layers"])
     plot_nc.main([str(whole), "--layer", "block2"])
     assert sorted(path.name for path in whole.glob("*.png")) == ["layers.png", "traces-block2.png"]
-    assert "draws all layers; leave --layer out" in refused(whole, "--figure", "layers", "--layer", "block2")
 
 
 def test_many_settings_have_panels_that_can_be_read_or_are_refused(tmp_path):
@@ -240,14 +241,6 @@ def test_a_run_without_a_measurement(name, tmp_path):
         assert words in refused(run, "--figure", name)
 
 
-def test_a_run_without_held_out_tasks(tmp_path):
-    run = write_run(tmp_path / "run", [row for row in nc_logs.log() if row["classes"] == "train"])
-    for name in ("traces", "metrics", "layers"):
-        plot_nc.main([str(run), "--figure", name])
-    whole = write_run(tmp_path / "whole", n_way=3)
-    assert f"{run} has no measurement on held-out tasks" in refused(whole, run, "--figure", "accuracy")
-
-
 def test_settings_of_one_name_have_their_folders_in_a_legend_that_fits(tmp_path):
     runs = [write_run(tmp_path / name / "run $", recipe=name, net="original", first_order=True, learner="boil")
             for name in ("one", "two")]
@@ -289,15 +282,14 @@ def test_a_log_itself_compressed_or_half_written(tmp_path, capsys):
 
 def test_other_refusals(tmp_path):
     run = write_run(tmp_path / "run")
-    assert "no run at" in refused(tmp_path / "nowhere") and "no run at" in refused(run / "args.json")
-    parent = refused(tmp_path)
-    assert parent == f"no run at {tmp_path}, but there are some in it: {run}; name one or several of them"
-    assert "; name the folder that a training script wrote" in refused(PROJECT / "tests")
-    assert "no layer 'block9'" in refused(run, "--layer", "block9")
-    assert "ends in .png" in refused(run, "-o", tmp_path / "x.pdf")
-    for flag, value in (("-o", tmp_path / "x.png"), ("--figure", "layers"), ("--layer", "block1")):
-        assert "name a RUN" in refused(flag, value)
-    assert "--help" in refused(run, "--figure", "none")
+    assert refused(tmp_path) == f"no run at {tmp_path}, but there are some in it: {run}; name one or several of them"
+    for arguments, words in (((tmp_path / "nowhere",), "; name the folder that a training script wrote"),
+                             ((run / "args.json",), "no run at"), ((PROJECT / "tests",), "no run at"),
+                             ((run, "--layer", "block9"), "no layer 'block9'"), (("--layer", "block1"), "name a RUN"),
+                             ((run, "-o", "x.pdf"), "ends in .png"), (("-o", "x.png"), "name a RUN"),
+                             ((run, "--figure", "none"), "--help"), (("--figure", "layers"), "name a RUN"),
+                             ((run, "--figure", "layers", "--layer", "block1"), "draws all layers; leave --layer out")):
+        assert words in refused(*arguments)
     for text in ("{", "[]", '{"settings": {"n_way": 5}, "data": {"name": "Omniglot"}}'):
         (run / "args.json").write_text(text)
         assert "isn't a run's args.json" in refused(run)
