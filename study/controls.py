@@ -135,7 +135,9 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
         parts = measured(meta_of(net, args), data, images, function)
         results = cat(list(progress(parts, name, batches, "batches")))
         metrics = results.pop("metrics", None)
-        written[name] = {"tasks": args.test_tasks} | with_intervals(results)
+        means = {key: nc_metrics.mean_and_se(values) for key, values in results.items()}
+        written[name] = {"tasks": args.test_tasks} | {key: numbers(mean) for key, (mean, _) in means.items()} | {
+            f"{key}_ci95": numbers(1.96 * se) for key, (_, se) in means.items()}
         if not metrics:
             say(f"{name}: {written[name]}")
             continue
@@ -257,13 +259,6 @@ def dimension(net: Learner, images: Tensor, dataset: Dataset) -> Tensor:
         x = as_tasks(image[None].to(device), 1, dataset.mean, dataset.std).x_spt  # [1, classes, c, h, w]
         means = means + net(x, features=True)[1][-2][0].double() / images.shape[1]
     return nc_metrics.effective_dimension(means)
-
-
-def with_intervals(values: dict[str, Tensor]) -> dict:
-    """Means over tasks, and half of their 95% intervals as NAME_ci95."""
-    means = {name: nc_metrics.mean_and_se(one) for name, one in values.items()}
-    return {name: numbers(mean) for name, (mean, _) in means.items()} | {
-        f"{name}_ci95": numbers(1.96 * se) for name, (_, se) in means.items()}
 
 
 if __name__ == "__main__":

@@ -155,31 +155,31 @@ SETTINGS = {setting.name: setting for setting in (
         ("20w1s", "20-way 1-shot", 1, f"{_TWENTY_WAY} --epoch 24000"))),
 )}
 
+
+def _named(prefix: str) -> tuple[str, ...]:
+    return tuple(name for name in SETTINGS if name.startswith(prefix))
+
+
 MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
 PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
-LEARNERS = tuple(name for name in SETTINGS if name.startswith("contrast-"))
+LEARNERS, LONG = _named("contrast-"), _named("paper-")
 COURSE = {f"contrast-{learner}": [f"{learner}-{step}" for step in EARLY] for learner in ("maml", "anil")}
 DIFFICULTY = {  # one inner loop and network on images whose classes are hard or easy to tell apart
     "photographs": ("photographs-maml", "photographs-20-images", "crops"),
     "characters": ("omniglot-in-noise", "omniglot-in-less-noise", "omniglot-in-little-noise",
                    "omniglot-100-as-photographs", "omniglot-as-photographs")}
 # of 32 x 32, the same inner loop on Omniglot, and all of it on other images
-SMALL_PHOTOGRAPHS = (*(name for name in SETTINGS if name.startswith("photographs-")), "omniglot-photographs-loop",
-                     "omniglot-as-photographs", "omniglot-100-as-photographs", "omniglot-in-little-noise",
-                     "omniglot-in-less-noise", "omniglot-in-noise", "omniglot-in-noise-5-shot", "crops",
-                     "crops-equal-rows", "crops-zero-head")
+SMALL_PHOTOGRAPHS = (*_named("photographs-"), "omniglot-photographs-loop", "omniglot-as-photographs",
+                     "omniglot-100-as-photographs", *_named("omniglot-in-"), *_named("crops"))
 CHANGES = {  # by what the classifier takes from the last map
     "mean of 2 x 2": ("contrast-maml", "frozen-head", "contrast-zero-head", "small-step", "small-head", "slow-head",
                       "fast-head", "small-head-with-scale", "first-order-small-head", "first-order-slow-head",
                       "other-network-mean"),
     "all of 2 x 2": ("small-head-flat", "flat-slow-head", "smaller-head-flat", "other-network-larger-head",
                      "other-network-large-images"),
-    "1 x 1": ("small-images", "small-images-small-head", "small-images-frozen-head", "small-images-slow-head",
-              "small-images-slower-head", "small-images-first-order", "small-images-slow-head-first-order",
-              "small-images-slower-head-first-order",
-              "five-steps", "five-steps-slow-head", "five-steps-zero-head",
-              "other-network", "other-network-xavier", "other-network-no-scale", "other-network-large-head")}
+    "1 x 1": (*_named("small-images"), *_named("five-steps"), "other-network", "other-network-xavier",
+              "other-network-no-scale", "other-network-large-head")}
 KEPT = {  # by meta-step: where the classifier's initial weights are trained, kept as drawn, and kept at 0
     3_000: ("five-steps", "five-steps-zero-head"),
     5_000: ("contrast-maml", "frozen-head", "contrast-zero-head", "small-images-small-head",
@@ -201,7 +201,6 @@ SIMILARITY = (*LEARNERS, *itertools.chain(*COURSE.values()), *BLOCKS, *SMALLER_S
               *(f"photographs-{name}" for name in ("anil", "protonet", "classifier", "equal-rows", "frozen-head",
                                                    "slow-head", "blocks-4-5")),
               *MAIN, "omniglot-5w1s-first-order", "random-labels")
-LONG = tuple(name for name in SETTINGS if name.startswith("paper-"))
 
 TASKS = {"train": "training tasks", "heldout": "held-out tasks"}
 MODELS = {"meta": "before adaptation", "finetuned": "adapted"}
