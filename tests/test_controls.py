@@ -5,7 +5,6 @@ import json
 import oracle
 import pytest
 import torch
-import torch.nn.functional as F
 from data_files import write_classes
 
 import measuring
@@ -76,24 +75,6 @@ def test_cka():
     rotation, _ = torch.linalg.qr(one[0, :30])
     assert measuring.cka(one, 3 - 2 * one @ rotation).tolist() == pytest.approx([1] * 6, 1e-5)
     assert measuring.cka(one[:3], one[3:]).mean().abs() < 0.05  # independent: the biased estimate has 0.4
-
-
-@torch.no_grad()
-def by_support(tasks, net):
-    """Features of the queries by torch's own layers, in evaluation with the support set's statistics."""
-    features = []
-    for x_spt, x_qry in zip(tasks.x_spt, tasks.x_qry):
-        for i, (name, params) in enumerate(net.config):
-            own = [net.weights[key] for key in (f"{i}_{name}_weight", f"{i}_{name}_bias") if key in net.weights]
-            if name == "conv2d":
-                x_spt, x_qry = (F.conv2d(x, *own, *params[4:]) for x in (x_spt, x_qry))
-            elif name == "bn":
-                variance, mean = torch.var_mean(x_spt, (0, 2, 3), correction=0)
-                x_spt, x_qry = (F.batch_norm(x, mean, variance, *own) for x in (x_spt, x_qry))
-            elif name == "relu":
-                x_spt, x_qry = x_spt.relu(), x_qry.relu()
-        features.append(x_qry.flatten(1))
-    return torch.stack(features)
 
 
 @pytest.mark.slow
@@ -184,7 +165,12 @@ def test_controls(tmp_path):
     right = torch.cdist(each[:, :, 3:], each[:, :, :3])[:, :, 0].argmin(-1) == tasks.y_qry
     assert shares(controls.ALONE) == pytest.approx([share(each[:, :, 3], tasks.y_qry)], 1e-4)
     assert found[controls.ALONE]["nearest_mean"][0] == pytest.approx(right.double().mean().item(), abs=1e-5)
-    assert shares(controls.BY_SUPPORT) == pytest.approx([share(by_support(tasks, final), tasks.y_qry)], 1e-4)
+    (_, _, query), (_, _, alone), (logits, _, _) = (
+        controls.scores_by_support(final, tasks._replace(x_qry=images), final.weights)
+        for images in (tasks.x_qry, tasks.x_qry[:, 7:8], tasks.x_spt))
+    torch.testing.assert_close(query[:, 7:8], alone, rtol=1e-4, atol=1e-3)  # whatever the other queries are
+    torch.testing.assert_close(logits, final(tasks.x_spt), rtol=1e-4, atol=1e-3)  # normalised as the support set is
+    assert shares(controls.BY_SUPPORT) == pytest.approx([share(query, tasks.y_qry)], 1e-4)
 
     # the file, and how the study reads it
     assert len(found["final"]["accuracy"]) == len(found["final"]["nearest_mean_ci95"]) == 3
