@@ -104,33 +104,37 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
     check_network(folder, untrained)  # the controls draw theirs from this version's layers
     pixels = Learner([("flatten", []), ("linear", [args.n_way, math.prod(untrained.input_shape)])],
                      args.imgc, args.imgsz).to(device)  # its classifier is not used
-    usual = args.k_spt, min(QUERIES, most)  # support and query images per class
     redrawn = with_classifier(final, script.network(args))
-    wanted = {"final": (final, Meta.finetune, usual), "untrained": (untrained, Meta.finetune, usual),
-              "classifier at zero": (with_classifier(final, None), Meta.finetune, usual),
-              "classifier at random": (redrawn, Meta.finetune, usual), "pixels": (pixels, not_adapted, usual)}
-    wanted |= {f"queries {queries}": (final, Meta.finetune, (args.k_spt, queries))
-               for queries in (1, 5, 19) if queries <= most}
+    usual = args.k_spt, min(QUERIES, most)  # support and query images per class
+    sizes = {f"queries {queries}": (args.k_spt, queries) for queries in (1, 5, 19) if queries <= most}
     if args.k_spt != SHOTS < most + args.k_spt:
-        wanted[f"{SHOTS}-shot"] = final, Meta.finetune, (SHOTS, min(QUERIES, most + args.k_spt - SHOTS))
-    wanted |= {BY_PARTS: (final, by_parts, usual), f"{BY_PARTS}, untrained": (untrained, by_parts, usual),
-               "similarity, final": (final, similarity, usual),
-               "similarity, classifier at random": (redrawn, similarity, usual),
-               "similarity, untrained": (untrained, similarity, usual),
-               "similarity of blocks 1-2, final": (final, partial(similarity, blocks=(1, 2)), usual),
-               "similarity of blocks 3-5, final": (final, partial(similarity, blocks=(3, 4, 5)), usual),
-               "similarity by rate, final": (final, similarity_by_rate, usual),
-               "similarity by rate, untrained": (untrained, similarity_by_rate, usual),
-               ALONE: (final, partial(not_transductive, score=partial(scores, transductive=False)), usual),
-               BY_SUPPORT: (final, partial(not_transductive, score=scores_by_support), usual)}
+        sizes[f"{SHOTS}-shot"] = SHOTS, min(QUERIES, most + args.k_spt - SHOTS)
+    wanted = {
+        "final": (final, Meta.finetune),
+        "untrained": (untrained, Meta.finetune),
+        "classifier at zero": (with_classifier(final, None), Meta.finetune),
+        "classifier at random": (redrawn, Meta.finetune),
+        "pixels": (pixels, not_adapted),
+        **dict.fromkeys(sizes, (final, Meta.finetune)),
+        BY_PARTS: (final, by_parts),
+        f"{BY_PARTS}, untrained": (untrained, by_parts),
+        "similarity, final": (final, similarity),
+        "similarity, classifier at random": (redrawn, similarity),
+        "similarity, untrained": (untrained, similarity),
+        "similarity of blocks 1-2, final": (final, partial(similarity, blocks=(1, 2))),
+        "similarity of blocks 3-5, final": (final, partial(similarity, blocks=(3, 4, 5))),
+        "similarity by rate, final": (final, similarity_by_rate),
+        "similarity by rate, untrained": (untrained, similarity_by_rate),
+        ALONE: (final, partial(not_transductive, score=partial(scores, transductive=False))),
+        BY_SUPPORT: (final, partial(not_transductive, score=scores_by_support))}
     if not wanted.keys() >= set(only or ()):
         raise UserError(f"--only {' '.join(only)}: the controls are {', '.join(map(quoted, wanted))}")
     wanted = {name: wanted[name] for name in only or wanted}
     data = Data(argparse.Namespace(**vars(args)), dataset, device)
     images, dimensions, written = data.load("test"), {}, {}
-    for name, (net, function, sizes) in wanted.items():
-        data.args.k_spt, data.args.k_qry_test = sizes
-        data.args.nc_qry = sizes[1]  # or more are drawn than a class may have
+    for name, (net, function) in wanted.items():
+        data.args.k_spt, data.args.k_qry_test = sizes.get(name, usual)
+        data.args.nc_qry = data.args.k_qry_test  # or more are drawn than a class may have
         batches = math.ceil(args.test_tasks / args.task_num)
         parts = measured(meta_of(net, args), data, images, function)
         results = cat(list(progress(parts, name, batches, "batches")))
