@@ -12,6 +12,7 @@ It holds numbers and tensors, no code: `torch.load(path, weights_only=True)` rea
 """
 
 import io
+import math
 import os
 import zipfile
 from pathlib import Path
@@ -56,13 +57,11 @@ def read(path: Path, device: torch.device, remedy: str) -> dict:
         return torch.load(data, map_location=device, weights_only=True)
 
 
-def load_weights(path: Path, net: Learner, device: torch.device, remedy: str, validated: bool = False) -> dict:
-    """Load the weights of best.pt, last.pt or weights-STEP.pt into `net`.
-
-    The classifier's layer over all training classes is left out if `net` has none.
+def load_weights(path: Path, net: Learner, device: torch.device, remedy: str) -> tuple[int, float]:
+    """Load the weights of best.pt, last.pt or weights-STEP.pt into `net`, without `classes` if `net` has none.
 
     Returns:
-        "step", the number of meta-steps that the weights had seen, and with `validated` "val_accuracy".
+        The number of meta-steps that the weights had seen, and their validation accuracy (weights-STEP.pt: NaN).
     Raises:
         UserError: the file is missing (the line ends in `remedy`), damaged, or of another network.
     """
@@ -72,7 +71,7 @@ def load_weights(path: Path, net: Learner, device: torch.device, remedy: str, va
     with reading(path, "train again", UNUSABLE):
         net.load_state_dict({name: weight for name, weight in saved["weights"].items()
                              if net.classes is not None or not name.startswith("classes.")})
-        return {"step": int(saved["step"])} | ({"val_accuracy": float(saved["val_accuracy"])} if validated else {})
+        return int(saved["step"]), float(saved.get("val_accuracy", math.nan))
 
 
 def save(path: Path, maml: Meta, rest: dict) -> None:
@@ -89,24 +88,24 @@ def save(path: Path, maml: Meta, rest: dict) -> None:
 
 
 def restore(path: Path, saved: dict, experiment: dict, maml: Meta, sampler: Sampler,
-            again: str) -> tuple[dict | None, float, int]:
+            remedy: str) -> tuple[dict | None, float, int]:
     """Restore `maml`, the generators and `sampler` from `saved`, which `read` returned, bit for bit.
 
     Returns:
         What best.pt held, minutes of training, bytes of the log.
     Raises:
-        UserError: `saved` is of another experiment, or its parts don't fit; the line ends in `again`, the last resort.
+        UserError: `saved` is of another experiment, or its parts don't fit; the line ends in `remedy`.
     """
-    with reading(path, f"put it back, or {again}", UNUSABLE):
+    with reading(path, f"put it back, or {remedy}", UNUSABLE):
         for name, value in experiment.items():
             other = saved["experiment"].get(name)
             if repr(other) != repr(value):
-                difference, remedy = f"{name} {other}, and here it is {value}", ELSEWHERE.get(name, "put it back")
+                difference, first = f"{name} {other}, and here it is {value}", ELSEWHERE.get(name, "put it back")
                 if name == "data":
                     here, there = _by_split(value), _by_split(other)
                     differing = ", ".join(key for key in here | there if here.get(key) != there.get(key))
                     difference = f"data of other classes or sizes than these ({differing})"
-                raise UserError(f"{path} is of a run with {difference}; {remedy}, or {again}")
+                raise UserError(f"{path} is of a run with {difference}; {first}, or {remedy}")
         step, updates, best = int(saved["step"]), int(saved["updates"]), saved["best"]
         if not 0 <= updates <= step < 2**31:
             raise ValueError("impossible counts")

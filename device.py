@@ -1,8 +1,8 @@
 """Choice of the device, its arithmetic and memory; several processes; signals; a meta-step as a CUDA graph.
 
-Several processes share one meta-step: `torchrun --nproc_per_node=N omniglot_train.py`. Every process draws the same
-tasks and adapts its share of them. The gradients are summed, so every process takes the same Adam step. Only the
-process of rank 0 writes. With one process the functions for several change nothing. T tasks, P processes.
+Several processes share a meta-step (`torchrun --nproc_per_node=N omniglot_train.py`). All draw the same tasks, each
+adapts its share, and the gradients are summed, so all take the same Adam step. Only rank 0 writes. With one process the
+functions for several change nothing. T tasks, P processes.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import os
 import platform
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -25,12 +24,10 @@ WARM_UP = 3  # steps before a capture, as torch.cuda.graph needs: in the first o
 
 
 def select_device(name: str) -> torch.device:
-    """Check that torch computes on the device, and make it the current device of this process.
+    """Check that torch computes on the device, and make it current; returns cpu, or cuda with its number.
 
     Args:
         name: cpu, cuda or cuda:N. Under torchrun, cuda is cuda:LOCAL_RANK.
-    Returns:
-        cpu, or cuda with its number.
     Raises:
         UserError: the device is of another kind, is absent, or can't run a kernel of this build of torch.
     """
@@ -76,10 +73,7 @@ def set_arithmetic(precision: str, deterministic: bool) -> None:
 
 
 def keep_memory() -> None:
-    """Let glibc keep freed blocks: the inner loop frees and allocates the same megabytes thousands of times.
-
-    Large blocks that go back to the system come back page by page: benchmarks/README.md has what this saves.
-    """
+    """Let glibc keep freed blocks, which the inner loop allocates again and again (benchmarks/README.md: the gain)."""
     if platform.libc_ver()[0] == "glibc" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, to the most that the version allows
@@ -112,10 +106,7 @@ def peak_memory(device: torch.device) -> float | None:
 
 @contextlib.contextmanager
 def processes(device: torch.device) -> Iterator[None]:
-    """Join the other processes if torchrun started several: nccl between GPUs, gloo between CPUs.
-
-    After an error the group isn't destroyed, which could hang. torchrun ends the other processes with this one.
-    """
+    """Join the other processes if torchrun started several; after an error don't leave them, which could hang."""
     if size() == 1:
         yield
         return
@@ -185,16 +176,15 @@ class Stopped(SystemExit):
 class Signals:
     """Within its context SIGTERM and Ctrl-C only set a flag; `check` raises Stopped, where nothing is lost.
 
-    A second signal ends the process at once. With several processes it is ignored, because a launcher passes on a
-    signal that the processes have already received. Outside the main thread, signals are left as they are.
+    A second signal ends the process at once; with several processes it is ignored, because a launcher passes on a
+    signal that the processes have already received.
     """
 
     def __init__(self):
         self.number = 0  # of the signal that was received
 
     def __enter__(self) -> "Signals":
-        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-        self.before = {number: signal.signal(number, self._note) for number in numbers}
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_) -> None:
@@ -216,9 +206,9 @@ class Signals:
 
 
 class GraphedStep:
-    """A meta-step that is captured as a CUDA graph once, and replayed if only the update is needed.
+    """A meta-step that is captured as a CUDA graph once, and replayed; a replay overwrites what the last one returned.
 
-    A step with every_step=True or with a measurement runs eagerly. A replay overwrites what the last replay returned.
+    A step with every_step=True or with a measurement runs eagerly.
 
     Args:
         maml: `state()` lists every tensor that a step changes in place, `step` counts the steps, and `measures_next`
@@ -231,11 +221,7 @@ class GraphedStep:
         self.maml, self.step, self.generator, self.graph = maml, step, generator, None
 
     def __call__(self, every_step: bool = False):
-        """Take one meta-step.
-
-        Raises:
-            UserError: the step can't be captured. `maml` and `generator` are as they were before the call.
-        """
+        """Take one meta-step. If it can't be captured, a UserError says so, and nothing has changed."""
         if every_step or self.maml.measures_next:
             return self.step(every_step=every_step)
         if self.graph is None:
@@ -250,10 +236,7 @@ class GraphedStep:
         return self.result
 
     def _capture(self) -> tuple:
-        """Capture one step: the graph, and the tensors that a replay writes its result into.
-
-        `maml` and `generator` are restored, so that training is the same with a graph and without.
-        """
+        """The graph of one step, and the tensors of its result; `maml` and `generator` are restored."""
         tensors, step, drawn = self.maml.state(), self.maml.step, self.generator.get_state()
         before = [tensor.detach().clone() for tensor in tensors]
         side = torch.cuda.Stream()

@@ -3,8 +3,6 @@
     python miniimagenet_train.py                        # 5-way 5-shot; the data in miniimagenet/
     python miniimagenet_train.py --k_spt 1              # 5-way 1-shot
     python miniimagenet_train.py --synthetic --epoch 400    # 100 meta-steps on generated photos, no data
-    python miniimagenet_train.py --resume RUN_FOLDER        # resume a stopped run
-    python miniimagenet_train.py --test RUN_FOLDER      # test a finished run again
 """
 
 from files import run  # first: the others do not parse on an older Python  # noqa: I001
@@ -73,8 +71,7 @@ def dataset(args: argparse.Namespace) -> Dataset:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line asks for: argv, or sys.argv's if None."""
-    return settings.parse_args("MAML on miniImageNet, with neural collapse measured on the way.", DEFAULTS, PAPER, argv,
-                               epoch_help="tasks in all (divide by --task_num for meta-steps)")
+    return settings.parse_args(__doc__, DEFAULTS, PAPER, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

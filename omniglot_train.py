@@ -3,8 +3,6 @@
     python omniglot_train.py                            # 5-way 1-shot; downloads Omniglot when it is absent
     python omniglot_train.py --n_way 20 --task_num 16   # 20-way 1-shot
     python omniglot_train.py --synthetic --epoch 200    # generated characters, no download
-    python omniglot_train.py --resume RUN_FOLDER        # resume a stopped run
-    python omniglot_train.py --test RUN_FOLDER          # test a finished run again
 """
 
 from files import run  # first: the others do not parse on an older Python  # noqa: I001
@@ -77,8 +75,7 @@ def dataset(args: argparse.Namespace) -> Dataset:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line asks for: argv, or sys.argv's if None."""
-    return settings.parse_args("MAML on Omniglot, with neural collapse measured on the way.", DEFAULTS, PAPER, argv,
-                               epoch_help="meta-steps in all")
+    return settings.parse_args(__doc__, DEFAULTS, PAPER, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

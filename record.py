@@ -79,7 +79,7 @@ def recorded_layers(run: Path) -> list | None:
 
 
 def check_network(run: Path, net: Learner) -> None:
-    """Refuse the run if it recorded another network, and name the first layer that differs."""
+    """Raise a UserError that names the first layer that differs, if the run recorded another network."""
     with reading(run / "args.json", wrong="is not what a run writes"):
         layers = json.loads(json.dumps(net.config))  # tuples become lists
         for i, (then, now) in enumerate(itertools.zip_longest(recorded_layers(run) or layers, layers)):
@@ -95,13 +95,10 @@ def complete(out: Path, epoch: int) -> bool:
 
 
 def resumed(out: Path, epoch: int, step: int, steps: int) -> None:
-    """Prepare a run's folder for resuming.
+    """Prepare a run's folder for resuming; a UserError if the run has taken more than `steps` meta-steps already.
 
-    The result is removed and, if training continues, last.pt and what was measured on it. A changed --epoch is written
-    to args.json; nothing else there changes.
-
-    Raises:
-        UserError: the run has taken more than `steps` meta-steps.
+    The result is removed and, if training continues, last.pt and what was measured on it. args.json gets the new
+    --epoch; nothing else there changes.
     """
     if step > steps:
         raise UserError(f"--epoch {epoch} ends the run after {steps:,} meta-steps, and it has taken {step:,} already")
@@ -168,10 +165,7 @@ def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
 
 
 def draw_figure(out: Path) -> None:
-    """Draw the run's result.png, as `python plot_nc.py RUN` does; of several processes, only the first draws.
-
-    If drawing fails, one line says so, and the run continues.
-    """
+    """Draw the run's result.png, as `python plot_nc.py RUN` does. If that fails, one line says so."""
     if devices.rank() > 0:
         return
     try:
@@ -187,9 +181,7 @@ def draw_figure(out: Path) -> None:
 
 
 def check_log(path: Path, keep: int) -> None:
-    """Raise a UserError if the log is missing or shorter than `keep` bytes, or is no file."""
-    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
-        raise UserError(f"{path} is not a regular file; remove it")  # a link may lead out of the folder
+    """Raise a UserError if the log is missing or shorter than `keep` bytes."""
     size = os.path.getsize(path) if os.path.exists(path) else 0
     if size < keep:
         raise UserError(f"{path} is missing or cut: {size:,} of the {keep:,} bytes that the checkpoint counts; "
@@ -203,7 +195,7 @@ class Log:
         keep: bytes of an existing log that stay; the rest is cut off. 0: a new log.
         board: a TensorBoard writer (`tensorboard`) that gets the scalars too, or None.
     Raises:
-        UserError: the log can't be written; or as `check_log`.
+        UserError: the log can't be written.
     """
 
     def __init__(self, path: Path, keep: int = 0, board=None):
@@ -211,7 +203,6 @@ class Log:
         if devices.rank() > 0:
             self.file = open(os.devnull, "wb", buffering=0)
             return
-        check_log(path, keep)
         with writing(path, REMEDY):
             self.file = open(path, "ab", buffering=0)
             self.file.truncate(keep)
@@ -290,14 +281,14 @@ def summary(metrics: dict, input_layer: int = -2) -> dict:
 
     "per_task" holds each task's values at `input_layer`, the classifier's input, for intervals over tasks.
     """
-    def over_tasks(values: Tensor) -> dict:
-        mean, se = nc_metrics.mean_and_se(values)
-        return {"mean": numbers(mean), "se": numbers(se, 3)}
-
+    models = {model: {} for model in metrics}
+    for model, entries in metrics.items():
+        for name, values in entries.items():
+            mean, se = nc_metrics.mean_and_se(values)
+            models[model][name] = {"mean": numbers(mean), "se": numbers(se, 3)}
     per_task = {model: {name: numbers(metrics[model][name][:, input_layer], 4) for name in PER_TASK}
                 for model in ("meta", "finetuned") if model in metrics}
-    return {model: {name: over_tasks(values) for name, values in entries.items()}
-            for model, entries in metrics.items()} | {"per_task": per_task}
+    return models | {"per_task": per_task}
 
 
 def numbers(values, digits: int = 6):

@@ -19,7 +19,6 @@ from learner import Learner
 from tasks import Dataset
 
 MODES = ("resume", "test", "from_args")  # flags that name the run whose settings hold; not settings themselves
-SCRIPTS = ("omniglot_train", "miniimagenet_train")
 PLACE = ("root", "data", "cache", "device")  # where a run happens; not part of the experiment
 UNSET = object()  # the value of a flag that is not on the command line
 PATHS = (*MODES, "root", "data", "cache", "out")  # ~ is the home folder, as in a shell
@@ -34,19 +33,18 @@ MAY_CHANGE = {  # flags that may change a run's settings
 }
 
 
-def parse_args(description: str, defaults: dict, paper: dict, argv: Sequence[str] | None,
-               epoch_help: str) -> argparse.Namespace:
+def parse_args(usage: str, defaults: dict, paper: dict, argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line of a training script.
 
     Args:
-        description: first line of --help.
+        usage: the script's docstring, at the top of --help.
         defaults: of the flags whose default is the script's own; "rotations" only where the data has them.
         paper: what --recipe paper sets instead, (n_way, k_spt) -> flag -> value.
         argv: arguments without the program's name; sys.argv's if None.
     Raises:
         UserError: unknown or malformed flags; a run that can't be read, or isn't of this script.
     """
-    parser = _parser(description, defaults, paper, epoch_help)
+    parser = _parser(usage, defaults, paper)
     unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), UNSET))
     flags = {name: value for name, value in vars(parser.parse_args(argv, unset)).items() if value is not UNSET}
     modes = [mode for mode in MODES if flags.get(mode) is not None]
@@ -68,14 +66,14 @@ def parse_args(description: str, defaults: dict, paper: dict, argv: Sequence[str
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        """With the default, where there is one: the texts of the other flags say what holds if they are not given."""
+        """With the default, where there is one; the other texts say what holds if the flag is not given."""
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> argparse.ArgumentParser:
+def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
     recipes = (f"  {way}-way {shot}-shot: {' '.join(_as_flags(values, values))}"
                for (way, shot), values in paper.items())
-    parser = Parser(description=description, formatter_class=_Help, allow_abbrev=False,
+    parser = Parser(description=usage, formatter_class=_Help, allow_abbrev=False,
                     epilog="\n".join(["what --recipe paper sets (other flags override it):", *recipes]))
 
     def flag(name: str, default, text: str, **options):
@@ -89,76 +87,73 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
         flag(name, default, text, action=argparse.BooleanOptionalAction)
 
     fewer = defaults["synthetic_tasks"]
-    flag("recipe", "original", "defaults of the other flags: the original code's sizes and rates, or all of MAML's "
-         "paper (listed at the end)", choices=["original", "paper"])
-    flag("learner", "maml", "anil: the inner loop adapts only the last layer; boil: all but the last; protonet: a "
-         "prototypical network; classifier: an ordinary one over all training classes. The last two train without an "
-         "inner loop",
-         choices=["maml", "anil", "boil", *BASELINES])
-    flag("epoch", None, epoch_help)
+    flag("recipe", "original", "defaults of the other flags: the original code's, or MAML's paper's (see the end)",
+         choices=["original", "paper"])
+    flag("learner", "maml", "anil: the inner loop adapts the last layer alone; boil: all but the last; without an "
+         "inner loop in training: protonet, a prototypical network; classifier, an ordinary one over all training "
+         "classes", choices=["maml", "anil", "boil", *BASELINES])
+    flag("epoch", None, "meta-steps in all; miniimagenet_train.py: tasks in all, TASK_NUM per meta-step")
     flag("n_way", None, "classes per task")
     flag("k_spt", None, "support images per class (k-shot)")
     flag("k_qry", None, "query images per class")
     flag("k_qry_test", None, "query images per class in validation and testing; K_QRY if not given", type=int)
-    flag("nc_qry", None, f"query images per class that neural collapse is measured on; {NC_QRY} if not given, or all "
-         "images of a class that are not support, if these are fewer", type=int)
+    flag("nc_qry", None, f"query images per class that neural collapse is measured on; if not given {NC_QRY}, or all "
+         "images that are not support, if these are fewer", type=int)
     flag("imgsz", None, "images are resized to this square, pixels")
     flag("imgc", None, "channels of an image")
     flag("task_num", None, "tasks per meta-step (the meta-batch)")
     flag("meta_lr", None, "learning rate of the outer loop, Adam")
-    flag("update_lr", None, "learning rate of the inner loop, SGD on the mean cross-entropy; the paper's "
-         "code sums over the classes, so that its 0.4 is 2.0 here in 5-way")
+    flag("update_lr", None, "learning rate of the inner loop, SGD on the mean cross-entropy; the paper's code sums "
+         "over the classes, so that its 0.4 is 2.0 here in 5-way")
     flag("head_lr", None, "the same for the last layer alone; UPDATE_LR if not given", type=float)
-    flag("adapt_blocks", None, "numbers of the blocks that MAML's inner loop adapts: 1 is the first convolution with "
-         "its batch norm, the highest number the last layer; all if not given", type=int, nargs="+", metavar="BLOCK")
-    flag("lr_schedule", "constant", "schedule of the outer learning rate: constant, or half a cosine that ends at 0",
+    flag("adapt_blocks", None, "blocks that MAML's inner loop adapts, 1 the first convolution with its batch norm, the "
+         "highest the last layer; all if not given", type=int, nargs="+", metavar="BLOCK")
+    flag("lr_schedule", "constant", "of the outer learning rate: constant, or half a cosine that ends at 0",
          choices=["constant", "cosine"])
     flag("update_step", None, "inner steps in training")
     flag("update_step_test", None, "inner steps in validation and testing")
     choice("first_order", False, "treat the inner gradients as constants (first-order MAML)")
     flag("net", "conv_bn_relu", "original: blocks of conv, relu, batch norm; conv_bn_relu: of conv, batch norm, relu; "
-         "paper: the network and initial weights of the paper's code (padded, batch norm without scale)",
+         "paper: network and initial weights of the paper's code (padded, batch norm without scale)",
          choices=["original", "conv_bn_relu", "paper"])
-    choice("bn_scale", None, "batch norm has a scale, and the inner loop adapts scale and shift; --no-bn_scale: it "
-           "has a shift alone, which the inner loop doesn't adapt. The network's own if neither is given")
+    choice("bn_scale", None, "batch norm has a scale, and the inner loop adapts scale and shift; --no-bn_scale: only a "
+           "shift, which it doesn't adapt. The network's own if neither is given")
     choice("spatial_mean", None, "the classifier takes the last map's mean over height and width; --no-spatial_mean: "
            "all its values. The network's own if neither is given")
     flag("conv_init", None, "the convolutions' initial weights, Kaiming normal or Xavier uniform; the network's own if "
          "not given", choices=["kaiming", "xavier"])
     flag("head_std", None, "standard deviation of the last layer's initial weights; the network's own if not given",
          type=float)
-    choice("freeze_head", False, "the last layer's initial weights are not trained, but adapted by the inner loop as "
-           "always; with --head_std 0 they stay 0 (the zeroing trick of Kao et al. 2022)")
-    flag("pixels", None, "normalised: with ImageNet's mean and standard deviation (in omniglot_train.py the same as "
-         "unit); unit: 0..1; inverted: 1..0",
-         choices=["normalised", "unit", "inverted"])
+    choice("freeze_head", False, "the last layer's initial weights are not trained, only adapted by the inner loop; "
+           "with --head_std 0 they stay 0 (the zeroing trick of Kao et al. 2022)")
+    flag("pixels", None, "normalised: by ImageNet's mean and standard deviation (omniglot_train.py: as unit); unit: "
+         "0..1; inverted: 1..0", choices=["normalised", "unit", "inverted"])
     if "rotations" in defaults:
-        choice("rotations", None, "in training, each class of a task is turned by a random multiple of 90 degrees; off "
-               "with --data if not given")
-        choice("rotate_heldout", False, "turn the classes in validation and testing too; off with --data if not given")
+        choice("rotations", None, "in training, turn each class of a task by a random multiple of 90 degrees; off with "
+               "--data if not given")
+        choice("rotate_heldout", False, "the same in validation and testing; off with --data if not given")
     choice("random_labels", False, "put the training images into classes at random: a control with nothing to learn")
     choice("transductive", True, "validate, and choose the best weights, with batch norm over the whole query set; "
-           "--no-transductive: each query is normalised together with the support set alone. A test reports both "
-           "accuracies; the one without transduction is of one query per class, or of all with --no-transductive")
+           "--no-transductive: over one query and the support set. A test reports both accuracies, the second of one "
+           "query per class, or of all with --no-transductive")
     flag("clip", 0.0, "clip each value of the outer gradient to -CLIP..CLIP; 0: none. On miniImageNet the paper's "
          "code sums the loss over 75 queries, divides by K_SPT and clips at 10: 0.133 here in 1-shot, 0.667 in 5-shot")
-    choice("skip_nonfinite", False, "skip an update whose loss or gradient is not finite, and count it, "
-           "instead of stopping there")
+    choice("skip_nonfinite", False, "skip an update whose loss or gradient is not finite, and count it, instead of "
+           "stopping there")
     flag("root", None, "folder of the data")
     flag("data", None, "your own images instead: a folder of class folders, or of train/, val/ and test/ with class "
          "folders (--test needs only test/); IMGC 1 or 3 makes them greyscale or colour", metavar="FOLDER")
     flag("data_name", None, "name of the data in logs and figures; the data's own if not given")
     if "split" in defaults:
-        flag("split", None, "which characters are for training, validation and testing: shuffled = a fixed shuffle of "
-             "all, vinyals = the alphabets of Vinyals et al. (2016)", choices=["shuffled", "vinyals"])
+        flag("split", None, "into training, validation and test: a fixed shuffle of all characters, or the alphabets "
+             "of Vinyals et al. (2016)", choices=["shuffled", "vinyals"])
     flag("cache", None, "folder of the decoded images; if not given, ROOT/cache, or FOLDER/.cache with --data FOLDER")
     choice("synthetic", False, "train on generated images, with no data at all, and evaluate on fewer tasks")
     flag("out", None, "folder of the run; runs/SCRIPT-<n>w<k>s-seed<seed>-<time> if not given")
     flag("task_chunk", 0, "maximum tasks in memory at once; lower saves memory, and gives the same up to rounding; "
          "0: as fits the device")
     choice("cuda_graph", True, "on CUDA, capture the training step once and replay it: the same result, faster")
-    flag("precision", "float32", "of matrix products: tf32 (CUDA) is faster and coarser",
-         choices=["float32", "tf32"])
+    flag("precision", "float32", "of matrix products: tf32 (CUDA) is faster and coarser", choices=["float32", "tf32"])
     choice("deterministic", False, "on CUDA, only kernels that repeat bit for bit, as a CPU always does")
     flag("seed", 222, "of the initial weights and the training tasks")
     flag("device", "cuda" if torch.cuda.is_available() else "cpu", "where to compute: cpu, cuda, cuda:1, ...")
@@ -167,18 +162,17 @@ def _parser(description: str, defaults: dict, paper: dict, epoch_help: str) -> a
     flag("eval_every", 500, "meta-steps between two validations, with metrics on the same held-out tasks")
     flag("eval_tasks", 100, f"tasks of a validation, always the same; with --synthetic {fewer['eval_tasks']}")
     flag("test_tasks", 600, f"tasks of the test at the end; with --synthetic {fewer['test_tasks']}")
-    flag("test_weights", "best", "weights that are tested: of the best validation, or after the last step",
+    flag("test_weights", "best", "test the weights of the best validation or after the last step",
          choices=["best", "last"])
     flag("keep_every", 0, "meta-steps between two copies of the weights that are kept, weights-STEP.pt; 0: none")
     flag("save_every", 500, "meta-steps between two checkpoints; 0: only at the start, at the end and when stopped")
     choice("tensorboard", False, "also write loss, accuracy and relative within traces to OUT/tensorboard")
-    flag("resume", None, f"resume a stopped run on its own settings; {_flags(MAY_CHANGE['resume'])} may be "
-         "changed, and EPOCH may end the run earlier or later", metavar="RUN_FOLDER")
+    flag("resume", None, f"resume a stopped run on its own settings; {_flags(MAY_CHANGE['resume'])} may be changed "
+         "(EPOCH may end the run earlier or later)", metavar="RUN_FOLDER")
     flag("test", None, f"test a finished run again, on its own settings; {_flags(MAY_CHANGE['test'])} may be changed",
          metavar="RUN_FOLDER")
     flag("from_args", None, "repeat a run in a new folder; other flags change its settings, and with --recipe paper "
-         "N_WAY and K_SPT also what the recipe sets",
-         metavar="RUN_FOLDER/args.json")
+         "N_WAY and K_SPT also what the recipe sets", metavar="RUN_FOLDER/args.json")
     parser.set_defaults(script=defaults["script"], print_every=defaults["print_every"])
     return parser
 
@@ -244,15 +238,12 @@ def _recorded(path: Path, mode: str, parser: argparse.ArgumentParser) -> dict:
     recorded, defaults = read_settings(path, f"--{mode} takes the folder of a run"), vars(parser.parse_args([]))
     script, differs = recorded.get("script"), f"{path} is not of this script and version"
     if script != defaults["script"]:
-        remedy = f"give it to {script}.py" if script in SCRIPTS else "use the code that made the run"
-        raise UserError(f"{differs} (script {script}); {remedy}")
+        raise UserError(f"{differs} (script {script}); use that script, or the code that made the run")
     different = recorded.keys() - defaults.keys()
     if mode == "resume":
         different |= defaults.keys() - recorded.keys() - {*MODES, *MAY_CHANGE["resume"]}
     if different:
         raise UserError(f"{differs} ({', '.join(sorted(different))}); use the code that made the run")
-    if "recipe" not in recorded and recorded.get("net") == "paper":
-        recorded["net"] = "conv_bn_relu"  # older versions called this network "paper"
     try:
         return vars(parser.parse_args(_as_flags(recorded, defaults)))
     except UserError as error:
@@ -260,7 +251,7 @@ def _recorded(path: Path, mode: str, parser: argparse.ArgumentParser) -> dict:
 
 
 def read_settings(path: Path, takes: str) -> dict:
-    """What `path` holds under "settings"."""
+    """What a run's args.json holds under "settings"."""
     with reading(path, takes, "is not what a run writes"):
         return dict(json.loads(path.read_bytes())["settings"].items())
 
@@ -309,11 +300,10 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
             bound = "above" if name in RATES else "from"
             if not 0 <= value <= torch.finfo(torch.float32).max or bound == "above" and value == 0:
                 raise UserError(f"--{name} {value}: must be a number {bound} 0 that fits into a float32")
-    if args.synthetic and args.data is not None:
-        raise UserError(f"--data {args.data}: with --synthetic the images are generated; leave --data out, "
-                        "or give --no-synthetic")
-    if args.synthetic and args.data_name is not None:
-        raise UserError(f"--data_name {args.data_name}: generated images keep their own name; leave --data_name out")
+    for name in ("data", "data_name"):
+        if args.synthetic and (value := getattr(args, name)) is not None:
+            raise UserError(f"--{name} {value}: with --synthetic the images are generated; leave --{name} out, "
+                            "or give --no-synthetic")
     if args.adapt_blocks is not None and args.learner != "maml":
         raise UserError(f"--adapt_blocks: --learner {args.learner} has its own inner loop; give --learner maml")
     if args.first_order and args.learner in BASELINES:

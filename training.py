@@ -2,22 +2,20 @@
 
 A run writes its own folder:
 
-    args.json      every setting, the network, versions, device, data: before the first step
+    args.json      settings, network, versions, device, data: before the first step
     log.jsonl      one JSON object per line: "run" (the data's name), then "train", "nc" (metrics) and "val"; of "nc",
                    line["meta" or "finetuned"]["nc1"]["mean"] has a value per layer of line["layers"]
-    checkpoint.pt  the run's state, every --save_every steps and when it is stopped: --resume continues from it
+    checkpoint.pt  the state at the top of a step, before its validation: --resume continues from it
     best.pt        weights with the best validation accuracy so far
     last.pt        weights after the last step; weights-STEP.pt at every --keep_every-th step
     tensorboard/   the log's scalars, with --tensorboard
     result.png     neural collapse during training, as `python plot_nc.py RUN` draws it
     result.json    test accuracy of the best weights, or of the last with --test_weights last
     timing.json    minutes and memory, which differ from run to run
-    test-*.json    results of later tests (--test)
-    controls.json  the weights measured under other conditions (`python -m study.controls RUN`)
+    test-*.json    results of later tests (--test); controls.json: of `python -m study.controls RUN`
     .run.lock      locked while a process trains
 
-"step" is the number of meta-steps that the weights had seen. A checkpoint holds the state at the top of a step, before
-that step's validation: a resumed run does and logs what an uninterrupted one would have.
+"step" is the number of meta-steps that the weights had seen.
 """
 
 import argparse
@@ -51,44 +49,42 @@ CHECK_EVERY = 10  # on CUDA, steps between two checks for signals and failed upd
 
 def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argparse.Namespace], Learner]) -> None:
     """Train, validate and test with these settings; with --resume continue a run, with --test test it again."""
-    all_together = args.learner == "classifier" and args.test is None
-    chunk = "" if all_together else f"--task_chunk (now {args.task_chunk or 'as fits the device'}) or "
+    trains_classifier = args.learner == "classifier" and args.test is None  # takes all tasks of a step together
+    chunk = "" if trains_classifier else f"--task_chunk (now {args.task_chunk or 'as fits the device'}) or "
     remedy = (f"lower {chunk}--task_num (now {args.task_num}) to hold fewer tasks at once, or take another --device "
               f"than {args.device}")
     with devices.memory_runs_out(remedy):
         device = devices.select_device(args.device)
         check(args, dataset, network)
         with devices.processes(device):
-            _train(args, dataset, network, device)
+            devices.keep_memory()
+            devices.set_arithmetic(args.precision, args.deterministic)
+            torch.manual_seed(args.seed)
+            net, data = network(args), Data(args, dataset, device)
+            if again := args.resume or args.test:
+                record.check_network(Path(again), net)
+            if trains_classifier:
+                classes, _ = dataset.sizes()["train"]
+                net.classes = nn.Linear(net.weights[net.classifier].shape[1], classes * data.turns("train"))
+            maml = meta_of(net.to(device), args)
+            if args.test is None:
+                _train(maml, data)
+            else:
+                say(f"Data: {dataset.described()}")
+                run = Path(args.test)
+                record.write_test(run, _test(maml, data, run, Signals()), args)
 
 
-def _train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argparse.Namespace], Learner],
-           device: torch.device) -> None:
-    devices.keep_memory()
-    devices.set_arithmetic(args.precision, args.deterministic)
-    torch.manual_seed(args.seed)
-    net, data = network(args), Data(args, dataset, device)
-    if again := args.resume or args.test:
-        record.check_network(Path(again), net)
-    if args.learner == "classifier" and args.test is None:
-        classes, _ = dataset.sizes()["train"]
-        net.classes = nn.Linear(net.weights[net.classifier].shape[1], classes * data.turns("train"))
-    net.to(device)
-    maml = meta_of(net, args)
-    if args.test is not None:
-        say(f"Data: {dataset.described()}")
-        run = Path(args.test)
-        result = _test(maml, data, run, Signals())
-        return record.write_test(run, result, args)
+def _train(maml: Meta, data: "Data") -> None:
+    args, net = data.args, maml.net
     with record.lock_run(args) as out:
         if args.resume is not None and record.complete(out, args.epoch):
             return say(f"{out} is complete; a larger --epoch adds steps, --test {quoted(out)} tests it again")
         run = _Run(maml, data, out)
         flags = ", ".join(f"{name}={value}" for name, value in recorded_settings(args).items())
         parameters = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
-        say(f"{flags}\n{net}\n"
-            f"Total trainable parameters: {parameters}\n"
-            f"Data: {dataset.described()}. {run.steps} meta-steps of {args.task_num} tasks on {args.device}, to {out}")
+        say(f"{flags}\n{net}\nTotal trainable parameters: {parameters}\nData: {data.dataset.described()}. {run.steps} "
+            f"meta-steps of {args.task_num} tasks on {args.device}, to {out}")
         with run.signals:
             try:
                 run.train()
@@ -159,9 +155,9 @@ class _Run:
         self.best: dict | None = None  # what best.pt holds
         self.log: Log | None = None
         self.minutes, self.log_bytes = 0.0, 0  # of the processes before this one
-        path = out / "checkpoint.pt"
-        again = f"start again: python {args.script}.py --from_args {quoted(out / 'args.json')}"
-        saved = None if args.resume is None else checkpoint.read(path, self.device, f"put it back, or {again}")
+        path, self.repeat = out / "checkpoint.pt", f"python {args.script}.py --from_args {quoted(out / 'args.json')}"
+        remedy = f"start again: {self.repeat}"
+        saved = None if args.resume is None else checkpoint.read(path, self.device, f"put it back, or {remedy}")
         if saved is not None and args.data is not None:  # the folder may have another name now
             name = record.data_name(out)
             dataset = data.dataset = replace(dataset, name=lambda: name)
@@ -183,14 +179,14 @@ class _Run:
                               description | {"found": dataset.found()}, self.device)
         else:
             self.best, self.minutes, self.log_bytes = checkpoint.restore(path, saved, self.experiment, maml,
-                                                                         self.sampler, again)
+                                                                         self.sampler, remedy)
             record.check_log(out / "log.jsonl", self.log_bytes)  # before anything is removed
             record.resumed(out, args.epoch, maml.step, self.steps)
             if self.best is not None:
                 checkpoint.write(out / "best.pt", self.best)
 
     def train(self) -> None:
-        """Train to the last step. It leaves the weights of the last step in place, and a checkpoint of them."""
+        """Train to the last step, whose weights stay in place."""
         board = record.tensorboard(self.out, self.maml.step) if self.args.tensorboard else None
         with Log(self.out / "log.jsonl", self.log_bytes, board) as self.log, \
                 progress(None, "", self.steps, "steps", delay=0, initial=self.maml.step,
@@ -227,9 +223,8 @@ class _Run:
     def eager_step(self, every_step: bool = False) -> Step:
         """Draw tasks and take one meta-step."""
         index = self.sampler.draw(self.args.task_num)
-        measured = None
-        if self.maml.measures_next and self.sampler.nc_qry != self.sampler.k_qry:
-            measured = self.sampler.gather(index, measured=True)
+        other_queries = self.maml.measures_next and self.sampler.nc_qry != self.sampler.k_qry
+        measured = self.sampler.gather(index, measured=True) if other_queries else None
         classes = index[0][..., 0].to(self.device)  # [T, n_way]
         return self.maml(self.sampler.gather(index), every_step, measured, classes)
 
@@ -260,23 +255,19 @@ class _Run:
             step = int(self.maml.updates)  # the first whose update was skipped: none was made after it
             raise UserError(f"step {step}: a loss or the gradient is not finite. Lower --update_lr ({args.update_lr}) "
                             f"or --meta_lr ({args.meta_lr}), clip the gradient with --clip, or skip such updates with "
-                            f"--skip_nonfinite: "
-                            f"python {args.script}.py --from_args {quoted(self.out / 'args.json')} --skip_nonfinite")
+                            f"--skip_nonfinite: {self.repeat} --skip_nonfinite")
 
     def skipped(self) -> int:
         """How many updates were skipped; waits for the device."""
         return self.maml.step - int(self.maml.updates)
 
     def validate(self) -> float:
-        """Validate, log, keep the weights if they are the best so far. Returns their accuracy.
-
-        A signal stops it before anything is logged or kept.
-        """
+        """Validate, log, keep the weights if they are the best so far; returns their accuracy."""
         args, maml = self.args, self.maml
         self.stop_if_not_finite()
-        adapted = _evaluate(maml, self.data, "val", self.held_out, args.eval_tasks, VAL_SEED, self.signals,
-                            measure=args.nc_every > 0,
-                            nontransductive=() if args.transductive else range(args.update_step_test + 1))
+        alone_steps = () if args.transductive else range(args.update_step_test + 1)
+        adapted = _evaluate(maml, self.data, "val", self.held_out, args.eval_tasks, VAL_SEED, self.signals, alone_steps,
+                            measure=args.nc_every > 0)
         mean, interval, nearest, _ = _accuracies(adapted, args.transductive)
         self.log.add("val", maml.step, acc=mean, ci95=interval, tasks=len(adapted.accuracy), nearest_mean=nearest)
         if adapted.metrics is not None:
@@ -305,8 +296,8 @@ class _Run:
         memory = devices.peak_memory(self.device)
         if self.args.nc_every:
             record.draw_figure(self.out)
-        record.write_json(self.out / "timing.json", {
-            "training_minutes": round(minutes, 2), "meta_steps": self.steps, "peak_memory_gb": memory})
+        timing = {"training_minutes": round(minutes, 2), "meta_steps": self.steps, "peak_memory_gb": memory}
+        record.write_json(self.out / "timing.json", timing)
         record.write_json(self.out / "result.json", result)
         peak = "" if memory is None else f", peak memory {memory} GiB"
         say(f"{minutes:.1f} minutes for {self.steps} meta-steps{peak}; results in {self.out}")
@@ -323,13 +314,12 @@ def held_out_tasks(sampler: Sampler, n_tasks: int, size: int) -> Iterator[tuple[
 
 
 def _evaluate(maml: Meta, data: Data, split: str, images: Tensor, n_tasks: int, seed: int, signals: Signals,
-              measure: bool = False, nontransductive: Sequence[int] = ()) -> Adapted:
+              nontransductive: Sequence[int], measure: bool = False) -> Adapted:
     """`maml.finetune` on `n_tasks` tasks, as many at a time as in training. The seed gives the same on every device."""
-    sampler = data.sampler(split, images, seed)
-    batches, results = held_out_tasks(sampler, n_tasks, data.args.task_num), []
-    if devices.rank() == 0 and (split == "test" or not sys.stderr.isatty()):  # on a terminal, training's bar stays
-        what = "testing" if split == "test" else "validating"
-        batches = progress(batches, what, math.ceil(n_tasks / data.args.task_num), "batches")
+    sampler, size, results = data.sampler(split, images, seed), data.args.task_num, []
+    hidden = devices.rank() > 0 or split == "val" and sys.stderr.isatty()  # on a terminal, training's bar stays
+    batches = progress(held_out_tasks(sampler, n_tasks, size), "testing" if split == "test" else "validating",
+                       math.ceil(n_tasks / size), "batches", disable=hidden)
     for i, (start, part) in enumerate(batches):
         if i % devices.size() == 0:
             signals.check(data.device)
@@ -349,14 +339,13 @@ def _accuracies(adapted: Adapted, transductive: bool) -> list[Tensor]:
 
 
 def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
-    """Test accuracy of a run's best or last weights on the test classes, transductive and not: result.json."""
+    """Test a run's best or last weights on the test classes, transductive and not; returns what result.json holds."""
     args, last_step = data.args, data.args.update_step_test
     all_steps = list(range(last_step + 1))
     alone_steps = [0, last_step] if args.transductive else all_steps  # one query at a time takes long
     devices.wait()  # for the process that writes the weights
-    remedy = ("put it back, or test others with --test_weights" if record.complete(run, args.epoch)
-              else f"the run has not reached that step yet; continue it with --resume {quoted(run)}")
-    tested = checkpoint.load_weights(run / f"{args.test_weights}.pt", maml.net, data.device, remedy, validated=True)
+    remedy = f"put it back, test others with --test_weights, or continue an unfinished run with --resume {quoted(run)}"
+    step, val_accuracy = checkpoint.load_weights(run / f"{args.test_weights}.pt", maml.net, data.device, remedy)
     classes, _ = data.dataset.sizes()["test"]
     say(f"testing on {args.test_tasks} tasks of the {classes} test classes of {data.dataset.name()}")
     adapted = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, TEST_SEED, signals,
@@ -376,6 +365,5 @@ def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
             f"steps {100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f}, nearest support mean before "
             f"adaptation{own} {100 * nearest[0]:.2f}% ± {100 * nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, "
             f"{'1 query' if queries == 1 else f'{queries} queries'} per class, {args.test_weights} weights, "
-            f"of step {tested['step']})")
-        say(f"after {', '.join(map(str, steps))} inner steps: {percent(mean)}")
-    return result | {f"{args.test_weights}_step": tested["step"], "val_accuracy": numbers(tested["val_accuracy"])}
+            f"of step {step})\nafter {', '.join(map(str, steps))} inner steps: {percent(mean)}")
+    return result | {f"{args.test_weights}_step": step, "val_accuracy": numbers(val_accuracy)}
