@@ -352,12 +352,10 @@ def _check_network(args: argparse.Namespace, network: Callable[[argparse.Namespa
         too_small = any(text in str(error) for text in ("Kernel size can't be greater", "Output size is too small"))
         hint = "; a larger --imgsz or --net paper may fit" if too_small else ""
         raise UserError(f"layers at --imgsz {args.imgsz}: {error}{hint}") from error
-    last = net.config[-1][0] if net.config else "missing"
-    if last != "linear":
-        raise UserError(f"layers: the last layer is {last}; it must be linear, ('linear', [args.n_way, features])")
-    if net.shapes[-1] != [args.n_way]:
-        raise UserError(f"layers: the last layer has {net.shapes[-1][0]} outputs, and --n_way {args.n_way} needs "
-                        f"{args.n_way}: ('linear', [args.n_way, features])")
+    name, params = net.config[-1]
+    if name != "linear" or net.shapes[-1] != [args.n_way]:
+        raise UserError(f"layers: the last layer is {name}{params}; with --n_way {args.n_way} it must be "
+                        f"linear[{args.n_way}, features]")
     for block in args.adapt_blocks or ():
         if not 1 <= block <= len(net.blocks):
             raise UserError(f"--adapt_blocks {block}: the blocks are 1 to {len(net.blocks)}, which is the last layer")

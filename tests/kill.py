@@ -2,14 +2,12 @@
 
     python tests/kill.py --kills 1000 --seed 7
 
-The run is `miniimagenet_train.py` on a few small photographs made here: a process builds their cache, trains, saves,
-measures, validates and tests in a second or two. SIGKILL ends it; another continues with --resume, often with an empty
-cache folder so that a cache is built again, until the run is complete; then another run begins. Every second process
-kills itself at one of its calls that change a file, where it could do harm; the others are killed after a random time.
-At the end of each run its log, result, weights, Adam and best weights must be those of the undisturbed run.
+The run is `miniimagenet_train.py` on a few small photographs made here: a second or two. SIGKILL ends it; another
+process continues with --resume, often with an empty cache folder, until the run is complete; then another run begins.
+Every second process kills itself at one of its calls that change a file, the others are killed after a random time.
 
-Each process is forked from this one, which has imported torch already, so a start costs nothing. None draws its figure:
-matplotlib calls write more often than a process lives here, so that no run would ever end.
+Each process is forked from this one, which has imported torch already. None draws its figure: matplotlib calls write
+more often than a process lives here, so that no run would ever end.
 """
 
 import argparse
@@ -40,8 +38,7 @@ CHANGES = {"open", "write", "fsync", "replace", "unlink", "truncate", "mkdir", "
 
 def start(arguments: list[str], said: Path, change: int | None = None) -> int:
     """Fork a process that runs miniimagenet_train.py, to be killed at its `change`-th change of a file; its id."""
-    child = os.fork()
-    if child:
+    if child := os.fork():
         return child
 
     def count(_, event: str, function) -> None:
@@ -67,13 +64,10 @@ def start(arguments: list[str], said: Path, change: int | None = None) -> int:
 
 def state(run: Path) -> dict:
     """All that two runs of one seed share: log, result, weights, Adam, generators. Minutes may differ."""
-    shared = torch.load(run / "checkpoint.pt", weights_only=True)
-    del shared["minutes"]
-    shared["best.pt"] = torch.load(run / "best.pt", weights_only=True)
-    for name in ("log.jsonl", "result.json"):
-        shared[name] = (run / name).read_bytes()
-    shared["files"] = sorted(path.name for path in run.iterdir())
-    return shared
+    shared = {name: (run / name).read_bytes() for name in ("log.jsonl", "result.json")}
+    shared |= torch.load(run / "checkpoint.pt", weights_only=True) | {"minutes": None}
+    return shared | {"best.pt": torch.load(run / "best.pt", weights_only=True),
+                     "files": sorted(path.name for path in run.iterdir())}
 
 
 def differences(one, two, where: str = "") -> list[str]:
@@ -86,11 +80,7 @@ def differences(one, two, where: str = "") -> list[str]:
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int) -> None:
-    """Kill runs in `folder` at least `kills` times.
-
-    Raises:
-        AssertionError: a run wasn't resumed, or its end isn't the undisturbed run's.
-    """
+    """Kill runs in `folder` at least `kills` times; an AssertionError if one's end isn't the undisturbed run's."""
     for first, split in enumerate(("train", "val", "test")):
         write_classes(folder / "photographs" / split, 4, first, name=split, size=320)
     chance, said, begun = random.Random(seed), folder / "said", time.perf_counter()

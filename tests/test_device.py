@@ -1,7 +1,6 @@
 """device.py without a GPU: torch.cuda and torch.distributed are replaced by fakes that fail as the real ones do."""
 
 import contextlib
-import itertools
 import sys
 from unittest.mock import Mock
 
@@ -54,8 +53,7 @@ def refusal(name: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("name", ["", "cpu:1", "meta", "mps", "xpu", "gpu", "CUDA", "cuda:", "cuda:-1", "cuda:01",
-                                  "cuda:2", "cuda:256", "cuda:" + 30 * "9", "cuda:\u0663", "cu\nda", "cpu\0"])
+@pytest.mark.parametrize("name", ["", "cpu:1", "meta", "mps", "gpu", "cuda:-1", "cuda:01", "cuda:2", "cuda:256"])
 def test_any_other_name_is_refused_in_one_line(gpus, name):
     said = refusal(name)
     assert "take cpu" in said and ("float64" in said) == (name == "mps")
@@ -119,16 +117,13 @@ def test_only_tensors_on_the_cpu_are_sent(monkeypatch):
     assert one[0].tolist() == one[1]["meta"]["nc1"].tolist() == [-1] * 3 and one[2] is None
 
 
-@pytest.mark.parametrize("n_processes, device, error, calls", [
-    ("1", CPU, None, []),
-    ("2", CPU, None, [("gloo", None), "left"]),
-    ("2", torch.device("cuda:1"), None, [("nccl", torch.device("cuda:1")), "left"]),
-    ("2", CPU, Stopped(143), [("gloo", None), "left"]),  # all processes stop together
-    ("2", CPU, UserError(), [("gloo", None)]),
-    ("2", CPU, KeyboardInterrupt(), [("gloo", None)])])
-def test_the_group_is_left_together_and_not_after_an_error(n_processes, device, error, calls, monkeypatch):
+@pytest.mark.parametrize("device, error, calls", [
+    (torch.device("cuda:1"), None, [("nccl", torch.device("cuda:1")), "left"]),
+    (CPU, Stopped(143), [("gloo", None), "left"]),  # all processes stop together
+    (CPU, UserError(), [("gloo", None)])])
+def test_the_group_is_left_together_and_not_after_an_error(device, error, calls, monkeypatch):
     called = []
-    monkeypatch.setenv("WORLD_SIZE", n_processes)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(dist, "init_process_group", lambda backend, device_id: called.append((backend, device_id)))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: called.append("left"))
     with pytest.raises(type(error)) if error else contextlib.nullcontext(), devices.processes(device):
@@ -144,8 +139,7 @@ class FakeGraphs:
     """torch.cuda's graphs on a CPU. A capture runs the step, and a replay runs it again into the captured tensors."""
 
     def __init__(self, monkeypatch):
-        self.take, self.maml, self.captures = None, None, 0
-        self.fails: Exception | None = None  # what the end of a capture raises
+        self.captures, self.fails = 0, None  # fails: what the end of a capture raises
         fake = self
 
         class Graph(Mock):
@@ -182,30 +176,26 @@ def cuda(monkeypatch) -> FakeGraphs:
     return FakeGraphs(monkeypatch)
 
 
-@pytest.mark.parametrize("when, error, reason", [
-    ("capture", RuntimeError("CUDA error: stream is capturing\nCUDA kernel errors"), "CUDA error: stream is capturing"),
-    ("warm-up", torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "CUDA out of memory. Tried 2 GiB"),
-    ("capture", MemoryError(), "out of memory")])
-def test_a_failed_capture_is_one_line_and_leaves_the_run_as_it_was(cuda, error, reason, when):
+@pytest.mark.parametrize("error, reason", [
+    (RuntimeError("CUDA error: stream is capturing\nCUDA kernel errors"), "CUDA error: stream is capturing"),
+    (MemoryError(), "out of memory")])
+def test_a_failed_capture_is_one_line_and_leaves_the_run_as_it_was(cuda, error, reason):
     """A step whose accuracy is asked for after every inner step is not captured."""
-    maml, steps = maml_on("cpu"), itertools.count()
+    maml = maml_on("cpu")
     sample = sampler(synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0))
-    generator = sample.generator
 
     def step(every_step: bool = False):
-        result = maml(sample(2), every_step)
-        if next(steps) == 2 and when == "warm-up":
-            raise error
-        return result
+        return maml(sample(2), every_step)
 
-    graphed, cuda.fails = cuda.graphed(maml, step, generator), error
+    graphed, cuda.fails = cuda.graphed(maml, step, sample.generator), error
     assert graphed(every_step=True).accuracy.shape == (2, 3)
-    before = [tensor.clone() for tensor in (*maml.state(), generator.get_state())]
+    before = [tensor.clone() for tensor in (*maml.state(), sample.generator.get_state())]
     with pytest.raises(UserError) as line:
         graphed()
     assert str(line.value) == f"--cuda_graph: the step can't be captured here ({reason}); give --no-cuda_graph"
     assert maml.step == 1
-    assert all(one.equal(other) for one, other in zip(before, (*maml.state(), generator.get_state()), strict=True))
+    after = *maml.state(), sample.generator.get_state()
+    assert all(one.equal(other) for one, other in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("first_order", [False, True])

@@ -43,21 +43,19 @@ def test_an_error_is_one_line_and_status_2(script, monkeypatch, capsys):
     assert out == "" and error.startswith("error: ") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("length", [1, 100_000])  # less and more than a stream's buffer
-def test_a_pipe_whose_reader_has_ended_is_no_error(length):
-    command = "-c", f"import files; files.run(lambda: print({length} * '1'))"
+def test_a_pipe_whose_reader_has_ended_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, *command], cwd=PROJECT, stdout=writer, stderr=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-c", "import files; files.run(lambda: print(1))"], cwd=PROJECT,
+                          stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("change, flags, line", [
-    (lambda layers: layers[:-1], [], "layers: the last layer is flatten; it must be linear"),
-    (lambda layers: [], [], "layers: the last layer is missing; it must be linear"),
-    (lambda layers: [], ["--head_std", "1"], "layers at --imgsz 28: head_std: the last layer is not linear"),
-    (lambda layers: [*layers[:-1], ("linear", [8, 64])], [], "the last layer has 8 outputs, and --n_way 5 needs 5"),
+    (lambda layers: layers[:-1], [], "layers: the last layer is flatten[]; with --n_way 5 it must be linear[5, feat"),
+    (lambda layers: layers[:-1], ["--head_std", "1"], "layers at --imgsz 28: head_std: the last layer is not linear"),
+    (lambda layers: [*layers[:-1], ("linear", [8, 64])], [], "is linear[8, 64]; with --n_way 5 it must be linear[5, "),
     (lambda layers: [("flatten", []), ("linear", [5, 784])], ["--learner", "protonet"],
      "layers: --learner protonet trains the layers before the last, and none of them has weights"),
     (lambda layers: [("swish", []), *layers], [],
@@ -67,6 +65,6 @@ def test_layers_that_can_not_be_trained(change, flags, line, monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     layers = omniglot_train.layers
     monkeypatch.setattr(omniglot_train, "layers", lambda args: change(layers(args)))
-    with refused(line):
+    with refused(line) as caught:
         omniglot_train.main(["--synthetic", "--device", "cpu", *flags])
-    assert not list(tmp_path.iterdir())
+    assert "a larger --imgsz" not in str(caught.value) and not list(tmp_path.iterdir())
