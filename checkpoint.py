@@ -7,8 +7,6 @@
      "best": {"weights", "step", "val_accuracy"} or None,    what best.pt holds
      "log_bytes": 12345, "minutes": 1.5,        size of the log, time in training
      "experiment": {...}}              settings and data
-
-It holds numbers and tensors, no code: `torch.load(path, weights_only=True)` reads it.
 """
 
 import io
@@ -27,9 +25,6 @@ from meta import Meta
 from tasks import Sampler, tree_map
 
 UNUSABLE = "is damaged, or belongs to another program, run or network"  # a file that can't be used
-ELSEWHERE = {"device": "resume it on the kind of device that it was on",  # where an experiment differs by its place
-             "images on": "resume it on the kind of machine that it was on",
-             "data": "restore the run's images"}
 
 
 def write(path: Path, value: dict) -> None:
@@ -100,12 +95,12 @@ def restore(path: Path, saved: dict, experiment: dict, maml: Meta, sampler: Samp
         for name, value in experiment.items():
             other = saved["experiment"].get(name)
             if repr(other) != repr(value):
-                difference, first = f"{name} {other}, and here it is {value}", ELSEWHERE.get(name, "put it back")
+                difference = f"{name} {other}, and here it is {value}; restore that"
                 if name == "data":
                     here, there = _by_split(value), _by_split(other)
                     differing = ", ".join(key for key in here | there if here.get(key) != there.get(key))
-                    difference = f"data of other classes or sizes than these ({differing})"
-                raise UserError(f"{path} is of a run with {difference}; {first}, or {remedy}")
+                    difference = f"data of other classes or sizes than these ({differing}); restore the run's images"
+                raise UserError(f"{path} is of a run with {difference}, or {remedy}")
         step, updates, best = int(saved["step"]), int(saved["updates"]), saved["best"]
         if not 0 <= updates <= step < 2**31:
             raise ValueError("impossible counts")

@@ -56,7 +56,7 @@ def load(run: str | os.PathLike, weights: str | None = None, device: str = "cpu"
     script, args = settings_of(run, f"--device={device}")
     torch_device = select_device(args.device)
     with reading(run / "args.json", wrong="is not what a run writes"):
-        net = Learner(record.recorded_layers(run) or script.layers(args), args.imgc, args.imgsz)
+        net = Learner(record.read_args(run).get("layers") or script.layers(args), args.imgc, args.imgsz)
     name = (weights or args.test_weights).removesuffix(".pt")
     names = sorted(file.stem for file in run.glob("*.pt") if file.stem.startswith(("best", "last", "weights")))
     remedy = f"weights can be {', '.join(names)}" if names else f"{run} has no weights yet"

@@ -26,7 +26,7 @@ from learner import Learner
 
 WRITTEN = ("args.json", "*.pt", "result.png", "result.json", "timing.json")  # files that are written whole
 PER_TASK = ("within", "between", "nc1", "cdnv", "directional_cdnv", "ncc_accuracy")  # what log.jsonl keeps per task
-REMEDY = "free space or fix the permissions there, then continue with --resume"
+REMEDY = "free space or fix the permissions there; --resume continues a run"
 
 
 # ---- the folder
@@ -66,23 +66,17 @@ def write_args(out: Path, settings: dict, steps: int, layers: list, data: dict, 
 
 def _commit() -> str | None:
     """The commit of this code, with "+" where files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+",
-               "--exclude=*"]  # no tags: the hash alone
+    command = "git describe --always --abbrev=40 --dirty=+ --exclude=*".split()  # no tags: the hash alone
     with contextlib.suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
     return None
-
-
-def recorded_layers(run: Path) -> list | None:
-    """The network's layers; older versions recorded none."""
-    return _args(run).get("layers")
 
 
 def check_network(run: Path, net: Learner) -> None:
     """Raise a UserError that names the first layer that differs, if the run recorded another network."""
     with reading(run / "args.json", wrong="is not what a run writes"):
         layers = json.loads(json.dumps(net.config))  # tuples become lists
-        for i, (then, now) in enumerate(itertools.zip_longest(recorded_layers(run) or layers, layers)):
+        for i, (then, now) in enumerate(itertools.zip_longest(read_args(run).get("layers") or layers, layers)):
             if then != now:
                 then, now = (f"{layer[0]}{layer[1]}" if layer else "absent" for layer in (then, now))
                 raise UserError(f"{run / 'args.json'}: layer {i} was {then} in the run and is {now} here; use the code "
@@ -91,20 +85,28 @@ def check_network(run: Path, net: Learner) -> None:
 
 def complete(out: Path, epoch: int) -> bool:
     """Whether the run is finished and no other --epoch is requested."""
-    return os.path.exists(out / "result.json") and _args(out)["settings"]["epoch"] == epoch
+    return os.path.exists(out / "result.json") and read_args(out)["settings"]["epoch"] == epoch
 
 
-def resumed(out: Path, epoch: int, step: int, steps: int) -> None:
-    """Prepare a run's folder for resuming; a UserError if the run has taken more than `steps` meta-steps already.
+def resumed(out: Path, epoch: int, step: int, steps: int, log_bytes: int) -> None:
+    """Prepare a run's folder for resuming.
 
     The result is removed and, if training continues, last.pt and what was measured on it. args.json gets the new
     --epoch; nothing else there changes.
+
+    Raises:
+        UserError: the run has taken more than `steps` meta-steps, or its log is shorter than `log_bytes`.
     """
+    log = out / "log.jsonl"
+    size = os.path.getsize(log) if os.path.exists(log) else 0
+    if size < log_bytes:
+        raise UserError(f"{log} is missing or cut: {size:,} of the {log_bytes:,} bytes that the checkpoint counts; "
+                        "put it back")
     if step > steps:
         raise UserError(f"--epoch {epoch} ends the run after {steps:,} meta-steps, and it has taken {step:,} already")
     if devices.rank() > 0:
         return
-    recorded = _args(out)
+    recorded = read_args(out)
     patterns = ["result.json", "timing.json"]  # before args.json: a run with a result is complete
     if step < steps:
         patterns += ["last.pt", "controls*.json", "test-*.json"]
@@ -118,19 +120,15 @@ def resumed(out: Path, epoch: int, step: int, steps: int) -> None:
         write_json(out / "args.json", recorded)
 
 
-def data_name(out: Path) -> str:
-    """The name that the run's data had when it was started."""
-    return str(_args(out).get("data", {}).get("name"))
+def read_args(run: Path) -> dict:
+    """What args.json holds; "layers" is missing in older ones."""
+    return json.loads((run / "args.json").read_text(encoding="utf-8"))
 
 
-def _args(out: Path) -> dict:
-    return json.loads((out / "args.json").read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, value: dict, remedy: str = REMEDY) -> None:
+def write_json(path: Path, value: dict) -> None:
     """Write `value`, whole or not at all; with several processes, only the first writes."""
     if devices.rank() == 0:
-        with atomic(path, "w", remedy) as file:
+        with atomic(path, "w", REMEDY) as file:
             json.dump(value, file, indent=1)
             file.write("\n")
 
@@ -141,7 +139,7 @@ def other_images(run: Path, args: argparse.Namespace) -> str:
     Every --root of Omniglot has the same images. Another --root has other photographs if the run's own is still there.
     """
     flag = "root" if args.data is None else "data"
-    here, own = getattr(args, flag), _args(run)["settings"].get(flag)
+    here, own = getattr(args, flag), read_args(run)["settings"].get(flag)
     other = not same_place(here, own)
     if flag == "root":
         other = other and args.script == "miniimagenet_train" and not args.synthetic and os.path.isdir(str(own))
@@ -151,7 +149,7 @@ def other_images(run: Path, args: argparse.Namespace) -> str:
 def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
     """Write the result of a later test to a file named after its settings; remove what a killed test left."""
     name = f"test-{args.test_tasks}tasks-{args.k_qry_test}qry-{args.update_step_test}steps"
-    if args.k_spt != _args(run)["settings"]["k_spt"]:
+    if args.k_spt != read_args(run)["settings"]["k_spt"]:
         name += f"-{args.k_spt}shot"
     if args.test_weights == "last":
         name += "-last"
@@ -160,7 +158,7 @@ def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
     path = run / f"{name}{other_images(run, args)}.json"
     if devices.rank() == 0:
         remove_stale(run, path.name)  # not other names: another test may be writing its own
-        write_json(path, result, "free space or fix the permissions there, then test again")
+        write_json(path, result)
     say(f"written to {path}")
 
 
@@ -178,14 +176,6 @@ def draw_figure(out: Path) -> None:
 
 
 # ---- the log
-
-
-def check_log(path: Path, keep: int) -> None:
-    """Raise a UserError if the log is missing or shorter than `keep` bytes."""
-    size = os.path.getsize(path) if os.path.exists(path) else 0
-    if size < keep:
-        raise UserError(f"{path} is missing or cut: {size:,} of the {keep:,} bytes that the checkpoint counts; "
-                        "put it back")
 
 
 class Log:

@@ -159,7 +159,7 @@ class _Run:
         remedy = f"start again: {self.repeat}"
         saved = None if args.resume is None else checkpoint.read(path, self.device, f"put it back, or {remedy}")
         if saved is not None and args.data is not None:  # the folder may have another name now
-            name = record.data_name(out)
+            name = str(record.read_args(out).get("data", {}).get("name"))
             dataset = data.dataset = replace(dataset, name=lambda: name)
         train_images, self.held_out = data.load("train"), data.load("val")
         data.read("test")  # a fault in them is reported before training
@@ -180,8 +180,7 @@ class _Run:
         else:
             self.best, self.minutes, self.log_bytes = checkpoint.restore(path, saved, self.experiment, maml,
                                                                          self.sampler, remedy)
-            record.check_log(out / "log.jsonl", self.log_bytes)  # before anything is removed
-            record.resumed(out, args.epoch, maml.step, self.steps)
+            record.resumed(out, args.epoch, maml.step, self.steps, self.log_bytes)
             if self.best is not None:
                 checkpoint.write(out / "best.pt", self.best)
 
