@@ -11,7 +11,6 @@
 
 import io
 import math
-import os
 import zipfile
 from pathlib import Path
 
@@ -58,12 +57,10 @@ def load_weights(path: Path, net: Learner, device: torch.device, remedy: str) ->
     Returns:
         The number of meta-steps that the weights had seen, and their validation accuracy (weights-STEP.pt: NaN).
     Raises:
-        UserError: the file is missing (the line ends in `remedy`), damaged, or of another network.
+        UserError: the file is missing, damaged, or of another network; the line ends in `remedy`.
     """
-    if not os.path.exists(path):
-        raise UserError(f"{path} is missing: {remedy}")
-    saved = read(path, device, "train again")
-    with reading(path, "train again", UNUSABLE):
+    saved = read(path, device, remedy)
+    with reading(path, remedy, UNUSABLE):
         net.load_state_dict({name: weight for name, weight in saved["weights"].items()
                              if net.classes is not None or not name.startswith("classes.")})
         return int(saved["step"]), float(saved.get("val_accuracy", math.nan))

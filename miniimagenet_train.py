@@ -26,6 +26,7 @@ DEFAULTS = {
     "synthetic_tasks": {"eval_tasks": 10, "test_tasks": 20},
 }
 PAPER = {  # Finn, Abbeel, Levine 2017, appendix A.1, and the paper's code; epoch counts tasks
+    # clip: the code sums the loss over 75 queries, divides by k_spt and clips at 10
     (5, k_spt): {
         "epoch": 240000, "net": "paper", "pixels": "unit", "task_num": 4, "k_qry": 15, "k_qry_test": k_spt,
         "update_lr": 0.05, "update_step": 5, "update_step_test": 10, "meta_lr": 1e-3, "clip": round(10 * k_spt / 75, 3),

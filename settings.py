@@ -136,8 +136,7 @@ def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
     choice("transductive", True, "validate, and choose the best weights, with batch norm over the whole query set; "
            "--no-transductive: over one query and the support set. A test reports both accuracies, the second of one "
            "query per class, or of all with --no-transductive")
-    flag("clip", 0.0, "clip each value of the outer gradient to -CLIP..CLIP; 0: none. On miniImageNet the paper's "
-         "code sums the loss over 75 queries, divides by K_SPT and clips at 10: 0.133 here in 1-shot, 0.667 in 5-shot")
+    flag("clip", 0.0, "clip each value of the outer gradient to -CLIP..CLIP; 0: none")
     choice("skip_nonfinite", False, "skip an update whose loss or gradient is not finite, and count it, instead of "
            "stopping there")
     flag("root", None, "folder of the data")

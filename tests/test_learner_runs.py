@@ -2,12 +2,13 @@
 
 import json
 import os
+from pathlib import Path
 
 import kill
 import pytest
 import torch
 from data_files import write_classes
-from test_resume import TINY, refused, resume, small, stop_at, train, whole  # noqa: F401
+from test_resume import TINY, refused, resume, same, small, stop_at, train, whole  # noqa: F401
 
 import meta
 import miniimagenet_train
@@ -18,19 +19,21 @@ from baselines import BASELINES
 from meta import Meta
 from tasks import with_rotations
 
-FLAGS = {"anil": ["--learner", "anil"], "boil": ["--learner", "boil"], "protonet": ["--learner", "protonet"],
-         "classifier": ["--learner", "classifier"], "cosine": ["--lr_schedule", "cosine"],
-         "not transductive": ["--no-transductive", "--keep_every", "3"]}
+FLAGS = {**{name: ["--learner", name] for name in ("anil", "boil", "protonet", "classifier")},
+         "cosine": ["--lr_schedule", "cosine"], "not transductive": ["--no-transductive", "--keep_every", "3"]}
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 def test_stopped_and_resumed(flags, tmp_path, monkeypatch):
-    whole = tmp_path / "whole"
-    omniglot_train.main([*TINY, *flags, "--out", str(whole)])
+    whole = train(tmp_path / "whole", *flags)
     stopped = stop_at(monkeypatch, tmp_path / "stopped", "__call__", 6, flags=[*TINY, *flags])
     resume(stopped)
-    assert not kill.differences(kill.state(whole), kill.state(stopped))
+    same(whole, stopped)
     if "cosine" in flags:
         said = refused("--resume", str(whole), "--epoch", "20")
         assert said.startswith("--epoch 20: the run's cosine ends at 8") and str(whole / "args.json") in said
@@ -41,14 +44,12 @@ def test_measuring_more_queries_changes_no_bit(learner, tmp_path, monkeypatch):
     """--nc_every 0 measures nothing, also with an --nc_every_late, which --recipe paper sets."""
     monkeypatch.setattr(meta, "LATE", 4)
     weights, measured = [], []
-    for name, flags in (("none", ["--nc_every", "0", "--nc_every_late", "2"]), ("all", ["--nc_every", "1"])):
-        out = tmp_path / name
-        omniglot_train.main([*TINY, "--k_qry", "1", "--learner", learner, *flags, "--nc_qry", "3", "--out", str(out)])
-        last = torch.load(out / "last.pt", weights_only=True)
+    for flags in ("--nc_every 0 --nc_every_late 2", "--nc_every 1"):
+        run = train(tmp_path / flags, *f"--k_qry 1 --learner {learner} {flags} --nc_qry 3".split())
+        last = torch.load(run / "last.pt", weights_only=True)
         weights.append(last["weights"])
-        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        measured.append([row["step"] for row in rows if row.get("classes") == "train"])
-        *_, validation = (row for row in rows if row["kind"] == "val")
+        measured.append([row["step"] for row in rows(run) if row.get("classes") == "train"])
+        *_, validation = (row for row in rows(run) if row["kind"] == "val")
         own_rule = validation["acc"][-1] if learner == "maml" else validation["nearest_mean"][0]
         assert last["val_accuracy"] == pytest.approx(own_rule, abs=1e-5)
     assert not kill.differences(*weights)
@@ -73,8 +74,7 @@ def test_the_classifier_learns_the_training_class_of_each_label(tmp_path, monkey
 
 
 def test_weights_that_are_kept_and_tested(tmp_path):
-    run = tmp_path / "run"
-    omniglot_train.main([*TINY, "--keep_every", "3", "--test_weights", "last", "--out", str(run)])
+    run = train(tmp_path / "run", "--keep_every", "3", "--test_weights", "last")
     assert sorted(path.name for path in run.glob("weights-*.pt")) == ["weights-0.pt", "weights-3.pt", "weights-6.pt"]
     result = json.loads((run / "result.json").read_text())
     assert result["last_step"] == 8 and result["test"]["inner_steps"] == result["test_nontransductive"]["inner_steps"]
@@ -90,22 +90,19 @@ def test_weights_that_are_kept_and_tested(tmp_path):
 
 def test_testing_on_other_images_needs_only_their_test_split(tmp_path):
     """Fewer classes and images than the run was trained with."""
-    flags = "--device cpu --n_way 2 --k_qry 2 --task_num 1 --epoch 1 --eval_tasks 2 --test_tasks 2 --nc_every 0".split()
     write_classes(tmp_path / "many", 12)
-    for split, classes, images in (("train", 1, 2), ("val", 1, 2), ("test", 2, 2)):
-        write_classes(tmp_path / "few" / split, classes, count=images, name=split)
-    run = tmp_path / "run"
-    omniglot_train.main([*flags, "--learner", "classifier", "--data", str(tmp_path / "many"), "--data_name", "mine",
-                         "--out", str(run)])
+    for split, classes in (("train", 1), ("val", 1), ("test", 2)):
+        write_classes(tmp_path / "few" / split, classes, count=2, name=split)
+    own = "--no-synthetic --learner classifier --data_name mine --nc_every 0 --data"
+    run = train(tmp_path / "run", *own.split(), str(tmp_path / "many"))
     other = ["--test", str(run), "--data", str(tmp_path / "few"), "--k_qry_test", "1"]
     omniglot_train.main([*other, "--task_chunk", "1"])
-    result, = run.glob(f"test-2tasks-1qry-10steps-{tmp_path.name}_few.json")
+    result, = run.glob(f"test-6tasks-1qry-1steps-{tmp_path.name}_few.json")
     assert json.loads(result.read_text())["data"] == "images in few"
     omniglot_train.main([*other, "--data_name", "other"])
-    assert json.loads((run / "test-2tasks-1qry-10steps-other.json").read_text())["data"] == "other"
+    assert json.loads((run / "test-6tasks-1qry-1steps-other.json").read_text())["data"] == "other"
     omniglot_train.main(["--test", str(run)])
-    again, result = (json.loads((run / name).read_text()) for name in ("test-2tasks-2qry-10steps.json", "result.json"))
-    assert again == result
+    assert (run / "test-6tasks-2qry-1steps.json").read_text() == (run / "result.json").read_text()
 
 
 @pytest.mark.slow
@@ -117,8 +114,7 @@ def test_flags_reach_meta_and_torch(tmp_path, monkeypatch, whole):
     assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     one, two, none = (kill.state(folder)["weights"] for folder in (tmp_path / "clipped", run, whole))
     assert kill.differences(one, none) and not kill.differences(two, none)
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if row.get("classes") == "train"] == [0, 1, 2, 3, 6]
+    assert [row["step"] for row in rows(run) if row.get("classes") == "train"] == [0, 1, 2, 3, 6]
     train(tmp_path / "other", "--epoch", "1")
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -131,7 +127,6 @@ def test_recipes():
     five, twenty = parsed("--recipe", "paper"), parsed("--recipe", "paper", "--n_way", "20", "--k_spt", "5")
     assert (five.update_lr, five.update_step, five.update_step_test, five.task_num, five.k_qry) == (2.0, 1, 3, 32, 1)
     assert (twenty.update_lr, twenty.update_step, twenty.task_num, twenty.k_qry, twenty.net) == (2.0, 5, 16, 5, "paper")
-    assert parsed("--recipe", "paper", "--update_lr", "0.5").update_lr == 0.5
     mini = parsed("--recipe", "paper", script=miniimagenet_train)
     assert (mini.update_lr, mini.clip, mini.k_qry, mini.k_qry_test, mini.pixels) == (0.05, 0.667, 15, 5, "unit")
     assert settings.meta_steps(mini) == settings.meta_steps(five) == 60_000

@@ -166,8 +166,8 @@ def test_a_longer_run_is_the_longer_run(whole, tmp_path, monkeypatch, capsys):
     stop_at(monkeypatch, run, "__call__", 2, flags=["--resume", str(run), "--epoch", "8"])
     assert f"removed from {run}, as the run continues: {', '.join(results)}\n" in capsys.readouterr().out
     assert not any((run / name).exists() for name in results)
-    assert "last.pt is missing: put it back, test others" in refused("--test", str(run), "--test_weights", "last")
-    with pytest.raises(UserError, match="last.pt is missing: weights can be best"):
+    assert "last.pt: No such file or directory; put it back" in refused("--test", str(run), "--test_weights", "last")
+    with pytest.raises(UserError, match="last.pt: No such file or directory; weights can be best"):
         predict.load(run, "last")
     resume(run)
     same(run, whole)
@@ -302,7 +302,7 @@ def test_a_run_without_its_log_checkpoint_or_weights_stays_as_it_is(whole, tmp_p
     said = refused("--resume", str(run), "--epoch", "99")
     assert "checkpoint.pt: No such file or directory; put it back, or start again" in said
     (run / "best.pt").unlink()
-    assert "best.pt is missing: put it back, test others with --test_weights" in refused("--test", str(run))
+    assert "best.pt: No such file or directory; put it back, test others" in refused("--test", str(run))
 
 
 # ---- two at once
