@@ -94,9 +94,10 @@ def restore(path: Path, saved: dict, experiment: dict, maml: Meta, sampler: Samp
             if repr(other) != repr(value):
                 difference = f"{name} {other}, and here it is {value}; restore that"
                 if name == "data":
-                    here, there = _by_split(value), _by_split(other)
-                    differing = ", ".join(key for key in here | there if here.get(key) != there.get(key))
-                    difference = f"data of other classes or sizes than these ({differing}); restore the run's images"
+                    differing = [f"{key} of {split}" for split, sizes in value["splits"].items() for key in sizes
+                                 if sizes[key] != other["splits"][split][key]]
+                    difference = (f"data of other classes or sizes than these ({', '.join(differing)}); restore the "
+                                  "run's images")
                 raise UserError(f"{path} is of a run with {difference}, or {remedy}")
         step, updates, best = int(saved["step"]), int(saved["updates"]), saved["best"]
         if not 0 <= updates <= step < 2**31:
@@ -114,9 +115,3 @@ def restore(path: Path, saved: dict, experiment: dict, maml: Meta, sampler: Samp
         if maml.updates.is_cuda:
             torch.cuda.set_rng_state(saved["cuda_generator"].cpu(), maml.updates.device)
         return best, float(saved["minutes"]), int(saved["log_bytes"])
-
-
-def _by_split(data: dict) -> dict:
-    """A run's description of its data as one level: "classes of train" and so on."""
-    return {key: value for key, value in data.items() if key != "splits"} | {
-        f"{key} of {split}": value for split, sizes in data["splits"].items() for key, value in sizes.items()}
