@@ -83,11 +83,6 @@ def check_network(run: Path, net: Learner) -> None:
                                 "that made the run")
 
 
-def complete(out: Path, epoch: int) -> bool:
-    """Whether the run is finished and no other --epoch is requested."""
-    return os.path.exists(out / "result.json") and read_args(out)["settings"]["epoch"] == epoch
-
-
 def resumed(out: Path, epoch: int, step: int, steps: int, log_bytes: int) -> None:
     """Prepare a run's folder for resuming.
 

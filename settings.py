@@ -275,11 +275,6 @@ def recorded_settings(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name not in MODES}
 
 
-def experiment(args: argparse.Namespace) -> dict:
-    """The settings that a checkpoint must share with the run that resumes from it."""
-    return {name: value for name, value in vars(args).items() if name not in (*MODES, *MAY_CHANGE["resume"], "out")}
-
-
 def meta_steps(args: argparse.Namespace) -> int:
     """How many meta-steps the run takes: --epoch counts meta-steps, or tasks on miniImageNet, as in the original."""
     return args.epoch if args.script == "omniglot_train" else args.epoch // args.task_num

@@ -39,7 +39,7 @@ from files import UserError, progress, quoted
 from learner import Learner
 from meta import Adapted, Meta, Step
 from record import Log, numbers, percent, say
-from settings import check, experiment, meta_steps, recorded_settings
+from settings import MAY_CHANGE, check, meta_steps, recorded_settings
 from tasks import Dataset, Sampler, cat, with_rotations
 
 VAL_SEED, TEST_SEED = 1, 2  # of the held-out tasks: the same in every run, so that runs can be compared
@@ -78,7 +78,8 @@ def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
 def _train(maml: Meta, data: "Data") -> None:
     args, net = data.args, maml.net
     with record.lock_run(args) as out:
-        if args.resume is not None and record.complete(out, args.epoch):
+        finished = args.resume is not None and (out / "result.json").exists()
+        if finished and record.read_args(out)["settings"]["epoch"] == args.epoch:
             return say(f"{out} is complete; a larger --epoch adds steps, --test {quoted(out)} tests it again")
         run = _Run(maml, data, out)
         flags = ", ".join(f"{name}={value}" for name, value in recorded_settings(args).items())
@@ -170,13 +171,15 @@ class _Run:
         description = {"name": dataset.name(), "synthetic": args.synthetic, "splits": {
             split: {"classes": classes, "images_per_class": count, "classes_digest": dataset.digest(split)}
             for split, (classes, count) in dataset.sizes().items()}}
-        self.experiment = experiment(args) | {
+        recorded = recorded_settings(args)
+        kept = {name: value for name, value in recorded.items() if name not in (*MAY_CHANGE["resume"], "out")}
+        self.experiment = kept | {  # what a checkpoint shares with the run that resumes from it
             "data": description, "device": self.device.type, "images on": train_images.device.type}
         self.started = time.perf_counter()
         if saved is None:
             self.save()  # before args.json: a folder with args.json is a run, and a run has a checkpoint
-            record.write_args(out, recorded_settings(args), self.steps, maml.net.config,
-                              description | {"found": dataset.found()}, self.device)
+            record.write_args(out, recorded, self.steps, maml.net.config, description | {"found": dataset.found()},
+                              self.device)
         else:
             self.best, self.minutes, self.log_bytes = checkpoint.restore(path, saved, self.experiment, maml,
                                                                          self.sampler, remedy)
