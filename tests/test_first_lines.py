@@ -53,7 +53,7 @@ def test_a_pipe_whose_reader_has_ended_is_no_error():
 
 
 @pytest.mark.parametrize("change, flags, line", [
-    (lambda layers: layers[:-1], [], "layers: the last layer is flatten[]; with --n_way 5 it must be linear[5, feat"),
+    (lambda layers: [*layers, ("relu", [True])], [], "layers: the last layer is relu[True]; with --n_way 5 it must be"),
     (lambda layers: layers[:-1], ["--head_std", "1"], "layers at --imgsz 28: head_std: the last layer is not linear"),
     (lambda layers: [*layers[:-1], ("linear", [8, 64])], [], "is linear[8, 64]; with --n_way 5 it must be linear[5, "),
     (lambda layers: [("flatten", []), ("linear", [5, 784])], ["--learner", "protonet"],
@@ -66,5 +66,5 @@ def test_layers_that_can_not_be_trained(change, flags, line, monkeypatch, tmp_pa
     layers = omniglot_train.layers
     monkeypatch.setattr(omniglot_train, "layers", lambda args: change(layers(args)))
     with refused(line) as caught:
-        omniglot_train.main(["--synthetic", "--device", "cpu", *flags])
+        omniglot_train.main([*"--synthetic --device cpu --epoch 1 --eval_tasks 2".split(), *flags])
     assert "a larger --imgsz" not in str(caught.value) and not list(tmp_path.iterdir())
