@@ -164,7 +164,7 @@ def listing(folder: Path) -> list[str]:
 def refused(*words: str):
     """The block raises a UserError of one line that holds all `words`."""
     with pytest.raises(UserError) as caught:
-        yield
+        yield caught
     text = str(caught.value)
     assert all(word in text for word in words), text
     assert "\n" not in text and "object at 0x" not in text
