@@ -204,18 +204,18 @@ class _Run:
     def loop(self) -> None:
         args, maml = self.args, self.maml
         for step in range(maml.step, self.steps):
-            check = self.device.type == "cpu" or step % CHECK_EVERY == 0
+            checks = self.device.type == "cpu" or step % CHECK_EVERY == 0
             show = step % args.print_every == 0
             if args.save_every and step % args.save_every == 0:
                 self.save()
-            if check:
+            if checks:
                 self.signals.check(self.device)
             if step % args.eval_every == 0:
                 self.validate()
             if args.keep_every and step % args.keep_every == 0:
                 self.save_weights(f"weights-{step}.pt")
             result = self.meta_step(every_step=show)
-            if check or show or result.metrics:
+            if checks or show or result.metrics:
                 self.stop_if_not_finite()
                 self.report(step, result, show)
             self.bar.update()
