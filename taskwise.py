@@ -260,7 +260,7 @@ def _as_groups(x):  # [T, N, h, w, c] -> [N, T*c, h, w], in channels-last memory
 
 
 def _apart(y, tasks):  # the inverse
-    return y.permute(0, 2, 3, 1).unflatten(3, (tasks, -1)).permute(3, 0, 1, 2, 4).contiguous()
+    return y.permute(0, 2, 3, 1).unflatten(3, (tasks, -1)).permute(3, 0, 1, 2, 4)
 
 
 def _kernels(weight):  # [T, o, c, k, k] -> [T*o, c, k, k], in channels-last memory
