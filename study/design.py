@@ -56,7 +56,7 @@ SETTINGS = {setting.name: setting for setting in (
           ("omniglot-loop", "MAML, inner loop and classifier as on Omniglot", 1,
            "--epoch 40000 --update_step 1 --update_lr 2 --update_step_test 3 --spatial_mean --head_std 1"),
           ("large-step", "MAML, 5 inner steps at rate 0.5", 1, "--epoch 28000 --update_lr 0.5"),
-          ("large-body-step", "MAML, 5 inner steps at rate 0.5, the classifier's 0.05", 1,
+          ("large-body-step", "MAML, 5 inner steps at rate 0.5, the classifier's 0.05", 2,
            "--epoch 28000 --update_lr 0.5 --head_lr 0.05"),
           ("slow-head", "MAML, the classifier's inner rate 0.005", 2, "--epoch 28000 --head_lr 0.005"),
           ("equal-rows", "MAML, classifier from N(0, 0.001²)", 2, "--epoch 28000 --head_std 0.001"),
