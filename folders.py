@@ -87,9 +87,12 @@ def _around_classes(folder: Path) -> Path:
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """Split -> its folder, for each split that has one."""
+    """Split -> its folder, for each split that has one. Two of a split, such as val and validation, are refused."""
     folders = {entry.name.lower(): Path(entry) for entry in images.subfolders(root)}
-    return {split: folders[name] for split, names in NAMES.items() for name in names if name in folders}
+    parts = {split: [folders[name] for name in names if name in folders] for split, names in NAMES.items()}
+    listed([" and ".join(map(str, paths)) for paths in parts.values() if len(paths) > 1],
+           "there are two folders of one split", "move one away")
+    return {split: paths[0] for split, paths in parts.items() if paths}
 
 
 def split_classes(parts: dict[str, Path]) -> Splits:

@@ -179,6 +179,22 @@ def dataset(find: Callable[[], ImageSet], name: Callable[[], str], channels: int
                    lambda: find().summary, lambda split: find().counts(split), lambda split: find().digest(split))
 
 
+def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int) -> torch.Tensor:
+    """`images`, the result of `dataset.load`, if they are what a Dataset promises; a UserError if not."""
+    where = f"the {split} split of {dataset.name()}"
+    (classes, least), counts = dataset.sizes()[split], dataset.counts(split)
+    expected = (classes, max(counts) if counts else least, dataset.channels, imgsz, imgsz)
+    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
+        raise UserError(f"{where}: load gives {getattr(images, 'dtype', type(images).__name__)} and must give uint8 in "
+                        "0..255, which is scaled and normalised later: (255 * images).round().to(torch.uint8) of 0..1")
+    if images.shape != expected or counts and (len(counts), min(counts)) != (classes, least):
+        raise UserError(f"{where}: load gives the shape {list(images.shape)}; sizes, {classes} classes of {least}, "
+                        f"counts, channels and --imgsz say {list(expected)}; make them agree")
+    if images.max() <= 1:
+        raise UserError(f"{where}: load gives only pixels 0 and 1 and must give 0..255; multiply them by 255")
+    return images
+
+
 # ---- names and files
 
 
@@ -226,6 +242,8 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str, channels: int, img
     Raises:
         UserError: it can't be decoded, is truncated, or has more pixels than PIL takes; the line begins with `name`.
     """
+    if not isinstance(data, Image.Image) and not len(data):
+        raise UserError(f"{name} is empty")
     with reading(name, wrong="can't be decoded"):
         try:
             if isinstance(data, bytes):

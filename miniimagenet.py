@@ -162,7 +162,10 @@ def _rows(table: Path) -> list[tuple[int, str, str]]:
         if not {"filename", "label"} <= set(reader.fieldnames):
             raise UserError(f"the first line of {table} must be filename,label and is "
                             f"{short(','.join(reader.fieldnames))}")
-        return [(reader.line_num, normal(row["filename"] or ""), normal(row["label"] or "")) for row in reader]
+        rows = [(reader.line_num, normal(row["filename"] or ""), normal(row["label"] or "")) for row in reader]
+    listed([f"line {line}" for line, *texts in rows if not all(texts)], f"{table} lacks filename or label",
+           "write both there, or remove the lines")
+    return rows
 
 
 def _from_tables(root: Path, tables: dict[str, Path], folder: Path) -> tuple[Splits, str]:
@@ -226,10 +229,11 @@ class _Files:
         """Files with ImageNet's names, nXXXXXXXX_NUMBER.JPEG, for names nXXXXXXXXNNNNNNNN.
 
         In the CSV files of Ravi and Larochelle NNNNNNNN is a rank, from 1, among the numbers of the class's images. The
-        tools that make miniImageNet from ImageNet read it so. Other CSV files give the file's own NUMBER.
+        tools that make miniImageNet from ImageNet read it so. Other CSV files give the file's own NUMBER. Whichever of
+        the two finds all images is used; if both do, they must be the same images.
 
         Returns:
-            nXXXXXXXXNNNNNNNN -> files, and which of the two finds all images, in words.
+            nXXXXXXXXNNNNNNNN -> files, and which of the two it was, in words.
         """
         stems = {stem for _, stem, _ in map(_parts, names) if re.fullmatch(r"n\d{16}", stem)}
         numbers: dict[str, dict[int, list[Path]]] = {}  # class -> NUMBER -> files
@@ -239,10 +243,16 @@ class _Files:
         by_number = {f"{wnid}{number:08}": paths for wnid, files in numbers.items() for number, paths in files.items()}
         by_rank = {f"{wnid}{rank:08}": files[number] for wnid, files in numbers.items()
                    for rank, number in enumerate(sorted(files), start=1)}
-        for renamed, how in ((by_number, "number"), (by_rank, "rank")):
-            if stems and stems <= renamed.keys():
-                return renamed, f", ImageNet's names by {how}"
-        return {}, ""
+        fitting = {how: files for how, files in (("number", by_number), ("rank", by_rank)) if stems <= files.keys()}
+        if not stems or not fitting:
+            return {}, ""
+        for stem in sorted(stems) if len(fitting) > 1 else ():
+            if by_number[stem] != by_rank[stem]:
+                raise UserError(f"{stem} of the CSV files can be {by_number[stem][0].name} (by its number) or "
+                                f"{by_rank[stem][0].name} (by its rank among the class's numbers); rename the files as "
+                                "in the CSV files")
+        how, files = next(iter(fitting.items()))
+        return files, f", ImageNet's names by {how}"
 
 
 # ---- single tasks

@@ -12,6 +12,7 @@ import random
 import re
 import socket
 import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffl
         characters |= drawings(path)
     expected = sum(SPLITS.values())
     if len(characters) != expected:
-        counts = ", ".join(f"{count:,} in {path.name}" for path, count in chosen.items())
+        counts = ", ".join(_described(path, count) for path, count in chosen.items())
         raise UserError(f"{root} holds {len(characters):,} characters ({counts}) where Omniglot has {expected:,}; "
                         f"{_where(root)}")
     listed([f"{len(files)} of {name}" for name, files in sorted(characters.items()) if len(files) != DRAWINGS],
@@ -133,6 +134,15 @@ def _drawings(path: Path) -> dict[str, list[ImageFile]]:
                            if drawing.fullmatch(file.name))
 
 
+def _described(path: Path, count: int) -> str:
+    """How many characters a folder or zip file has; if none, which files it has instead."""
+    if count:
+        return f"{count:,} in {path.name}"
+    others = Counter(file.suffix for file in path.rglob("*") if file.is_file())
+    files = ", ".join(f"{count:,} {suffix}" for suffix, count in others.items())
+    return f"none in {path.name}" + (f", whose files are {files}" if files else "")
+
+
 def _where(root: Path, parts: Iterable[str] = PARTS) -> str:
     zips = " and ".join(f"{part}.zip" for part in parts)
     return f"put {zips} from {URL} into {root}, or use --synthetic, which needs no data"
@@ -154,7 +164,8 @@ def _download(root: Path, missing: list[str]) -> None:
             finally:
                 temporary.unlink(missing_ok=True)
     except Exception as error:  # URLError, a timeout, HTTPException, RuntimeError: wrong md5, a full disk
-        raise UserError(f"{' and '.join(missing)} of Omniglot: absent from {root}, and can't be downloaded "
+        present = "".join(f" ({part} is there)" for part in PARTS if part not in missing)
+        raise UserError(f"{' and '.join(missing)} of Omniglot: absent from {root}{present}, and can't be downloaded "
                         f"({str(error) or type(error).__name__}); {_where(root, missing)}") from error
     finally:
         socket.setdefaulttimeout(timeout)

@@ -11,6 +11,7 @@ import files  # first: the others do not parse on an older Python  # noqa: I001
 
 import argparse
 import os
+import warnings
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ class Model:
             support_labels: one per image; any hashable objects. Two different ones or more, and for MAML, ANIL and BOIL
                 n_way at most.
             transductive: normalise all queries together, as MAML's tests do. Answers then depend on the other queries,
-                which should be balanced over the classes.
+                which should be balanced over the classes; with fewer than n_way queries there is a warning.
         Raises:
             UserError: an image can't be read, labels and images don't fit, or an answer is not finite.
         """
@@ -112,6 +113,9 @@ class Model:
             raise UserError(f"there are {x_spt.shape[1]} support images and {len(labels)} labels; give one label per "
                             "image")
         y_spt = torch.tensor([[classes[label] for label in labels]], device=x_spt.device)
+        if transductive and 0 < total < len(classes):
+            warnings.warn(f"{total} queries of {len(classes)} classes are normalised together: their "
+                          "statistics mean little; leave transductive out", stacklevel=3)
         theta = dict(self.net.weights)
         for name in self.net.head:  # a row per class; nearest means need none
             rows = theta[name][:len(classes)]

@@ -36,6 +36,7 @@ import record
 from baselines import BASELINES
 from device import GraphedStep, Signals, Stopped
 from files import UserError, progress, quoted
+from images import check_images
 from learner import Learner
 from meta import Adapted, Meta, Step
 from record import Log, numbers, percent, say
@@ -115,7 +116,7 @@ class Data:
         """uint8 [class, image, c, h, w] on the host; of several processes, the first decodes the images for all."""
         if devices.rank() > 0:
             devices.wait()
-        images = self.dataset.load(split)
+        images = check_images(self.dataset.load(split), self.dataset, split, self.args.imgsz)
         if devices.rank() == 0:
             devices.wait()
         return images

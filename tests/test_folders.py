@@ -102,6 +102,7 @@ def no_folders(root: Path) -> None:
      ["has 6 class folders one level too deep, such as Greek/class 0; move them up into"]),
     (no_folders, ["0 class folders (4 images outside class folders)"]),
     (split_folders("train", "test"), ["has train, test and no val/"]),
+    (split_folders("train", "val", "valid", "test"), ["two folders of one split", "valid", "move one away"]),
     (lambda root: split_folders("train")(root) and [(root / split).mkdir() for split in ("val", "test")],
      ["the val split has no class with images"]),
     (lambda root: write_classes(root, 5, count=1), ["'class 0' in", "at least 2 images"]),

@@ -1,7 +1,8 @@
-"""Decoding and progress."""
+"""Decoding, progress, and what a Dataset promises."""
 
 import numpy as np
 import pytest
+import torch
 import tqdm
 from data_files import encode, load, refused
 from PIL import Image
@@ -9,6 +10,7 @@ from PIL import Image
 import files
 import images
 import miniimagenet
+import tasks
 
 
 def test_images_that_fit_into_no_memory(photos):
@@ -73,8 +75,8 @@ def test_what_is_no_image_is_refused():
         for part in (0.3, 0.7):
             with refused("some.png can't be decoded"):
                 decode(whole[:int(len(whole) * part)])
-    for data in (b"", encode(GREY, "EPS"), encode(GREY, "TIFF")):
-        with refused("some.png is none of JPEG"):
+    for data, words in ((b"", "empty"), (encode(GREY, "EPS"), "none of JPEG"), (encode(GREY, "TIFF"), "none of JPEG")):
+        with refused(f"some.png is {words}"):
             decode(data)
     small = encode(GREY, "GIF")
     with refused("some.png", "pixels"):
@@ -88,3 +90,23 @@ def test_what_takes_over_two_seconds_says_how_far_it_is(monkeypatch, capfd):
         assert list(files.progress(range(items), "reading", items, "files")) == list(range(items))
         said = [line.partition(",")[0] for line in capfd.readouterr().err.splitlines() if line]
         assert said == [f"reading: {done}/{items} files" for done in reported]
+
+
+PROMISED = torch.randint(256, (3, 4, 1, 8, 8), dtype=torch.uint8)
+
+
+def promising(counts: list[int] | None = None) -> tasks.Dataset:
+    return tasks.Dataset(lambda: "mine", 1, (0.0,), (1.0,), lambda: {"train": (3, 4)}, lambda split: PROMISED,
+                         counts=lambda split: counts)
+
+
+@pytest.mark.parametrize("loaded, counts, words", [
+    (PROMISED / 255, None, ["torch.float32", "must give uint8", "(255 * images)"]), (PROMISED.numpy(), None, ["uint8"]),
+    (PROMISED // 255, None, ["only pixels 0 and 1", "multiply them by 255"]),
+    (PROMISED[:2], None, ["[2, 4, 1, 8, 8]", "[3, 4, 1, 8, 8]", "make them agree"]), (PROMISED[:, :3], None, ["agree"]),
+    (PROMISED[..., :7], None, ["agree"]), (PROMISED.expand(3, 4, 3, 8, 8), None, ["channels"]),
+    (PROMISED, [4, 4, 3], ["3 classes of 4", "counts"]), (PROMISED, [4, 4], ["counts"])])
+def test_a_dataset_that_breaks_its_promise(loaded, counts, words):
+    with refused("the train split of mine", *words):
+        images.check_images(loaded, promising(counts), "train", 8)
+    assert images.check_images(PROMISED, promising(), "train", 8) is PROMISED

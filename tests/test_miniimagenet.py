@@ -179,6 +179,12 @@ def test_files_that_two_names_fit(photos):
         miniimagenet.find(photos)
 
 
+def test_imagenet_s_names_that_fit_by_number_and_by_rank(photos):
+    rename_images(photos, lambda wnid, i: (f"{wnid}_{2 * i + 1}.JPEG", f"{wnid}{(1, 3)[i % 2]:08}.jpg"))
+    with refused("by its number", "by its rank", "rename"):
+        miniimagenet.find(photos)
+
+
 # Faults
 
 
@@ -195,9 +201,11 @@ FAULTS = {  # what is wrong: how to make it so, the words that the line must hol
     "only in another class": (lambda root: same_names(root, "images/{label}", r"\1.png,\2") or
                               [path.unlink() for path in root.glob("images/*/3.png") if path.parent.name != "class1"],
                               ["train.csv, 2 of 12 images: line 5: '3.png' is not in"]),
-    "no image can be decoded": (lambda root: [path.write_bytes(b"text") for path in root.glob("images/p*")],
+    "no image can be decoded": (lambda root: [path.write_bytes(b"text" if path.name < "p1" else b"")
+                                              for path in root.glob("images/p*")],
                                 ["12 of the 12 images of the train split can't be used", "p02.png is none of",
-                                 "and 2 more; replace or convert them, or remove them from the CSV file"]),
+                                 "p12.png is empty", "and 2 more; replace or convert them, or remove them from the"]),
+    "no label": (lambda root: edit(root, r"p10\.png,\w+", "p10.png,"), ["train.csv lacks filename or label: line 3"]),
     "twice": (lambda root: edit(root, "p10.png", " p00.png"),
               ["train.csv, 1 of 12 images", "line 3: 'p00.png' is there twice"]),
 }

@@ -77,18 +77,27 @@ def test_splits_are_pinned_and_disjoint():
     assert digest.startswith("d8a3b8a32078ff2d")  # another split would make measured numbers incomparable
 
 
-@pytest.mark.parametrize("remove, words", [
-    (lambda root: (root / "images_background/Greek/character01/0001_01.png").unlink(),
-     ["3 of images_background/Greek/character01", "drawings than Omniglot's 4"]),
-    (lambda root: shutil.rmtree(root / "images_background/Greek/character01"),
-     ["5 characters (3 in images_background, 2 in images_evaluation)", "Omniglot has 6"]),
-    (lambda root: shutil.rmtree(root / "images_evaluation"),
-     ["images_evaluation of Omniglot: absent", "can't be downloaded"])])
-def test_what_is_missing_is_named(tmp_path, small_omniglot, remove, words):
+MISSING = {  # what is wrong: how to make it so, the words that the line must hold
+    "a drawing": (lambda root: (root / "images_background/Greek/character01/0001_01.png").unlink(),
+                  ["3 of images_background/Greek/character01", "drawings than Omniglot's 4"]),
+    "a character": (lambda root: shutil.rmtree(root / "images_background/Greek/character01"),
+                    ["5 characters (3 in images_background, 2 in images_evaluation)", "Omniglot has 6"]),
+    "a part": (lambda root: shutil.rmtree(root / "images_evaluation"),
+               ["images_evaluation of Omniglot: absent", "images_background is there", "can't be downloaded"]),
+    "PNG files": (lambda root: [path.rename(path.with_suffix(".jpg")) for path in root.rglob("images_eval*/**/*.png")],
+                  ["none in images_evaluation, whose files are 8 .jpg"]),
+}
+
+
+@pytest.mark.parametrize("fault", MISSING)
+def test_what_is_there_and_what_is_missing_are_named_and_the_zips_lead_out(tmp_path, small_omniglot, fault):
     write_folders(tmp_path, small_omniglot)
-    remove(tmp_path)
+    make, words = MISSING[fault]
+    make(tmp_path)
     with refused(*words, "put images_", "images_evaluation.zip from", "--synthetic"):
-        omniglot.find(tmp_path)
+        load(omniglot, tmp_path, "train", 28)
+    write_zips(tmp_path, small_omniglot)  # as advised
+    assert load(omniglot, tmp_path, "train", 28).shape[0] == 3
 
 
 @pytest.mark.parametrize("split", ["", "train"])

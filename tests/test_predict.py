@@ -99,6 +99,9 @@ def test_queries_together(runs, images, monkeypatch):
     model.args.update_step_test = 0
     expected = [["ka", 7, ("x",)][i] for i in model.net(as_input(images[4:], inverted=True)).argmax(1)]
     assert model.predict(images[:4], LABELS, images[4:], transductive=True) == expected
+    with pytest.warns(UserWarning, match="2 queries of 3 classes") as warned:
+        model.predict(images[:4], LABELS, images[4:6], transductive=True)
+    assert warned[0].filename == __file__
 
 
 @pytest.mark.parametrize("name, weights", [("last", None), ("best", "best"), ("weights-0", "weights-0.pt")])
