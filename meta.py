@@ -27,7 +27,7 @@ from tasks import Tasks, cat, chunked, chunks, tree_map
 
 LATE = 7_500  # the meta-step from which `nc_every_late` holds instead of `nc_every`
 NO_LIMIT = 2**31 - 1
-CACHED = 5 * 2**19  # on a CPU, values of the largest activation, of all tasks that go together (10 MB)
+SMALL, TOGETHER = 13 * 2**16, 5 * 2**21  # largest activation, in values: of a task that goes with others, of all
 
 
 class Step(NamedTuple):
@@ -211,15 +211,15 @@ class Meta:
     def _chunk_sizes(self, tasks: Tasks, trains: bool = False) -> tuple[int, int]:
         """How many tasks go together at most through the inner loop, and through the query pass.
 
-        On a GPU all; on a CPU small tasks, as many as the cache holds, and large ones singly (benchmarks/README.md).
+        On a GPU all; on a CPU several small tasks, and large ones singly (benchmarks/README.md).
         """
-        def size(x: Tensor, small: int) -> int:
-            values = x.shape[1] * max(map(math.prod, self.net.shapes))  # of the largest activation
-            fitting = CACHED // values if values <= small else 1
+        def size(x: Tensor) -> int:
+            values = x.shape[1] * max(map(math.prod, self.net.shapes))
+            fitting = TOGETHER // values if values <= SMALL else 1
             return min(fitting if x.device.type == "cpu" else NO_LIMIT, self.task_chunk or NO_LIMIT)
 
         all_images = trains and self.learner == "classifier"  # batch norm is over all of them
-        return NO_LIMIT if all_images else size(tasks.x_spt, 9 * 2**16), size(tasks.x_qry, 5 * 2**16)
+        return NO_LIMIT if all_images else size(tasks.x_spt), size(tasks.x_qry)
 
     def _metrics(self, query: int, tasks: Tasks | None, trajectory: Sequence[Weights], null: tuple | None):
         if tasks is not None:

@@ -145,7 +145,7 @@ def table(report: dict) -> str:
     for name in times[0]:
         rows = [one[name] for one in times]
         cells = [f"{one[name]['s']:.3g} s ({one[name]['s'] / one[THIS]['s']:.2f}x)" for one in times]
-        compiling = " to ".join(f"{most(row['first_s'] for row in rows):.0f}" for most in (min, max))
+        compiling = " to ".join(dict.fromkeys(f"{most(row['first_s'] for row in rows):.0f}" for most in (min, max)))
         lines.append(f"| {name} | {' | '.join(cells)} | {f'{compiling} s' if name == 'JAX' else '-'} |")
     return "\n".join([*lines, "", f"{report['machine']}; medians of {report['repeats']} rounds."])
 

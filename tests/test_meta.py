@@ -314,10 +314,9 @@ def test_finetune_leaves_everything_as_it_was_and_results_hold_no_graph():
 # ---- chunks by device ----
 
 @pytest.mark.parametrize("script, k_spt, k_qry, together", [
-    (omniglot_train, 1, 15, (32, 1)),  # a large query set goes singly
-    (omniglot_train, 1, 1, (32, 32)),  # the paper's training sizes
-    (omniglot_train, 5, 5, (8, 8)), (omniglot_train, 5, 15, (8, 1)), (miniimagenet_train, 5, 15, (1, 1))])
-def test_a_cpu_takes_as_many_tasks_together_as_stay_in_its_cache(script, k_spt, k_qry, together):
+    (omniglot_train, 1, 15, (100, 10)), (omniglot_train, 5, 5, (32, 32)),
+    (omniglot_train, 5, 19, (32, 1)), (miniimagenet_train, 5, 15, (1, 1))])  # large ones go singly
+def test_a_cpu_takes_small_tasks_together(script, k_spt, k_qry, together):
     maml = Meta(script.network(script.arguments([])))
     tasks = Tasks(*(torch.empty(2, 5 * k, 0) for k in (k_spt, k_spt, k_qry, k_qry)))
     for got, about in zip(maml._chunk_sizes(tasks), together, strict=True):
