@@ -5,6 +5,7 @@ folders below it, or for one folder there with all alphabets. A zip file is read
 downloaded.
 """
 
+import contextlib
 import functools
 import itertools
 import os
@@ -55,7 +56,10 @@ def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffl
             extra; a file can't be read.
     """
     root = Path(root)
-    missing = [part for part in PARTS if not _candidates(root, part)]
+    with reading(root, "name another folder with --root FOLDER"):
+        with contextlib.suppress(FileNotFoundError):
+            root.stat()  # glob passes over a folder that can't be read
+        missing = [part for part in PARTS if not _candidates(root, part)]
     if missing:
         if os.path.isfile(root):
             raise UserError(f"--root {root} is a file; name the folder that it is in")

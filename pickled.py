@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import images
-from files import note, reading
+from files import note, reading, short
 from images import ImageFile, normal
 
 REMEDY = "put the cache file there again, or the images as folders train/, val/ and test/ of class folders"
@@ -39,11 +39,17 @@ def read(path: Path, split: str) -> dict[str, list[ImageFile]]:
             labelled = [(label, index) for label, indices in content["class_dict"].items() for index in indices]
         elif content.keys() >= {"data", "labels"}:
             pixels = content["data"]
+            if len(content["labels"]) != len(pixels):
+                raise ValueError(f"{len(content['labels']):,} labels of {len(pixels):,} images")
             names = {number: name for name, number in content.get("catname2label", {}).items()}
             labelled = [(names.get(label, f"{split} {label}") if isinstance(label, (int, np.integer)) else label, index)
                         for index, label in enumerate(content["labels"])]  # another split's numbers are other classes
         else:
-            raise ValueError("it has neither image_data and class_dict nor data and labels")
+            raise ValueError(f"its keys are {', '.join(map(short, map(str, content)))}, and not image_data and "
+                             "class_dict, or data and labels")
+        indices = {index for _, index in labelled}
+        if len(indices) < len(labelled) or not indices <= set(range(len(pixels))):
+            raise ValueError(f"class_dict names an image twice, or one of {len(pixels):,} that isn't there")
         return images.by_class(
             (normal(str(label)), ImageFile(f"{path.name}/{index}", pixels[index].size, status.st_mtime_ns,
                                            f"image {index} of {path}", functools.partial(getitem, pixels, index)))

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
         raise UserError("--figure layers draws all layers; leave --layer out")
     if options.output is not None and options.output.suffix.lower() != ".png":
         raise UserError(f"-o {options.output}: name a file that ends in .png")
-    with matplotlib.style.context(figures.STYLE, after_reset=True):  # whatever the user's matplotlibrc says
+    with matplotlib.style.context(figures.STYLE, after_reset=True):  # not the user's matplotlibrc
         if options.runs:
             groups = read_groups(options.runs)
             for run, *_ in groups:

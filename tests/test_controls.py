@@ -168,7 +168,7 @@ def test_controls(tmp_path):
     (_, _, query), (_, _, alone), (logits, _, _) = (
         controls.scores_by_support(final, tasks._replace(x_qry=images), final.weights)
         for images in (tasks.x_qry, tasks.x_qry[:, 7:8], tasks.x_spt))
-    torch.testing.assert_close(query[:, 7:8], alone, rtol=1e-4, atol=1e-3)  # whatever the other queries are
+    torch.testing.assert_close(query[:, 7:8], alone, rtol=1e-4, atol=1e-3)  # the other queries change nothing
     torch.testing.assert_close(logits, final(tasks.x_spt), rtol=1e-4, atol=1e-3)  # normalised as the support set is
     assert shares(controls.BY_SUPPORT) == pytest.approx([share(query, tasks.y_qry)], 1e-4)
 

@@ -8,12 +8,18 @@ from data_files import encode, load, refused
 from PIL import Image
 
 import files
+import folders
 import images
 import miniimagenet
+import omniglot
 import tasks
 
 
-def test_images_that_fit_into_no_memory(photos):
+def test_requests_that_can_not_be(photos):
+    for find, flag in ((omniglot.find, "--root"), (miniimagenet.find, "--synthetic"),
+                       (lambda root: folders.find(root, Image.Resampling.BILINEAR), "--data")):
+        with refused("long" * 100, flag):
+            find(photos / ("long" * 100))
     with refused("memory", "--imgsz"):
         load(miniimagenet, photos, "train", 2_000_000)
 

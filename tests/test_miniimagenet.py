@@ -275,9 +275,11 @@ FORGED = Call(np.empty(0).__reduce__()[0], (np.ndarray, (0,), b"b"), (1, (12,), 
     ({"extra": Call(encode, ("text", "latin1"))}, "data_files.encode"),  # the name of an allowed function
     ({"extra": CODE}, "mkdir"), ({"extra": np.array([CODE], object)}, "mkdir"), ({"image_data": None}, "as a cache"),
     ({"image_data": FORGED}, "as a cache"),  # bytes that NumPy would follow as pointers, and crash
-    ({"class_dict": {"a": [0, 99]}}, "index 99 is out of bounds"),
-    ({"form": "labels", "labels": [99] * 13}, "index 12"),
-    (b"<!DOCTYPE html>", "as a cache"), (pickle.dumps({"data": []}), "has neither image_data"),
+    ({"class_dict": {"a": [0, 99]}}, "one of 12 that isn't there"),
+    ({"class_dict": {"a": [0, 1, 0]}}, "an image twice"),
+    ({"form": "labels", "labels": [99] * 13}, "13 labels of 12 images"),
+    ({"form": "labels", "labels": [1]}, "1 labels of 12 images"),
+    (b"<!DOCTYPE html>", "as a cache"), (pickle.dumps({"data": []}), "its keys are 'data', and not image_data"),
     (lambda whole: whole[:len(whole) // 2], "as a cache")])
 def test_pickles_that_are_no_caches_are_refused_and_nothing_is_run(photos, change, words, monkeypatch):
     cached(photos, **(change if isinstance(change, dict) else {}))
