@@ -1,6 +1,6 @@
 """Measures a run's weights, and controls to compare them with, on the run's test tasks.
 
-    python -m study.controls res/RUN                                    writes res/RUN/controls.json
+    python -m study.controls res/RUN                                    writes res/RUN/controls.json, control by control
     python -m study.controls res/RUN --root DATA --only final pixels    measures these; the others stay in the file
     python -m study.controls res/RUN --data FOLDER                      on other images: writes controls-..._FOLDER.json
 
@@ -80,19 +80,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (folder / "result.json").exists():
         raise UserError(f"{folder} is not finished; continue it with --resume")
     path, kept = folder / f"controls{other_images(folder, args)}.json", {}
-    if only and path.exists():
+    if path.exists():
         with reading(path, "remove it, and measure all controls again", "is damaged"):
             kept = dict(json.loads(path.read_bytes()))
     with memory_runs_out("lower --task_chunk or take another --device"):
-        written = kept | measure(folder, args, script, only)
-    with atomic(path, "w", "free space or fix the permissions there, then measure again") as file:
-        file.write("{" + ",\n".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in written.items()) + "}\n")
+        for name, control in measure(folder, args, script, only):
+            kept[name] = control
+            with atomic(path, "w", "free space or fix the permissions there, then measure again") as file:
+                file.write("{" + ",\n".join(f"{json.dumps(key)}: {json.dumps(kept[key])}" for key in kept) + "}\n")
     say(f"wrote {path}")
 
 
 @torch.no_grad()
-def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Sequence[str] | None = None) -> dict:
-    """What controls.json holds: control -> "tasks", metrics of each model, accuracies, "effective_dimension"."""
+def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
+            only: Sequence[str] | None = None) -> Iterator[tuple[str, dict]]:
+    """Each control's name and values: "tasks", metrics of each model, accuracies, "effective_dimension"."""
     device, dataset = select_device(args.device), script.dataset(args)
     check(args, dataset, script.network)
     most = dataset.sizes()["test"][1] - args.k_spt  # queries per class
@@ -131,7 +133,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
         raise UserError(f"--only {' '.join(only)}: the controls are {', '.join(map(quoted, wanted))}")
     wanted = {name: wanted[name] for name in only or wanted}
     data = Data(argparse.Namespace(**vars(args)), dataset, device)
-    images, dimensions, written = data.load("test"), {}, {}
+    images, dimensions = data.load("test"), {}
     for name, (net, function) in wanted.items():
         data.args.k_spt, data.args.k_qry_test = sizes.get(name, usual)
         data.args.nc_qry = data.args.k_qry_test  # or more are drawn than a class may have
@@ -140,20 +142,20 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType, only: Se
         results = cat(list(progress(parts, name, batches, "batches")))
         metrics = results.pop("metrics", None)
         means = {key: nc_metrics.mean_and_se(values) for key, values in results.items()}
-        written[name] = {"tasks": args.test_tasks} | {key: numbers(mean) for key, (mean, _) in means.items()} | {
+        control = {"tasks": args.test_tasks} | {key: numbers(mean) for key, (mean, _) in means.items()} | {
             f"{key}_ci95": numbers(1.96 * se) for key, (_, se) in means.items()}
-        if not metrics:
-            say(f"{name}: {written[name]}")
-            continue
-        if net not in dimensions:
-            dimensions[net] = dimension(net, images[::data.turns("test"), :most + args.k_spt], dataset)
-        share = metrics["meta"]["relative_within"]
-        layer = max(share.shape[1] - 2, 0)  # the classifier's input is the last but one, or alone
-        written[name] |= summary(metrics, layer) | {"effective_dimension": {"meta": numbers(dimensions[net])}}
-        nearest = 100 * results["nearest_mean"][:, 0].mean()
-        say(f"{name}: relative within trace {share[:, layer].mean():.3f}, nearest support mean {nearest:.2f}%, "
-            "before adaptation")
-    return written
+        if metrics:
+            if net not in dimensions:
+                dimensions[net] = dimension(net, images[::data.turns("test"), :most + args.k_spt], dataset)
+            share = metrics["meta"]["relative_within"]
+            layer = max(share.shape[1] - 2, 0)  # the classifier's input is the last but one, or alone
+            control |= summary(metrics, layer) | {"effective_dimension": {"meta": numbers(dimensions[net])}}
+            nearest = 100 * results["nearest_mean"][:, 0].mean()
+            say(f"{name}: relative within trace {share[:, layer].mean():.3f}, nearest support mean {nearest:.2f}%, "
+                "before adaptation")
+        else:
+            say(f"{name}: {control}")
+        yield name, control
 
 
 def with_classifier(net: Learner, other: Learner | None) -> Learner:

@@ -1,6 +1,7 @@
 """controls.json against a plain recomputation, and as the study reads it."""
 
 import json
+from unittest.mock import Mock
 
 import oracle
 import pytest
@@ -210,7 +211,11 @@ def test_classes_of_fewer_images_than_five_shots_and_the_usual_queries(tmp_path,
     monkeypatch.setattr(synthetic, "CHARACTER_IMAGES", 17)
     run = str(tmp_path / "run")
     omniglot_train.main([*FLAGS, "--learner", "anil", "--out", run])
-    controls.main([run, "--tasks", "2", "--only", "5-shot", "queries 5", "similarity, final"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(controls, "similarity", Mock(side_effect=KeyboardInterrupt))
+        controls.main([run, "--tasks", "2", "--only", "5-shot", "similarity, final"])
+    assert list(json.loads((tmp_path / "run/controls.json").read_text())) == ["5-shot"]  # what was measured is kept
+    controls.main([run, "--tasks", "2", "--only", "queries 5", "similarity, final"])
     found = json.loads((tmp_path / "run/controls.json").read_text())
     assert list(found) == ["5-shot", "queries 5", "similarity, final"]
     assert found["similarity, final"]["cka"][0] < 0.9999, "MAML's inner loop changes ANIL's body too"
