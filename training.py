@@ -43,7 +43,7 @@ from record import Log, numbers, percent, say
 from settings import MAY_CHANGE, check, meta_steps, recorded_settings
 from tasks import Dataset, Sampler, cat, with_rotations
 
-VAL_SEED, TEST_SEED = 1, 2  # of the held-out tasks: the same in every run, so that runs can be compared
+HELD_OUT_SEEDS = {"val": 1, "test": 2}  # of the tasks: the same in every run, so that runs can be compared
 DRAWN = 50  # held-out tasks drawn at once; another number gives other tasks
 CHECK_EVERY = 10  # on CUDA, steps between two checks for signals and failed updates: a check waits for the device
 
@@ -136,11 +136,12 @@ class Data:
             return images
         return images.to(self.device)
 
-    def sampler(self, split: str, images: Tensor, seed: int) -> Sampler:
+    def sampler(self, split: str, images: Tensor) -> Sampler:
         args, trains = self.args, split == "train"
         queries = args.k_qry if trains else args.k_qry_test or args.k_qry
-        return Sampler(images, self.dataset, self.device, seed, args.n_way, args.k_spt, queries, self.turns(split),
-                       on_device=trains, nc_qry=args.nc_qry, counts=self.dataset.counts(split))
+        return Sampler(images, self.dataset, self.device, HELD_OUT_SEEDS.get(split, args.seed), args.n_way, args.k_spt,
+                       queries, self.turns(split), on_device=trains, nc_qry=args.nc_qry,
+                       counts=self.dataset.counts(split))
 
     def turns(self, split: str) -> int:
         """Orientations of each class, 4 or 1; not all scripts have rotations."""
@@ -165,7 +166,7 @@ class _Run:
             dataset = data.dataset = replace(dataset, name=lambda: name)
         train_images, self.held_out = data.load("train"), data.load("val")
         data.read("test")  # a fault in them is reported before training
-        self.sampler = data.sampler("train", train_images, args.seed)
+        self.sampler = data.sampler("train", train_images)
         self.meta_step = self.eager_step
         if args.cuda_graph and train_images.is_cuda:
             self.meta_step = GraphedStep(maml, self.eager_step, self.sampler.generator)
@@ -269,7 +270,7 @@ class _Run:
         args, maml = self.args, self.maml
         self.stop_if_not_finite()
         alone_steps = () if args.transductive else range(args.update_step_test + 1)
-        adapted = _evaluate(maml, self.data, "val", self.held_out, args.eval_tasks, VAL_SEED, self.signals, alone_steps,
+        adapted = _evaluate(maml, self.data, "val", self.held_out, args.eval_tasks, self.signals, alone_steps,
                             measure=args.nc_every > 0)
         mean, interval, nearest, _ = _accuracies(adapted, args.transductive)
         self.log.add("val", maml.step, acc=mean, ci95=interval, tasks=len(adapted.accuracy), nearest_mean=nearest)
@@ -316,10 +317,10 @@ def held_out_tasks(sampler: Sampler, n_tasks: int, size: int) -> Iterator[tuple[
         yield start, tuple(values[start:start + size] for values in index)
 
 
-def _evaluate(maml: Meta, data: Data, split: str, images: Tensor, n_tasks: int, seed: int, signals: Signals,
+def _evaluate(maml: Meta, data: Data, split: str, images: Tensor, n_tasks: int, signals: Signals,
               nontransductive: Sequence[int], measure: bool = False) -> Adapted:
-    """`maml.finetune` on `n_tasks` tasks, as many at a time as in training. The seed gives the same on every device."""
-    sampler, size, results = data.sampler(split, images, seed), data.args.task_num, []
+    """`maml.finetune` on `n_tasks` tasks, the same on every device, as many at a time as in training."""
+    sampler, size, results = data.sampler(split, images), data.args.task_num, []
     hidden = devices.rank() > 0 or split == "val" and sys.stderr.isatty()  # on a terminal, training's bar stays
     batches = progress(held_out_tasks(sampler, n_tasks, size), "testing" if split == "test" else "validating",
                        math.ceil(n_tasks / size), "batches", disable=hidden)
@@ -351,8 +352,7 @@ def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
     step, val_accuracy = checkpoint.load_weights(run / f"{args.test_weights}.pt", maml.net, data.device, remedy)
     classes, _ = data.dataset.sizes()["test"]
     say(f"testing on {args.test_tasks} tasks of the {classes} test classes of {data.dataset.name()}")
-    adapted = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, TEST_SEED, signals,
-                        nontransductive=alone_steps)
+    adapted = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, signals, alone_steps)
     result = {"data": data.dataset.name(), "test_classes": classes}
     for name, transductive in (("test", True), ("test_nontransductive", False)):
         mean, interval, nearest, nearest_interval = _accuracies(adapted, transductive)

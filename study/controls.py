@@ -56,7 +56,7 @@ from record import check_network, numbers, other_images, say, summary
 from settings import check
 from study.design import FRACTIONS
 from tasks import Dataset, Tasks, as_tasks, cat, chunked
-from training import TEST_SEED, Data, held_out_tasks, meta_of
+from training import Data, held_out_tasks, meta_of
 
 QUERIES = 15  # per class, if nothing else is said
 SHOTS = 5  # of the control with more support images
@@ -171,7 +171,7 @@ def measured(maml: Meta, data: Data, images: Tensor, function: Callable) -> Iter
 
     Values [T, ...] by name, and "metrics" of each model if the function has them.
     """
-    sampler = data.sampler("test", images, TEST_SEED)
+    sampler = data.sampler("test", images)
     for start, part in held_out_tasks(sampler, data.args.test_tasks, data.args.task_num):
         tasks, seed = sampler.gather(part), maml.seed + start
         if function is Meta.finetune:  # it takes chunks itself

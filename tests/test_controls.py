@@ -43,7 +43,7 @@ def tasks_of(run, k_spt=1):
     args.k_spt, args.k_qry_test = k_spt, 15
     data = training.Data(args, script.dataset(args), torch.device("cpu"))
     images = data.load("test")
-    return args, images, data.sampler("test", images, training.TEST_SEED)(4)
+    return args, images, data.sampler("test", images)(4)
 
 
 def hsic(one, other):
