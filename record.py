@@ -261,17 +261,18 @@ def tensorboard(out: Path, step: int):
     return SummaryWriter(str(out / "tensorboard"), purge_step=step)  # hides what a stopped run wrote from there on
 
 
-def summary(metrics: dict, input_layer: int = -2) -> dict:
+def summary(metrics: dict) -> dict:
     """Each model's metrics [T, L] as {"mean": [...], "se": [...]} over tasks.
 
-    "per_task" holds each task's values at `input_layer`, the classifier's input, for intervals over tasks.
+    "per_task" holds each task's values at the classifier's input, the last layer but one or the only one, for intervals
+    over tasks.
     """
     models = {model: {} for model in metrics}
     for model, entries in metrics.items():
         for name, values in entries.items():
             mean, se = nc_metrics.mean_and_se(values)
             models[model][name] = {"mean": numbers(mean), "se": numbers(se, 3)}
-    per_task = {model: {name: numbers(metrics[model][name][:, input_layer], 4) for name in PER_TASK}
+    per_task = {model: {name: numbers(metrics[model][name][:, -2:][:, 0], 4) for name in PER_TASK}
                 for model in ("meta", "finetuned") if model in metrics}
     return models | {"per_task": per_task}
 

@@ -147,12 +147,10 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
         if metrics:
             if net not in dimensions:
                 dimensions[net] = dimension(net, images[::data.turns("test"), :most + args.k_spt], dataset)
-            share = metrics["meta"]["relative_within"]
-            layer = max(share.shape[1] - 2, 0)  # the classifier's input is the last but one, or alone
-            control |= summary(metrics, layer) | {"effective_dimension": {"meta": numbers(dimensions[net])}}
+            control |= summary(metrics) | {"effective_dimension": {"meta": numbers(dimensions[net])}}
+            share = metrics["meta"]["relative_within"][:, -2:][:, 0].mean()  # at the classifier's input
             nearest = 100 * results["nearest_mean"][:, 0].mean()
-            say(f"{name}: relative within trace {share[:, layer].mean():.3f}, nearest support mean {nearest:.2f}%, "
-                "before adaptation")
+            say(f"{name}: relative within trace {share:.3f}, nearest support mean {nearest:.2f}%, before adaptation")
         else:
             say(f"{name}: {control}")
         yield name, control
