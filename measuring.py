@@ -3,7 +3,6 @@
 T tasks, K inner steps, L layers: the blocks and the logits. Tasks lead every tensor.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -34,30 +33,6 @@ def class_means(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
 def squared_distances(features: Tensor, means: Tensor) -> Tensor:
     """[..., N, D], [..., C, D] -> [..., N, C]."""
     return (features[..., :, None, :] - means[..., None, :, :]).square().sum(-1)
-
-
-def cka(one: Tensor, other: Tensor) -> Tensor:
-    """Linear centred kernel alignment of two features of the same samples (Kornblith et al. 2019).
-
-    1: they are the same up to rotation, shift and scale. Without the bias of few samples: 0 in the mean for features
-    that are independent, by U-centred Gram matrices (Szekely, Rizzo 2014), which give HSIC's unbiased estimate (Song et
-    al. 2007).
-
-    Args:
-        one, other: [..., N, D] and [..., N, D'] with N >= 4.
-    Returns:
-        [...], in float64.
-    """
-    def u_centred(features: Tensor) -> Tensor:
-        features = features.double() - features.double().mean(-2, keepdim=True)
-        gram = features @ features.mT
-        gram = gram - gram.diagonal(dim1=-2, dim2=-1).diag_embed()
-        n, rows = gram.shape[-1], gram.sum(-1, keepdim=True)
-        gram = gram - (rows + rows.mT) / (n - 2) + rows.sum(-2, keepdim=True) / ((n - 1) * (n - 2))
-        return gram - gram.diagonal(dim1=-2, dim2=-1).diag_embed()
-
-    grams = u_centred(one), u_centred(other)
-    return torch.mul(*grams).sum((-2, -1)) / math.prod(torch.linalg.matrix_norm(gram) for gram in grams)
 
 
 def with_patches(net: Learner, tasks: Tasks) -> Tasks:

@@ -18,7 +18,7 @@ The tasks are those of the run's test. The controls, each with all metrics and a
                    accuracy; and how far apart the classifier's rows are, and how far the body's weights move
     first step by parts, untrained   the same of the untrained network
     similarity, final   how similar each layer's features are before and after MAML's inner loop, which adapts all
-                   layers, for every learner (`measuring.cka`), how far each layer's kernel moves, accuracy after it
+                   layers, for every learner (`cka`), how far each layer's kernel moves, accuracy after it
     similarity, classifier at random; similarity, untrained   the same of these
     similarity of blocks 1-2, final; similarity of blocks 3-5, final   where that inner loop adapts these blocks alone
     similarity by rate, final; similarity by rate, untrained   with the inner rates times each of `design.FRACTIONS`
@@ -50,7 +50,7 @@ from baselines import inner_rates
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
 from files import Parser, UserError, atomic, progress, quoted, reading
 from learner import Learner, Weights
-from measuring import accuracies, accuracy, cka, class_means, collapse_metrics, permuted_labels, scores
+from measuring import accuracies, accuracy, class_means, collapse_metrics, permuted_labels, scores
 from meta import Meta, adapt
 from record import check_network, numbers, other_images, say, summary
 from settings import check
@@ -221,6 +221,30 @@ def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor], fraction:
     steps = [(end - start).norm(dim=1) / start.norm(dim=1) for start, end in kernels]
     return {"cka": torch.stack([cka(*features) for features in zip(*layers)], 1), "step": torch.stack(steps, 1),
             "accuracy": accuracy(layers[1][-1], tasks.y_qry)[:, None]}
+
+
+def cka(one: Tensor, other: Tensor) -> Tensor:
+    """Linear centred kernel alignment of two features of the same samples (Kornblith et al. 2019).
+
+    1: they are the same up to rotation, shift and scale. Without the bias of few samples: 0 in the mean for features
+    that are independent, by U-centred Gram matrices (Szekely, Rizzo 2014), which give HSIC's unbiased estimate (Song et
+    al. 2007).
+
+    Args:
+        one, other: [..., N, D] and [..., N, D'] with N >= 4.
+    Returns:
+        [...], in float64.
+    """
+    def u_centred(features: Tensor) -> Tensor:
+        features = features.double() - features.double().mean(-2, keepdim=True)
+        gram = features @ features.mT
+        gram = gram - gram.diagonal(dim1=-2, dim2=-1).diag_embed()
+        n, rows = gram.shape[-1], gram.sum(-1, keepdim=True)
+        gram = gram - (rows + rows.mT) / (n - 2) + rows.sum(-2, keepdim=True) / ((n - 1) * (n - 2))
+        return gram - gram.diagonal(dim1=-2, dim2=-1).diag_embed()
+
+    grams = u_centred(one), u_centred(other)
+    return torch.mul(*grams).sum((-2, -1)) / math.prod(torch.linalg.matrix_norm(gram) for gram in grams)
 
 
 def similarity_by_rate(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

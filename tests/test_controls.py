@@ -8,7 +8,6 @@ import pytest
 import torch
 from data_files import write_classes
 
-import measuring
 import nc_metrics
 import omniglot_train
 import predict
@@ -72,10 +71,10 @@ def test_cka():
     one = torch.randn(6, 40, 30, generator=torch.Generator().manual_seed(0))
     other = 5 - torch.cat([one[..., :4], one.flip(0)], -1)
     expected = [similarity(*features) for features in zip(one, other)]
-    assert measuring.cka(one, other).tolist() == pytest.approx(expected, 1e-9) and max(expected) < 0.5
+    assert controls.cka(one, other).tolist() == pytest.approx(expected, 1e-9) and max(expected) < 0.5
     rotation, _ = torch.linalg.qr(one[0, :30])
-    assert measuring.cka(one, 3 - 2 * one @ rotation).tolist() == pytest.approx([1] * 6, 1e-5)
-    assert measuring.cka(one[:3], one[3:]).mean().abs() < 0.05  # independent: the biased estimate has 0.4
+    assert controls.cka(one, 3 - 2 * one @ rotation).tolist() == pytest.approx([1] * 6, 1e-5)
+    assert controls.cka(one[:3], one[3:]).mean().abs() < 0.05  # independent: the biased estimate has 0.4
 
 
 @pytest.mark.slow
