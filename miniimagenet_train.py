@@ -55,8 +55,7 @@ def network(args: argparse.Namespace) -> Learner:
 
 
 def dataset(args: argparse.Namespace) -> Dataset:
-    channels = miniimagenet.CHANNELS
-    common = channels, *normalisation(args.pixels, channels, miniimagenet.MEAN, miniimagenet.STD)
+    common = miniimagenet.CHANNELS, *normalisation(args.pixels, miniimagenet.MEAN, miniimagenet.STD)
     if args.synthetic:
         return synthetic.dataset(synthetic.PHOTOS, *common, args.imgsz)
     if args.data is not None:

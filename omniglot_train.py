@@ -60,8 +60,7 @@ def network(args: argparse.Namespace) -> Learner:
 
 
 def dataset(args: argparse.Namespace) -> Dataset:
-    channels = omniglot.CHANNELS
-    common = channels, *normalisation(args.pixels, channels, omniglot.MEAN, omniglot.STD)
+    common = omniglot.CHANNELS, *normalisation(args.pixels, omniglot.MEAN, omniglot.STD)
     if args.synthetic:
         return synthetic.dataset(synthetic.CHARACTERS, *common, args.imgsz)
     if args.data is not None:

@@ -86,13 +86,14 @@ def chunked(function: Callable, size: int, total: int, *trees: Any) -> Any:
 # ---- sampling
 
 
-def normalisation(pixels: str, channels: int, mean: Sequence[float], std: Sequence[float]) -> tuple[tuple, tuple]:
+def normalisation(pixels: str, mean: Sequence[float], std: Sequence[float]) -> tuple[Sequence, Sequence]:
     """Mean and deviation per channel by which images in 0..1 become a network's input.
 
     Args:
         pixels: "normalised" by the data's own `mean` and `std`; "unit": 0..1 as they are; "inverted": 1..0, so that
             Omniglot's paper is 0, as zero padding is, and its ink 1.
     """
+    channels = len(mean)
     return {"normalised": (mean, std), "unit": ((0.0,) * channels, (1.0,) * channels),
             "inverted": ((1.0,) * channels, (-1.0,) * channels)}[pixels]
 
