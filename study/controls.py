@@ -132,7 +132,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
     if not wanted.keys() >= set(only or ()):
         raise UserError(f"--only {' '.join(only)}: the controls are {', '.join(map(quoted, wanted))}")
     wanted = {name: wanted[name] for name in only or wanted}
-    data = Data(argparse.Namespace(**vars(args)), dataset, device)
+    data = Data(copy.copy(args), dataset, device)
     images, dimensions = data.load("test"), {}
     for name, (net, function) in wanted.items():
         data.args.k_spt, data.args.k_qry_test = sizes.get(name, usual)

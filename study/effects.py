@@ -211,9 +211,10 @@ def own_accuracy(run: Run, transductive: bool = True, interval: bool = False) ->
 # ---- references
 
 
-def noise_share(n_way: int, queries: int) -> float:
+def noise_share(run: Run) -> float:
     """Relative within trace of pure noise, and of permuted labels: (n-1) / (n-1 + (C-1)/C)."""
-    return (queries - 1) / (queries - 1 + (n_way - 1) / n_way)
+    n_way = run.settings["n_way"]
+    return within_share([run.queries - 1, (n_way - 1) / n_way])
 
 
 @functools.cache

@@ -210,7 +210,7 @@ def traces(groups: Sequence[Group], layer: str | None = None) -> Figure:
         step_axis(left, groups)
         curves(right, groups, [(of_metric(split, model, "relative_within", layer), style)
                                for split, style in SPLITS.items()])
-        reference(right, effects.noise_share(run.settings["n_way"], run.queries), "pure noise")
+        reference(right, effects.noise_share(run), "pure noise")
         left.set_title(f"{model} model ({MODELS[model]}): traces of {layer or run.hidden}")
         right.set_title("within / (within + between)")
         for axes in (left, right):

@@ -40,7 +40,7 @@ def result(study: Study) -> Figure:
             shares = [[value(run, model, "relative_within", layer=name) for name in run.layers] for run in group]
             third.plot(range(1, len(run.layers) + 1), np.mean(shares, 0), color=colour, linestyle=style, marker="o",
                        markersize=3)
-    figures.reference(first, effects.noise_share(run.settings["n_way"], run.queries), "permuted labels")
+    figures.reference(first, effects.noise_share(run), "permuted labels")
     if math.isfinite(pixels := effects.measured(run, "meta", "relative_within", "pixels")):
         figures.reference(first, pixels, "raw pixels")
     first.legend(handles=figures.keys(groups, models=True), loc="lower left", fontsize=7.5, handlelength=1.8,
