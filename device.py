@@ -106,7 +106,7 @@ def peak_memory(device: torch.device) -> float | None:
 
 @contextlib.contextmanager
 def processes(device: torch.device) -> Iterator[None]:
-    """Join the other processes if torchrun started several; after an error don't leave them, which could hang."""
+    """Join the other processes if torchrun started several; not left after an error, where leaving could hang."""
     if size() == 1:
         yield
         return

@@ -130,7 +130,7 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
 
 
 def own_images(root: Path) -> str:
-    """What to do with the class folders in `root`, the end of a message; nothing where there are too few."""
+    """The end of a message: how to use the class folders in `root`; empty if there are fewer than three."""
     count = max(len(image_folders(root)), sum(len(image_folders(part)) for part in split_folders(root).values()))
     return f", but {count:,} folders with images: for images of your own, --data {quoted(root)}" if count > 2 else ""
 

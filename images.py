@@ -204,7 +204,7 @@ def normal(text: str) -> str:
 
 
 def entries(folder: Path | str) -> list[os.DirEntry]:
-    """What is in `folder`, sorted by name, but for hidden files and folders and those that systems make."""
+    """What is in `folder`, sorted by name, without hidden entries and those that operating systems create."""
     with reading(os.fspath(folder), "check the path and its permissions"), os.scandir(folder) as scan:
         shown = [entry for entry in scan if not entry.name.startswith(".") and entry.name not in SYSTEM_FOLDERS]
         return sorted(shown, key=lambda entry: entry.name)

@@ -122,9 +122,9 @@ class Learner(nn.Module):
         return [name for name in self.weights if "_bn_shift_" not in name]
 
     def patches(self, x: Tensor, groups: int = 1, first: int | None = None) -> Tensor | Patches:
-        """Images of tasks [T, N, c, h, w] as `forward` takes them too: what is done with any weights is done already.
+        """What `forward` computes of images of tasks [T, N, c, h, w] without weights; it takes the result as x, too.
 
-        x itself if it needs a gradient, or the network doesn't start with a convolution of few values per patch and
+        x itself if it needs a gradient, or if the network doesn't start with a convolution of few values per patch and
         batch norm.
         """
         if x.requires_grad or not _starts_with_conv_bn(self.config):
@@ -181,7 +181,7 @@ class Learner(nn.Module):
 
 
 def leaves(weights: Weights) -> dict[str, Tensor]:
-    """The same values, where a new graph starts."""
+    """The same values, as leaves of a new graph."""
     return {name: weight.detach().requires_grad_() for name, weight in weights.items()}
 
 
@@ -225,7 +225,7 @@ def _starts_with_conv_bn(config: Config) -> bool:
 
 
 def _check(name: str, params: Sequence, shape: list[int]) -> None:
-    """Mistakes that torch accepts, or reports unhelpfully."""
+    """Raise a ValueError for mistakes that torch accepts, or reports unhelpfully."""
     if name not in LAYERS:
         raise ValueError(f"unknown layer {name!r}; there are {', '.join(LAYERS)}")
     if name != "reshape" and len(params) != len(LAYERS[name].strip("[]").split()):
@@ -255,7 +255,7 @@ def _output_shape(name: str, params: Sequence, shape: list[int], own: Iterable[T
 
 
 def _initial_weights(name: str, params: Sequence, fill: Callable) -> dict[str, Tensor]:
-    """In the order in which `apply_layer` takes them."""
+    """A layer's weights at the start, in the order in which `apply_layer` takes them."""
     if name in ("conv2d", "convt2d"):
         # stored as [out, kernel, kernel, in], so that taskwise sees each task's kernel as a matrix without a copy
         weight = fill(torch.empty(params[:4])).contiguous(memory_format=torch.channels_last)

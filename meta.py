@@ -27,7 +27,7 @@ from tasks import Tasks, cat, chunked, chunks, tree_map
 
 LATE = 7_500  # the meta-step from which `nc_every_late` holds instead of `nc_every`
 NO_LIMIT = 2**31 - 1
-SMALL, TOGETHER = 13 * 2**16, 5 * 2**21  # largest activation, in values: of a task that goes with others, of all
+SMALL, TOGETHER = 13 * 2**16, 5 * 2**21  # values of the largest activation: of a task in a batch of tasks, of the batch
 
 
 class Step(NamedTuple):
@@ -44,7 +44,7 @@ class Adapted(NamedTuple):
     accuracy: Tensor  # [T, K+1]
     nearest_mean: Tensor  # [T, K+1] accuracy of the nearest support mean at the classifier's input
     metrics: dict | None  # as `measuring.collapse_metrics`
-    nontransductive: dict | None  # the same two, each query normalised with the support set alone: [T, n], as asked for
+    nontransductive: dict | None  # both, each query normalised with the support set alone, at the steps asked for
 
 
 def descend(weight: Tensor, gradient: Tensor, rate: float | Tensor) -> Tensor:
@@ -209,9 +209,9 @@ class Meta:
         return adapt(self.net, self.net.weights, tasks.x_spt, tasks.y_spt, self.rates, steps)
 
     def _chunk_sizes(self, tasks: Tasks, trains: bool = False) -> tuple[int, int]:
-        """How many tasks go together at most through the inner loop, and through the query pass.
+        """The largest number of tasks that go through the inner loop together, and through the query pass.
 
-        On a GPU all; on a CPU several small tasks, and large ones singly (benchmarks/README.md).
+        On a GPU all; on a CPU several small tasks, and large ones one at a time (benchmarks/README.md).
         """
         def size(x: Tensor) -> int:
             values = x.shape[1] * max(map(math.prod, self.net.shapes))

@@ -5,7 +5,7 @@
     train.csv, val.csv, test.csv    header filename,label; the images in images/, in images/CLASS/ or in CLASS/, under
                                     the CSV's names, with another extension, or under ImageNet's names
     train/, val/, test/             of class folders
-    *train.pkl, *val.pkl, *test.pkl the caches in which it is passed on; no code from them is run
+    *train.pkl, *val.pkl, *test.pkl the caches in which it is distributed; no code from them is run
     n01532829/*, n01558993/*, ...   all 100 classes, as folders or as files n0153282900000005.jpg in one folder, here or
                                     in images/, with no CSV files: in the splits of Ravi and Larochelle
 

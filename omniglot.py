@@ -157,7 +157,7 @@ def _download(root: Path, missing: list[str]) -> None:
     from torchvision.datasets.utils import download_url  # as slow to import as torch, and needed once
 
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none and would wait for ever
+    socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none and would wait forever
     try:
         for part in missing:
             path, temporary = root / f"{part}.zip", root / f".{part}.zip.{os.getpid()}.tmp"

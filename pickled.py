@@ -1,4 +1,4 @@
-"""The pickled caches in which miniImageNet is passed on, read without running code from them.
+"""The pickled caches in which miniImageNet is distributed, read without running code from them.
 
 A pickle may name any function to be called; what is called here is listed in REPLACED.
 """

@@ -210,7 +210,7 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser, pa
         if settings["recipe"] == "paper" and now in paper:
             recipe = paper.get(then, {})
             settings |= {name: value for name, value in paper[now].items() if settings[name] == recipe.get(name)}
-        if settings["nc_qry"] == NC_QRY or {"k_spt", "data", "synthetic"} & flags.keys():  # `check` filled it in, maybe
+        if settings["nc_qry"] == NC_QRY or {"k_spt", "data", "synthetic"} & flags.keys():  # perhaps set by `check`
             settings["nc_qry"] = None
         return argparse.Namespace(**settings | {"out": None} | flags)
     for name, value in flags.items():
@@ -315,7 +315,7 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
                         "together; leave --task_chunk and torchrun out")
     if args.task_num % devices.size() and not tests_only:
         raise UserError(f"--task_num {args.task_num}: {devices.size()} processes need a multiple of {devices.size()}")
-    with torch.device("meta"):  # shapes alone: --n_way 1000000000 is refused below, and not by the memory
+    with torch.device("meta"):  # shapes alone: a huge --n_way is refused below, and doesn't run out of memory
         _check_network(args, network)
     sizes = {split: size for split, size in dataset.sizes().items() if split == "test" or not tests_only}
     for split, (classes, images) in sizes.items():

@@ -36,7 +36,7 @@ class Tasks(NamedTuple):
 class Dataset:
     """Where a script's images come from."""
 
-    name: Callable[[], str]  # in logs and figures; may look at the sizes
+    name: Callable[[], str]  # in logs and figures; may depend on the sizes
     channels: int
     mean: Sequence[float]  # per channel, of images scaled to 0..1
     std: Sequence[float]

@@ -64,10 +64,10 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor, eps: float = EPS,
 
 @dataclass(frozen=True)
 class Patches:
-    """Of images, what `conv_bn` needs with any weights. G groups have statistics of their own.
+    """What `conv_bn` needs of the images, whatever the weights. Each of G groups has its own statistics.
 
-    A patch is p = c + c*k*k values: its middle pixel, and its pixels minus that one. In float32 the variance of what an
-    edge filter answers would be lost in the rounding of the pixels' own.
+    A patch is p = c + c*k*k values: its middle pixel, and all its pixels minus the middle one. From the plain pixels,
+    the small variance of an edge filter's output would be lost to float32's rounding.
     """
 
     rows: Tensor  # [T, G, N/G, 1 + p, h'*w']: a row of ones, and a patch per column

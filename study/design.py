@@ -65,7 +65,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("omniglot-photographs-loop", "Omniglot, MAML, inner loop and classifier as on photographs",
             f"{_CONTRAST} --update_step 5 --update_lr 0.05 --update_step_test 10 --no-spatial_mean --head_std 0.0875"),
     *(Setting(name, label, f"--data {folder} --data_name '{data}' {_SMALL} {flags}", script="miniimagenet_train.py")
-      for name, label, folder, data, flags in (  # on what study/variants.py makes
+      for name, label, folder, data, flags in (  # the folders are made by study/variants.py
           ("photographs-20-images", "photographs of 32 x 32, MAML, 20 per training class",
            "miniimagenet/folders-20", "Tiny ImageNet, 20 images per training class", "--epoch 40000"),
           ("crops", "crops of one photograph per class",
@@ -169,7 +169,7 @@ DIFFICULTY = {  # one inner loop and network on images whose classes are hard or
     "photographs": ("photographs-maml", "photographs-20-images", "crops"),
     "characters": ("omniglot-in-noise", "omniglot-in-less-noise", "omniglot-in-little-noise",
                    "omniglot-100-as-photographs", "omniglot-as-photographs")}
-# of 32 x 32, the same inner loop on Omniglot, and all of it on other images
+# photographs of 32 x 32, their inner loop on Omniglot, their whole recipe on other images
 SMALL_PHOTOGRAPHS = (*_named("photographs-"), "omniglot-photographs-loop", "omniglot-as-photographs",
                      "omniglot-100-as-photographs", *_named("omniglot-in-"), *_named("crops"))
 CHANGES = {  # by what the classifier takes from the last map

@@ -172,7 +172,7 @@ def in_control(run: Run, kind: str, *keys: str | int) -> float:
 
 
 def measured(run: Run, model: str, metric: str, kind: str = "final") -> float:
-    """On the test tasks of the control `kind` in controls.json; nan without it."""
+    """A metric on the test tasks, from the control `kind` in controls.json; nan without it."""
     if metric == "cdnv_unbiased":
         queries = int(kind.split()[1]) if kind.startswith("queries") else CONTROL_QUERIES
         return float(unbiased_cdnv(measured(run, model, "cdnv", kind), queries))

@@ -9,7 +9,7 @@ from study.logs import Run
 MISSING = "–"  # stands for a number that is undefined or not logged
 
 Cell = Callable[[list[Run]], str]  # the text of a cell, from the seeds of a setting
-# A column's name, and a text, a cell or a value: (function, *what it takes after the run), in percent by the name.
+# A column's name -> a text, a cell, or (function, *its arguments after the run), in percent if the name says so.
 Columns = dict[str, str | Cell | tuple]
 
 

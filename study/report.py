@@ -17,7 +17,7 @@ from study.logs import Run, Study
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
           for name, style in (("before adaptation", {"markerfacecolor": "white"}), ("adapted", {}))]
 
-# Before and after adaptation, as the tables describe values: (function, *what it takes after the run).
+# Before and after adaptation: (function, *its arguments after the run), as in the tables.
 SHARES = [(effects.measured, model, "relative_within") for model in MODELS]
 ACCURACIES = [(effects.tested, "nearest_mean", 0), (effects.tested, "accuracy", -1)]
 

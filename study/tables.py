@@ -5,7 +5,7 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. A table whose runs are not in res/ says so.
 
-A table is described by its columns: a dict from name to (function of study/effects.py, *what it takes after the run).
+A table is described by its columns: name -> (function of study/effects.py, *its arguments after the run).
 """
 
 import itertools
@@ -50,7 +50,7 @@ def from_untrained(metric: str, layer: int = HIDDEN, model: str = "finetuned") -
 
 
 def minus(run: Run, one: tuple, other: tuple) -> float:
-    """The difference of two values at the end; each is what `effects.end` takes after the run."""
+    """The difference of two values at the end; each is the arguments of `effects.end` after the run."""
     return end(run, *one) - end(run, *other)
 
 
@@ -165,13 +165,13 @@ def with_references(study: Study, names: Sequence[str], columns_of: Callable[[st
 learners = partial(with_references, names=(*LEARNERS, "random-labels"), columns_of=learner, of_trained={
     f"{name}, %, not transductive": (tested, *place, False) for name, place in RULES.items()}, transposed=True)
 
-# The same, narrower, for README.md.
+# Fewer columns of the same settings, for README.md.
 contrast = partial(with_references, names=LEARNERS, columns_of=narrow, of_trained=OWN_RULE)
 
-# The same of what was trained on photographs, and what the inner loop finds and changes there.
+# These columns for networks trained on photographs; also the classifier's rows, and the inner loop's step.
 photographs = partial(with_references, names=design.SMALL_PHOTOGRAPHS, columns_of=narrow, of_trained=OWN_RULE | PARTS)
 
-# The same, narrower, of one inner loop on images whose classes are hard or easy to tell apart.
+# Fewer of these columns: one inner loop on images whose classes are hard or easy to tell apart.
 difficulty = partial(compared, names=tuple(itertools.chain(*DIFFICULTY.values())), columns=HEAD | {
     name: column for name, column in (narrow() | PARTS).items()
     if name not in ("tr(S_W S_B⁺)/C", "adapted", "nearest support mean, %")})
@@ -182,12 +182,12 @@ similarity = partial(compared, names=design.SIMILARITY, columns=HEAD | {
     f"{NAMED_LAYERS[layer]}, {kind}": (in_control, f"similarity, {kind}", "cka", layer)
     for kind in ("classifier at random", "untrained") for layer in (-3, HIDDEN)})
 
-# The same of the last two blocks, with smaller inner rates.
+# Similarity of the last two blocks with smaller inner rates.
 rates = partial(compared, names=LEARNERS, columns=HEAD | {
     f"{NAMED_LAYERS[layer]}, rate x {fraction:g}": (in_control, "similarity by rate, final", "cka", i, layer)
     for layer in (-3, HIDDEN) for i, fraction in enumerate(design.FRACTIONS)})
 
-# The same, and accuracy, where this inner loop adapts some blocks; also of MAML trained so, and with smaller steps.
+# Similarity and accuracy if this inner loop adapts some blocks; also for MAML trained so, or with smaller steps.
 blocks = partial(compared, names=tuple(dict.fromkeys((*LEARNERS, *OTHER_LOOPS))), columns=HEAD | {
     f"{name}, {adapted}": (in_control, f"similarity{control}, final", *place)
     for adapted, control in (("all adapted", ""), ("1-2 adapted", " of blocks 1-2"), ("3-5 adapted", " of blocks 3-5"))
@@ -337,7 +337,7 @@ RUNS: Columns = NAME | {
 # What was trained, how long it took, what it reached.
 runs = partial(compared, names=tuple(design.SETTINGS), columns=RUNS)
 
-# The same, narrower, of the recipes' own runs, for README.md.
+# Fewer of these columns: the recipes' own runs, for README.md.
 accuracies = partial(compared, names=(*LONG, *MAIN), columns={
     name: column for name, column in RUNS.items() if name not in ("seeds", "± over tasks", "minutes", "machine")
 } | {"published": published})
