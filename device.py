@@ -132,7 +132,7 @@ def size() -> int:
 
 def local_tasks(values: Tensor) -> Tensor:
     """This process's equal share of the tasks: [T, ...] -> [T / P, ...]; P divides T."""
-    return values if size() == 1 else values.chunk(size())[rank()]
+    return values.chunk(size())[rank()]
 
 
 def gather(values: Tensor) -> Tensor:

@@ -105,8 +105,7 @@ def permuted_labels(tasks: Tasks | None, seed: int) -> tuple[Tensor, Tensor] | N
 
 
 @torch.no_grad()
-def collapse_metrics(net: Learner, tasks: Tasks, trajectory: Sequence[Weights],
-                     null: tuple[Tensor, Tensor]) -> dict:
+def collapse_metrics(net: Learner, tasks: Tasks, trajectory: Sequence[Weights], null: tuple[Tensor, Tensor]) -> dict:
     """Neural collapse of the query and support features along the inner loop, task by task.
 
     Args:

@@ -273,10 +273,8 @@ class MiniImagenet(torch.utils.data.Dataset):
         ValueError: the split has too few classes, or too few images per class.
     """
 
-    def __init__(
-        self, root: str | Path, mode: str, batchsz: int, n_way: int, k_shot: int, k_query: int, resize: int,
-        startidx: int = 0, cache: str | Path | None = None,
-    ) -> None:
+    def __init__(self, root: str | Path, mode: str, batchsz: int, n_way: int, k_shot: int, k_query: int, resize: int,
+                 startidx: int = 0, cache: str | Path | None = None):
         dataset = images.dataset(functools.partial(find, root, cache), str, CHANNELS, MEAN, STD, resize)
         self.batchsz, self.startidx = batchsz, startidx
         self.sampler = Sampler(dataset.load(mode), dataset, torch.device("cpu"), 0, n_way, k_shot, k_query,

@@ -27,8 +27,7 @@ LARGE = 2**15  # values of a task's im2col, above which oneDNN's kernel is faste
 LONG = 2**14  # rows above which a GPU sums in two stages: cuBLAS uses few threads for a small product with a long sum
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1,
-           padding: tuple[int, int] = (0, 0)) -> Tensor:
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: tuple[int, int] = (0, 0)) -> Tensor:
     """Convolve every task's images with that task's kernels.
 
     Args:
@@ -209,7 +208,7 @@ def _convolve(x, operand, weight, bias, stride, padding):
         return _apart(F.conv2d(operand, _kernels(weight), bias, stride, padding, groups=tasks), tasks)
     matrix = _matrix(weight).transpose(1, 2)
     y = torch.bmm(operand, matrix) if bias is None else torch.baddbmm(bias[:, None], operand, matrix)
-    return y.view(*x.shape[:2], *_output_sides(x, k, stride), o)
+    return y.view(*x.shape[:2], *_output_sides(x.shape, k, stride), o)
 
 
 def _adjoints(x, operand, weight, g, stride, padding, wanted):
@@ -241,7 +240,7 @@ def _native(x, weight, stride):
     if len(x) == 1 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or _fast_products():
         return len(x) == 1
     k, c = weight.shape[-1], x.shape[-1]
-    sides = _output_sides(x, k, stride)
+    sides = _output_sides(x.shape, k, stride)
     return c >= 16 and min(sides) >= 4 and x.shape[1] * math.prod(sides) * k * k * c > LARGE
 
 
@@ -251,8 +250,8 @@ def _fast_products():
     return torch.backends.mkl.is_available() and "Intel" in device_name(torch.device("cpu"))
 
 
-def _output_sides(x, k, stride):  # of an x that is padded already
-    return [(side - k) // stride + 1 for side in x.shape[2:4]]
+def _output_sides(shape, k, stride):  # of a padded [T, N, h, w, c]
+    return [(side - k) // stride + 1 for side in shape[2:4]]
 
 
 def _as_groups(x):  # [T, N, h, w, c] -> [N, T*c, h, w], in channels-last memory; of one task without a copy
@@ -279,9 +278,8 @@ def _im2col(x, k, stride):
 
 def _col2im(columns, shape, k, stride):
     """The adjoint of _im2col: add every patch back where it was taken from."""
-    tasks, samples, h, w, c = shape
-    rows, cols = (h - k) // stride + 1, (w - k) // stride + 1
-    patches = columns.view(tasks, samples, rows, cols, k, k, c)
+    rows, cols = _output_sides(shape, k, stride)
+    patches = columns.view(*shape[:2], rows, cols, k, k, shape[-1])
     x = columns.new_zeros(shape)
     for i in range(k):
         for j in range(k):
