@@ -19,7 +19,6 @@ from PIL import Image
 
 import images
 import miniimagenet
-import pickled
 
 
 def reds(root: Path) -> list[list[int]]:
@@ -287,7 +286,7 @@ def test_pickles_that_are_no_caches_are_refused_and_nothing_is_run(photos, chang
     if not isinstance(change, dict):
         path.write_bytes(change(path.read_bytes()) if callable(change) else change)
     monkeypatch.chdir(photos)
-    with refused(path.name, words, pickled.REMEDY):
+    with refused(path.name, words, miniimagenet.PICKLE_REMEDY):
         miniimagenet.find(photos)
     assert not (photos / "run-by-a-pickle").exists()
 
