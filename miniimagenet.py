@@ -74,19 +74,18 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
         top, complete = inner.popitem() if len(inner) == 1 else (root, {})
     if len(complete) > 1:
         raise UserError(f"{top} has two layouts, {' and '.join(complete)}; move one away")
-    if not complete:
-        if splits := _from_wnids(root, cache):
-            layout = "all 100 classes by their names, split as by Ravi and Larochelle"
-            return ImageSet("miniimagenet", layout, splits, RESAMPLE, cache, remedy)
-        raise UserError(f"{_missing(top)}; {_where(top)}")
-    (layout, parts), = complete.items()
+    layout, parts = next(iter(complete.items()), (None, {}))
     if layout == CSV:
         splits, layout = _from_tables(top, parts, _images_of_tables(top))
         remedy += " from the CSV file"
     elif layout == FOLDERS:
         splits = folders.split_classes(parts)
-    else:
+    elif layout == PICKLES:
         splits = {split: _from_pickle(parts[split], split) for split in SPLITS}
+    elif splits := _from_wnids(root, cache):
+        layout = "all 100 classes by their names, split as by Ravi and Larochelle"
+    else:
+        raise UserError(f"{_missing(top)}; {_where(top)}")
     return ImageSet("miniimagenet", layout, splits, RESAMPLE, cache, remedy)
 
 
