@@ -215,13 +215,13 @@ class Log:
             if value is not None:
                 self.board.add_scalar(name, value, step)
 
-    def metrics(self, step: int, classes: str, layers: list[str], metrics: dict) -> None:
-        """Add an "nc" line: the `summary` of the metrics, one value per layer; per task only on held-out classes."""
+    def metrics(self, step: int, split: str, layers: list[str], metrics: dict) -> None:
+        """Add an "nc" line: the `summary` of the metrics, one value per layer; per task only if "heldout"."""
         models = summary(metrics)
-        if classes == "train":
+        if split == "train":
             del models["per_task"]
-        self.add("nc", step, classes=classes, tasks=len(metrics["meta"]["within"]), layers=layers, **models)
-        if classes == "train":
+        self.add("nc", step, classes=split, tasks=len(metrics["meta"]["within"]), layers=layers, **models)
+        if split == "train":
             traces = [models[model][name]["mean"][-2] for model in ("meta", "finetuned")
                       for name in ("within", "between")]
             line = "step: {} \ttraces of {}: meta within {:.4g} between {:.4g}, finetuned within {:.4g} between {:.4g}"
