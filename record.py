@@ -222,10 +222,10 @@ class Log:
             del models["per_task"]
         self.add("nc", step, classes=split, tasks=len(metrics["meta"]["within"]), layers=layers, **models)
         if split == "train":
-            traces = [models[model][name]["mean"][-2] for model in ("meta", "finetuned")
+            traces = [metrics[model][name][:, -2].mean() for model in ("meta", "finetuned")
                       for name in ("within", "between")]
             line = "step: {} \ttraces of {}: meta within {:.4g} between {:.4g}, finetuned within {:.4g} between {:.4g}"
-            say(line.format(step, layers[-2], *(math.nan if trace is None else trace for trace in traces)))
+            say(line.format(step, layers[-2], *traces))
 
     def sync(self) -> int:
         """Flush the log to the disk; returns its size in bytes."""
