@@ -82,25 +82,20 @@ class ImageSet:
             sizes.append(f"{split} {len(classes):,} classes of {least}{most:,} images")
         return f"{self.layout}: {', '.join(sizes)}"
 
-    def sizes(self) -> dict[str, tuple[int, int]]:
-        """Split -> (classes, images of the smallest class)."""
-        return {split: (len(classes), min(map(len, classes.values()))) for split, classes in self.splits.items()}
+    def counts(self) -> dict[str, list[int]]:
+        """Split -> images of each class."""
+        return {split: list(map(len, classes.values())) for split, classes in self.splits.items()}
 
     def digest(self, split: str) -> str:
         """Of the names of a split's classes, in the order of the tensor."""
         return hashlib.sha256("\n".join(self.splits[split]).encode(errors="surrogateescape")).hexdigest()[:16]
 
-    def counts(self, split: str) -> list[int] | None:
-        """Images per class; None if all classes have the same number."""
-        counts = [len(files) for files in self.splits[split].values()]
-        return None if min(counts) == max(counts) else counts
-
     def load(self, split: str, imgsz: int, channels: int) -> torch.Tensor:
         """The images of one split, from the cache folder or decoded into it.
 
         Returns:
-            uint8 [class, image, channels, imgsz, imgsz]. Classes with fewer images than the largest, see `counts`, are
-            filled up with zeros.
+            uint8 [class, image, channels, imgsz, imgsz]. Classes with fewer images than the largest are filled up with
+            zeros.
         Raises:
             UserError: an image can't be read or decoded, or is in another split too; the cache folder can't be
                 written; the array doesn't fit into memory.
@@ -174,22 +169,22 @@ def dataset(find: Callable[[], ImageSet], name: Callable[[], str], channels: int
     find = functools.cache(find)
     if channels != len(mean):
         mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
-    return Dataset(name, channels, mean, std, lambda: find().sizes(),
+    return Dataset(name, channels, mean, std, lambda: find().counts(),
                    lambda split: find().load(split, imgsz, channels),
-                   lambda: find().summary, lambda split: find().counts(split), lambda split: find().digest(split))
+                   lambda: find().summary, lambda split: find().digest(split))
 
 
 def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int) -> torch.Tensor:
     """`images`, the result of `dataset.load`, if they are what a Dataset promises; a UserError if not."""
     where = f"the {split} split of {dataset.name()}"
-    (classes, least), counts = dataset.sizes()[split], dataset.counts(split)
-    expected = (classes, max(counts) if counts else least, dataset.channels, imgsz, imgsz)
+    counts = dataset.counts()[split]
+    expected = (len(counts), max(counts), dataset.channels, imgsz, imgsz)
     if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
         raise UserError(f"{where}: load gives {getattr(images, 'dtype', type(images).__name__)} and must give uint8 in "
                         "0..255, which is scaled and normalised later: (255 * images).round().to(torch.uint8) of 0..1")
-    if images.shape != expected or counts and (len(counts), min(counts)) != (classes, least):
-        raise UserError(f"{where}: load gives the shape {list(images.shape)}; sizes, {classes} classes of {least}, "
-                        f"counts, channels and --imgsz say {list(expected)}; make them agree")
+    if images.shape != expected:
+        raise UserError(f"{where}: load gives the shape {list(images.shape)}; counts, channels and --imgsz say "
+                        f"{list(expected)}; make them agree")
     if images.max() <= 1:
         raise UserError(f"{where}: load gives only pixels 0 and 1 and must give 0..255; multiply them by 255")
     return images

@@ -371,7 +371,7 @@ class MiniImagenet(torch.utils.data.Dataset):
         dataset = images.dataset(functools.partial(find, root, cache), str, CHANNELS, MEAN, STD, resize)
         self.batchsz, self.startidx = batchsz, startidx
         self.sampler = Sampler(dataset.load(mode), dataset, torch.device("cpu"), 0, n_way, k_shot, k_query,
-                               counts=dataset.counts(mode))
+                               counts=dataset.counts()[mode])
 
     def __len__(self) -> int:
         return self.batchsz

@@ -65,11 +65,11 @@ def dataset(args: argparse.Namespace) -> Dataset:
         return synthetic.dataset(synthetic.CHARACTERS, *common, args.imgsz)
     if args.data is not None:
         return folders.dataset(args, *common[1:], omniglot.RESAMPLE)
-    sizes = {split: (classes, omniglot.DRAWINGS)
-             for split, classes in (omniglot.VINYALS if args.split == "vinyals" else omniglot.SPLITS).items()}
+    splits = omniglot.VINYALS if args.split == "vinyals" else omniglot.SPLITS
+    counts = {split: [omniglot.DRAWINGS] * classes for split, classes in splits.items()}
     characters = images.dataset(lambda: omniglot.find(args.root, args.cache, args.split),
                                 lambda: args.data_name or "Omniglot", *common, args.imgsz)
-    return replace(characters, sizes=lambda: sizes)  # known before anything is downloaded
+    return replace(characters, counts=lambda: counts)  # known before anything is downloaded
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

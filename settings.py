@@ -327,7 +327,7 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
                             + remedy)
         for name in ("k_qry" if split == "train" or args.k_qry_test in (None, args.k_qry) else "k_qry_test", "nc_qry"):
             if args.k_spt + (getattr(args, name) or 0) > images:
-                unequal = args.data and dataset.counts(split)
+                unequal = args.data and images < max(dataset.counts()[split])
                 remedy = f", or remove the smallest classes ({dataset.found()})" if unequal else ""
                 raise UserError(f"--k_spt {args.k_spt} --{name} {getattr(args, name)}: {dataset.name()} has {images} "
                                 f"images per class in its {split} split; lower them to that sum{remedy}")

@@ -34,8 +34,8 @@ _BEZIER = np.concatenate([math.comb(3, i) * _T**i * (1 - _T) ** (3 - i) for i in
 def dataset(name: str, channels: int, mean: Sequence[float], std: Sequence[float], imgsz: int) -> Dataset:
     """CHARACTERS or PHOTOS, for `training.train`."""
     splits, count = (CHARACTER_SPLITS, CHARACTER_IMAGES) if name == CHARACTERS else (PHOTO_SPLITS, PHOTO_IMAGES)
-    sizes = {split: (classes, count) for split, (_, classes) in splits.items()}
-    return Dataset(lambda: name, channels, mean, std, lambda: sizes,
+    counts = {split: [count] * classes for split, (_, classes) in splits.items()}
+    return Dataset(lambda: name, channels, mean, std, lambda: counts,
                    lambda split: generate(name, *splits[split], count, imgsz, SEED))
 
 

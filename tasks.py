@@ -12,7 +12,7 @@ A task picks `n_way` classes and, of each, `k_spt` support and `k_qry` query ima
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,15 +36,18 @@ class Tasks(NamedTuple):
 class Dataset:
     """Where a script's images come from."""
 
-    name: Callable[[], str]  # in logs and figures; may depend on the sizes
+    name: Callable[[], str]  # in logs and figures; may depend on the counts
     channels: int
     mean: Sequence[float]  # per channel, of images scaled to 0..1
     std: Sequence[float]
-    sizes: Callable[[], dict[str, tuple[int, int]]]  # split -> (classes, images in the smallest); reads no image
-    load: Callable[[str], Tensor]  # split -> uint8 [class, image, c, h, w]
+    counts: Callable[[], Mapping[str, Sequence[int]]]  # split -> images of each class; reads no image
+    load: Callable[[str], Tensor]  # split -> uint8 [class, image, c, h, w], filled up to the largest class
     found: Callable[[], str] = str  # where and how the images were found, in words
-    counts: Callable[[str], Sequence[int] | None] = lambda split: None  # images per class, where they are unequal
     digest: Callable[[str], str | None] = lambda split: None  # of the names of a split's classes
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Split -> (classes, images of the smallest class)."""
+        return {split: (len(counts), min(counts)) for split, counts in self.counts().items()}
 
     def described(self) -> str:
         """The name, and where and how the images were found."""
@@ -130,7 +133,7 @@ class Sampler:
             rotation, so that a character never meets its own.
         k_qry, nc_qry: query images per class of a task, and of the same task when neural collapse is measured. The
             smaller set is a subset of the larger.
-        counts: images of each class, where they are unequal.
+        counts: images of each class; None: all have as many.
     Raises:
         ValueError: too few classes, or too few images per class.
     """
@@ -142,15 +145,14 @@ class Sampler:
         self.k_qry, self.nc_qry = k_qry, k_qry if nc_qry is None else nc_qry
         self.k = k_spt + max(self.k_qry, self.nc_qry)
         classes, per_class = len(images) // turns, images.shape[1]
+        least = min(counts or [per_class])
         if n_way > classes:
             raise ValueError(f"{n_way}-way tasks need {n_way} classes, here are {classes}")
-        if self.k > per_class:
-            raise ValueError(f"support and query images need {self.k} per class, here are {per_class}")
-        if counts is not None and self.k > min(counts):
-            raise ValueError(f"support and query images need {self.k} per class, and one class has {min(counts)}")
+        if self.k > least:
+            raise ValueError(f"support and query images need {self.k} per class, and one class has {least}")
         self.mean, self.std = (torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
         self.generator = torch.Generator(images.device if on_device else "cpu").manual_seed(seed)
-        self.counts = None if counts is None else torch.tensor(counts, device=self.generator.device)
+        self.counts = torch.tensor(counts, device=self.generator.device) if least < per_class else None
 
     def __call__(self, n_tasks: int) -> Tasks:
         return self.gather(self.draw(n_tasks))

@@ -65,8 +65,8 @@ def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
             if again := args.resume or args.test:
                 record.check_network(Path(again), net)
             if trains_classifier:
-                classes, _ = dataset.sizes()["train"]
-                net.classes = nn.Linear(net.weights[net.classifier].shape[1], classes * data.turns("train"))
+                classes = len(dataset.counts()["train"]) * data.turns("train")
+                net.classes = nn.Linear(net.weights[net.classifier].shape[1], classes)
             maml = meta_of(net.to(device), args)
             if args.test is None:
                 _train(maml, data)
@@ -125,7 +125,7 @@ class Data:
         """uint8 [class, image, c, h, w] on the device, or on the host if it needs over half of the free memory."""
         images = self.read(split)
         if self.args.random_labels and split == "train":
-            if self.dataset.counts(split):
+            if len(set(self.dataset.counts()[split])) > 1:
                 raise UserError("--random_labels needs classes with equally many images")
             order = torch.Generator().manual_seed(self.args.seed)
             images = images.flatten(0, 1)[torch.randperm(images.shape[:2].numel(), generator=order)].view_as(images)
@@ -141,7 +141,7 @@ class Data:
         queries = args.k_qry if trains else args.k_qry_test or args.k_qry
         return Sampler(images, self.dataset, self.device, HELD_OUT_SEEDS.get(split, args.seed), args.n_way, args.k_spt,
                        queries, self.turns(split), on_device=trains, nc_qry=args.nc_qry,
-                       counts=self.dataset.counts(split))
+                       counts=self.dataset.counts()[split])
 
     def turns(self, split: str) -> int:
         """Orientations of each class, 4 or 1; not all scripts have rotations."""
@@ -350,7 +350,7 @@ def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
     devices.wait()  # for the process that writes the weights
     remedy = f"put it back, test others with --test_weights, or continue an unfinished run with --resume {quoted(run)}"
     step, val_accuracy = checkpoint.load_weights(run / f"{args.test_weights}.pt", maml.net, data.device, remedy)
-    classes, _ = data.dataset.sizes()["test"]
+    classes = len(data.dataset.counts()["test"])
     say(f"testing on {args.test_tasks} tasks of the {classes} test classes of {data.dataset.name()}")
     adapted = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, signals, alone_steps)
     result = {"data": data.dataset.name(), "test_classes": classes}

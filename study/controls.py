@@ -97,7 +97,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
     """Each control's name and values: "tasks", metrics of each model, accuracies, "effective_dimension"."""
     device, dataset = select_device(args.device), script.dataset(args)
     check(args, dataset, script.network)
-    most = dataset.sizes()["test"][1] - args.k_spt  # queries per class
+    most = min(dataset.counts()["test"]) - args.k_spt  # queries per class
     keep_memory()
     set_arithmetic(args.precision, args.deterministic)
     final = predict.load(folder, "last" if (folder / "last.pt").exists() else "best", args.device).net

@@ -36,7 +36,7 @@ def test_classes_are_split_by_their_names_alone(tmp_path):
     assert image_set.summary.startswith("class folders, split by a shuffle of their names with seed 2015: train 6 "
                                         "classes of 4 ('class 0') to 12 images, val 2 classes of 7 ('class 3') to 8 im")
     data = {channels: image_set.load("val", 8, channels) for channels in (1, 3)}
-    assert data[1].shape == (2, 8, 1, 8, 8) and data[3].shape == (2, 8, 3, 8, 8) and image_set.counts("val") == [7, 8]
+    assert data[1].shape == (2, 8, 1, 8, 8) and data[3].shape == (2, 8, 3, 8, 8) and image_set.counts()["val"] == [7, 8]
     picture = Image.open(tmp_path / "mine/class 4/7.png")
     assert np.array_equal(data[3][1, 7], np.asarray(picture.resize((8, 8), BILINEAR)).transpose(2, 0, 1))
     assert np.array_equal(data[1][1, 7, 0], np.asarray(picture.convert("L").resize((8, 8), BILINEAR)))

@@ -135,7 +135,7 @@ def test_layouts(photos, layout):
     assert reds(photos) == RED
     classes = [f"train {number}" if layout == "cache, labels" else f"class{number + 1}" for number in range(3)]
     assert list(image_set.splits["train"]) == classes  # numbers alone mean nothing in another file
-    assert image_set.sizes() == dict.fromkeys(images.SPLITS, (3, 4))
+    assert image_set.counts() == dict.fromkeys(images.SPLITS, [4] * 3)
 
 
 def test_two_layouts_in_one_folder(photos):
@@ -162,7 +162,7 @@ def test_all_classes_without_csv_files_are_split_as_by_ravi_and_larochelle(tmp_p
         assert image_set.summary.startswith("all 100 classes by their names, split as by Ravi and Larochelle: train 64")
         found = {split: image_set.load(split, 4, 3)[:, 0, 0, 0, 0] // 2 for split in images.SPLITS}
     assert {split: [wnids[number] for number in found[split]] for split in found} == miniimagenet.WNIDS
-    assert len(set(wnids)) == 100 and image_set.sizes() == {"train": (64, 2), "val": (16, 2), "test": (20, 2)}
+    assert len(set(wnids)) == 100 and image_set.counts() == {"train": [2] * 64, "val": [2] * 16, "test": [2] * 20}
     (tmp_path / "val.csv").write_text("filename,label\n")  # of somebody's own split
     with refused("val.csv but none for train, test"):
         miniimagenet.find(tmp_path)
@@ -241,7 +241,7 @@ def test_classes_of_unequal_size(photos):
     edit(photos, "p12.png,class1\n|p01.png,class2\n|v00.png,valclass3\n", "")
     image_set = miniimagenet.find(photos)
     assert "train 3 classes of 3 ('class1') to 4 images, val 3 classes of 3 ('valclass3')" in image_set.summary
-    assert image_set.sizes()["train"] == (3, 3) and image_set.counts("train") == [3, 3, 4]
+    assert image_set.counts()["train"] == [3, 3, 4]
     data = image_set.load("train", 12, 3)
     assert data.shape == (3, 4, 3, 12, 12) and (data[:2, 3] == 0).all()
     image_set.load("val", 12, 3)  # what both lack is no image that they share
