@@ -106,7 +106,10 @@ def peak_memory(device: torch.device) -> float | None:
 
 @contextlib.contextmanager
 def processes(device: torch.device) -> Iterator[None]:
-    """Join the other processes if torchrun started several; not left after an error, where leaving could hang."""
+    """Join the other processes, if torchrun started several, and leave them at the end.
+
+    After an error they are not left: that could hang.
+    """
     if size() == 1:
         yield
         return

@@ -194,12 +194,12 @@ blocks = partial(compared, names=tuple(dict.fromkeys((*LEARNERS, *OTHER_LOOPS)))
     for name, place in {"block 3": ("cka", -3), "block 4": ("cka", HIDDEN), "accuracy, %": ("accuracy", 0)}.items()
     if (name, adapted) != ("accuracy, %", "1-2 adapted")})  # near chance: the classifier is not adapted
 
-# How fast these train, and what they reach.
+# How fast MAML with each of these inner loops trains, and what it reaches.
 pace = partial(compared, names=OTHER_LOOPS, columns=HEAD | {
     f"validation after {step:,}, %": (at, "finetuned", "accuracy", step) for step in (1_000, 2_000, 3_000)} | {
     "test after": lambda runs: f"{runs[0].last_step:,}", "test, %": (own_accuracy,)} | OWN_RULE)
 
-# How far that inner loop moves the kernels of each block, and the classifier.
+# How far MAML's inner loop moves the kernels of each block, and the classifier.
 steps = partial(compared, names=design.STEPS, columns=HEAD | {
     name.replace("logits", "classifier"): (in_control, "similarity, final", "step", layer)
     for layer, name in NAMED_LAYERS.items()})
