@@ -20,7 +20,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of right answers in each task: [T, N, C], [T, N] -> [T]. Logits that are not finite are a wrong answer."""
+    """Share of correct answers per task: [T, N, C], [T, N] -> [T]. Logits that are not finite count as wrong."""
     return ((logits.argmax(-1) == labels) & logits.isfinite().all(-1)).float().mean(1)
 
 

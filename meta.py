@@ -95,13 +95,13 @@ def meta_gradient(net: Learner, tasks: Tasks, lr: float | Mapping[str, float], s
     """
     trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, lr, steps, not first_order)
     last = trajectory[-1]
-    losses, right, outer = chunked(partial(query_pass, net), query_chunk, len(tasks.y_qry), last, tasks)
+    losses, correct, outer = chunked(partial(query_pass, net), query_chunk, len(tasks.y_qry), last, tasks)
     if first_order:  # the last weights are theta minus constants
         gradient = [g.sum(0) for g in outer]
     else:
         outer = [torch.empty_like(w).copy_(g) for w, g in zip(last.values(), outer)]  # in their layout: faster
         gradient = list(torch.autograd.grad(list(last.values()), list(net.weights.values()), outer))
-    return gradient, losses, right, tree_map(Tensor.detach, trajectory)
+    return gradient, losses, correct, tree_map(Tensor.detach, trajectory)
 
 
 @dataclass(eq=False, repr=False)
@@ -155,17 +155,17 @@ class Meta:
         """
         measured = (measured or tasks) if self.measures_next else None
         null = permuted_labels(measured, self.seed + self.step)
-        own = tree_map(devices.local_tasks, (tasks, measured, null, classes))
+        local = tree_map(devices.local_tasks, (tasks, measured, null, classes))
         inner, query = self._chunk_sizes(tasks, trains=True)
         gradients, steps = [], []
-        for tasks, measured, null, classes in chunks(inner, len(own[0].y_spt), *own):
-            gradient, losses, right, trajectory = self._gradient(tasks, classes, query)
+        for tasks, measured, null, classes in chunks(inner, len(local[0].y_spt), *local):
+            gradient, losses, correct, trajectory = self._gradient(tasks, classes, query)
             along = every_step and trajectory is not None
-            right = self._chunked(accuracies, query, tasks, trajectory)["accuracy"] if along else right[:, None]
+            correct = self._chunked(accuracies, query, tasks, trajectory)["accuracy"] if along else correct[:, None]
             if trajectory is None and measured:
                 trajectory = self.adapt(tasks, self.update_step)
             gradients.append(gradient)
-            steps.append(Step(losses, right, self._metrics(query, measured, trajectory, null)))
+            steps.append(Step(losses, correct, self._metrics(query, measured, trajectory, null)))
         step = tree_map(devices.gather, cat(steps))
         total = devices.all_reduce([sum(parts) for parts in zip(*gradients)])
         self.outer.step([gradient / len(step.losses) for gradient in total], step.losses)

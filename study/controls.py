@@ -197,11 +197,11 @@ def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str
     net, (before, after) = maml.net, maml.adapt(tasks, 1)
     parts = [body | {name: classifier[name] for name in net.head}
              for body, classifier in itertools.product((before, after), repeat=2)]
-    right = torch.stack([accuracy(net(tasks.x_qry, weights), tasks.y_qry) for weights in parts], 1)
+    correct = torch.stack([accuracy(net(tasks.x_qry, weights), tasks.y_qry) for weights in parts], 1)
     rows = before[net.classifier] - before[net.classifier].mean(1, keepdim=True)
     body = [name for name in net.adaptable if name not in net.head]
     start, end = (torch.cat([weights[name].flatten(1) for name in body], 1) for weights in (before, after))
-    return {"accuracy": right, "rows": rows.flatten(1).norm(dim=1, keepdim=True),
+    return {"accuracy": correct, "rows": rows.flatten(1).norm(dim=1, keepdim=True),
             "body": (end - start).norm(dim=1, keepdim=True) / start.norm(dim=1, keepdim=True)}
 
 
@@ -257,7 +257,7 @@ def not_transductive(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], scor
     net, steps = maml.net, (0, maml.update_step, maml.update_step_test)
     trajectory = maml.adapt(tasks, max(steps))
     results = {k: score(net, tasks, trajectory[k]) for k in set(steps)}
-    right = {k: [accuracy(answers, tasks.y_qry) for answers in results[k][:2]] for k in results}
+    correct = {k: [accuracy(answers, tasks.y_qry) for answers in results[k][:2]] for k in results}
     _, null_qry = null
     metrics = {}
     for model, k in zip(("meta", "finetuned"), steps):
@@ -265,8 +265,8 @@ def not_transductive(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], scor
         queries, weight = ([query, logits], tasks.y_qry), trajectory[k][net.classifier]
         values = nc_metrics.measure(*queries, *queries, logits.shape[-1], weight, null_qry, null_qry)
         metrics[model] = {name: value[:1].T for name, value in values.items() if not name.startswith("ncc_")}
-        metrics[model]["ncc_accuracy"] = right[k][1][:, None]  # by support means of its own for every query
-    by_classifier, by_mean = (torch.stack(pair, 1) for pair in zip(right[0], right[maml.update_step_test]))
+        metrics[model]["ncc_accuracy"] = correct[k][1][:, None]  # by support means of its own for every query
+    by_classifier, by_mean = (torch.stack(pair, 1) for pair in zip(correct[0], correct[maml.update_step_test]))
     return {"metrics": metrics, "accuracy": by_classifier, "nearest_mean": by_mean}
 
 
