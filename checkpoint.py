@@ -103,7 +103,7 @@ def restore(path: Path, saved: dict, experiment: dict, maml: Meta, sampler: Samp
         if not 0 <= updates <= step < 2**31:
             raise ValueError("impossible counts")
         if best is not None:
-            maml.net.load_state_dict(best["weights"])
+            maml.net.load_state_dict(best["weights"])  # raises an error if they don't fit
             best = best | {"step": int(best["step"]), "val_accuracy": float(best["val_accuracy"])}
         maml.net.load_state_dict(saved["weights"])
         tree_map(lambda own, value: own.copy_(value.view_as(own)), maml.optimizer.state_dict()["state"],

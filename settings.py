@@ -41,8 +41,6 @@ def parse_args(usage: str, defaults: dict, paper: dict, argv: Sequence[str] | No
         defaults: of the flags whose default is the script's own; "rotations" only where the data has them.
         paper: what --recipe paper sets instead, (n_way, k_spt) -> flag -> value.
         argv: arguments without the program's name; sys.argv's if None.
-    Raises:
-        UserError: unknown or malformed flags; a run that can't be read, or isn't of this script.
     """
     parser = _parser(usage, defaults, paper)
     unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), UNSET))

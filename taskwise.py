@@ -237,8 +237,10 @@ def _adjoints(x, operand, weight, g, stride, padding, wanted):
 
 def _native(x, weight, stride):
     """Whether torch's kernel is faster than im2col and a batched product, as measured for 1, 3, 32 and 64 channels."""
-    if len(x) == 1 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or _fast_products():
-        return len(x) == 1
+    if len(x) == 1:
+        return True
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or _fast_products():
+        return False
     k, c = weight.shape[-1], x.shape[-1]
     sides = _output_sides(x.shape, k, stride)
     return c >= 16 and min(sides) >= 4 and x.shape[1] * math.prod(sides) * k * k * c > LARGE

@@ -280,7 +280,7 @@ def accuracy(groups: Sequence[Group], layer: str | None = None) -> Figure:
     """Accuracy on held-out tasks: by the classifier after training's number of inner steps, and by the nearest support
     mean before adaptation."""
     for run in itertools.chain(*groups):
-        if run.layers and not run.rows["heldout"]:
+        if run.layers and not run.rows["heldout"]:  # `layers` raises an error if nothing was measured
             raise UserError(f"{run.path} has no measurement on held-out tasks; let it run to its first validation")
     shown = layer or distinct(groups, "hidden")
     before = key(f"nearest support mean at {shown}, before adaptation", linestyle=STYLES["meta"])

@@ -112,7 +112,7 @@ def read_run(path: Path) -> Run:
     with reading(args_path, remedy, "isn't a run's args.json"):
         arguments = json.loads(args_path.read_bytes())
         str(arguments["data"]["name"]), [arguments["settings"][name] + 0 for name in ("n_way", "k_spt", "k_qry")]
-        [dict(split) for split in arguments["data"].get("splits", {}).values()]
+        [dict(split) for split in arguments["data"].get("splits", {}).values()]  # values of other types raise errors
     return Run(path.parent, arguments, read_log(path))
 
 
