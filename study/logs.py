@@ -18,9 +18,9 @@ from files import UserError, listed, note, one_line, reading
 HOME = Path(__file__).resolve().parent.parent
 
 # Settings that do not change the experiment: runs that differ in these alone are seeds of one setting.
-NOT_COMPARED = {"seed", "out", "root", "data", "cache", "device", "deterministic", "task_chunk",
-                "cuda_graph", "print_every", "save_every", "keep_every", "nc_every", "nc_every_late", "eval_every",
-                "test_tasks", "tensorboard", "resume", "from_args", "test"}
+NOT_COMPARED = {"seed", "out", "root", "data", "cache", "device", "deterministic", "task_chunk", "cuda_graph",
+                "print_every", "save_every", "keep_every", "nc_every", "nc_every_late", "eval_every", "test_tasks",
+                "tensorboard"}
 
 
 # ---- one run
