@@ -25,7 +25,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def class_means(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
-    """[..., N, D], [..., N] -> [..., C, D]."""
+    """As `nc_metrics.class_means`, in the features' dtype and for classes of any size."""
     one_hot = (labels[..., None] == torch.arange(n_way, device=labels.device)).to(features)
     return one_hot.mT @ features / one_hot.sum(-2)[..., None]
 
