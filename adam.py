@@ -16,7 +16,8 @@ class GuardedAdam:
     Args:
         weights: all on one device.
         rate: learning rate.
-        cosine_steps: the rate falls from `rate` to 0 as half a cosine over this many updates; 0: it is constant.
+        cosine_steps: the rate falls from `rate` to 0 as half a cosine over this many updates, and stays 0; 0: it is
+            constant.
         clip: each value of the gradient is clipped to -clip..clip; 0: none.
         skip_nonfinite: continue after a step that is not finite; else `halted` is set, and no later step changes
             anything.
@@ -51,7 +52,7 @@ class GuardedAdam:
         *changed, _, _ = self.state()
         before = [tensor.clone() for tensor in changed]
         if self.cosine_steps:
-            cosine = torch.cos(self.updates * (math.pi / self.cosine_steps))
+            cosine = torch.cos(self.updates.clamp(max=self.cosine_steps) * (math.pi / self.cosine_steps))
             self.adam.param_groups[0]["lr"].copy_(self.rate * (1 + cosine) / 2)
         self.adam.step()
         squares = [self.adam.state[weight]["exp_avg_sq"] for weight in self.weights]

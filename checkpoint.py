@@ -1,4 +1,5 @@
-"""A run's state between two meta-steps, in one file: a resumed run continues from it bit for bit.
+"""A run's state between two meta-steps, in one file: a resumed run continues from it bit for bit,
+with as many processes as before.
 
     {"step": 500,                     meta-steps so far
      "updates": 500,                  Adam's updates, one per meta-step: fewer only with --skip_nonfinite

@@ -7,6 +7,7 @@ functions for several change nothing. T tasks, P processes.
 
 import contextlib
 import ctypes
+import datetime
 import os
 import platform
 import signal
@@ -20,6 +21,7 @@ from torch import Tensor
 from files import UserError
 from tasks import tree_map
 
+DECODING = datetime.timedelta(hours=6)  # longest wait for the process that decodes the images
 WARM_UP = 3  # steps before a capture, as torch.cuda.graph needs: in the first ones libraries choose and allocate
 
 
@@ -114,7 +116,7 @@ def processes(device: torch.device) -> Iterator[None]:
         yield
         return
     backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, device_id=gpu)
+    dist.init_process_group(backend, timeout=DECODING, device_id=gpu)
     try:
         yield
     except Stopped:  # raised in all processes at once: they leave together

@@ -151,6 +151,8 @@ class Learner(nn.Module):
         one_set = isinstance(x, Tensor) and x.dim() == 4
         x = x[None] if one_set else x
         weights = self.per_task(self.weights if weights is None else weights, len(x))
+        if any(len(weight) != len(x) for weight in weights.values()):
+            raise ValueError(f"x is of {len(x)} tasks, and the weights are of another number")
         own = [[weights[key] for key in keys] for keys in self.keys]
         x = self.patches(x, groups, first) if isinstance(x, Tensor) else x
         if isinstance(x, Patches):
@@ -238,6 +240,8 @@ def _check(name: str, params: Sequence, shape: list[int]) -> None:
         raise ValueError("takes an image [c, h, w]")
     if name in ("conv2d", "convt2d") and params[2] != params[3]:
         raise ValueError("kernels are square here")
+    if name == "conv2d" and params[5] == "same" and shape[1] != shape[2]:
+        raise ValueError('padding "same" takes square images')
     if name == "linear" and shape != [params[1]]:
         raise ValueError(f"takes [{params[1]}], not {shape}")
     channels = {"conv2d": params[1:2], "convt2d": params[:1], "bn": params[:1], "bn_shift": params[:1]}.get(name)

@@ -112,7 +112,8 @@ def collapse_metrics(net: Learner, tasks: Tasks, trajectory: Sequence[Weights], 
         trajectory: the weights before adaptation and after each inner step, from `meta.adapt`.
         null: permuted support and query labels, [T, N_spt] and [T, N_qry].
     Returns:
-        "meta" (before adaptation), "finetuned" (after the last inner step): entries of `nc_metrics.measure`, [T, L].
+        "meta" (before adaptation), "finetuned" (after the last inner step, if there is one): entries of
+        `nc_metrics.measure`, [T, L].
         "inner": "within" and "between" [T, K+1, L], "accuracy" [T, K+1]: before and after each inner step.
         With two or more support images per class (one has no spread) also "support", the same entries for the adapted
         model's support features, and in "inner" their traces, "support_within" and "support_between".

@@ -18,7 +18,8 @@ S_W = 1/N sum (h - mu_c)(h - mu_c)^T, S_B = 1/C sum (mu_c - mu_G)(mu_c - mu_G)^T
   samples. Compare with the same metric of permuted labels (`permuted`). Take the means for NC4 from the support set.
 - What depends on spread is nan for one sample per class. A zero denominator gives nan, e.g. when class means are equal.
   A value within rounding error of zero counts as zero; otherwise a dead layer would report noise.
-- Labels are 0..C-1 in any order, each equally often. A task with other labels or a feature that is not finite gets nan.
+- Labels are 0..C-1 in any order, each equally often. A task with other labels (except in the single functions for NC4)
+  or a feature that is not finite gets nan.
 - Everything is float64. No D x D matrix is formed. Nothing waits for a GPU, except the svd of a C x C matrix in `nc1`.
 """
 
@@ -469,7 +470,7 @@ def _classes(name: str, labels: Array, n_samples: int) -> tuple[np.ndarray, Tens
         y = y.argmax(1)[:, None]   # one-hot: rows in sorted order would reverse the classes
     y = y[:, 0] if y.shape[1] == 1 else y.astype(str) if y.dtype == object else y
     if y.ndim == 1 and all(isinstance(value, str) and value.isdecimal() and value == str(int(value)) for value in y):
-        y = y.astype(np.int64)  # "10" comes after "2", as the classifier's rows do
+        y = np.array(list(map(int, y)), dtype=object)  # "10" comes after "2", as the classifier's rows do
     try:
         classes, index = np.unique(y, axis=None if y.ndim == 1 else 0, return_inverse=True)
     except TypeError as error:

@@ -41,6 +41,8 @@ def parse_args(usage: str, defaults: dict, paper: dict, argv: Sequence[str] | No
         defaults: of the flags whose default is the script's own; "rotations" only where the data has them.
         paper: what --recipe paper sets instead, (n_way, k_spt) -> flag -> value.
         argv: arguments without the program's name; sys.argv's if None.
+    Raises:
+        UserError: unknown or malformed flags; a run that can't be read, or isn't of this script.
     """
     parser = _parser(usage, defaults, paper)
     unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), UNSET))
@@ -147,7 +149,7 @@ def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
     flag("cache", None, "folder of the decoded images; if not given, ROOT/cache, or FOLDER/.cache with --data FOLDER")
     choice("synthetic", False, "train on generated images, with no data at all, and evaluate on fewer tasks")
     flag("out", None, "folder of the run; runs/SCRIPT-<n>w<k>s-seed<seed>-<time> if not given")
-    flag("task_chunk", 0, "maximum tasks in memory at once; lower saves memory, and gives the same up to rounding; "
+    flag("task_chunk", 0, "maximum tasks in memory at once; lower saves memory; a step is the same up to rounding; "
          "0: as fits the device")
     choice("cuda_graph", True, "on CUDA, capture the training step once and replay it: the same result, faster")
     flag("precision", "float32", "of matrix products: tf32 (CUDA) is faster and coarser", choices=["float32", "tf32"])
@@ -348,10 +350,10 @@ def _check_network(args: argparse.Namespace, network: Callable[[argparse.Namespa
     if name != "linear" or net.shapes[-1] != [args.n_way]:
         raise UserError(f"layers: the last layer is {name}{params}; with --n_way {args.n_way} it must be "
                         f"linear[{args.n_way}, features]")
-    for block in args.adapt_blocks or ():
-        if not 1 <= block <= len(net.blocks):
-            raise UserError(f"--adapt_blocks {block}: the blocks are 1 to {len(net.blocks)}, which is the last layer")
-    rates = inner_rates(net, args.learner, args.update_lr, args.head_lr, args.adapt_blocks)
+    try:
+        rates = inner_rates(net, args.learner, args.update_lr, args.head_lr, args.adapt_blocks)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
     if args.head_lr is not None and net.classifier not in rates:
         raise UserError("--head_lr: the inner loop does not adapt the last layer; leave --head_lr out")
     if args.learner == "protonet" and len(net.weights) == len(net.head):

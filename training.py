@@ -285,7 +285,7 @@ class _Run:
 
     def save_weights(self, name: str, **more: float) -> dict:
         """Write a copy of the weights to a file in the run's folder; returns what the file holds."""
-        weights = {key: weight.clone() for key, weight in self.maml.net.state_dict().items()}
+        weights = {key: weight.cpu().clone() for key, weight in self.maml.net.state_dict().items()}
         content = {"weights": weights, "step": self.maml.step} | more
         checkpoint.write(self.out / name, content)
         return content

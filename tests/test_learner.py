@@ -161,6 +161,7 @@ def test_initial_weights():
     ([("conv2d", [4, 3, 3, 3, 0, 0])], r"layer 0, conv2d.*stride must be an integer >= 1, not 0"),
     ([("conv2d", [4, 3, 3, 3, 1, "valid"])], r"layer 0, conv2d.*padding must .*, or \"same\", not 'valid'"),
     ([("convt2d", [3, 4, 3, 3, 1, "same"])], r"layer 0, convt2d.*padding must be an integer >= 0, not 'same'"),
+    ([("reshape", [3, 4, 16]), ("conv2d", [4, 3, 3, 3, 1, "same"])], r"layer 1, conv2d.*takes square images"),
     (["nope"], r"layer 0, 'nope': must be a pair \(name, params\)"),
     ([FLAT, ("relu",)], r"layer 1, \('relu',\): must be a pair"),
     ([("upsample", ["x"])], r"layer 0, upsample.*invalid combination.*of:$"),
@@ -168,6 +169,14 @@ def test_initial_weights():
 def test_layers_that_do_not_fit_are_refused_by_name(config, text):
     with pytest.raises(ValueError, match=text):
         Learner(config, imgc=3, imgsz=8)
+
+
+def test_weights_of_other_tasks_than_the_images(case="first conv2d and bn"):
+    net, x = make(case)
+    weights = net.per_task(net.weights, 3)
+    for images in (x[0], x[:1], x[:2]):
+        with pytest.raises(ValueError, match="tasks, and the weights are of another number"):
+            net(images, weights)
 
 
 def test_a_new_layer_needs_a_case(monkeypatch):

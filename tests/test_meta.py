@@ -165,6 +165,14 @@ def test_meta_steps_are_adams_on_the_plain_loops_gradient(first_order, clip, cos
         torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-9, msg=name)
 
 
+def test_after_its_cosine_the_rate_stays_0():
+    maml, weights = Meta(small_net(), cosine_steps=1), []
+    for seed in range(3):
+        maml(make_tasks(seed=seed))
+        weights.append(copies(list(maml.net.parameters())))
+    assert equal(weights[0], weights[2])
+
+
 # ---- what is not finite ----
 
 @pytest.mark.parametrize("skip", [False, True])

@@ -344,7 +344,7 @@ def test_measure_features_is_the_oracle(sizes, support):
 @pytest.mark.parametrize("form", [
     lambda y: y.tolist(), torch.from_numpy, lambda y: y.astype(float), lambda y: y[:, None], lambda y: np.eye(3)[y],
     lambda y: np.array(["bee", "cat", "dog"])[y], lambda y: [("greek", f"letter {k}") for k in y],
-    lambda y: np.array([2, 9, 10], dtype=object)[y], lambda y: np.array(["2", "9", "10"])[y],
+    lambda y: np.array([2, 9, 10], dtype=object)[y], lambda y: np.array(["2", "9", f"{10**20}"])[y],
     lambda y: np.array(["01", "1", "9"])[y], lambda y: np.array([("greek", k) for k in y], dtype=object)])
 def test_measure_features_takes_labels_and_features_of_any_form(form):
     h, y, more = own()
