@@ -77,7 +77,8 @@ def series(run: Run, split: str, model: str, metric: str, layer: int | str = HID
     if metric == "cdnv_unbiased":
         steps, mean, se = series(run, split, model, "cdnv", layer)
         unbiased = unbiased_cdnv(mean, run.queries)
-        return np.array([steps, unbiased, se * unbiased / mean])
+        slope = (unbiased / mean) ** 2 * (run.queries - 1) / run.queries
+        return np.array([steps, unbiased, slope * se])
     if isinstance(layer, int):
         layer = run.layers[max(layer, -len(run.layers))]
     points = []

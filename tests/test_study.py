@@ -183,6 +183,14 @@ def test_the_unbiased_cdnv_of_a_control_knows_its_queries(tmp_path):
     assert unbiased == pytest.approx([15 * 0.4 / (14 - 0.8), 5 * 0.4 / (4 - 0.8), math.nan], nan_ok=True)
 
 
+def test_the_error_of_the_unbiased_cdnv_is_that_of_cdnv_times_its_slope(tmp_path):
+    one = read_run(nc_logs.write_run(tmp_path, k_qry=15))
+    _, cdnv, se = effects.series(one, "heldout", "meta", "cdnv")
+    _, _, found = effects.series(one, "heldout", "meta", "cdnv_unbiased")
+    above, below = (effects.unbiased_cdnv(cdnv + step, 15) for step in (1e-6, -1e-6))
+    assert found == pytest.approx(se * (above - below) / 2e-6, rel=1e-5) and found.min() > 0
+
+
 @pytest.mark.parametrize("options, expected", [
     ({}, "98.7 ± 0.4 / 98.3 ± 0.5"), ({"first_order": True, "k_spt": 5}, "99.9 ± 0.1 / 99.2 ± 0.2"),
     ({"learner": "anil"}, ""), ({"random_labels": True}, ""), ({"name": "my photographs"}, ""),
