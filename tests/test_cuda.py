@@ -79,7 +79,8 @@ def train(out: Path, *flags: str, launcher: tuple[str, ...] = ()) -> str:
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-cuda_graph"], ["--precision", "tf32"], ["--task_chunk", "2"],
-                                   ["--clip", "10"], ["--freeze_head"]])
+                                   ["--clip", "10"], ["--freeze_head"], ["--lr_schedule", "cosine"],
+                                   ["--learner", "protonet"], ["--learner", "classifier"]])
 def test_script(flags, tmp_path):
     train(tmp_path / "run", "--device", "cuda", *flags)
 
