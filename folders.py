@@ -60,14 +60,14 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
         return ImageSet("folders", layout, split_classes(parts), resample, cache, REMEDY)
     if any(map(image_folders, parts.values())):
         missing = ", ".join(f"{split}/" for split in NAMES if split not in parts)
-        raise UserError(f"{top} has {', '.join(path.name for path in parts.values())} and no {missing}; add it, or put "
-                        "all class folders into one, to have them split automatically")
+        raise UserError(f"{top} has {', '.join(path.name for path in parts.values())} and no {missing}; add what "
+                        "is missing, or put all class folders into one, to have them split automatically")
     classes = class_folders(top)
     if len(classes) < 3:
         loose = sum(map(_is_image, images.entries(top)))
+        where = f"in {top / 'test'}" if tests_only else "there, at least 3 classes"
         raise UserError(f"{top} holds {len(classes)} class folders ({loose:,} images outside class folders); "
-                        f"put the images of each class ({', '.join(EXTENSIONS)}) into its own folder there, at "
-                        "least 3 classes")
+                        f"put the images of each class ({', '.join(EXTENSIONS)}) into its own folder {where}")
     names = sorted(classes)
     random.Random(SPLIT_SEED).shuffle(names)
     n_test, n_val = (max(1, round(len(names) * SHARES[split])) for split in ("test", "val"))

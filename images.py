@@ -115,31 +115,37 @@ class ImageSet:
     def _decode(self, path: Path, split: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Decode in parallel threads into a cache file -> uint8 of `shape`, uint64 hashes [class, image].
 
-        The images that can't be read or decoded are named together, in their order.
+        If any image can't be read or decoded, those of all splits are named together, in their order.
         """
         if os.path.exists(path):
             note(f"the cache {path} is damaged: building it again")
         images, hashes = np.zeros(shape, np.uint8), np.zeros(shape[:2], np.uint64)
 
-        def decode_into(row: int, column: int, file: ImageFile) -> str | None:
-            """Decode an image into its place in the arrays -> what is wrong with it, or None."""
+        def decode_into(place: tuple[int, int] | None, file: ImageFile) -> str | None:
+            """Decode an image into its place in the arrays, if it has one -> what is wrong with it, or None."""
             try:
                 with reading(file.path):  # a damaged zip entry raises zlib.error, BadZipFile, RuntimeError, ...
                     data = file.read()
-                images[row, column], hashes[row, column] = decode(data, file.path, *shape[2:4], self.resample)
+                decoded = decode(data, file.path, *shape[2:4], self.resample)
+                if place is not None:
+                    images[place], hashes[place] = decoded
             except UserError as error:
                 return str(error)
 
-        places = [(row, column, file) for row, files in enumerate(self.splits[split].values())
+        places = [((row, column), file) for row, files in enumerate(self.splits[split].values())
                   for column, file in enumerate(files)]
-        what = f"the {split} split"
         with atomic(path, remedy="free some space, or name another folder with --cache FOLDER") as cache, \
                 warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor() as pool:
             remove_stale(self.cache, "*.npy", age=24 * 3600)
             warnings.simplefilter("ignore")  # PIL's, about files that it decodes all the same, or that become a fault
-            decoding = progress(pool.map(decode_into, *zip(*places)), f"decoding {what}", len(places), "images")
-            faults = [fault for fault in decoding if fault]
-            listed(faults, f"{len(faults):,} of the {len(places):,} images of {what} can't be used", self.remedy)
+            decoding = pool.map(decode_into, *zip(*places))
+            faults = [*filter(None, progress(decoding, f"decoding the {split} split", len(places), "images"))]
+            others = [file for other, classes in self.splits.items() if other not in (split, *self._names)
+                      for files in classes.values() for file in files]
+            if faults:  # name those of the splits that are not yet decoded too
+                decoding = pool.map(decode_into, [None] * len(others), others)
+                faults += filter(None, progress(decoding, "checking the other splits", len(others), "images"))
+            listed(faults, f"{len(faults):,} images can't be used", self.remedy)
             np.save(cache, images)
             np.save(cache, hashes)
         return images, hashes

@@ -166,6 +166,7 @@ def _rows(table: Path) -> list[tuple[int, str, str]]:
             raise UserError(f"the first line of {table} must be filename,label and is "
                             f"{short(','.join(reader.fieldnames))}")
         rows = [(reader.line_num, normal(row["filename"] or ""), normal(row["label"] or "")) for row in reader]
+    rows = [row for row in rows if any(row[1:])]
     listed([f"line {line}" for line, *texts in rows if not all(texts)], f"{table} lacks filename or label",
            "write both there, or remove the lines")
     return rows
@@ -191,7 +192,7 @@ def _from_tables(root: Path, tables: dict[str, Path], folder: Path) -> tuple[Spl
             else:
                 found[paths[0]] = label, name
         listed(faults, f"{tables[split]}, {len(faults):,} of {len(rows[split]):,} images",
-               "put the images there, or remove the lines")
+               "put absent images there, or remove the lines")
         parents.update(path.parent for path in found)
         splits[split] = images.by_class((label, images.image_file(path, name)) for path, (label, name) in found.items())
     inside = "" if folder in parents else "CLASS/"

@@ -305,7 +305,7 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     if getattr(args, "split", "shuffled") != "shuffled" and (args.synthetic or args.data is not None):
         raise UserError(f"--split {args.split}: these images are not Omniglot's; give --split shuffled")
     if args.imgc != dataset.channels:
-        raise UserError(f"--imgc {args.imgc}: {dataset.name()} has {dataset.channels}")
+        raise UserError(f"--imgc {args.imgc}: {dataset.name()} has {dataset.channels}; leave --imgc out")
     if meta_steps(args) < 1:
         raise UserError(f"--epoch {args.epoch}: it counts tasks here, and a meta-step takes {args.task_num}; give "
                         f"{args.task_num} or more")
@@ -322,7 +322,7 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
         if args.n_way > classes:
             remedy = "" if not args.data else (
                 f"; put {args.n_way} or more into {quoted(Path(args.data) / 'test')}" if tests_only
-                else "; lower --n_way, or divide them yourself into train/, val/ and test/")
+                else "; divide them yourself into train/, val/ and test/" + ", or lower --n_way" * (args.n_way > 2))
             raise UserError(f"--n_way {args.n_way}: {dataset.name()} has {classes} classes in its {split} split"
                             + remedy)
         for name in ("k_qry" if split == "train" or args.k_qry_test in (None, args.k_qry) else "k_qry_test", "nc_qry"):

@@ -235,12 +235,12 @@ class _Run:
     def report(self, step: int, result: Step, show: bool) -> None:
         """Put a step's loss on the bar and its metrics into the log; with `show` log and print its accuracy."""
         loss = result.losses.mean()
-        self.bar.set_postfix(loss=f"{loss:.3f}", acc=f"{result.accuracy[:, -1].mean():.3f}", refresh=False)
+        self.bar.set_postfix(loss=f"{loss:.3f}", acc=f"{result.accuracy[:, -1].mean():.1%}", refresh=False)
         if show:
             skipped = {"skipped": self.skipped()} if self.args.skip_nonfinite else {}
             accuracy = result.accuracy.mean(0)
             self.log.add("train", step, loss=loss, acc=accuracy, **skipped)
-            say(f"step: {step} \ttraining acc: {percent(accuracy)}")
+            say(f"step: {step} \ttraining acc: {percent(accuracy)}{self.without_update()}")
         if result.metrics:
             self.log.metrics(step, "train", self.maml.net.blocks, result.metrics)
 
@@ -258,12 +258,17 @@ class _Run:
         if not args.skip_nonfinite and self.skipped():
             step = int(self.maml.updates)  # the first whose update was skipped: none was made after it
             raise UserError(f"step {step}: a loss or the gradient is not finite. Lower --update_lr ({args.update_lr}) "
-                            f"or --meta_lr ({args.meta_lr}), clip the gradient with --clip, or skip such updates with "
-                            f"--skip_nonfinite: {self.repeat} --skip_nonfinite")
+                            f"or --meta_lr ({args.meta_lr}), or skip such updates, if they are rare: {self.repeat} "
+                            "--skip_nonfinite")
 
     def skipped(self) -> int:
         """How many updates were skipped; waits for the device."""
         return self.maml.step - int(self.maml.updates)
+
+    def without_update(self) -> str:
+        """How many steps made no update, for the screen; empty if none."""
+        skipped = self.skipped() if self.args.skip_nonfinite else 0
+        return f", {skipped} without an update (not finite)" if skipped else ""
 
     def validate(self) -> float:
         """Validate, log, keep the weights if they are the best so far; returns their accuracy."""
@@ -304,7 +309,7 @@ class _Run:
         record.write_json(self.out / "timing.json", timing)
         record.write_json(self.out / "result.json", result)
         peak = "" if memory is None else f", peak memory {memory} GiB"
-        say(f"{minutes:.1f} minutes for {self.steps} meta-steps{peak}; results in {self.out}")
+        say(f"{minutes:.1f} minutes for {self.steps} meta-steps{self.without_update()}{peak}; results in {self.out}")
 
     def minutes_in_all(self) -> float:
         return self.minutes + (time.perf_counter() - self.started) / 60

@@ -119,7 +119,8 @@ def test_only_tensors_on_the_cpu_are_sent(monkeypatch):
 def test_the_group_is_left_together_and_not_after_an_error(device, error, calls, monkeypatch):
     called = []
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, device_id: called.append((backend, device_id)))
+    monkeypatch.setattr(dist, "init_process_group",
+                        lambda backend, timeout, device_id: called.append((backend, device_id)))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: called.append("left"))
     with pytest.raises(type(error)) if error else contextlib.nullcontext(), devices.processes(device):
         if error:

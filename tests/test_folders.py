@@ -115,6 +115,12 @@ def test_faults_are_named_in_one_line(tmp_path, make, words):
         find(tmp_path / "mine")
 
 
+def test_few_folders_for_a_test(tmp_path):
+    write_classes(tmp_path / "mine", 2)
+    with refused("holds 2 class folders", f"into its own folder in {tmp_path / 'mine/test'}"):
+        folders.find(tmp_path / "mine", Image.Resampling.BILINEAR, tests_only=True)
+
+
 @pytest.mark.parametrize("script, flags", [(omniglot_train, ["--imgsz", "28"]), (omniglot_train, ["--imgc", "3"]),
                                            (miniimagenet_train, "--imgsz 48 --imgc 1 --data_name mine".split())])
 def test_training_on_images_of_ones_own(tmp_path, script, flags, capsys):
@@ -165,5 +171,5 @@ def test_a_folder_test_is_enough_to_test_a_trained_model_on_all_its_classes(tmp_
     omniglot_train.main(again)
     result, = (tmp_path / "run").glob("test-*.json")
     assert json.loads(result.read_text())["test_classes"] == 5
-    with refused("own has test and no train/, val/; add it, or put all class folders into one"):
+    with refused("own has test and no train/, val/; add what is missing, or put"):
         omniglot_train.main([*TINY, "--data", str(tmp_path / "own"), "--out", str(tmp_path / "other")])
