@@ -55,7 +55,7 @@ SETTINGS = {setting.name: setting for setting in (
           ("classifier", "classifier", 2, "--epoch 40000 --learner classifier"),
           ("omniglot-loop", "MAML, inner loop and classifier as on Omniglot", 2,
            "--epoch 40000 --update_step 1 --update_lr 2 --update_step_test 3 --spatial_mean --head_std 1"),
-          ("large-step", "MAML, 5 inner steps at rate 0.5", 1, "--epoch 28000 --update_lr 0.5"),
+          ("large-step", "MAML, 5 inner steps at rate 0.5", 2, "--epoch 28000 --update_lr 0.5"),
           ("large-body-step", "MAML, 5 inner steps at rate 0.5, the classifier's 0.05", 2,
            "--epoch 28000 --update_lr 0.5 --head_lr 0.05"),
           ("slow-head", "MAML, the classifier's inner rate 0.005", 2, "--epoch 28000 --head_lr 0.005"),
