@@ -96,7 +96,7 @@ def restore(path: Path, saved: dict, experiment: dict, maml: Meta, sampler: Samp
                 difference = f"{name} {other}, and here it is {value}; restore that"
                 if name == "data":
                     differing = [f"{key} of {split}" for split, sizes in value["splits"].items() for key in sizes
-                                 if sizes[key] != other["splits"][split][key]]
+                                 if sizes[key] != other["splits"][split].get(key)]
                     difference = (f"data of other classes or sizes than these ({', '.join(differing)}); restore the "
                                   "run's images")
                 raise UserError(f"{path} is of a run with {difference}, or {remedy}")

@@ -171,8 +171,8 @@ class _Run:
         if args.cuda_graph and train_images.is_cuda:
             self.meta_step = GraphedStep(maml, self.eager_step, self.sampler.generator)
         description = {"name": dataset.name(), "synthetic": args.synthetic, "splits": {
-            split: {"classes": classes, "images_per_class": count, "classes_digest": dataset.digest(split)}
-            for split, (classes, count) in dataset.sizes().items()}}
+            split: {"classes": len(counts), "images_per_class": min(counts), "images": sum(counts),
+                    "classes_digest": dataset.digest(split)} for split, counts in dataset.counts().items()}}
         recorded = recorded_settings(args)
         kept = {name: value for name, value in recorded.items() if name not in (*MAY_CHANGE["resume"], "out")}
         self.experiment = kept | {  # what a checkpoint shares with the run that resumes from it

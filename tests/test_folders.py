@@ -128,8 +128,9 @@ def test_training_on_images_of_ones_own(tmp_path, script, flags, capsys):
     script.main([*TINY, *flags, "--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run")])
     data = json.loads((tmp_path / "run/args.json").read_text())["data"]
     assert data["name"] == ("mine" if "mine" in flags else "images in pictures")
-    digest = data["splits"]["train"].pop("classes_digest")
-    assert data["splits"]["train"] == {"classes": 8, "images_per_class": 4} and len(digest) == 16
+    assert sum(split["images"] for split in data["splits"].values()) == len([*tmp_path.glob("pictures/*/*.png")])
+    train = data["splits"]["train"]
+    assert (train["classes"], train["images_per_class"], len(train["classes_digest"])) == (8, 4, 16)
     assert data["found"].startswith("class folders, split by a shuffle of their names with seed 2015: train 8 classes")
     assert data["found"] in capsys.readouterr().out
 
@@ -145,6 +146,9 @@ def test_resuming_needs_the_same_classes_in_a_folder_of_any_name(tmp_path):
     (tmp_path / "pictures").rename(tmp_path / "renamed")
     omniglot_train.main(["--resume", out, "--data", str(tmp_path / "renamed"), "--epoch", "2"])
     assert json.loads((tmp_path / "run/result.json").read_text())["data"] == "images in pictures"
+    (tmp_path / "renamed/class 11/0.png").unlink()
+    with refused("data of other classes or sizes than these (images of "):
+        omniglot_train.main(["--resume", out, "--data", str(tmp_path / "renamed"), "--epoch", "3"])
 
 
 def test_query_images_are_needed_where_they_are_drawn_alone(tmp_path):

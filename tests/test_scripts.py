@@ -72,7 +72,8 @@ def test_what_a_run_records(omniglot_run):
     assert args["settings"]["update_lr"] == 0.4 and args["settings"]["seed"] == 222
     assert args["layers"][0] == ["conv2d", [64, 1, 3, 3, 2, 0]] and args["layers"][-1] == ["linear", [5, 64]]
     assert args["data"]["name"] == "synthetic characters" and args["data"]["synthetic"]
-    assert args["data"]["splits"]["train"] == {"classes": 200, "images_per_class": 20, "classes_digest": None}
+    assert args["data"]["splits"]["train"] == {
+        "classes": 200, "images_per_class": 20, "images": 4000, "classes_digest": None}
     assert args["versions"]["torch"] == torch.__version__
     assert args["device"]["type"] == "cpu" and args["meta_steps"] == 5
     best = torch.load(omniglot_run / "best.pt", weights_only=True)
