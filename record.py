@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -34,20 +35,29 @@ REMEDY = "free space or fix the permissions there; --resume continues a run"
 
 @contextlib.contextmanager
 def lock_run(args: argparse.Namespace) -> Iterator[Path]:
-    """The run's folder, locked. It is created if absent; one with a run that a new one would overwrite is refused."""
+    """The run's folder, locked. It is created if absent; one with a run that a new one would overwrite is refused.
+
+    A folder into which nothing was written is removed at the end.
+    """
     name = f"{args.script}-{args.n_way}w{args.k_spt}s-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     name, *_ = devices.gather_lists([name])  # the first process's name: the others may be a second later
     out = Path(args.out or f"runs/{name}")
     if devices.rank() > 0:
         yield out
         return
-    with locked(out / ".run.lock"):
-        if args.resume is None and any(os.path.exists(out / file) for file in ("args.json", "log.jsonl")):
-            raise UserError(f"--out {out}: there is a run already; name another folder, or continue it: "
-                            f"--resume {quoted(out)}")
-        for pattern in WRITTEN:
-            remove_stale(out, pattern)
-        yield out
+    held = False
+    try:
+        with locked(out / ".run.lock"):
+            held = True
+            if args.resume is None and any(os.path.exists(out / file) for file in ("args.json", "log.jsonl")):
+                raise UserError(f"--out {out}: there is a run already; name another folder, or continue it: "
+                                f"--resume {quoted(out)}")
+            for pattern in WRITTEN:
+                remove_stale(out, pattern)
+            yield out
+    finally:
+        if held and os.listdir(out) == [".run.lock"]:
+            shutil.rmtree(out, ignore_errors=True)
 
 
 def write_args(out: Path, settings: dict, steps: int, layers: list, data: dict, device: torch.device) -> None:

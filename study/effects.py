@@ -84,7 +84,7 @@ def series(run: Run, split: str, model: str, metric: str, layer: int | str = HID
     points = []
     for step, row in sorted(run.rows[split].items()):
         lacks = f"lacks {model} {metric} of {layer} in the measurement ({split}) at step {step}"
-        with reading(run.path, "its log is incomplete", lacks):
+        with reading(run.path, "its log is incomplete, or older than this metric", lacks):
             if metric == "accuracy":
                 mean, se = (row["inner"]["accuracy"][name][-1] for name in ("mean", "se"))
             else:
