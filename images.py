@@ -134,7 +134,7 @@ class ImageSet:
 
         places = [((row, column), file) for row, files in enumerate(self.splits[split].values())
                   for column, file in enumerate(files)]
-        with atomic(path, remedy="free some space, or name another folder with --cache FOLDER") as cache, \
+        with atomic(path, remedy="name another folder with --cache FOLDER, or free some space") as cache, \
                 warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor() as pool:
             remove_stale(self.cache, "*.npy", age=24 * 3600)
             warnings.simplefilter("ignore")  # PIL's, about files that it decodes all the same, or that become a fault

@@ -282,8 +282,8 @@ class _Run:
         if adapted.metrics is not None:
             self.log.metrics(maml.step, "heldout", maml.net.blocks, adapted.metrics)
         accuracy = float(nearest[0] if args.learner in BASELINES else mean[-1])
-        say(f"step: {maml.step} \tvalidation acc: {percent(mean)} (last ± {100 * interval[-1]:.1f}); "
-            f"nearest support mean: {percent(nearest)}")
+        say(f"step: {maml.step} \tvalidation acc, % after 0 to {args.update_step_test} inner steps: {percent(mean)} "
+            f"(last ± {100 * interval[-1]:.1f}); nearest support mean: {percent(nearest)}")
         if self.best is None or accuracy > self.best["val_accuracy"]:
             self.best = self.save_weights("best.pt", val_accuracy=accuracy)
         return accuracy
