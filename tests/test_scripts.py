@@ -52,7 +52,8 @@ def omniglot_run(tmp_path_factory) -> Path:
 def test_a_run_says_what_the_original_says(omniglot_run):
     said = (omniglot_run.parent / "said").read_text()
     for part in ("n_way=5", "conv2d[64, 1, 3, 3, 2, 0] -> [64, 13, 13]", "Total trainable parameters: 91781",
-                 "5 meta-steps", "training acc: [", "meta within", "validation acc, % after 0 to 3 inner steps: [", "synthetic characters",
+                 "5 meta-steps", "training acc: [", "meta within", "validation acc, % after 0 to 3 inner steps: [",
+                 "synthetic characters",
                  "5/5 steps, acc=", "(last ? "):  # a "±", on a stream of ASCII
         assert part in said, part
 
