@@ -140,9 +140,9 @@ class ImageSet:
             warnings.simplefilter("ignore")  # PIL's, about files that it decodes all the same, or that become a fault
             decoding = pool.map(decode_into, *zip(*places))
             faults = [*filter(None, progress(decoding, f"decoding the {split} split", len(places), "images"))]
-            others = [file for other, classes in self.splits.items() if other not in (split, *self._names)
-                      for files in classes.values() for file in files]
             if faults:  # name those of the splits that are not yet decoded too
+                others = [file for other, classes in self.splits.items() if other not in (split, *self._names)
+                          for files in classes.values() for file in files]
                 decoding = pool.map(decode_into, [None] * len(others), others)
                 faults += filter(None, progress(decoding, "checking the other splits", len(others), "images"))
             listed(faults, f"{len(faults):,} images can't be used", self.remedy)

@@ -56,8 +56,9 @@ def lock_run(args: argparse.Namespace) -> Iterator[Path]:
                 remove_stale(out, pattern)
             yield out
     finally:
-        if held and os.listdir(out) == [".run.lock"]:
-            shutil.rmtree(out, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if held and os.listdir(out) == [".run.lock"]:
+                shutil.rmtree(out)
 
 
 def write_args(out: Path, settings: dict, steps: int, layers: list, data: dict, device: torch.device) -> None:

@@ -64,7 +64,7 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor, eps: float = EPS,
 
 @dataclass(frozen=True)
 class Patches:
-    """What `conv_bn` needs of the images, whatever the weights. Each of G groups has its own statistics.
+    """What `conv_bn` needs of the images, the same for all weights. Each of G groups has its own statistics.
 
     A patch is p = c + c*k*k values: its middle pixel, and all its pixels minus the middle one. From the plain pixels,
     the small variance of an edge filter's output would be lost to float32's rounding.

@@ -240,7 +240,7 @@ class _Run:
             skipped = {"skipped": self.skipped()} if self.args.skip_nonfinite else {}
             accuracy = result.accuracy.mean(0)
             self.log.add("train", step, loss=loss, acc=accuracy, **skipped)
-            say(f"step: {step} \ttraining acc: {percent(accuracy)}{self.without_update()}")
+            say(f"step: {step} \ttraining acc: {percent(accuracy)}{_without_update(**skipped)}")
         if result.metrics:
             self.log.metrics(step, "train", self.maml.net.blocks, result.metrics)
 
@@ -264,11 +264,6 @@ class _Run:
     def skipped(self) -> int:
         """How many updates were skipped; waits for the device."""
         return self.maml.step - int(self.maml.updates)
-
-    def without_update(self) -> str:
-        """How many steps made no update, for the screen; empty if none."""
-        skipped = self.skipped() if self.args.skip_nonfinite else 0
-        return f", {skipped} without an update (not finite)" if skipped else ""
 
     def validate(self) -> float:
         """Validate, log, keep the weights if they are the best so far; returns their accuracy."""
@@ -300,8 +295,9 @@ class _Run:
         minutes = self.minutes_in_all()
         self.sampler = self.held_out = self.meta_step = None  # room for the test images
         result = _test(self.maml, self.data, self.out, self.signals)
+        skipped = self.skipped()
         if self.args.skip_nonfinite:
-            result["skipped_updates"] = self.skipped()
+            result["skipped_updates"] = skipped
         memory = devices.peak_memory(self.device)
         if self.args.nc_every:
             record.draw_figure(self.out)
@@ -309,10 +305,15 @@ class _Run:
         record.write_json(self.out / "timing.json", timing)
         record.write_json(self.out / "result.json", result)
         peak = "" if memory is None else f", peak memory {memory} GiB"
-        say(f"{minutes:.1f} minutes for {self.steps} meta-steps{self.without_update()}{peak}; results in {self.out}")
+        say(f"{minutes:.1f} minutes for {self.steps} meta-steps{_without_update(skipped)}{peak}; results in {self.out}")
 
     def minutes_in_all(self) -> float:
         return self.minutes + (time.perf_counter() - self.started) / 60
+
+
+def _without_update(skipped: int = 0) -> str:
+    """How many steps made no update, for the screen; empty if none."""
+    return f", {skipped} without an update (not finite)" if skipped else ""
 
 
 def held_out_tasks(sampler: Sampler, n_tasks: int, size: int) -> Iterator[tuple[int, tuple]]:

@@ -108,6 +108,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     assert said.startswith("step 5: a loss or the gradient is not finite. Lower")
     for flag in ("--update_lr (0.4)", "--meta_lr (0.001)", "--skip_nonfinite", f"_args {run}/args.json"):
         assert flag in said
+    assert "--clip" not in said  # what isn't finite stays so
     steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert max(steps) == 4  # nothing of the step that failed
 
