@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 import images
-from files import UserError, listed, quoted, short
+from files import UserError, listed, note, quoted, short
 from images import FORMATS, ImageFile, ImageSet, Splits
 from tasks import Dataset
 
@@ -109,7 +109,8 @@ def split_classes(parts: dict[str, Path]) -> Splits:
 def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     """Class -> its images, both sorted by name, for each folder in `folder` that has images.
 
-    Images that would be left out, because of their format or because they lie deeper, are refused.
+    Images that would be left out, because of their format or because they lie deeper, are refused. Those directly in
+    `folder` are left out with a note.
     """
     found, others, deeper = [], [], []
     for entry in images.subfolders(folder):
@@ -126,6 +127,9 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     listed(others, f"images in {folder} in other formats than {', '.join(FORMATS)}", "convert them, or remove them")
     listed(list(map(short, deeper)), f"folders in the class folders of {folder} have images that would be left out",
            "move these into the class folder itself, or remove them")
+    loose = sum(map(_is_image, images.entries(folder)))
+    if loose and found:
+        note(f"note: {loose:,} images directly in {folder} are left out: they are in no class folder")
     return images.by_class(found)
 
 

@@ -83,15 +83,24 @@ def _commit() -> str | None:
     return None
 
 
-def check_network(run: Path, net: Learner) -> None:
-    """Raise a UserError that names the first layer that differs, if the run recorded another network."""
-    with reading(run / "args.json", wrong="is not what a run writes"):
+def check_network(run: Path, net: Learner, new_run: bool = False) -> None:
+    """Raise a UserError that names the first layer that differs, if the run recorded another network.
+
+    Args:
+        run: a run's folder, or its args.json.
+        new_run: only a line is printed, because the new run's flags may change its network.
+    """
+    path = run / "args.json" if os.path.isdir(run) else run
+    with reading(path, wrong="is not what a run writes"):
         layers = json.loads(json.dumps(net.config))  # tuples become lists
-        for i, (then, now) in enumerate(itertools.zip_longest(read_args(run).get("layers") or layers, layers)):
+        recorded = json.loads(path.read_text(encoding="utf-8")).get("layers") or layers
+        for i, (then, now) in enumerate(itertools.zip_longest(recorded, layers)):
             if then != now:
                 then, now = (f"{layer[0]}{layer[1]}" if layer else "absent" for layer in (then, now))
-                raise UserError(f"{run / 'args.json'}: layer {i} was {then} in the run and is {now} here; use the code "
-                                "that made the run")
+                differs = f"{path}: layer {i} was {then} in the run and is {now} here"
+                if new_run:
+                    return say(f"note: {differs}")
+                raise UserError(f"{differs}; use the code that made the run")
 
 
 def resumed(out: Path, epoch: int, step: int, steps: int, log_bytes: int) -> None:

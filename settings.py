@@ -187,7 +187,7 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser, pa
     had the recipe's.
     """
     path = Path(flags[mode])
-    if mode != "from_args" or path.is_dir():
+    if mode != "from_args" or os.path.isdir(path):
         path /= "args.json"
     settings = _recorded(path, mode, parser)
     if flags.get("recipe", settings["recipe"]) != settings["recipe"]:

@@ -62,8 +62,8 @@ def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
             devices.set_arithmetic(args.precision, args.deterministic)
             torch.manual_seed(args.seed)
             net, data = network(args), Data(args, dataset, device)
-            if again := args.resume or args.test:
-                record.check_network(Path(again), net)
+            if earlier := args.resume or args.test or args.from_args:
+                record.check_network(Path(earlier), net, new_run=args.from_args is not None)
             if trains_classifier:
                 classes = len(dataset.counts()["train"]) * data.turns("train")
                 net.classes = nn.Linear(net.weights[net.classifier].shape[1], classes)

@@ -25,8 +25,9 @@ def find(root: Path) -> images.ImageSet:
     return folders.find(root, BILINEAR)
 
 
-def test_classes_are_split_by_their_names_alone(tmp_path):
+def test_classes_are_split_by_their_names_alone(tmp_path, capsys):
     write_classes(tmp_path / "mine", 10)
+    Image.new("L", (8, 8)).save(tmp_path / "mine/preview.png")
     (tmp_path / "mine/docs").mkdir()
     (tmp_path / "mine/docs/notes.txt").write_text("no image")
     image_set = find(tmp_path / "mine")
@@ -35,6 +36,7 @@ def test_classes_are_split_by_their_names_alone(tmp_path):
         "test": ["class 7", "class 9"]}
     assert image_set.summary.startswith("class folders, split by a shuffle of their names with seed 2015: train 6 "
                                         "classes of 4 ('class 0') to 12 images, val 2 classes of 7 ('class 3') to 8 im")
+    assert capsys.readouterr().err.startswith("note: 1 images directly in ")
     data = {channels: image_set.load("val", 8, channels) for channels in (1, 3)}
     assert data[1].shape == (2, 8, 1, 8, 8) and data[3].shape == (2, 8, 3, 8, 8) and image_set.counts()["val"] == [7, 8]
     picture = Image.open(tmp_path / "mine/class 4/7.png")

@@ -210,7 +210,7 @@ def rewrite(run: Path, **settings) -> str:
 
 
 @pytest.mark.slow
-def test_from_args_repeats_a_run_and_so_does_a_file_of_an_older_version(whole, tmp_path):
+def test_from_args_repeats_a_run_and_so_does_a_file_of_an_older_version(whole, tmp_path, capsys):
     old = shutil.copytree(whole, tmp_path / "old")
     path = rewrite(old, adapt_blocks="away", clip="away", nc_qry="away")
     omniglot_train.main(["--from_args", path, "--out", str(tmp_path / "again")])
@@ -218,7 +218,10 @@ def test_from_args_repeats_a_run_and_so_does_a_file_of_an_older_version(whole, t
     assert "not of this script and version (adapt_blocks, clip, n" in refused("--resume", str(old), "--epoch", "9")
     omniglot_train.main(["--test", str(old)])
     assert (old / "test-6tasks-2qry-1steps.json").exists()
-    omniglot_train.main(["--from_args", path, "--epoch", "2", "--first_order", "--out", str(tmp_path / "changed")])
+    assert "note: " not in capsys.readouterr().out
+    flags = "--epoch 2 --first_order --net original".split()
+    omniglot_train.main(["--from_args", path, *flags, "--out", str(tmp_path / "changed")])
+    assert f"note: {path}: layer 1 was " in capsys.readouterr().out
     settings = json.loads((tmp_path / "changed/args.json").read_text())["settings"]
     assert settings["first_order"] and settings["epoch"] == 2 and settings["n_way"] == 2
 
