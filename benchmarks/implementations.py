@@ -1,19 +1,15 @@
 """Second-order MAML in the ways in which people write it; benchmarks/speed.py times them."""
 
 import copy
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import device as devices
 from learner import Config, Learner

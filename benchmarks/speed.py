@@ -5,11 +5,9 @@
     python benchmarks/speed.py --only omniglot-paper --repeats 15   # one case
     OMP_NUM_THREADS=1 python benchmarks/speed.py                    # on one core
 
-benchmarks/README.md says what is compared. Tasks are random images: the time does not depend on what they show. First
-all gradients are compared in float64, on a small part of each case. Then the implementations take turns in float32,
-`--repeats` rounds after a warm-up, in a process of their own. On Linux there are two such processes, because glibc's
-default returns large blocks to the system, which slows most implementations: one runs with the default, one with
-`device.keep_memory`, as the training scripts do. The table shows the better of the two.
+benchmarks/README.md says what is compared. Tasks are random images: the time does not depend on what they show. The
+implementations take turns in float32, `--repeats` rounds after a warm-up, in a process of their own. On Linux there are
+two such processes, with glibc's default and with `device.keep_memory`; the table shows the better of the two.
 """
 
 import argparse

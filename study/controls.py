@@ -4,33 +4,14 @@
     python -m study.controls res/RUN --root DATA --only final pixels    measures these; the others stay in the file
     python -m study.controls res/RUN --data FOLDER                      on other images: writes controls-..._FOLDER.json
 
-The tasks are those of the run's test. The controls, each with all metrics and accuracies (T tasks, K inner steps):
-
-    final          the run's last weights, or its best where those are absent; 15 queries per class
-    untrained      a fresh network of the run's seed
-    classifier at zero   the final weights with a zero classifier: the first inner step moves nothing else
-                         (Kao, Chiu, Chen 2022, arXiv:2106.15367)
-    classifier at random   the final weights with a newly drawn classifier, as training starts with
-    pixels         the input itself; without adaptation
-    queries 1, 5, 19   the final weights with this many queries per class, normalised together
-    5-shot         the final weights with 5 support images per class: their features can be measured too
-    first step by parts   the final weights after the first inner step of the classifier alone, the body alone, both:
-                   accuracy; and how far apart the classifier's rows are, and how far the body's weights move
-    first step by parts, untrained   the same of the untrained network
-    similarity, final   how similar each layer's features are before and after MAML's inner loop, which adapts all
-                   layers, for every learner (`cka`), how far each layer's kernel moves, accuracy after it
-    similarity, classifier at random; similarity, untrained   the same of these
-    similarity of blocks 1-2, final; similarity of blocks 3-5, final   where that inner loop adapts these blocks alone
-    similarity by rate, final; similarity by rate, untrained   with the inner rates times each of `design.FRACTIONS`
-    batch norm by one query and the support set   each query is normalised with the support set alone (not transductive)
-    batch norm by the support set                 the same, by statistics without the query
-
+The tasks are those of the run's test. `measure` lists the controls, and each one's function says what it measures.
 "effective_dimension" is that of the means of all test classes at the classifier's input. For it, one image of every
 class goes through the network together, upright, in all controls. Metrics that are undefined are null.
 """
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import math
@@ -54,12 +35,10 @@ from measuring import accuracies, accuracy, class_means, collapse_metrics, permu
 from meta import Meta, adapt
 from record import check_network, numbers, other_images, say, summary
 from settings import check
-from study.design import FRACTIONS
+from study.design import CONTROL_QUERIES, CONTROL_SHOTS, FRACTIONS
 from tasks import Dataset, Tasks, as_tasks, cat, chunked
 from training import Data, held_out_tasks, meta_of
 
-QUERIES = 15  # per class, if nothing else is said
-SHOTS = 5  # of the control with more support images
 CLASSIFIER_METRICS = ("self_duality", "ncc_mismatch", "within_original", "between_original")
 BY_PARTS = "first step by parts"
 ALONE, BY_SUPPORT = "batch norm by one query and the support set", "batch norm by the support set"
@@ -107,17 +86,18 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
     pixels = Learner([("flatten", []), ("linear", [args.n_way, math.prod(untrained.input_shape)])],
                      args.imgc, args.imgsz).to(device)  # its classifier is not used
     redrawn = with_classifier(final, script.network(args))
-    usual = args.k_spt, min(QUERIES, most)  # support and query images per class
+    usual = args.k_spt, min(CONTROL_QUERIES, most)  # support and query images per class
     sizes = {f"queries {queries}": (args.k_spt, queries) for queries in (1, 5, 19) if queries <= most}
-    if args.k_spt != SHOTS < most + args.k_spt:
-        sizes[f"{SHOTS}-shot"] = SHOTS, min(QUERIES, most + args.k_spt - SHOTS)
+    if args.k_spt != CONTROL_SHOTS < most + args.k_spt:
+        sizes["5-shot"] = CONTROL_SHOTS, min(CONTROL_QUERIES, most + args.k_spt - CONTROL_SHOTS)
     wanted = {
-        "final": (final, Meta.finetune),
-        "untrained": (untrained, Meta.finetune),
+        "final": (final, Meta.finetune),  # the run's last weights, or its best where those are absent
+        "untrained": (untrained, Meta.finetune),  # a fresh network of the run's seed
+        # the first inner step moves nothing but the classifier (Kao, Chiu, Chen 2022, arXiv:2106.15367)
         "classifier at zero": (with_classifier(final, None), Meta.finetune),
-        "classifier at random": (redrawn, Meta.finetune),
-        "pixels": (pixels, not_adapted),
-        **dict.fromkeys(sizes, (final, Meta.finetune)),
+        "classifier at random": (redrawn, Meta.finetune),  # a newly drawn classifier, as training starts with
+        "pixels": (pixels, not_adapted),  # the input itself
+        **dict.fromkeys(sizes, (final, Meta.finetune)),  # other numbers of queries and support images
         BY_PARTS: (final, by_parts),
         f"{BY_PARTS}, untrained": (untrained, by_parts),
         "similarity, final": (final, similarity),
@@ -128,26 +108,25 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
         "similarity by rate, final": (final, similarity_by_rate),
         "similarity by rate, untrained": (untrained, similarity_by_rate),
         ALONE: (final, partial(not_transductive, score=partial(scores, transductive=False))),
-        BY_SUPPORT: (final, partial(not_transductive, score=scores_by_support))}
+        BY_SUPPORT: (final, partial(not_transductive, score=scores_by_support))}  # by statistics without the query
     if not wanted.keys() >= set(only or ()):
         raise UserError(f"--only {' '.join(only)}: the controls are {', '.join(map(quoted, wanted))}")
     wanted = {name: wanted[name] for name in only or wanted}
     data = Data(copy.copy(args), dataset, device)
-    images, dimensions = data.load("test"), {}
+    images = data.load("test")
+    upright = images[::data.turns("test"), :most + args.k_spt]
+    dimension_of = functools.cache(lambda net: dimension(net, upright, dataset))
     for name, (net, function) in wanted.items():
         data.args.k_spt, data.args.k_qry_test = sizes.get(name, usual)
         data.args.nc_qry = data.args.k_qry_test  # or more are drawn than a class may have
-        batches = math.ceil(args.test_tasks / args.task_num)
         parts = measured(meta_of(net, args), data, images, function)
-        results = cat(list(progress(parts, name, batches, "batches")))
+        results = cat(list(progress(parts, name, math.ceil(args.test_tasks / args.task_num), "batches")))
         metrics = results.pop("metrics", None)
         means = {key: nc_metrics.mean_and_se(values) for key, values in results.items()}
         control = {"tasks": args.test_tasks} | {key: numbers(mean) for key, (mean, _) in means.items()} | {
             f"{key}_ci95": numbers(1.96 * se) for key, (_, se) in means.items()}
         if metrics:
-            if net not in dimensions:
-                dimensions[net] = dimension(net, images[::data.turns("test"), :most + args.k_spt], dataset)
-            control |= summary(metrics) | {"effective_dimension": {"meta": numbers(dimensions[net])}}
+            control |= summary(metrics) | {"effective_dimension": {"meta": numbers(dimension_of(net))}}
             share = metrics["meta"]["relative_within"][:, -2:][:, 0].mean()  # at the classifier's input
             nearest = 100 * results["nearest_mean"][:, 0].mean()
             say(f"{name}: relative within trace {share:.3f}, nearest support mean {nearest:.2f}%, before adaptation")

@@ -20,6 +20,9 @@ _ORIGINAL = "--task_num 8 --epoch 6000 --nc_every 30 --eval_every 250"
 _PHOTO_DATA = "--data_name 'Tiny ImageNet in the miniImageNet layout'"
 _PHOTOS = f"{_PHOTO_DATA} --task_num 2 --nc_every 30 --eval_every 150 --eval_tasks 50"
 _SMALL = "--recipe paper --k_spt 1 --imgsz 32 --nc_every 100"
+_TWENTY = "--data miniimagenet/folders-20 --data_name 'Tiny ImageNet, 20 images per training class'"
+_CROPS = "--data miniimagenet/folders-crops --data_name 'crops of photographs'"  # study/variants.py makes the folders
+_NOISE = "--data omniglot/folders-noise --data_name 'Omniglot in noise'"
 _LONG = "--recipe paper --eval_every 1000 --keep_every 10000 --save_every 5000"
 _SHORT = "--recipe paper --nc_every 100 --eval_every 1000 --save_every 5000"
 _TWENTY_WAY = f"{_LONG} --n_way 20 --nc_every 100 --nc_every_late 300"
@@ -46,46 +49,42 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("contrast-boil", "BOIL", f"{_CONTRAST} --learner boil", 3),
     Setting("contrast-protonet", "ProtoNet", f"{_CONTRAST} --learner protonet", 3),
     Setting("contrast-classifier", "classifier", f"{_CONTRAST} --learner classifier", 3),
-    *(Setting(f"photographs-{name}", f"photographs of 32 x 32, {label}", f"{_PHOTO_DATA} {_SMALL} {flags}", seeds,
-              "miniimagenet_train.py")
-      for name, label, seeds, flags in (
-          ("maml", "MAML", 2, "--epoch 40000 --learner maml"),
-          ("anil", "ANIL", 2, "--epoch 40000 --learner anil"),
-          ("protonet", "ProtoNet", 2, "--epoch 40000 --learner protonet"),
-          ("classifier", "classifier", 2, "--epoch 40000 --learner classifier"),
-          ("omniglot-loop", "MAML, inner loop and classifier as on Omniglot", 2,
+    *(Setting(f"photographs-{name}", f"photographs of 32 x 32, {label}", f"{_PHOTO_DATA} {_SMALL} {flags}",
+              script="miniimagenet_train.py")
+      for name, label, flags in (
+          ("maml", "MAML", "--epoch 40000 --learner maml"),
+          ("anil", "ANIL", "--epoch 40000 --learner anil"),
+          ("protonet", "ProtoNet", "--epoch 40000 --learner protonet"),
+          ("classifier", "classifier", "--epoch 40000 --learner classifier"),
+          ("omniglot-loop", "MAML, inner loop and classifier as on Omniglot",
            "--epoch 40000 --update_step 1 --update_lr 2 --update_step_test 3 --spatial_mean --head_std 1"),
-          ("large-step", "MAML, 5 inner steps at rate 0.5", 2, "--epoch 28000 --update_lr 0.5"),
-          ("large-body-step", "MAML, 5 inner steps at rate 0.5, the classifier's 0.05", 2,
+          ("large-step", "MAML, 5 inner steps at rate 0.5", "--epoch 28000 --update_lr 0.5"),
+          ("large-body-step", "MAML, 5 inner steps at rate 0.5, the classifier's 0.05",
            "--epoch 28000 --update_lr 0.5 --head_lr 0.05"),
-          ("slow-head", "MAML, the classifier's inner rate 0.005", 2, "--epoch 28000 --head_lr 0.005"),
-          ("equal-rows", "MAML, classifier from N(0, 0.001²)", 2, "--epoch 28000 --head_std 0.001"),
-          ("frozen-head", "MAML, classifier kept as drawn", 2, "--epoch 28000 --freeze_head"),
-          ("blocks-4-5", "MAML, inner loop of block 4 and the classifier", 2, "--epoch 40000 --adapt_blocks 4 5"))),
+          ("slow-head", "MAML, the classifier's inner rate 0.005", "--epoch 28000 --head_lr 0.005"),
+          ("equal-rows", "MAML, classifier from N(0, 0.001²)", "--epoch 28000 --head_std 0.001"),
+          ("frozen-head", "MAML, classifier kept as drawn", "--epoch 28000 --freeze_head"),
+          ("blocks-4-5", "MAML, inner loop of block 4 and the classifier", "--epoch 40000 --adapt_blocks 4 5"))),
     Setting("omniglot-photographs-loop", "Omniglot, MAML, inner loop and classifier as on photographs",
             f"{_CONTRAST} --update_step 5 --update_lr 0.05 --update_step_test 10 --no-spatial_mean --head_std 0.0875"),
-    *(Setting(name, label, f"--data {folder} --data_name '{data}' {_SMALL} {flags}", script="miniimagenet_train.py")
-      for name, label, folder, data, flags in (  # the folders are made by study/variants.py
-          ("photographs-20-images", "photographs of 32 x 32, MAML, 20 per training class",
-           "miniimagenet/folders-20", "Tiny ImageNet, 20 images per training class", "--epoch 40000"),
-          ("crops", "crops of one photograph per class",
-           "miniimagenet/folders-crops", "crops of photographs", "--epoch 40000"),
-          ("crops-equal-rows", "crops of one photograph per class, classifier from N(0, 0.001²)",
-           "miniimagenet/folders-crops", "crops of photographs", "--epoch 28000 --head_std 0.001"),
-          ("crops-zero-head", "crops of one photograph per class, classifier kept at 0",
-           "miniimagenet/folders-crops", "crops of photographs", "--epoch 28000 --head_std 0 --freeze_head"),
-          ("omniglot-as-photographs", "characters of 32 x 32",
-           "omniglot/folders", "Omniglot in class folders", "--epoch 40000"),
-          ("omniglot-100-as-photographs", "100 characters of 32 x 32",
-           "omniglot/folders-100", "100 characters of Omniglot", "--epoch 12000"),
-          ("omniglot-in-little-noise", "characters in noise of 0.2",
-           "omniglot/folders-noise-0.2", "Omniglot in little noise", "--epoch 40000"),
-          ("omniglot-in-less-noise", "characters in noise of 0.3",
-           "omniglot/folders-noise-0.3", "Omniglot in less noise", "--epoch 40000"),
-          ("omniglot-in-noise", "characters in noise of 0.4",
-           "omniglot/folders-noise", "Omniglot in noise", "--epoch 40000"),
-          ("omniglot-in-noise-5-shot", "characters in noise of 0.4, 5-shot",
-           "omniglot/folders-noise", "Omniglot in noise", "--epoch 28000 --k_spt 5 --task_num 4"))),
+    *(Setting(name, label, f"{_SMALL} {flags}", script="miniimagenet_train.py") for name, label, flags in (
+        ("photographs-20-images", "photographs of 32 x 32, MAML, 20 per training class", f"{_TWENTY} --epoch 40000"),
+        ("crops", "crops of one photograph per class", f"{_CROPS} --epoch 40000"),
+        ("crops-equal-rows", "crops of one photograph per class, classifier from N(0, 0.001²)",
+         f"{_CROPS} --epoch 28000 --head_std 0.001"),
+        ("crops-zero-head", "crops of one photograph per class, classifier kept at 0",
+         f"{_CROPS} --epoch 28000 --head_std 0 --freeze_head"),
+        ("omniglot-as-photographs", "characters of 32 x 32",
+         "--data omniglot/folders --data_name 'Omniglot in class folders' --epoch 40000"),
+        ("omniglot-100-as-photographs", "100 characters of 32 x 32",
+         "--data omniglot/folders-100 --data_name '100 characters of Omniglot' --epoch 12000"),
+        ("omniglot-in-little-noise", "characters in noise of 0.2",
+         "--data omniglot/folders-noise-0.2 --data_name 'Omniglot in little noise' --epoch 40000"),
+        ("omniglot-in-less-noise", "characters in noise of 0.3",
+         "--data omniglot/folders-noise-0.3 --data_name 'Omniglot in less noise' --epoch 40000"),
+        ("omniglot-in-noise", "characters in noise of 0.4", f"{_NOISE} --epoch 40000"),
+        ("omniglot-in-noise-5-shot", "characters in noise of 0.4, 5-shot",
+         f"{_NOISE} --epoch 28000 --k_spt 5 --task_num 4"))),
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels"),
     Setting("cosine", "MAML, second order, cosine schedule", f"{_CONTRAST} --lr_schedule cosine"),
@@ -147,7 +146,6 @@ SETTINGS = {setting.name: setting for setting in (
             f"{_OTHER_NETWORK} --imgsz 36 --spatial_mean"),
     *(Setting(f"paper-omniglot-{name}", f"paper's recipe, {label}", flags, seeds) for name, label, seeds, flags in (
         ("5w1s", "5-way 1-shot", 3, _LONG),
-        ("5w1s-cosine", "5-way 1-shot, cosine", 1, f"{_LONG} --lr_schedule cosine --epoch 30000"),
         ("5w1s-first-order", "5-way 1-shot, first order", 1, f"{_LONG} --first_order"),
         ("5w1s-blocks-4-5", "5-way 1-shot, inner loop of block 4 and the classifier", 1,
          f"{_SHORT} --epoch 60000 --adapt_blocks 4 5"),
@@ -185,6 +183,8 @@ KEPT = {  # by meta-step: where the classifier's initial weights are trained, ke
     5_000: ("contrast-maml", "frozen-head", "contrast-zero-head", "small-images-small-head",
             "small-images-frozen-head"),
     7_000: ("photographs-maml", "photographs-frozen-head", "crops", "crops-zero-head")}
+# whose inner loop is also run from a random classifier and from one at 0
+OTHER_CLASSIFIERS = ("contrast-maml", "contrast-first-order", "paper-omniglot-5w1s", "paper-omniglot-5w5s")
 BLOCKS = ("blocks-4-5", "blocks-3-4-5", "blocks-1-2-3-5", "blocks-1-2-3")  # MAML whose inner loop adapts only these
 SMALLER_STEPS = ("small-body-step", "small-body-step-10000", "blocks-4-5-small-body-step", "small-step",
                  "small-head")  # that move the body less
@@ -193,11 +193,11 @@ OTHER_LOOPS = ("contrast-maml", "maml-3000", "contrast-zero-head", *BLOCKS, *SMA
                "paper-omniglot-5w1s-blocks-4-5")
 STEPS = (*LEARNERS, *BLOCKS, *SMALLER_STEPS, *(  # whose inner loop's step is compared block by block
     f"photographs-{name}" for name in ("maml", "frozen-head", "anil", "protonet", "classifier", "blocks-4-5")))
+CONTROL_QUERIES, CONTROL_SHOTS = 15, 5  # per class in study/controls.py; the shots of its control "5-shot"
 FRACTIONS = (1, 0.25, 0.1, 0.025, 0.01)  # of the inner rates, at which features are compared
 # whose features are compared before and after MAML's inner loop, layer by layer
-SIMILARITY = (*LEARNERS, *itertools.chain(*COURSE.values()), *BLOCKS, *SMALLER_STEPS, "paper-omniglot-5w1s",
-              "paper-omniglot-5w1s-blocks-4-5", "five-steps", "five-steps-zero-head", *DIFFICULTY["photographs"],
-              *DIFFICULTY["characters"], "omniglot-in-noise-5-shot", "crops-zero-head",
+SIMILARITY = (*LEARNERS, *itertools.chain(*COURSE.values()), *OTHER_LOOPS, "five-steps", "five-steps-zero-head",
+              *DIFFICULTY["photographs"], *DIFFICULTY["characters"], "omniglot-in-noise-5-shot", "crops-zero-head",
               *(f"photographs-{name}" for name in ("anil", "protonet", "classifier", "equal-rows", "frozen-head",
                                                    "slow-head", "blocks-4-5")),
               *MAIN, "omniglot-5w1s-first-order", "random-labels")

@@ -10,22 +10,17 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from files import reading
+from study.design import CONTROL_QUERIES, CONTROL_SHOTS
 from study.logs import Run
 
-END_SHARE = 0.1  # the last part of training, whose measurements are averaged
-HIDDEN = -2      # the classifier's input; a layer is a name, or an index into the run's layers
-CONTROL_QUERIES = 15  # per class in controls.json, if its name says nothing else
+HIDDEN = -2  # the classifier's input; a layer is a name, or an index into the run's layers
 
 # 97.5% points of Student's t for 1..10 degrees of freedom; beyond them the last one, which is slightly too wide.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
-# ---- intervals
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:
@@ -41,23 +36,15 @@ def share_over_tasks(run: Run) -> float:
 
     The percentile interval of 2,000 resampled means.
     """
-    rows = [row["per_task"]["finetuned"] for step, row in run.rows["heldout"].items() if step >= end_from(run)]
+    rows = [row["per_task"]["finetuned"] for step, row in run.rows["heldout"].items() if step >= 0.9 * run.last_step]
     traces = np.array([[row[trace] for row in rows] for trace in ("within", "between")], float)  # [2, S, T]
     shares = within_share(traces).mean(0)  # [T], as the tasks are the same at every measurement
-    drawn = np.random.default_rng(0).integers(len(shares), size=(2_000, len(shares)))
-    low, high = np.percentile(shares[drawn].mean(1), (2.5, 97.5))
+    drawn = np.random.default_rng(0).choice(shares, (2_000, len(shares)))
+    low, high = np.percentile(drawn.mean(1), (2.5, 97.5))
     return float(high - low) / 2
 
 
-# ---- numbers of one run
-
-
-def end_from(run: Run) -> float:
-    """The first meta-step whose measurements belong to the end."""
-    return (1 - END_SHARE) * run.last_step
-
-
-def number(value: Any) -> float:
+def number(value: float | None) -> float:
     """A logged value; nan for null and for numbers too large to draw."""
     value = math.nan if value is None else float(value)
     return value if abs(value) < 1e100 else math.nan
@@ -112,7 +99,7 @@ def at(run: Run, model: str, metric: str, step: int, layer: int | str = HIDDEN, 
 def end(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
     """The mean over the measurements of the last tenth of training; nan if there are none."""
     steps, mean, _ = series(run, split, model, metric, layer)
-    late = mean[steps >= end_from(run)]
+    late = mean[steps >= 0.9 * run.last_step]
     return float(late.mean()) if len(late) else math.nan
 
 
@@ -137,9 +124,6 @@ def logit_share_change(run: Run, model: str, suffix: str) -> float:
     return within_share(ends) - within_share(starts)
 
 
-# ---- series and ranks
-
-
 def smoothed(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Each value becomes the mean of the defined ones within 10% of its step: [S], [S] -> [S]."""
     defined = np.isfinite(values)
@@ -156,9 +140,6 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     ranks = [(v < v[:, None]).sum(1) + (v <= v[:, None]).sum(1) for v in (x, y)]
     with np.errstate(invalid="ignore", divide="ignore"):
         return float(np.corrcoef(*ranks)[0, 1])
-
-
-# ---- of saved weights: controls.json, result.json
 
 
 def in_control(run: Run, kind: str, *keys: str | int) -> float:
@@ -186,7 +167,7 @@ def five_shot_share(run: Run, samples: str, inner_step: int) -> float:
 
     Of the control "5-shot"; nan without it. Unbiased as in `nc_metrics.unbiased_traces`.
     """
-    images, prefix = (CONTROL_QUERIES, "") if samples == "query" else (5, "support_")
+    images, prefix = (CONTROL_QUERIES, "") if samples == "query" else (CONTROL_SHOTS, "support_")
     within, between = (in_control(run, "5-shot", "inner", f"{prefix}{trace}", "mean", inner_step, HIDDEN)
                        for trace in ("within", "between"))
     error, n_way = within / (images - 1), run.settings["n_way"]  # the squared standard error of a class mean
@@ -207,9 +188,6 @@ def own_accuracy(run: Run, transductive: bool = True, interval: bool = False) ->
     if run.settings["learner"] in ("protonet", "classifier"):
         return tested(run, "nearest_mean_ci95" if interval else "nearest_mean", 0, transductive)
     return tested(run, "ci95" if interval else "accuracy", -1, transductive)
-
-
-# ---- references
 
 
 def noise_share(run: Run) -> float:

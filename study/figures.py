@@ -41,9 +41,6 @@ LOGARITHMIC = {"nc1", "cdnv_unbiased"}
 BY_CONSTRUCTION = {"self_duality", "ncc_mismatch"}  # 2 and chance before adaptation: labels are drawn for every task
 
 
-# ---- parts
-
-
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG with 128 colours, which is small and keeps every line's; the same figure gives the same bytes."""
     buffer = io.BytesIO()
@@ -189,9 +186,6 @@ def zoom_on_accuracy(axes: Axes) -> None:
     ends = [line.get_ydata()[-1] for line in axes.get_lines() if len(line.get_ydata())]
     if min(ends, default=0) > 88 and axes.get_xlim()[1] > 300:
         axes.set(ylim=(88, 100), xlim=(100, None))
-
-
-# ---- figures
 
 
 def traces(groups: Sequence[Group], layer: str | None = None) -> Figure:

@@ -23,9 +23,6 @@ NOT_COMPARED = {"seed", "out", "root", "data", "cache", "device", "deterministic
                 "tensorboard"}
 
 
-# ---- one run
-
-
 @dataclass(eq=False)
 class Run:
     """A training run: its folder, args.json, and the log's measurements by split ("train", "heldout") and step.
@@ -93,6 +90,21 @@ class Run:
         """What controls.json measured, by control; empty without that file."""
         return self.file("controls.json") if (self.path / "controls.json").exists() else {}
 
+    def with_weights_of(self, control: str) -> "Run":
+        """A run whose controls.json and test are what this control measured: of untrained weights, or of pixels."""
+        return _OtherWeights(self.path, self.arguments, self.rows, self.controls().get(control, {}))
+
+
+@dataclass(eq=False)
+class _OtherWeights(Run):
+    control: dict
+
+    def file(self, name: str) -> dict:
+        return {"test": self.control}
+
+    def controls(self) -> dict:
+        return {"final": self.control}
+
 
 def read_run(path: Path) -> Run:
     """The run at `path`: its folder, or its log next to args.json.
@@ -142,9 +154,6 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
                 raise UserError(f"{path}: a measurement has no step; its log is broken")
             rows[split][step] = row
     return rows
-
-
-# ---- several runs
 
 
 def read_groups(paths: Sequence[Path]) -> list[list[Run]]:
@@ -200,8 +209,8 @@ class Study:
         return groups[0] if groups else []
 
     def groups(self, names: Iterable[str]) -> list[list[Run]]:
-        """The seeds of each of these settings that has a run."""
-        return [self[name] for name in names if self[name]]
+        """The seeds of each of these settings that has a run; a name that comes twice counts once."""
+        return [self[name] for name in dict.fromkeys(names) if self[name]]
 
 
 def describe(run: Run) -> str:

@@ -17,9 +17,12 @@ from study.logs import Run, Study
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
           for name, style in (("before adaptation", {"markerfacecolor": "white"}), ("adapted", {}))]
 
-# Before and after adaptation: (function, *its arguments after the run), as in the tables.
+# Before and after adaptation, as the tables have it: (function, *its arguments after the run), on test tasks, and on
+# validation tasks after 5,000 meta-steps.
 SHARES = [(effects.measured, model, "relative_within") for model in MODELS]
 ACCURACIES = [(effects.tested, "nearest_mean", 0), (effects.tested, "accuracy", -1)]
+VALIDATED_SHARES = [(effects.at, model, "relative_within", 5_000) for model in MODELS]
+VALIDATED_ACCURACIES = [(effects.at, "meta", "ncc_accuracy", 5_000), (effects.at, "finetuned", "accuracy", 5_000)]
 
 
 def result(study: Study) -> Figure:
@@ -32,14 +35,15 @@ def result(study: Study) -> Figure:
 
     figures.curves(first, groups, [(figures.of_metric("train", model, "relative_within"), style)
                                    for model, style in figures.STYLES.items()])
-    figures.curves(second, groups, [(relative_to_start("between"), "-"), (relative_to_start("within"), ":")])
+    figures.curves(second, groups, [(functools.partial(relative_to_start, trace=trace), style)
+                                    for trace, style in (("between", "-"), ("within", ":"))])
     lines = [(group, effects.end, colour) for group, colour, _ in figures.colours(groups)]
     lines.append((groups[0], functools.partial(effects.at, step=0), figures.GREY))  # untrained
+    places = range(1, len(run.layers) + 1)
     for group, value, colour in lines:
         for model, style in figures.STYLES.items():
             shares = [[value(run, model, "relative_within", layer=name) for name in run.layers] for run in group]
-            third.plot(range(1, len(run.layers) + 1), np.mean(shares, 0), color=colour, linestyle=style, marker="o",
-                       markersize=3)
+            third.plot(places, np.mean(shares, 0), "o", color=colour, linestyle=style, markersize=3)
     figures.reference(first, effects.noise_share(run), "permuted labels")
     if math.isfinite(pixels := effects.measured(run, "meta", "relative_within", "pixels")):
         figures.reference(first, pixels, "raw pixels")
@@ -50,18 +54,15 @@ def result(study: Study) -> Figure:
     third.text(3, 0.9, "untrained (1-shot)", ha="center", fontsize=8, color=figures.GREY)
     first.set(title="A  Last hidden layer, training tasks", ylabel="within / (within + between)", ylim=(0, 1.02))
     second.set(title="B  Same layer, adapted", ylabel="trace / within trace at step 0", ylim=(0, None))
-    third.set(title="C  By layer, held-out classes, end", ylim=(0, 1.02), xticks=range(1, len(run.layers) + 1),
-              xticklabels=["block 1", *map(str, range(2, len(run.layers))), "logits"])
+    third.set(title="C  By layer, held-out classes, end", ylim=(0, 1.02), xticks=places,
+              xticklabels=["block 1", *map(str, places[1:-1]), "logits"])
     return figure
 
 
-def relative_to_start(trace: str) -> figures.Curve:
+def relative_to_start(run: Run, trace: str) -> tuple[np.ndarray, np.ndarray]:
     """A trace of the adapted model on training tasks as a multiple of the within trace at the first step."""
-    def curve(run: Run) -> tuple[np.ndarray, np.ndarray]:
-        steps, values, _ = figures.of_metric("train", "finetuned", trace)(run)
-        return steps, values / effects.at(run, "finetuned", "within", 0, split="train")
-
-    return curve
+    steps, values, _ = figures.of_metric("train", "finetuned", trace)(run)
+    return steps, values / effects.at(run, "finetuned", "within", 0, split="train")
 
 
 def learners(study: Study) -> Figure:
@@ -119,37 +120,28 @@ def by_setting(study: Study, kinds: dict[str, Sequence[str]], shares: Sequence[t
     return figure
 
 
-def changes(study: Study) -> Figure:
-    """The paper's recipe with one thing changed, on validation tasks."""
-    return by_setting(study, CHANGES, [(effects.at, model, "relative_within", 5_000) for model in MODELS],
-                      [(effects.at, "meta", "ncc_accuracy", 5_000), (effects.at, "finetuned", "accuracy", 5_000)])
-
-
-def difficulty(study: Study) -> Figure:
-    """One inner loop on images whose classes are easy or hard to tell apart, on test tasks."""
-    return by_setting(study, DIFFICULTY, SHARES, ACCURACIES)
-
-
 def mean_cka(group: figures.Group, control: str, *keys: int) -> float:
     """Mean over seeds."""
     return np.mean([effects.in_control(run, control, "cka", *keys) for run in group])
 
 
+def with_untrained(groups: Sequence[tuple], control: str) -> list[tuple]:
+    """The control of each group's trained weights, and that of the first group's untrained network in grey."""
+    return [*((group, f"{control}, final", colour, name) for group, colour, name in groups),
+            *((group, f"{control}, untrained", figures.GREY, "untrained") for group, *_ in groups[:1])]
+
+
 def by_layer(axes: Axes, groups: Sequence[tuple]) -> None:
-    """CKA of each layer's features before and after the inner loop; also of the first group's untrained network."""
-    lines = [(group, "similarity, final", colour, name) for group, colour, name in groups]
-    lines += [(group, "similarity, untrained", figures.GREY, "untrained") for group, *_ in groups[:1]]
-    for group, control, colour, name in lines:
+    """CKA of each layer's features before and after the inner loop."""
+    for group, control, colour, name in with_untrained(groups, "similarity"):
         values = [mean_cka(group, control, i) for i in range(len(group[0].layers))]
         axes.plot(group[0].layers, values, "o-", color=colour, markersize=3, label=name)
     axes.legend(handles=axes.get_lines(), loc="lower left", fontsize=7.5)
 
 
 def by_rate(axes: Axes, groups: Sequence[tuple]) -> None:
-    """CKA of block3 against that of block4, a point per inner rate; also of the first group's untrained network."""
-    lines = [(group, "similarity by rate, final", colour) for group, colour, _ in groups]
-    lines += [(group, "similarity by rate, untrained", figures.GREY) for group, *_ in groups[:1]]
-    for group, control, colour in lines:
+    """CKA of block3 against that of block4, a point per inner rate."""
+    for group, control, colour, _ in with_untrained(groups, "similarity by rate"):
         block3, block4 = ([mean_cka(group, control, i, layer) for i in range(len(FRACTIONS))] for layer in (-3, -2))
         axes.plot(block4, block3, "o-", color=colour, markersize=3)
     axes.set(xlabel="CKA of block4", ylabel="CKA of block3")
@@ -204,6 +196,8 @@ def length(study: Study) -> Figure:
 
 def all_figures(study: Study) -> dict[str, Figure]:
     """Every figure of README.md and study/README.md whose runs are there, by its file."""
+    changes = functools.partial(by_setting, kinds=CHANGES, shares=VALIDATED_SHARES, accuracies=VALIDATED_ACCURACIES)
+    difficulty = functools.partial(by_setting, kinds=DIFFICULTY, shares=SHARES, accuracies=ACCURACIES)
     every = {"result.png": (MAIN, result),
              "res/metrics.png": (MAIN, lambda study: figures.metrics(study.groups(MAIN))),
              "res/learners.png": (LEARNERS, learners), "res/changes.png": (CHANGES["1 x 1"], changes),

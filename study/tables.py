@@ -23,24 +23,31 @@ from study import design, effects
 from study.design import DIFFICULTY, LEARNERS, LONG, MAIN, METRICS, MODELS, OTHER_LOOPS, label
 from study.effects import HIDDEN, at, end, growth, in_control, measured, own_accuracy, tested
 from study.logs import HOME, Run, Study
-from study.markdown import MISSING, Cell, Columns, fixed, over, row, table
+from study.markdown import Cell, Columns, fixed, over, row, table
 
 # In percent, MAML / first-order MAML: Finn, Abbeel, Levine 2017; first order on Omniglot: Nichol et al. 2018.
 PUBLISHED = {("Omniglot", 5, 1): "98.7 ± 0.4 / 98.3 ± 0.5", ("Omniglot", 5, 5): "99.9 ± 0.1 / 99.2 ± 0.2",
              ("Omniglot", 20, 1): "95.8 ± 0.3 / 89.4 ± 0.5"}
-LENGTHS = (1_000, 6_000, 20_000, 40_000, 60_000)  # meta-steps shown of a long run
 NAMED_LAYERS = {-5: "block 1", -4: "block 2", -3: "block 3", -2: "block 4", -1: "logits"}
 NAME: Columns = {"": lambda runs: label(runs[0])}
 SEEDS: Columns = {"seeds": lambda runs: str(len(runs))}
 HEAD = NAME | SEEDS
 
 
-def compared(study: Study, names: Sequence[str], columns: Columns, transposed: bool = False) -> str:
-    """A row, or a column if `transposed`, for each of these settings that has runs."""
-    return table([row(runs, columns) for runs in study.groups(names)], transposed)
+def compared(study: Study, names: Sequence[str], columns: Columns, transposed: bool = False, head: Columns = HEAD,
+             references: bool = False) -> str:
+    """A row, or a column if `transposed`, for each of these settings that has runs; first the references, if wanted."""
+    groups = study.groups(names)
+    rows = [row(runs, HEAD | {"": name} | columns) for name, runs in references_of(groups).items() if references]
+    return table(rows + [row(runs, head | columns) for runs in groups], transposed)
 
 
-# ---- the original's recipe: collapse, layers, adaptation, the original's measure
+def references_of(groups: Sequence[list[Run]]) -> dict[str, list[Run]]:
+    """Raw pixels and the untrained network, as the controls of the first group have them."""
+    if not groups:
+        return {}
+    return {"raw pixels": [run.with_weights_of("pixels") for run in groups[0][:1]],
+            "untrained": [run.with_weights_of("untrained") for run in groups[0]]}
 
 
 def from_untrained(metric: str, layer: int = HIDDEN, model: str = "finetuned") -> Cell:
@@ -58,23 +65,16 @@ def heldout_gap(runs: list[Run]) -> str:
     """Held-out minus training tasks; the interval over seeds, over tasks, and both together."""
     share = "finetuned", "relative_within", HIDDEN
     mean, seeds = effects.over_seeds([minus(run, share, (*share, "train")) for run in runs])
-    if not math.isfinite(mean):
-        return MISSING
     tasks = float(np.mean([effects.share_over_tasks(run) for run in runs]))
     halves = {"seeds": seeds, "tasks": tasks, "both": math.hypot(seeds, tasks)}
     intervals = ", ".join(f"{name} ± {fixed(half, 3)}" for name, half in halves.items() if half > 0)
     return f"{fixed(mean, 3)}; {intervals}"
 
 
-def by_adaptation(layer: int = HIDDEN) -> tuple:
-    """The change of the relative within trace by adaptation."""
-    return minus, ("finetuned", "relative_within", layer), ("meta", "relative_within", layer)
-
-
 GROWTH: Columns = {f"{trace} trace, adapted, end / untrained": (growth, "finetuned", trace)
                    for trace in ("between", "within")}
 
-collapse = partial(compared, names=MAIN, transposed=True, columns=HEAD | {
+collapse = partial(compared, names=MAIN, transposed=True, columns={
     "relative within trace, before adaptation": from_untrained("relative_within", model="meta"),
     "relative within trace, adapted": from_untrained("relative_within"),
     "held-out minus training tasks, adapted, end": heldout_gap,
@@ -87,7 +87,7 @@ collapse = partial(compared, names=MAIN, transposed=True, columns=HEAD | {
     "NC3: self-duality, adapted": from_untrained("self_duality"),
     "NC4: mismatch with the nearest support mean, adapted": from_untrained("ncc_mismatch")})
 
-accuracy = partial(compared, names=MAIN, transposed=True, columns=HEAD | {
+accuracy = partial(compared, names=MAIN, transposed=True, columns={
     "nearest support mean, untrained, %": (at, "meta", "ncc_accuracy", 0),
     "nearest support mean before adaptation, %": (end, "meta", "ncc_accuracy"),
     "nearest support mean, adapted, %": (end, "finetuned", "ncc_accuracy"),
@@ -95,30 +95,32 @@ accuracy = partial(compared, names=MAIN, transposed=True, columns=HEAD | {
     "difference, points": (minus, ("meta", "ncc_accuracy"), ("finetuned", "accuracy")),
     "classifier, adapted, training tasks, %": (end, "finetuned", "accuracy", HIDDEN, "train")})
 
-layers = partial(compared, names=MAIN, transposed=True, columns=HEAD | {
+layers = partial(compared, names=MAIN, transposed=True, columns={
     f"adapted, {name}": from_untrained("relative_within", layer) for layer, name in NAMED_LAYERS.items()} | {
-    f"adapted minus before, {name}": by_adaptation(layer) for layer, name in NAMED_LAYERS.items()})
+    f"adapted minus before, {name}":
+    (minus, ("finetuned", "relative_within", layer), ("meta", "relative_within", layer))
+    for layer, name in NAMED_LAYERS.items()})
 
 # Change of the relative within trace of the logits on training tasks: by label and as the original took it.
-original = partial(compared, names=(*MAIN, *design.PHOTOGRAPHS), transposed=True, columns=HEAD | {
+original = partial(compared, names=(*MAIN, *design.PHOTOGRAPHS), transposed=True, columns={
     f"{when}, {how}": (effects.logit_share_change, model, suffix)
     for model, when in MODELS.items() for suffix, how in (("", "by label"), ("_original", "as the original"))})
 
 # Inner gradient (first or second order) by network.
-cells = partial(compared, names=design.CELLS, transposed=True, columns=HEAD | {
+cells = partial(compared, names=design.CELLS, transposed=True, columns={
     "test accuracy, %": (own_accuracy,),
     "relative within trace, adapted": from_untrained("relative_within"),
-    "the same minus before adaptation": by_adaptation(),
+    "the same minus before adaptation": (minus, ("finetuned", "relative_within"), ("meta", "relative_within")),
 } | GROWTH | {
     "CDNV, unbiased, adapted": from_untrained("cdnv_unbiased"),
     "tr(S_W S_B⁺)/C, adapted": from_untrained("nc1"),
     "nearest support mean before adaptation, %": (end, "meta", "ncc_accuracy")})
 
 
-# ---- learners, photographs, controls
-
 RULES = {"nearest support mean": ("nearest_mean", 0), "nearest support mean, adapted": ("nearest_mean", -1),
          "classifier, adapted": ("accuracy", -1)}  # key and inner step in a test's results
+STARTS = {"": "final", ", from a random classifier": "classifier at random",
+          ", from a zero classifier": "classifier at zero"}  # where the inner loop starts: the control
 OWN_RULE: Columns = {"by its own rule, not transductive, %": (own_accuracy, False)}
 PARTS: Columns = {
     "spread of the classifier's rows, untrained": (in_control, "first step by parts, untrained", "rows", 0),
@@ -126,81 +128,57 @@ PARTS: Columns = {
     "body's step, relative": (in_control, "first step by parts", "body", 0)}
 
 
-def before(kind: str) -> Columns:
+def before(kind: str = "final") -> Columns:
     """Metrics before adaptation, as the control of this name measured them; "final": of the trained weights."""
     return {name: (measured, "meta", metric, kind) for metric, name in METRICS.items()} | {
         "dimension": (in_control, kind, "effective_dimension", "meta")}
 
 
-def rule(kind: str, key: str, place: int) -> tuple:
-    """Accuracy in the run's test; of other weights than "final" on the tasks of the control."""
-    return (tested, key, place) if kind == "final" else (in_control, kind, key, place)
-
-
-def learner(kind: str) -> Columns:
-    adapted = {f"{name}, adapted": (measured, "finetuned", metric, kind) for metric, name in METRICS.items()}
-    return before(kind) | adapted | {f"{name}, %": rule(kind, *place) for name, place in RULES.items()}
-
-
-def narrow(kind: str = "final") -> Columns:
-    return {"relative within trace": (measured, "meta", "relative_within", kind),
-            "the same, adapted": (measured, "finetuned", "relative_within", kind),
-            "tr(S_W S_B⁺)/C": (measured, "meta", "nc1", kind), "adapted": (measured, "finetuned", "nc1", kind),
-            "nearest support mean, %": rule(kind, "nearest_mean", 0),
-            "adapted classifier, %": rule(kind, "accuracy", -1)}
-
-
-def with_references(study: Study, names: Sequence[str], columns_of: Callable[[str], Columns], of_trained: Columns,
-                    transposed: bool = False) -> str:
-    """As `compared`, after raw pixels and the untrained network, which lack the columns `of_trained`."""
-    groups = study.groups(names)
-    rows = [row(runs, {"": name} | SEEDS | columns_of(kind) | dict.fromkeys(of_trained, MISSING))
-            for first in groups[:1]  # its controls have them
-            for runs, name, kind in ((first[:1], "raw pixels", "pixels"), (first, "untrained", "untrained"))]
-    rows += [row(runs, HEAD | columns_of("final") | of_trained) for runs in groups]
-    return table(rows, transposed)
-
-
 # Raw pixels, the untrained network and every learner, before adaptation if nothing else is said.
-learners = partial(with_references, names=(*LEARNERS, "random-labels"), columns_of=learner, of_trained={
-    f"{name}, %, not transductive": (tested, *place, False) for name, place in RULES.items()}, transposed=True)
+learners = partial(compared, names=(*LEARNERS, "random-labels"), references=True, transposed=True, columns=before() | {
+    f"{name}, adapted": (measured, "finetuned", metric) for metric, name in METRICS.items()} | {
+    f"{name}, %": (tested, *place) for name, place in RULES.items()} | {
+    f"{name}, %, not transductive": (tested, *place, False) for name, place in RULES.items()})
 
 # Fewer columns of the same settings, for README.md.
-contrast = partial(with_references, names=LEARNERS, columns_of=narrow, of_trained=OWN_RULE)
+SHARES: Columns = {"relative within trace": (measured, "meta", "relative_within"),
+                   "the same, adapted": (measured, "finetuned", "relative_within")}
+ADAPTED: Columns = {"adapted classifier, %": (tested, "accuracy", -1)}
+NARROW = SHARES | {"tr(S_W S_B⁺)/C": (measured, "meta", "nc1"), "adapted": (measured, "finetuned", "nc1"),
+                   "nearest support mean, %": (tested, "nearest_mean", 0)} | ADAPTED | OWN_RULE
+contrast = partial(compared, names=LEARNERS, references=True, columns=NARROW)
 
 # These columns for networks trained on photographs; also the classifier's rows, and the inner loop's step.
-photographs = partial(with_references, names=design.SMALL_PHOTOGRAPHS, columns_of=narrow, of_trained=OWN_RULE | PARTS)
+photographs = partial(compared, names=design.SMALL_PHOTOGRAPHS, references=True, columns=NARROW | PARTS)
 
 # Fewer of these columns: one inner loop on images whose classes are hard or easy to tell apart.
-difficulty = partial(compared, names=tuple(itertools.chain(*DIFFICULTY.values())), columns=HEAD | {
-    name: column for name, column in (narrow() | PARTS).items()
-    if name not in ("tr(S_W S_B⁺)/C", "adapted", "nearest support mean, %")})
+difficulty = partial(compared, names=tuple(itertools.chain(*DIFFICULTY.values())), columns=SHARES | ADAPTED | PARTS)
 
 # How similar features are before and after the inner loop, layer by layer.
-similarity = partial(compared, names=design.SIMILARITY, columns=HEAD | {
+similarity = partial(compared, names=design.SIMILARITY, columns={
     name: (in_control, "similarity, final", "cka", layer) for layer, name in NAMED_LAYERS.items()} | {
     f"{NAMED_LAYERS[layer]}, {kind}": (in_control, f"similarity, {kind}", "cka", layer)
     for kind in ("classifier at random", "untrained") for layer in (-3, HIDDEN)})
 
 # Similarity of the last two blocks with smaller inner rates.
-rates = partial(compared, names=LEARNERS, columns=HEAD | {
+rates = partial(compared, names=LEARNERS, columns={
     f"{NAMED_LAYERS[layer]}, rate x {fraction:g}": (in_control, "similarity by rate, final", "cka", i, layer)
     for layer in (-3, HIDDEN) for i, fraction in enumerate(design.FRACTIONS)})
 
 # Similarity and accuracy if this inner loop adapts some blocks; also for MAML trained so, or with smaller steps.
-blocks = partial(compared, names=tuple(dict.fromkeys((*LEARNERS, *OTHER_LOOPS))), columns=HEAD | {
+blocks = partial(compared, names=(*LEARNERS, *OTHER_LOOPS), columns={
     f"{name}, {adapted}": (in_control, f"similarity{control}, final", *place)
     for adapted, control in (("all adapted", ""), ("1-2 adapted", " of blocks 1-2"), ("3-5 adapted", " of blocks 3-5"))
     for name, place in {"block 3": ("cka", -3), "block 4": ("cka", HIDDEN), "accuracy, %": ("accuracy", 0)}.items()
     if (name, adapted) != ("accuracy, %", "1-2 adapted")})  # near chance: the classifier is not adapted
 
 # How fast MAML with each of these inner loops trains, and what it reaches.
-pace = partial(compared, names=OTHER_LOOPS, columns=HEAD | {
+pace = partial(compared, names=OTHER_LOOPS, columns={
     f"validation after {step:,}, %": (at, "finetuned", "accuracy", step) for step in (1_000, 2_000, 3_000)} | {
     "test after": lambda runs: f"{runs[0].last_step:,}", "test, %": (own_accuracy,)} | OWN_RULE)
 
 # How far MAML's inner loop moves the kernels of each block, and the classifier.
-steps = partial(compared, names=design.STEPS, columns=HEAD | {
+steps = partial(compared, names=design.STEPS, columns={
     name.replace("logits", "classifier"): (in_control, "similarity, final", "step", layer)
     for layer, name in NAMED_LAYERS.items()})
 
@@ -210,27 +188,23 @@ def ranking(study: Study) -> str:
 
     In the last column with raw pixels and the untrained network, all with the accuracy of the control's 15 queries.
     """
-    groups = study.groups(LEARNERS)
-    if len(groups) < 3:
-        return ""
-    shown = [*((runs, "final") for runs in groups), (groups[0][:1], "pixels"), (groups[0], "untrained")]
+    learners = study.groups(LEARNERS)
+    shown = [*learners, *references_of(learners).values()]
 
-    def mean(runs: list[Run], column: tuple) -> float:
-        value, *arguments = column
-        return np.mean([value(run, *arguments) for run in runs])
+    def means(groups: Sequence[list[Run]], value: Callable[..., float], *arguments) -> list[float]:
+        return [np.mean([value(run, *arguments) for run in runs]) for runs in groups]
 
     by_mean = "nearest support mean before adaptation"
-    accuracies = {by_mean: [mean(runs, (tested, "nearest_mean", 0)) for runs in groups],
-                  "the learner's own rule, transductive": [mean(runs, (own_accuracy,)) for runs in groups],
+    accuracies = {by_mean: means(learners, tested, "nearest_mean", 0),
+                  "the learner's own rule, transductive": means(learners, own_accuracy),
                   f"{by_mean}, 15 queries, with pixels and the untrained network":
-                  [mean(runs, (in_control, kind, "nearest_mean", 0)) for runs, kind in shown]}
+                  means(shown, in_control, "final", "nearest_mean", 0)}
     rows = []
-    for name in before("final"):
+    for name, column in before().items() if learners else ():
         better, sign = ("larger", 1) if name == "dimension" else ("smaller", -1)
-        metric = [sign * mean(runs, before(kind)[name]) for runs, kind in shown]  # the learners first
+        metric = [sign * mean for mean in means(shown, *column)]  # the learners first
         rows.append({"Spearman correlation with higher accuracy by": f"{better} {name}"} | {
-            column: fixed(effects.spearman(metric[:len(accuracy)], accuracy), 2)
-            for column, accuracy in accuracies.items()})
+            by: fixed(effects.spearman(metric[:len(accuracy)], accuracy), 2) for by, accuracy in accuracies.items()})
     return table(rows)
 
 
@@ -243,18 +217,13 @@ def controls(study: Study) -> str:
         f"{name}, %": (in_control, kind, *place) for name, place in RULES.items()}) for kind in kinds])
 
 
-def adaptation(study: Study) -> str:
-    """What the inner loop does to query and support features, and what it does from other classifiers."""
-    others = {", from a random classifier": "classifier at random", ", from a zero classifier": "classifier at zero"}
-    kinds = {"": "final"} | others
-    columns = {"relative within trace, before adaptation": (measured, "meta", "relative_within")}
-    columns |= {f"adapted{start}": (measured, "finetuned", "relative_within", kind) for start, kind in kinds.items()}
-    columns |= {f"classifier, adapted{start}, %": (in_control, kind, "accuracy", -1) for start, kind in kinds.items()}
-    columns |= {f"5-shot, unbiased: {samples} features, {when}": (effects.five_shot_share, samples, inner_step)
-                for samples in ("query", "support") for inner_step, when in ((0, "before adaptation"), (-1, "adapted"))}
-    names = [name for name in (*LEARNERS, *LONG)
-             if all(kind in run.controls() for run in study[name] for kind in others.values())]
-    return compared(study, names, HEAD | columns, transposed=True)
+# What the inner loop does to query and support features, and what it does from other classifiers.
+adaptation = partial(compared, names=design.OTHER_CLASSIFIERS, transposed=True, columns={
+    "relative within trace, before adaptation": (measured, "meta", "relative_within")} | {
+    f"adapted{start}": (measured, "finetuned", "relative_within", kind) for start, kind in STARTS.items()} | {
+    f"classifier, adapted{start}, %": (in_control, kind, "accuracy", -1) for start, kind in STARTS.items()} | {
+    f"5-shot, unbiased: {samples} features, {when}": (effects.five_shot_share, samples, inner_step)
+    for samples in ("query", "support") for inner_step, when in ((0, "before adaptation"), (-1, "adapted"))})
 
 
 def validated(step: int) -> Columns:
@@ -271,15 +240,12 @@ def kept(study: Study) -> str:
                   for step, names in design.KEPT.items() for runs in study.groups(names)])
 
 
-# ---- long runs, single changes, all runs
-
-
 def length(study: Study) -> str:
     """The long runs at a few meta-steps, adapted: held-out tasks, and the share and accuracy on training tasks too."""
     rows = []
     for runs in study.groups(LONG):
         last = min(run.last_step for run in runs)
-        for step in sorted({last, *(step for step in LENGTHS if step < last)}):
+        for step in (*(step for step in (1_000, 6_000, 20_000, 40_000, 60_000) if step < last), last):
             rows.append(row(runs, NAME | {"meta-step": f"{step:,}"} | {
                 name: (at, "finetuned", metric, step) for metric, name in METRICS.items()} | {
                 "accuracy, %": (at, "finetuned", "accuracy", step),
@@ -322,7 +288,7 @@ def machine(run: Run) -> str:
     return f"{device['name']}, {device['threads']} thread{'s' if device['threads'] > 1 else ''}"
 
 
-RUNS: Columns = NAME | {
+RUNS: Columns = {
     "recipe": lambda runs: runs[0].settings["recipe"],
     "seeds": lambda runs: ", ".join(str(run.settings["seed"]) for run in runs),
     "meta-steps x tasks": lambda runs: f"{runs[0].arguments['meta_steps']:,} x {runs[0].settings['task_num']}",
@@ -335,10 +301,10 @@ RUNS: Columns = NAME | {
 
 
 # What was trained, how long it took, what it reached.
-runs = partial(compared, names=tuple(design.SETTINGS), columns=RUNS)
+runs = partial(compared, names=design.SETTINGS, head=NAME, columns=RUNS)
 
 # Fewer of these columns: the recipes' own runs, for README.md.
-accuracies = partial(compared, names=(*LONG, *MAIN), columns={
+accuracies = partial(compared, names=(*LONG, *MAIN), head=NAME, columns={
     name: column for name, column in RUNS.items() if name not in ("seeds", "± over tasks", "minutes", "machine")
 } | {"published": published})
 
@@ -347,9 +313,6 @@ TABLES: dict[str, Callable[[Study], str]] = dict(
     cells=cells, learners=learners, photographs=photographs, difficulty=difficulty, ranking=ranking,
     similarity=similarity, blocks=blocks, pace=pace, rates=rates, steps=steps, adaptation=adaptation, kept=kept,
     changes=changes, length=length, controls=controls, runs=runs)
-
-
-# ---- the program
 
 PAGES = "README.md", "study/README.md", "study/TABLES.md"
 TABLE_IN_PAGE = re.compile(r"<!-- table: (\w+) -->\n(.*?)\n?<!-- /table -->", re.DOTALL)
