@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from data_files import photos, small_omniglot  # noqa: F401
+from data_files import largest, photos, small_omniglot  # noqa: F401
 
 import record
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import json
 import os
 import pickle
 import shutil
@@ -18,6 +19,7 @@ from PIL import Image
 import images
 import omniglot
 from files import UserError
+from learner import Learner
 from tasks import Dataset, Sampler
 
 ALPHABETS = {"images_background": ("Greek", "Latin"), "images_evaluation": ("Angelic",)}
@@ -154,6 +156,29 @@ def write_classes(folder: Path, classes: int, first: int = 0, count: int = 4, na
         for number in range(count + label):
             pixels = np.random.default_rng([first, label, number]).integers(0, 256, (size, size + 4, 3), np.uint8)
             (folder / f"{name} {label}" / f"{number}.png").write_bytes(encode(pixels))
+
+
+def log_rows(run: Path, kind: str | None = None) -> list[dict]:
+    """The lines of a run's log, all or those of a kind."""
+    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [row for row in rows if kind in (None, row["kind"])]
+
+
+def read_json(run: Path, name: str = "result.json") -> dict:
+    return json.loads((run / name).read_text())
+
+
+@pytest.fixture
+def largest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Its last number is of the tasks that a network saw at once, at most; a test appends 0 to begin again."""
+    found, forward = [0], Learner.forward
+
+    def watched(net: Learner, x: torch.Tensor, *args, **options):
+        found[-1] = max(found[-1], len(x))
+        return forward(net, x, *args, **options)
+
+    monkeypatch.setattr(Learner, "forward", watched)
+    return found
 
 
 def listing(folder: Path) -> list[str]:

@@ -6,15 +6,13 @@ from unittest.mock import Mock
 import oracle
 import pytest
 import torch
-from data_files import write_classes
+from data_files import refused, write_classes
 
 import nc_metrics
 import omniglot_train
 import predict
 import synthetic
 import training
-from files import UserError
-from learner import Learner
 from study import controls, design, effects
 from study.logs import read_run
 
@@ -56,6 +54,10 @@ def similarity(one, other):
     return (hsic(one, other) / (hsic(one, one) * hsic(other, other)).sqrt()).item()
 
 
+def read(run):
+    return json.loads((run / "controls.json").read_text())
+
+
 def kept(net, tasks, rate, changes=bool):
     """Of one inner step of the weights in `changes`: each layer's similarity before and after it, accuracy; means."""
     alike, right = [], []
@@ -82,7 +84,7 @@ def test_controls(tmp_path):
     run = tmp_path / "run-seed222"
     omniglot_train.main([*FLAGS, "--out", str(run)])
     controls.main([str(run), "--tasks", "4"])
-    found = json.loads((run / "controls.json").read_text())
+    found = read(run)
     assert list(found) == ["final", "untrained", "classifier at zero", "classifier at random", "pixels", "queries 1",
                            "queries 5", "queries 19", "5-shot", *PARTS, *SIMILARITY, *BY_BLOCKS, *BY_RATE,
                            controls.ALONE, controls.BY_SUPPORT]
@@ -104,9 +106,8 @@ def test_controls(tmp_path):
               ("final", "classifier at zero", "classifier at random")}
     before, after = within["classifier at zero"]  # equal logits, and no gradient but the classifier's own
     assert before == after and found["classifier at zero"]["accuracy"][0] == pytest.approx(1 / 3, abs=1e-5)
-    assert within["classifier at random"][0] == within["final"][0]
-    assert all(before != after for before, after in (within["final"], within["classifier at random"]))
-    assert len({found[name]["finetuned"]["self_duality"]["mean"][-2] for name in within}) == 3
+    before, after = within["classifier at random"]
+    assert before == within["final"][0] and after not in (before, within["final"][1])
     pixels, support = tasks.x_qry.flatten(2), tasks.x_spt.flatten(2)
     assert shares("pixels") == pytest.approx([share(pixels, tasks.y_qry)], 1e-4)
     assert found["pixels"]["nearest_mean"] == pytest.approx([nearest(pixels, support)], abs=1e-5)
@@ -152,16 +153,18 @@ def test_controls(tmp_path):
     assert shares("queries 5") == pytest.approx([share(query, tasks.y_qry[:, five])], 1e-4)
     assert found["queries 1"]["meta"]["within"]["mean"] == [None] * 5 and found["queries 1"]["accuracy"][-1] >= 0
     _, _, five_shot = tasks_of(run, k_spt=5)
-    traces, read = found["5-shot"]["inner"], read_run(run)
+    traces, one = found["5-shot"]["inner"], read_run(run)
     for x, y, samples, name in ((five_shot.x_qry, five_shot.y_qry, "query", "within"),
                                 (five_shot.x_spt, five_shot.y_spt, "support", "support_within")):
         features = final(x, features=True)[1][-2]
         within, _ = nc_metrics.covariance_traces(features, y, 3)
         assert traces[name]["mean"][0][-2] == pytest.approx(within.mean().item(), 1e-4)
         within, between = (trace.mean().item() for trace in nc_metrics.unbiased_traces(features, y, 3))
-        assert effects.five_shot_share(read, samples, 0) == pytest.approx(within / (within + between), 1e-4)
-    each = torch.stack([final(torch.cat([tasks.x_spt, query[:, None]], 1), features=True)[1][-2]
-                        for query in tasks.x_qry.unbind(1)], 1)  # [T, 45, 4, D]
+        assert effects.five_shot_share(one, samples, 0) == pytest.approx(within / (within + between), 1e-4)
+    layers = [final(torch.cat([tasks.x_spt, query[:, None]], 1), features=True)[1] for query in tasks.x_qry.unbind(1)]
+    each, logits = (torch.stack([layer[place] for layer in layers], 1) for place in (-2, -1))  # [T, 45, 4, D or 3]
+    classified = logits[:, :, 3].argmax(-1) == tasks.y_qry
+    assert found[controls.ALONE]["accuracy"][0] == pytest.approx(classified.double().mean().item(), abs=1e-5)
     right = torch.cdist(each[:, :, 3:], each[:, :, :3])[:, :, 0].argmin(-1) == tasks.y_qry
     assert shares(controls.ALONE) == pytest.approx([share(each[:, :, 3], tasks.y_qry)], 1e-4)
     assert found[controls.ALONE]["nearest_mean"][0] == pytest.approx(right.double().mean().item(), abs=1e-5)
@@ -173,58 +176,50 @@ def test_controls(tmp_path):
     assert shares(controls.BY_SUPPORT) == pytest.approx([share(query, tasks.y_qry)], 1e-4)
 
     # the file, and how the study reads it
-    assert len(found["final"]["accuracy"]) == len(found["final"]["nearest_mean_ci95"]) == 3
     assert len(found["final"]["per_task"]["finetuned"]["nc1"]) == found["final"]["tasks"] == 4
     controls.main([str(run), "--tasks", "2", "--only", "untrained"])  # the others stay
-    again = json.loads((run / "controls.json").read_text())
+    again = read(run)
     assert list(again) == list(found) and again["untrained"]["tasks"] == 2 and again["final"] == found["final"]
-    assert effects.measured(read, "meta", "relative_within") == shares("final")[0]
-    assert effects.measured(read, "meta", "nc1", "pixels") == found["pixels"]["meta"]["nc1"]["mean"][0]
-    assert effects.in_control(read, "final", "effective_dimension", "meta") > 1
+    assert effects.measured(one, "meta", "relative_within") == shares("final")[0]
+    assert effects.measured(one, "meta", "nc1", "pixels") == found["pixels"]["meta"]["nc1"]["mean"][0]
+    assert effects.in_control(one, "final", "effective_dimension", "meta") > 1
 
 
 @pytest.mark.slow
-def test_no_more_tasks_go_together_than_asked_for(tmp_path, monkeypatch):
-    """By the largest number of tasks that the network sees at once. The permuted labels don't depend on it."""
-    run, largest, found, forward = str(tmp_path / "run"), [], [], Learner.forward
-    omniglot_train.main([*FLAGS, "--out", run])
-
-    def watched(net, x, *args, **options):
-        largest[-1] = max(largest[-1], len(x))
-        return forward(net, x, *args, **options)
-
-    monkeypatch.setattr(Learner, "forward", watched)
+def test_no_more_tasks_go_together_than_asked_for(tmp_path, monkeypatch, largest):
+    """The permuted labels don't depend on it."""
+    run, found, kinds = tmp_path / "run", [], ("pixels", controls.ALONE, controls.BY_SUPPORT)
+    omniglot_train.main([*FLAGS, "--out", str(run)])
     monkeypatch.setattr(controls, "dimension", lambda *_: torch.zeros(1))  # of all test classes together
-    for chunk in (0, 1, 2):
-        for kind in (controls.BY_PARTS, "pixels", controls.ALONE, controls.BY_SUPPORT):
+    for chunk, most in ((0, 3), (2, 2)):
+        for kind in (controls.BY_PARTS, *kinds):
             largest.append(0)
-            controls.main([run, "--tasks", "5", "--only", kind, "--task_chunk", str(chunk)])
-        one = json.loads((tmp_path / "run/controls.json").read_text())
-        found.append([*one[controls.BY_PARTS]["body"], one["pixels"]["meta"]["nc1_null"]["mean"][0],
-                      *(one[kind]["meta"]["nc1_null"]["mean"][0] for kind in (controls.ALONE, controls.BY_SUPPORT))])
-    assert largest == [3] * 4 + [1] * 4 + [2] * 4
-    assert found[1] == pytest.approx(found[0], 1e-3) and found[2] == pytest.approx(found[0], 1e-3)
+            controls.main([str(run), "--tasks", "5", "--only", kind, "--task_chunk", str(chunk)])
+            assert largest[-1] == most, kind
+        one = read(run)
+        found.append([*one[controls.BY_PARTS]["body"], *(one[kind]["meta"]["nc1_null"]["mean"][0] for kind in kinds)])
+    assert found[1] == pytest.approx(found[0], 1e-3)
 
 
 def test_classes_of_fewer_images_than_five_shots_and_the_usual_queries(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "CHARACTER_IMAGES", 17)
-    run = str(tmp_path / "run")
-    omniglot_train.main([*FLAGS, "--learner", "anil", "--out", run])
+    run = tmp_path / "run"
+    omniglot_train.main([*FLAGS, "--learner", "anil", "--out", str(run)])
+    measure = [str(run), "--tasks", "2", "--only"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(controls, "similarity", Mock(side_effect=KeyboardInterrupt))
-        controls.main([run, "--tasks", "2", "--only", "5-shot", "similarity, final"])
-    assert list(json.loads((tmp_path / "run/controls.json").read_text())) == ["5-shot"]  # what was measured is kept
-    controls.main([run, "--tasks", "2", "--only", "queries 5", "similarity, final"])
-    found = json.loads((tmp_path / "run/controls.json").read_text())
-    assert list(found) == ["5-shot", "queries 5", "similarity, final"]
-    assert found["similarity, final"]["cka"][0] < 0.9999, "MAML's inner loop changes ANIL's body too"
+        controls.main([*measure, "5-shot", "similarity, final"])
+    assert list(read(run)) == ["5-shot"]  # what was measured is kept
+    controls.main([*measure, "queries 5", "similarity, final"])
+    assert list(read(run)) == ["5-shot", "queries 5", "similarity, final"]
+    assert read(run)["similarity, final"]["cka"][0] < 0.9999, "MAML's inner loop changes ANIL's body too"
     write_classes(tmp_path / "pictures", 15, count=6)
-    controls.main([run, "--tasks", "2", "--only", "final", "--data", str(tmp_path / "pictures")])
-    assert list(json.loads((tmp_path / f"run/controls-{tmp_path.name}_pictures.json").read_text())) == ["final"]
-    (tmp_path / "run/controls.json").write_text("{")
+    controls.main([*measure, "final", "--data", str(tmp_path / "pictures")])
+    assert (run / f"controls-{tmp_path.name}_pictures.json").exists()
+    (run / "controls.json").write_text("{")
     monkeypatch.setattr(controls, "measure", lambda *_: pytest.fail("measured, and it can't be kept"))
-    with pytest.raises(UserError, match="controls.json is damaged .*; remove it, and measure all controls again"):
-        controls.main([run, "--tasks", "2", "--only", "final"])
-    (tmp_path / "run/result.json").unlink()
-    with pytest.raises(UserError, match="is not finished; continue it with --resume"):
-        controls.main([run])
+    with refused("controls.json is damaged", "; remove it, and measure all controls again"):
+        controls.main([*measure, "final"])
+    (run / "result.json").unlink()
+    with refused("is not finished; continue it with --resume"):
+        controls.main([str(run)])

@@ -45,18 +45,11 @@ def gpus(monkeypatch) -> list:
     return chosen
 
 
-@pytest.mark.parametrize("name", ["", "cpu:1", "meta", "mps", "gpu", "cuda:-1", "cuda:01", "cuda:2", "cuda:256"])
+@pytest.mark.parametrize("name", ["", "cpu:1", "meta", "mps", "gpu", "cuda:01", "cuda:2", "cuda:256"])
 def test_any_other_name_is_refused_in_one_line(gpus, name):
     with refused(f"--device {name}: ", "take cpu", "float64" if name == "mps" else ""):
         select_device(name)
-    assert not gpus
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_without_a_gpu_cuda_is_refused():
-    with refused("--device cuda: "):
-        select_device("cuda")
-    assert str(select_device("cpu")) == str(select_device("cpu:0")) == "cpu"
+    assert not gpus and str(select_device("cpu:0")) == "cpu"
 
 
 def test_the_gpu_becomes_the_current_one(gpus, monkeypatch):
@@ -68,6 +61,12 @@ def test_the_gpu_becomes_the_current_one(gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with refused("--device cuda:1: several processes would share this GPU"):
         select_device("cuda:1")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_cuda_is_refused():
+    with refused("--device cuda: "):
+        select_device("cuda")
 
 
 def test_a_gpu_without_kernels_is_refused(gpus, monkeypatch):

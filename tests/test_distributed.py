@@ -1,6 +1,8 @@
-"""Two processes on a CPU take the steps that one process takes."""
+"""Two processes on a CPU take the steps that one process takes.
 
-import json
+torchrun starts this file as a program (`main`).
+"""
+
 import os
 import subprocess
 import sys
@@ -10,10 +12,13 @@ from pathlib import Path
 import kill
 import pytest
 import torch
-import two_processes
+from data_files import log_rows, read_json, sampler
 
+import device as devices
 import omniglot_train
+import synthetic
 from files import UserError
+from meta import Meta
 
 HERE = Path(__file__).parent
 PROGRAM = str(HERE.parent / "omniglot_train.py")
@@ -21,8 +26,40 @@ TINY = ("--synthetic --device cpu --task_num 2 --k_qry 2 --n_way 2 --update_step
         "--eval_tasks 5 --test_tasks 5 --nc_every 50").split()
 
 
+def main(path: str) -> None:
+    """Three meta-steps in float64; the process of rank 0 saves the weights. It also checks the exchanges."""
+    torch.manual_seed(0)
+    net = omniglot_train.network(omniglot_train.arguments([])).double()
+    maml = Meta(net, nc_every=2)
+    sample, steps = sampler(synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0)), []
+    with devices.processes(torch.device("cpu")):
+        check_exchanges()
+        for _ in range(3):
+            tasks = sample(4)
+            step = maml(tasks._replace(x_spt=tasks.x_spt.double(), x_qry=tasks.x_qry.double()), every_step=True)
+            steps.append({"losses": step.losses, "accuracy": step.accuracy, "metrics": step.metrics or {}})
+        if devices.rank() == 0:
+            torch.save({"weights": net.state_dict(), "steps": steps}, path)
+
+
+def check_exchanges() -> None:
+    """Tasks and lists come back whole and in order; sums are over all processes."""
+    rank, size = devices.rank(), devices.size()
+    values = torch.arange(24.0).view(4, 3, 2).transpose(1, 2)  # 4 tasks, not contiguous
+    assert len(devices.local_tasks(values)) == 4 // size
+    assert devices.gather(devices.local_tasks(values)).equal(values)
+    one, two = devices.all_reduce([torch.ones(2, 3), torch.tensor(float(rank))])
+    assert one.equal(torch.full((2, 3), float(size))) and two.item() == sum(range(size))
+    items = [(torch.full((2,), i), {"a": [torch.tensor(i)]}) for i in range(3)]
+    gathered = devices.gather_lists(items[rank::size])
+    assert len(gathered) == len(items)
+    for i, (first, second) in enumerate(gathered):
+        assert first.equal(items[i][0]) and second["a"][0].item() == i
+    devices.wait()
+
+
 def start(*command: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.Popen([*launcher, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=environment)
@@ -38,8 +75,8 @@ def torchrun(*command: str) -> str:
 
 @pytest.mark.slow
 def test_weights_and_results_of_each_step(tmp_path):
-    two_processes.main(str(tmp_path / "one.pt"))
-    torchrun(two_processes.__file__, str(tmp_path / "two.pt"))
+    main(str(tmp_path / "one.pt"))
+    torchrun(__file__, str(tmp_path / "two.pt"))
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     for name, weight in one["weights"].items():
         assert name.endswith("conv2d_bias") or torch.allclose(weight, two["weights"][name], rtol=1e-7, atol=1e-10), name
@@ -66,13 +103,17 @@ def test_stopped_together_and_resumed_together(tmp_path):
     said = torchrun(PROGRAM, *TINY, "--epoch", str(step + 3), "--out", str(tmp_path / "whole"))
     assert not kill.differences(kill.state(run), kill.state(tmp_path / "whole"))
     assert said.count("Total trainable parameters") == 1
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    rows = log_rows(run)
     assert [(row["kind"], row["step"]) for row in rows if row["step"] in (0, step + 3)] == [
         ("run", 0), ("val", 0), ("nc", 0), ("train", 0), ("nc", 0), ("val", step + 3), ("nc", step + 3)]
-    assert rows[1]["tasks"] == json.loads((run / "result.json").read_text())["test"]["tasks"] == 5
+    assert rows[1]["tasks"] == read_json(run)["test"]["tasks"] == 5
 
 
 def test_tasks_must_divide(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as the launcher does
     with pytest.raises(UserError, match="--task_num 3: 2 processes need a multiple of 2"):
         omniglot_train.main(["--synthetic", "--device", "cpu", "--task_num", "3", "--out", str(tmp_path / "run")])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -2,13 +2,13 @@
 
 import contextlib
 import errno
-import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from test_resume import TINY, refused, resume, same, small, stopped, stopped_once, train, whole  # noqa: F401
+from data_files import log_rows, read_json
+from test_resume import TINY, refused, resume, same, small, train, whole  # noqa: F401
 
 import checkpoint
 from tasks import Sampler, Tasks
@@ -109,8 +109,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     for flag in ("--update_lr (0.4)", "--meta_lr (0.001)", "--skip_nonfinite", f"_args {run}/args.json"):
         assert flag in said
     assert "--clip" not in said  # what isn't finite stays so
-    steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
-    assert max(steps) == 4  # nothing of the step that failed
+    assert max(row["step"] for row in log_rows(run)) == 4  # nothing of the step that failed
 
 
 @pytest.mark.slow
@@ -119,7 +118,7 @@ def test_skipping_continues_and_counts(tmp_path, monkeypatch, capsys):
     break_tasks(monkeypatch, 5, 1)
     train(run, "--skip_nonfinite")
     assert "for 8 meta-steps, 1 without an update (not finite)" in capsys.readouterr().out
-    assert json.loads((run / "result.json").read_text())["skipped_updates"] == 1
+    assert read_json(run)["skipped_updates"] == 1
     saved = checkpoint.read(run / "checkpoint.pt", CPU, "")
     assert (saved["step"], saved["updates"]) == (8, 7)
 

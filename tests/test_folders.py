@@ -1,13 +1,12 @@
 """Your own images, in folders of class folders, with either script."""
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_files import listing, refused, write_classes
+from data_files import listing, read_json, refused, write_classes
 from PIL import Image
 
 import folders
@@ -21,8 +20,8 @@ TINY = ("--device cpu --n_way 2 --k_spt 1 --k_qry 2 --task_num 1 --epoch 1 --upd
         "--eval_tasks 2 --test_tasks 2 --nc_every 0").split()
 
 
-def find(root: Path) -> images.ImageSet:
-    return folders.find(root, BILINEAR)
+def find(root: Path, cache: Path | None = None) -> images.ImageSet:
+    return folders.find(root, BILINEAR, cache)
 
 
 def test_classes_are_split_by_their_names_alone(tmp_path, capsys):
@@ -60,7 +59,7 @@ def test_decoded_images_are_no_class_and_hide_no_folder(tmp_path, top, cache):
     (tmp_path / top / "class 0").rename(tmp_path / top / "cache")
     (tmp_path / "__MACOSX" / "class 0").mkdir(parents=True)
     for _ in range(2):  # the second finds what the first has written
-        image_set = folders.find(tmp_path, BILINEAR, cache and tmp_path / cache)
+        image_set = find(tmp_path, cache and tmp_path / cache)
         assert sorted(label for classes in image_set.splits.values() for label in classes) == [
             "cache", "class 1", "class 2"]
         image_set.load("val", 8, 3)
@@ -117,18 +116,12 @@ def test_faults_are_named_in_one_line(tmp_path, make, words):
         find(tmp_path / "mine")
 
 
-def test_few_folders_for_a_test(tmp_path):
-    write_classes(tmp_path / "mine", 2)
-    with refused("holds 2 class folders", f"into its own folder in {tmp_path / 'mine/test'}"):
-        folders.find(tmp_path / "mine", Image.Resampling.BILINEAR, tests_only=True)
-
-
 @pytest.mark.parametrize("script, flags", [(omniglot_train, ["--imgsz", "28"]), (omniglot_train, ["--imgc", "3"]),
                                            (miniimagenet_train, "--imgsz 48 --imgc 1 --data_name mine".split())])
 def test_training_on_images_of_ones_own(tmp_path, script, flags, capsys):
     write_classes(tmp_path / "pictures", 12)
     script.main([*TINY, *flags, "--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run")])
-    data = json.loads((tmp_path / "run/args.json").read_text())["data"]
+    data = read_json(tmp_path / "run", "args.json")["data"]
     assert data["name"] == ("mine" if "mine" in flags else "images in pictures")
     assert sum(split["images"] for split in data["splits"].values()) == len([*tmp_path.glob("pictures/*/*.png")])
     train = data["splits"]["train"]
@@ -147,7 +140,7 @@ def test_resuming_needs_the_same_classes_in_a_folder_of_any_name(tmp_path):
         omniglot_train.main(["--resume", out, "--data", str(tmp_path / "others"), "--epoch", "2"])
     (tmp_path / "pictures").rename(tmp_path / "renamed")
     omniglot_train.main(["--resume", out, "--data", str(tmp_path / "renamed"), "--epoch", "2"])
-    assert json.loads((tmp_path / "run/result.json").read_text())["data"] == "images in pictures"
+    assert read_json(tmp_path / "run")["data"] == "images in pictures"
     (tmp_path / "renamed/class 11/0.png").unlink()
     with refused("data of other classes or sizes than these (images of "):
         omniglot_train.main(["--resume", out, "--data", str(tmp_path / "renamed"), "--epoch", "3"])
@@ -161,21 +154,24 @@ def test_query_images_are_needed_where_they_are_drawn_alone(tmp_path):
                  "smallest classes (folders train, val, test", "val 3 classes of 3 ('val 0') to 5 images"):
         omniglot_train.main([*flags, "--out", str(tmp_path / "run")])
     omniglot_train.main([*flags, "--k_qry_test", "1", "--out", str(tmp_path / "run")])
-    assert json.loads((tmp_path / "run/result.json").read_text())["test"]["k_qry"] == 1
+    assert read_json(tmp_path / "run")["test"]["k_qry"] == 1
 
 
 def test_a_folder_test_is_enough_to_test_a_trained_model_on_all_its_classes(tmp_path):
     write_classes(tmp_path / "pictures", 12)
     omniglot_train.main([*TINY, "--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run")])
     again = ["--test", str(tmp_path / "run"), "--data", str(tmp_path / "own")]
-    write_classes(tmp_path / "own", 5)  # one of them becomes the test split
-    (tmp_path / "own/class 4").rename(tmp_path / "own/novel")  # a class
+    write_classes(tmp_path / "own", 2)
+    with refused("holds 2 class folders", f"into its own folder in {tmp_path / 'own/test'}"):
+        omniglot_train.main(again)
+    write_classes(tmp_path / "own", 3, name="more")  # one of them becomes the test split
+    (tmp_path / "own/more 2").rename(tmp_path / "own/novel")  # a class
     with refused("--n_way 2: images in own has 1 classes in its test split; put 2 or more into", "own/test"):
         omniglot_train.main(again)
     shutil.rmtree(tmp_path / "own")
     write_classes(tmp_path / "own/test", 5)
     omniglot_train.main(again)
     result, = (tmp_path / "run").glob("test-*.json")
-    assert json.loads(result.read_text())["test_classes"] == 5
+    assert read_json(tmp_path / "run", result.name)["test_classes"] == 5
     with refused("own has test and no train/, val/; add what is missing, or put"):
         omniglot_train.main([*TINY, "--data", str(tmp_path / "own"), "--out", str(tmp_path / "other")])

@@ -1,10 +1,13 @@
-"""Decoding, progress, and what a Dataset promises."""
+"""From image files to a tensor: decoding, its cache, what a Dataset promises; whole files; generated images."""
+
+import io
+import os
 
 import numpy as np
 import pytest
 import torch
 import tqdm
-from data_files import encode, load, refused
+from data_files import drawing, encode, listing, load, refused, write_zips
 from PIL import Image
 
 import files
@@ -12,7 +15,10 @@ import folders
 import images
 import miniimagenet
 import omniglot
+import synthetic
 import tasks
+from files import UserError
+from synthetic import CHARACTERS, PHOTOS, generate
 
 
 def test_requests_that_can_not_be(photos):
@@ -63,14 +69,13 @@ def test_16_bit_images_keep_their_range(bits, value):
         assert decoded[:, 0, 0].tolist() == [value >> bits - 8] * channels and decoded[0, 7, 0] == 0
 
 
-@pytest.mark.parametrize("orientation, corner", [(1, (0, 0)), (2, (0, 7)), (3, (7, 7)), (8, (7, 0))])
-def test_exif_orientation_is_applied(orientation, corner):
+def test_exif_orientation_is_applied():
     pixels = np.zeros((8, 8, 3), np.uint8)
     pixels[:4, :4, 0] = 255
     exif = Image.Exif()
-    exif[0x0112] = orientation
+    exif[0x0112] = 8
     turned = decode(encode(pixels, exif=exif))[0]
-    assert [place for place in ((0, 0), (0, 7), (7, 0), (7, 7)) if turned[place] == 255] == [corner]
+    assert [place for place in ((0, 0), (0, 7), (7, 0), (7, 7)) if turned[place] == 255] == [(7, 0)]
     damaged = encode(pixels, exif=exif.tobytes().replace(b"MM", b"XX"))
     assert decode(damaged)[0, 0, 0] == 255  # EXIF data that can't be read is ignored
 
@@ -109,10 +114,160 @@ def promising(counts: list[int]) -> tasks.Dataset:
     (PROMISED / 255, [4] * 3, ["torch.float32", "must give uint8", "(255 * images)"]),
     (PROMISED.numpy(), [4] * 3, ["uint8"]), (PROMISED // 255, [4] * 3, ["only pixels 0 and 1", "multiply them by 255"]),
     (PROMISED[:2], [4] * 3, ["[2, 4, 1, 8, 8]", "[3, 4, 1, 8, 8]", "make them agree"]),
-    (PROMISED[:, :3], [4] * 3, ["agree"]), (PROMISED[..., :7], [4] * 3, ["agree"]),
-    (PROMISED.expand(3, 4, 3, 8, 8), [4] * 3, ["channels"]), (PROMISED, [4, 5, 3], ["counts"]),
-    (PROMISED, [4, 4], ["counts"])])
+    (PROMISED.expand(3, 4, 3, 8, 8), [4] * 3, ["channels"]), (PROMISED, [4, 5, 3], ["counts"])])
 def test_a_dataset_that_breaks_its_promise(loaded, counts, words):
     with refused("the train split of mine", *words):
         images.check_images(loaded, promising(counts), "train", 8)
     assert images.check_images(PROMISED, promising([4, 3, 4]), "train", 8) is PROMISED
+
+
+# The cache
+
+
+@pytest.fixture
+def builds(monkeypatch) -> list[str]:
+    """Grows by one at each decoding of a split."""
+    done, real = [], images.progress
+    monkeypatch.setattr(images, "progress", lambda *args: done.append(args[1]) or real(*args))
+    return done
+
+
+def test_cache_is_taken_and_rebuilt_when_anything_changes(photos, builds):
+    first = load(miniimagenet, photos, "train", 12)
+    assert torch.equal(load(miniimagenet, photos, "train", 12), first) and len(builds) == 1
+    path, = (photos / "cache").iterdir()
+    assert path.name.startswith("miniimagenet-train-12px-")
+    assert np.array_equal(np.load(path), first.numpy())  # a plain .npy file
+
+    load(miniimagenet, photos, "train", 13), load(miniimagenet, photos, "val", 12)
+    file = photos / "images" / "p00.png"
+    file.write_bytes(encode(np.full((20, 20, 3), 255, np.uint8)))
+    changed = load(miniimagenet, photos, "train", 12)
+    assert len(builds) == 4 and changed[2, 0].min() == 255
+    for data in (file.read_bytes(), file.read_bytes() + b"\0"):  # another time, then another size
+        file.write_bytes(data)
+        os.utime(file, ns=(1, 1))
+        load(miniimagenet, photos, "train", 12)
+    lines = (photos / "train.csv").read_text().split()
+    (photos / "train.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]))
+    assert torch.equal(load(miniimagenet, photos, "train", 12), changed.flip(1))
+    keys = {path.stem.rpartition("-")[2] for path in (photos / "cache").iterdir()}
+    assert len(keys) == len(builds) == 7  # the key alone tells splits and sizes apart
+
+
+def test_what_a_killed_decoding_left_goes_a_day_later(photos):
+    (photos / "cache").mkdir()
+    yesterday, running = ((photos / "cache" / f".miniimagenet-train-84px-{key}.npy.abcd1234.tmp") for key in "ab")
+    for path in (yesterday, running):
+        path.write_bytes(b"half")
+    os.utime(yesterday, (0, 0))
+    load(miniimagenet, photos, "train", 12)
+    assert running.exists() and not yesterday.exists()
+
+
+def test_omniglot_cache_follows_the_zip_content(tmp_path, small_omniglot, builds):
+    write_zips(tmp_path, small_omniglot)
+    first = load(omniglot, tmp_path, "train", 28)
+    write_zips(tmp_path, small_omniglot)  # packed again: other times, the same content
+    assert torch.equal(load(omniglot, tmp_path, "train", 28), first) and len(builds) == 1
+    write_zips(tmp_path, {name: drawing(30) for name in small_omniglot})
+    assert not torch.equal(load(omniglot, tmp_path, "train", 28), first) and len(builds) == 2
+
+
+def test_damaged_caches_are_found_and_rebuilt(photos, capfd):
+    expected = load(miniimagenet, photos, "train", 12)
+    path, = (photos / "cache").iterdir()
+    whole, plain = path.read_bytes(), io.BytesIO()
+    np.save(plain, expected.numpy())
+    capfd.readouterr()
+    for damaged in (whole[:-1], whole[:len(whole) // 2], b"", plain.getvalue(), whole[:20] + b"X" + whole[21:]):
+        path.write_bytes(damaged)
+        assert torch.equal(load(miniimagenet, photos, "train", 12), expected)
+        assert path.read_bytes() == whole
+        assert capfd.readouterr().err == f"the cache {path} is damaged: building it again\n"
+
+
+@pytest.mark.parametrize("name", ["file", "file/deeper"])
+def test_cache_folder_that_can_not_be_written(photos, builds, name):
+    (photos / "file").write_text("in the way")
+    with refused("--cache FOLDER"):
+        load(miniimagenet, photos, "train", 12, photos / name)
+    assert not builds  # refused before the minutes of decoding
+    before = listing(photos)
+    load(miniimagenet, photos, "train", 12, photos.parent / "named")
+    assert listing(photos) == before  # the data may be read-only
+
+
+# files.py
+
+
+def test_atomic_writes_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "file"
+    with files.atomic(path) as file:
+        file.write(b"whole")
+        assert not path.exists()
+    with pytest.raises(ZeroDivisionError), files.atomic(path) as file:
+        file.write(b"half")
+        file.write(1 // 0)
+    assert path.read_bytes() == b"whole" and listing(path.parent) == ["file"]
+    with refused("can't write", "name another folder"), files.atomic(path / "below"):
+        pass
+
+
+def test_run_prints_one_line_and_exits_with_2(capsys):
+    def main():
+        raise UserError("a name with\na line end and \x1b[31m colour")
+
+    with pytest.raises(SystemExit, match="2"):
+        files.run(main)
+    assert capsys.readouterr().err == "error: a name with\\na line end and \\x1b[31m colour\n"
+
+
+# Generated images: the same every time, and no class in two splits
+
+
+SIZES = {CHARACTERS: (1, 28), PHOTOS: (3, 84)}  # channels, pixels
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def kind(request):
+    """(name, size, images [20, 20, c, size, size] of seed 3)."""
+    name, (channels, size) = request.param, SIZES[request.param]
+    images = generate(name, 0, 20, 20, size, seed=3)
+    assert images.dtype == torch.uint8 and images.shape == (20, 20, channels, size, size)
+    return name, size, images
+
+
+def test_a_class_looks_the_same_in_every_size(kind):
+    name, size, images = kind
+    assert generate(name, 0, 2, 3, 33, seed=0).shape[3:] == (33, 33)
+    smaller = torch.nn.functional.interpolate(images[0].float(), (size // 2, size // 2), mode="area")
+    assert (generate(name, 0, 1, 20, size // 2, seed=3)[0] - smaller).abs().mean() < 20
+
+
+def test_a_class_is_the_same_whatever_else_is_drawn(kind):
+    name, size, images = kind
+    np.random.seed(1), torch.manual_seed(1)
+    before = torch.get_rng_state()
+    assert torch.equal(generate(name, 0, 3, 20, size, seed=3), images[:3])
+    assert torch.equal(torch.get_rng_state(), before)
+    np.random.seed(9)
+    assert torch.equal(generate(name, 7, 2, 20, size, seed=3), images[7:9])
+
+
+def test_the_images_stay_the_same_from_version_to_version(kind):
+    """The mean of a pixel, its spread within a class, and that between classes."""
+    name, _, images = kind
+    means = images.float().mean(1)
+    expected = (232.12, 35.77, 22.84) if name == CHARACTERS else (121.44, 53.83, 35.85)
+    found = means.mean().item(), images.float().std(1).mean().item(), means.std(0).mean().item()
+    assert found == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize("name, splits, images", [
+    (CHARACTERS, {"train": 200, "val": 40, "test": 60}, 20), (PHOTOS, {"train": 64, "val": 16, "test": 20}, 40)])
+def test_splits_share_no_class(name, splits, images):
+    dataset = synthetic.dataset(name, SIZES[name][0], (0.0,), (1.0,), 8)
+    loaded = [dataset.load(split) for split in splits]
+    assert list(map(len, loaded)) == list(splits.values())
+    assert torch.equal(torch.cat(loaded), generate(name, 0, sum(splits.values()), images, 8, synthetic.SEED))

@@ -148,22 +148,18 @@ def test_initial_weights():
     ([("conv2d", [4, 3, 3, 3, 1, 0]), ("conv", [])], r"layer 1, conv.*unknown layer 'conv'; there are conv2d"),
     ([("conv2d", [4, 3, 3, 1, 0])], r"layer 0, conv2d.*must be \[out, in"), ([("tanh", [1])], r"layer 0, tanh.*\[\]"),
     ([("conv2d", [4, 3, 3, 2, 1, 0])], r"layer 0, conv2d.*square"),
-    ([("convt2d", [1, 4, 3, 3, 1, 0])], r"layer 0, convt2d.*takes 1 channels, not 3"),
     ([("conv2d", [4, 3, 9, 9, 1, 0])], r"layer 0, conv2d.*Kernel size can't be greater"),
     ([("conv2d", [4, 3, 3, 3, 1, 0]), ("bn", [3])], r"layer 1, bn.*takes 3 channels, not 4"),
     ([("max_pool2d", [2, 2, 0]), ("max_pool2d", [5, 2, 0])], r"layer 1, max_pool2d.*too small"),
     ([FLAT, ("linear", [5, 100])], r"layer 1, linear.*takes \[100\], not \[192\]"),
-    ([("linear", [5, 192])], r"layer 0, linear.*takes \[192\], not \[3, 8, 8\]"),
     ([FLAT, ("mean", [])], r"layer 1, mean.*takes an image"),
-    ([("conv2d", [4, 3, 3, 3, 2.0, 0])], r"layer 0, conv2d"),
     ([("bn", 3), ("tanh", None)], r"layer 1, tanh.*\[\]"),
-    ([("reshape", [5, 5])], r"layer 0, reshape.*invalid for input"),
+    ([("conv2d", [4, 3, 3, 3, 2.0, 0])], r"layer 0, conv2d.*stride must be an integer >= 1, not 2.0"),
     ([("conv2d", [4, 3, 3, 3, 0, 0])], r"layer 0, conv2d.*stride must be an integer >= 1, not 0"),
     ([("conv2d", [4, 3, 3, 3, 1, "valid"])], r"layer 0, conv2d.*padding must .*, or \"same\", not 'valid'"),
     ([("convt2d", [3, 4, 3, 3, 1, "same"])], r"layer 0, convt2d.*padding must be an integer >= 0, not 'same'"),
     ([("reshape", [3, 4, 16]), ("conv2d", [4, 3, 3, 3, 1, "same"])], r"layer 1, conv2d.*takes square images"),
-    (["nope"], r"layer 0, 'nope': must be a pair \(name, params\)"),
-    ([FLAT, ("relu",)], r"layer 1, \('relu',\): must be a pair"),
+    (["nope"], r"layer 0, 'nope': must be a pair \(name, params\)"), ([("tanh",)], r"layer 0, .*must be a pair"),
     ([("upsample", ["x"])], r"layer 0, upsample.*invalid combination.*of:$"),
 ])
 def test_layers_that_do_not_fit_are_refused_by_name(config, text):
@@ -178,8 +174,3 @@ def test_weights_of_other_tasks_than_the_images(case="first conv2d and bn"):
         with pytest.raises(ValueError, match="tasks, and the weights are of another number"):
             net(images, weights)
 
-
-def test_a_new_layer_needs_a_case(monkeypatch):
-    monkeypatch.setitem(LAYERS, "gelu", "[]")
-    with pytest.raises(ValueError, match="layer 0, gelu.*apply_layer has no case for it"):
-        Learner([("gelu", [])], 1, 8)

@@ -1,13 +1,13 @@
 """Runs of every learner and recipe: stopped and resumed, measured or not, they end with the same bits."""
 
-import json
 import os
-from pathlib import Path
+import sys
+from unittest.mock import Mock, call
 
 import kill
 import pytest
 import torch
-from data_files import write_classes
+from data_files import log_rows, read_json, write_classes
 from test_resume import TINY, refused, resume, same, small, stop_at, train, whole  # noqa: F401
 
 import meta
@@ -18,13 +18,10 @@ import synthetic
 from baselines import BASELINES
 from meta import Meta
 from tasks import with_rotations
+from training import Data
 
 FLAGS = {**{name: ["--learner", name] for name in ("anil", "boil", "protonet", "classifier")},
          "cosine": ["--lr_schedule", "cosine"], "not transductive": ["--no-transductive", "--keep_every", "3"]}
-
-
-def rows(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -48,8 +45,8 @@ def test_measuring_more_queries_changes_no_bit(learner, tmp_path, monkeypatch):
         run = train(tmp_path / flags, *f"--k_qry 1 --learner {learner} {flags} --nc_qry 3".split())
         last = torch.load(run / "last.pt", weights_only=True)
         weights.append(last["weights"])
-        measured.append([row["step"] for row in rows(run) if row.get("classes") == "train"])
-        *_, validation = (row for row in rows(run) if row["kind"] == "val")
+        measured.append([row["step"] for row in log_rows(run) if row.get("classes") == "train"])
+        *_, validation = log_rows(run, "val")
         own_rule = validation["acc"][-1] if learner == "maml" else validation["nearest_mean"][0]
         assert last["val_accuracy"] == pytest.approx(own_rule, abs=1e-5)
     assert not kill.differences(*weights)
@@ -57,11 +54,11 @@ def test_measuring_more_queries_changes_no_bit(learner, tmp_path, monkeypatch):
 
 
 def test_the_classifier_learns_the_training_class_of_each_label(tmp_path, monkeypatch):
-    steps, call = [], Meta.__call__
+    steps, original = [], Meta.__call__
 
     def watched(maml, tasks, every_step, measured, classes):
         steps.append((tasks, classes))
-        return call(maml, tasks, every_step, measured, classes)
+        return original(maml, tasks, every_step, measured, classes)
 
     monkeypatch.setattr(Meta, "__call__", watched)
     train(tmp_path / "run", "--learner", "classifier", "--epoch", "2", "--nc_every", "0")
@@ -73,18 +70,28 @@ def test_the_classifier_learns_the_training_class_of_each_label(tmp_path, monkey
                 assert (images[classes[task, label]] == image).flatten(1).all(1).any()
 
 
+def test_random_labels_mix_the_training_images_alone():
+    args = omniglot_train.arguments("--synthetic --random_labels --no-rotations".split())
+    dataset = omniglot_train.dataset(args)
+    data = Data(args, dataset, torch.device("cpu"))
+    ordered, mixed = (images.sum((2, 3, 4)) for images in (dataset.load("train"), data.load("train")))
+    assert torch.equal(ordered.flatten().sort().values, mixed.flatten().sort().values)
+    assert (ordered != mixed).double().mean() > 0.9
+    assert torch.equal(dataset.load("val"), data.load("val"))
+
+
 def test_weights_that_are_kept_and_tested(tmp_path):
     run = train(tmp_path / "run", "--keep_every", "3", "--test_weights", "last")
     assert sorted(path.name for path in run.glob("weights-*.pt")) == ["weights-0.pt", "weights-3.pt", "weights-6.pt"]
-    result = json.loads((run / "result.json").read_text())
+    result = read_json(run)
     assert result["last_step"] == 8 and result["test"]["inner_steps"] == result["test_nontransductive"]["inner_steps"]
     again = ["--test", str(run), "--no-transductive"]
     omniglot_train.main([*again, "--test_weights", "best", "--k_qry", "3", "--update_step_test", "2"])
-    best = json.loads((run / "test-6tasks-3qry-2steps-not-transductive.json").read_text())
+    best = read_json(run, "test-6tasks-3qry-2steps-not-transductive.json")
     assert best["test"]["k_qry"] == 3 and best["best_step"] in (0, 3, 6, 8)
     assert best["test_nontransductive"]["inner_steps"] == [0, 1, 2]
     omniglot_train.main([*again, "--k_qry", "1"])  # a transductive test answers the first query of each class alone
-    last = json.loads((run / "test-6tasks-1qry-1steps-last-not-transductive.json").read_text())
+    last = read_json(run, "test-6tasks-1qry-1steps-last-not-transductive.json")
     assert last["test_nontransductive"] == result["test_nontransductive"]
 
 
@@ -97,26 +104,26 @@ def test_testing_on_other_images_needs_only_their_test_split(tmp_path):
     run = train(tmp_path / "run", *own.split(), str(tmp_path / "many"))
     other = ["--test", str(run), "--data", str(tmp_path / "few"), "--k_qry_test", "1"]
     omniglot_train.main([*other, "--task_chunk", "1"])
-    result, = run.glob(f"test-6tasks-1qry-1steps-{tmp_path.name}_few.json")
-    assert json.loads(result.read_text())["data"] == "images in few"
+    assert read_json(run, f"test-6tasks-1qry-1steps-{tmp_path.name}_few.json")["data"] == "images in few"
     omniglot_train.main([*other, "--data_name", "other"])
-    assert json.loads((run / "test-6tasks-1qry-1steps-other.json").read_text())["data"] == "other"
+    assert read_json(run, "test-6tasks-1qry-1steps-other.json")["data"] == "other"
     omniglot_train.main(["--test", str(run)])
     assert (run / "test-6tasks-2qry-1steps.json").read_text() == (run / "result.json").read_text()
 
 
 @pytest.mark.slow
 def test_flags_reach_meta_and_torch(tmp_path, monkeypatch, whole):
-    """--clip, --deterministic, --nc_every_late."""
+    """--clip, --deterministic, --nc_every_late, --seed."""
     monkeypatch.setattr(meta, "LATE", 4)
     train(tmp_path / "clipped", "--clip", "1e-4")
     run = train(tmp_path / "run", "--clip", "1e4", "--deterministic", "--nc_every", "1", "--nc_every_late", "3")
     assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     one, two, none = (kill.state(folder)["weights"] for folder in (tmp_path / "clipped", run, whole))
     assert kill.differences(one, none) and not kill.differences(two, none)
-    assert [row["step"] for row in rows(run) if row.get("classes") == "train"] == [0, 1, 2, 3, 6]
-    train(tmp_path / "other", "--epoch", "1")
+    assert [row["step"] for row in log_rows(run) if row.get("classes") == "train"] == [0, 1, 2, 3, 6]
+    other = train(tmp_path / "other", "--epoch", "1", "--seed", "3")
     assert not torch.are_deterministic_algorithms_enabled()
+    assert log_rows(other, "train")[0] != log_rows(whole, "train")[0]
 
 
 def test_recipes():
@@ -131,3 +138,35 @@ def test_recipes():
     assert (mini.update_lr, mini.clip, mini.k_qry, mini.k_qry_test, mini.pixels) == (0.05, 0.667, 15, 5, "unit")
     assert settings.meta_steps(mini) == settings.meta_steps(five) == 60_000
     assert parsed().net == "conv_bn_relu" and parsed().recipe == "original"
+
+
+# ---- --tensorboard; the package is not among the requirements
+
+
+@pytest.mark.slow
+def test_scalars_are_those_of_the_log(tmp_path, monkeypatch):
+    made = Mock()
+    writer = made.SummaryWriter.return_value
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", made)
+    run = train(tmp_path / "run", "--tensorboard")
+    scalars = {(name, step): value for (name, value, step), _ in writer.add_scalar.call_args_list}
+    for row in log_rows(run):
+        if row["kind"] == "train":
+            assert scalars["train/loss", row["step"]] == row["loss"]
+        if row["kind"] in ("train", "val"):
+            assert scalars[f"{row['kind']}/accuracy", row["step"]] == row["acc"][-1]
+        for model in ("meta", "finetuned") if row["kind"] == "nc" else ():
+            value = row[model]["relative_within"]["mean"][-2]
+            assert scalars.get((f"{row['classes']}/relative within trace, {model}", row["step"])) == value
+    assert writer.close.called
+    resume(run, "--epoch", "9")
+    resume(run, "--epoch", "10", "--no-tensorboard")
+    folder = str(run / "tensorboard")
+    assert made.SummaryWriter.call_args_list == [call(folder, purge_step=0), call(folder, purge_step=8)]
+
+
+@pytest.mark.parametrize("flag", ["--tensorboard", "--no-tensorboard"])
+def test_without_the_package(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert (train(tmp_path / "run", "--epoch", "1", flag) / "result.json").exists()
+    assert capsys.readouterr().out.count("pip install tensorboard") == (flag == "--tensorboard")

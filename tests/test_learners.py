@@ -107,10 +107,8 @@ def test_which_weights_the_inner_loop_adapts(net, learner, blocks, changes, head
 
     trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, maml.rates, steps)
     gradient, losses, *_ = meta_gradient(net, tasks, maml.rates, steps, not second_order)
-    for task, (x, y, x_qry, y_qry) in enumerate(zip(*tasks)):
+    for task, (x, y) in enumerate(zip(tasks.x_spt, tasks.y_spt)):
         weights = oracle.adapt(net.config, net.weights, x, y, lr, steps, changes=changes)[-1]
-        loss = F.cross_entropy(oracle.forward(net.config, weights, x_qry)[0], y_qry)
-        torch.testing.assert_close(losses[task], loss.detach())
         for name, weight in weights.items():
             torch.testing.assert_close(trajectory[-1][name][task], weight.detach())
             assert changes(name) != torch.equal(weight, net.weights[name])

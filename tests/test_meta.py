@@ -21,9 +21,6 @@ N_WAY = 3
 SMALL = [("conv2d", [4, 1, 3, 3, 1, 0]), ("bn", [4]), ("relu", [True]), ("max_pool2d", [2, 2, 0]),
          ("conv2d", [5, 4, 2, 2, 1, 0]), ("bn", [5]), ("relu", [True]),
          ("flatten", []), ("linear", [N_WAY, 45])]
-SMOOTH = [("conv2d", [4, 1, 3, 3, 1, 0]), ("bn", [4]), ("tanh", []), ("avg_pool2d", [2, 2, 0]),
-          ("conv2d", [5, 4, 2, 2, 1, 0]), ("bn", [5]), ("sigmoid", []),
-          ("flatten", []), ("linear", [N_WAY, 45])]
 both_orders = pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
 
 
@@ -34,9 +31,9 @@ def test_logits_that_are_not_finite_are_a_wrong_answer(value):
     assert measuring.accuracy(logits, torch.arange(3).expand(2, 3)).tolist() == [1, pytest.approx(1 / 3)]
 
 
-def small_net(config=SMALL, seed=0, dtype=torch.float64):
+def small_net(seed=0, dtype=torch.float64):
     torch.manual_seed(seed)
-    net = Learner(config, 1, 10)
+    net = Learner(SMALL, 1, 10)
     with torch.no_grad():
         for weight in net.weights.values():  # away from where all biases are 0
             weight += 0.1 * torch.randn_like(weight)
@@ -107,10 +104,8 @@ def test_inner_rates_can_be_learned():
     torch.testing.assert_close(one, same)
 
 
-@pytest.mark.parametrize("config, tolerance", [(SMOOTH, 1e-7), (SMALL, 1e-6)], ids=["smooth", "relu"])
-@pytest.mark.parametrize("steps", [1, 3])
-def test_second_order_gradient_is_the_finite_difference_of_the_adapted_loss(config, tolerance, steps):
-    net, tasks, lr = small_net(config, seed=2), make_tasks(n_tasks=2, k_spt=2), 0.2
+def test_second_order_gradient_is_the_finite_difference_of_the_adapted_loss():
+    net, tasks, lr, steps = small_net(seed=2), make_tasks(n_tasks=2, k_spt=2), 0.2, 3
     gradient, _ = meta_step(net, tasks, update_lr=lr, update_step=steps)
     norm = sum(g.square().sum() for g in gradient.values()).sqrt().item()
     for _ in range(5):
@@ -119,9 +114,9 @@ def test_second_order_gradient_is_the_finite_difference_of_the_adapted_loss(conf
         ends = []
         for h in (1e-5 / size, -1e-5 / size):
             theta = {name: (w + h * direction[name]).detach().requires_grad_() for name, w in net.weights.items()}
-            ends.append(oracle.meta_loss(config, theta, tasks, lr, steps).item())
+            ends.append(oracle.meta_loss(net.config, theta, tasks, lr, steps).item())
         along = sum((g * direction[name]).sum() for name, g in gradient.items()).item()
-        assert along / size == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=tolerance * norm)
+        assert along / size == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=1e-6 * norm)
 
 
 @both_orders
@@ -243,7 +238,8 @@ def test_whatever_the_chunks_a_step_and_an_adaptation_are_the_plain_loops(monkey
     maml = Meta(copy.deepcopy(net), update_lr=lr, update_step=steps, update_step_test=test_steps, nc_every=2,
                 first_order=first_order)
     measured = maml.finetune(tasks, other or tasks), maml(tasks, True, other)
-    theta, plain = copy.deepcopy(maml.net), (maml.finetune(tasks), maml(tasks))  # the next step measures nothing
+    gradient = {name: w.grad for name, w in maml.net.weights.items()}
+    plain = maml.finetune(tasks), maml(tasks)  # the next step measures nothing
     assert plain[0].metrics is plain[1].metrics is None
     assert plain[1].accuracy.shape == (4, 1)
     if test_steps >= steps:
@@ -257,10 +253,9 @@ def test_whatever_the_chunks_a_step_and_an_adaptation_are_the_plain_loops(monkey
         if k_spt == 1:  # one per class has no spread
             del expected["support"], expected["inner"]["support_within"], expected["inner"]["support_between"]
         torch.testing.assert_close(result.metrics, expected, rtol=1e-6, atol=1e-9, equal_nan=True)
-    loss, _ = oracle.meta_gradient(net.config, net.weights, tasks, lr, steps, not first_order)
-    _, gradient = oracle.meta_gradient(net.config, theta.weights, tasks, lr, steps, not first_order)
+    loss, expected = oracle.meta_gradient(net.config, net.weights, tasks, lr, steps, not first_order)
     assert measured[1].losses.mean().item() == pytest.approx(loss.item(), rel=1e-12)
-    assert oracle.relative_error({name: w.grad for name, w in maml.net.weights.items()}, gradient) <= 1e-9
+    assert oracle.relative_error(gradient, expected) <= 1e-9  # measuring doesn't change it
 
 
 def test_null_labels_are_the_tasks_labels_permuted_by_the_seed_the_step_and_nothing_else(null_labels):
@@ -288,20 +283,6 @@ def test_steps_that_measure(monkeypatch, every, late, expected):
     for maml.step in range(13):
         found += [maml.step] if maml.measures_next else []
     assert found == list(expected)
-
-
-@pytest.mark.parametrize("first_order, k_spt", [(False, 1), (True, 1), (False, 5)])
-def test_measuring_changes_no_bit_of_the_weights(first_order, k_spt):
-    results = []
-    for nc_every, every_step in ((0, False), (1, False), (0, True), (1, True)):
-        maml = Meta(small_net(dtype=torch.float32), update_step=2, first_order=first_order, nc_every=nc_every)
-        for seed in range(3):
-            tasks = make_tasks(2, k_spt=k_spt, seed=seed, dtype=torch.float32)
-            if nc_every:
-                maml.finetune(tasks, tasks)
-            maml(tasks, every_step)
-        results.append(copies(maml.state()))
-    assert all(equal(result, results[0]) for result in results[1:])
 
 
 def test_finetune_leaves_everything_as_it_was_and_results_hold_no_graph():

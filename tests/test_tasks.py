@@ -65,8 +65,8 @@ def test_classes_labels_and_images_are_drawn_evenly():
         assert (turns == 0).all(), "nothing is turned unless asked for"
 
 
-@pytest.mark.parametrize("mean, std", [((0.5, 0.25, 0.125), (0.5, 2.0, 4.0)), ((0.3,), (0.7,))])
-def test_normalisation_and_nothing_else_changes(mean, std):
+def test_normalisation_and_nothing_else_changes():
+    mean, std = (0.5, 0.25, 0.125), (0.5, 2.0, 4.0)
     images = encoded(channels=3)
     before, state = images.clone(), torch.get_rng_state()
     raw, normalised = sampler(images)(40), sampler(images, mean=mean, std=std)(40)
@@ -104,7 +104,7 @@ def test_a_sampler_goes_back_to_a_state_and_gathers_what_it_drew():
     sample.generator.set_state(state)
     again = sample.gather(sample.draw(4))
     assert equal(first, again) and equal(second, sample(4)) and not torch.equal(first.x_qry, second.x_qry)
-    assert not torch.equal(first.x_qry, sampler(seed=4)(4).x_qry)
+    assert not torch.equal(sampler()(4).x_qry, sampler(seed=4)(4).x_qry)
 
 
 def test_a_larger_query_set_begins_with_the_smaller_one():
