@@ -178,6 +178,10 @@ CHANGES = {  # by what the classifier takes from the last map
                      "other-network-large-images"),
     "1 x 1": (*_named("small-images"), *_named("five-steps"), "other-network", "other-network-xavier",
               "other-network-no-scale", "other-network-large-head")}
+# second-order settings whose inner loop takes one step in training
+ONE_STEP = (*(name for names in CHANGES.values() for name in names if "first-order" not in name
+              and not name.startswith("five-steps")), "contrast-anil", "contrast-boil", "blocks-4-5",
+            "small-body-step-10000")
 KEPT = {  # by meta-step: where the classifier's initial weights are trained, kept as drawn, and kept at 0
     3_000: ("five-steps", "five-steps-zero-head"),
     5_000: ("contrast-maml", "frozen-head", "contrast-zero-head", "small-images-small-head",

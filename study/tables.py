@@ -149,7 +149,8 @@ NARROW = SHARES | {"tr(S_W S_B⁺)/C": (measured, "meta", "nc1"), "adapted": (me
 contrast = partial(compared, names=LEARNERS, references=True, columns=NARROW)
 
 # These columns for networks trained on photographs; also the classifier's rows, and the inner loop's step.
-photographs = partial(compared, names=design.SMALL_PHOTOGRAPHS, references=True, columns=NARROW | PARTS)
+photographs = partial(compared, names=design.SMALL_PHOTOGRAPHS, references=True, columns=NARROW | {
+    METRICS[metric]: (measured, "meta", metric) for metric in ("cdnv_unbiased", "directional_cdnv")} | PARTS)
 
 # Fewer of these columns: one inner loop on images whose classes are hard or easy to tell apart.
 difficulty = partial(compared, names=tuple(itertools.chain(*DIFFICULTY.values())), columns=SHARES | ADAPTED | PARTS)
@@ -183,6 +184,11 @@ steps = partial(compared, names=design.STEPS, columns={
     for layer, name in NAMED_LAYERS.items()})
 
 
+def means(groups: Sequence[list[Run]], value: Callable[..., float], *arguments) -> list[float]:
+    """Of value(run, *arguments) over the seeds of each group."""
+    return [np.mean([value(run, *arguments) for run in runs]) for runs in groups]
+
+
 def ranking(study: Study) -> str:
     """Spearman correlation of each metric before adaptation with accuracy, over learners (means over seeds).
 
@@ -190,10 +196,6 @@ def ranking(study: Study) -> str:
     """
     learners = study.groups(LEARNERS)
     shown = [*learners, *references_of(learners).values()]
-
-    def means(groups: Sequence[list[Run]], value: Callable[..., float], *arguments) -> list[float]:
-        return [np.mean([value(run, *arguments) for run in runs]) for runs in groups]
-
     by_mean = "nearest support mean before adaptation"
     accuracies = {by_mean: means(learners, tested, "nearest_mean", 0),
                   "the learner's own rule, transductive": means(learners, own_accuracy),
@@ -206,6 +208,33 @@ def ranking(study: Study) -> str:
         rows.append({"Spearman correlation with higher accuracy by": f"{better} {name}"} | {
             by: fixed(effects.spearman(metric[:len(accuracy)], accuracy), 2) for by, accuracy in accuracies.items()})
     return table(rows)
+
+
+def fall_against(study: Study, names: Sequence[str], kind: str, share: tuple, others: Columns) -> list[dict[str, str]]:
+    """Spearman correlation, over settings, of the fall in the share by adaptation with other numbers."""
+    groups, (value, *arguments) = study.groups(names), share
+    before, after = (means(groups, value, model, *arguments) for model in MODELS)
+    fall = np.subtract(before, after)
+    return [{"": f"{len(groups)} {kind}", "the fall against": name,
+             "Spearman correlation": fixed(effects.spearman(fall, means(groups, *column)), 2)}
+            for name, column in others.items() if groups]
+
+
+def falls(study: Study) -> str:
+    """Changed settings, after 5,000 meta-steps on validation tasks, and kinds of images, on test tasks."""
+    changed, of_images = (at, "relative_within", 5_000), (measured, "relative_within")
+    trained = [name for name in itertools.chain(*design.CHANGES.values())
+               if name in design.ONE_STEP and not name.endswith(("frozen-head", "zero-head"))]
+    images = [name for name in itertools.chain(*DIFFICULTY.values()) if name != "photographs-20-images"]
+    untrained_spread, spread, step = PARTS.values()
+    rows = "spread of the classifier's rows"
+    return table([
+        *fall_against(study, design.ONE_STEP, "settings in second order with one inner step", changed,
+                      {"nearest support mean before adaptation": (at, "meta", "ncc_accuracy", 5_000)}),
+        *fall_against(study, trained, "of these, with a trained classifier", changed,
+                      {f"{rows}, untrained": untrained_spread, f"{rows}, trained": spread}),
+        *fall_against(study, images, "kinds of images (section 5)", of_images,
+                      {"test accuracy": (own_accuracy,), f"{rows}, trained": spread, "body's step, relative": step})])
 
 
 def controls(study: Study) -> str:
@@ -312,7 +341,7 @@ TABLES: dict[str, Callable[[Study], str]] = dict(
     contrast=contrast, accuracies=accuracies, collapse=collapse, accuracy=accuracy, layers=layers, original=original,
     cells=cells, learners=learners, photographs=photographs, difficulty=difficulty, ranking=ranking,
     similarity=similarity, blocks=blocks, pace=pace, rates=rates, steps=steps, adaptation=adaptation, kept=kept,
-    changes=changes, length=length, controls=controls, runs=runs)
+    changes=changes, falls=falls, length=length, controls=controls, runs=runs)
 
 PAGES = "README.md", "study/README.md", "study/TABLES.md"
 TABLE_IN_PAGE = re.compile(r"<!-- table: (\w+) -->\n(.*?)\n?<!-- /table -->", re.DOTALL)
