@@ -147,7 +147,7 @@ SETTINGS = {setting.name: setting for setting in (
     *(Setting(f"paper-omniglot-{name}", f"paper's recipe, {label}", flags, seeds) for name, label, seeds, flags in (
         ("5w1s", "5-way 1-shot", 3, _LONG),
         ("5w1s-first-order", "5-way 1-shot, first order", 1, f"{_LONG} --first_order"),
-        ("5w1s-blocks-4-5", "5-way 1-shot, inner loop of block 4 and the classifier", 1,
+        ("5w1s-blocks-4-5", "5-way 1-shot, inner loop of block 4 and the classifier", 2,
          f"{_SHORT} --epoch 60000 --adapt_blocks 4 5"),
         ("5w5s", "5-way 5-shot", 1, f"{_LONG} --k_spt 5 --epoch 35000"),
         ("20w1s", "20-way 1-shot", 1, f"{_TWENTY_WAY} --epoch 24000"))),
