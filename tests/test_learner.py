@@ -173,4 +173,3 @@ def test_weights_of_other_tasks_than_the_images(case="first conv2d and bn"):
     for images in (x[0], x[:1], x[:2]):
         with pytest.raises(ValueError, match="tasks, and the weights are of another number"):
             net(images, weights)
-
