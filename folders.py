@@ -64,9 +64,8 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
                         "is missing, or put all class folders into one, to have them split automatically")
     classes = class_folders(top)
     if len(classes) < 3:
-        loose = sum(map(_is_image, images.entries(top)))
         where = f"in {top / 'test'}" if tests_only else "there, at least 3 classes"
-        raise UserError(f"{top} holds {len(classes)} class folders ({loose:,} images outside class folders); "
+        raise UserError(f"{top} holds {len(classes)} class folders ({_loose(top):,} images outside class folders); "
                         f"put the images of each class ({', '.join(EXTENSIONS)}) into its own folder {where}")
     names = sorted(classes)
     random.Random(SPLIT_SEED).shuffle(names)
@@ -127,8 +126,7 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     listed(others, f"images in {folder} in other formats than {', '.join(FORMATS)}", "convert them, or remove them")
     listed(list(map(short, deeper)), f"folders in the class folders of {folder} have images that would be left out",
            "move these into the class folder itself, or remove them")
-    loose = sum(map(_is_image, images.entries(folder)))
-    if loose and found:
+    if found and (loose := _loose(folder)):
         note(f"note: {loose:,} images directly in {folder} are left out: they are in no class folder")
     return images.by_class(found)
 
@@ -148,6 +146,11 @@ def _files(folder: os.DirEntry) -> list[os.DirEntry]:
     """What is in a class folder; if that has no images itself, in its folder images/."""
     files, inner = images.entries(folder), os.path.join(folder, "images")
     return images.entries(inner) if os.path.isdir(inner) and not any(map(_is_image, files)) else files
+
+
+def _loose(folder: Path) -> int:
+    """The number of images directly in the folder."""
+    return sum(map(_is_image, images.entries(folder)))
 
 
 def _is_image(file: os.DirEntry) -> bool:

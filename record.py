@@ -90,10 +90,10 @@ def check_network(run: Path, net: Learner, new_run: bool = False) -> None:
         run: a run's folder, or its args.json.
         new_run: only a line is printed, because the new run's flags may change its network.
     """
-    path = run / "args.json" if os.path.isdir(run) else run
+    path = args_file(run)
     with reading(path, wrong="is not what a run writes"):
         layers = json.loads(json.dumps(net.config))  # tuples become lists
-        recorded = json.loads(path.read_text(encoding="utf-8")).get("layers") or layers
+        recorded = read_args(path).get("layers") or layers
         for i, (then, now) in enumerate(itertools.zip_longest(recorded, layers)):
             if then != now:
                 then, now = (f"{layer[0]}{layer[1]}" if layer else "absent" for layer in (then, now))
@@ -135,9 +135,14 @@ def resumed(out: Path, epoch: int, step: int, steps: int, log_bytes: int) -> Non
         write_json(out / "args.json", recorded)
 
 
+def args_file(run: Path) -> Path:
+    """The args.json of a run's folder; any other path is that of the file itself."""
+    return run / "args.json" if os.path.isdir(run) else run
+
+
 def read_args(run: Path) -> dict:
-    """What args.json holds; "layers" is missing in older ones."""
-    return json.loads((run / "args.json").read_text(encoding="utf-8"))
+    """What the args.json of a run's folder holds, or the file itself; "layers" is missing in older ones."""
+    return json.loads(args_file(run).read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -36,7 +36,7 @@ def share_over_tasks(run: Run) -> float:
 
     The percentile interval of 2,000 resampled means.
     """
-    rows = [row["per_task"]["finetuned"] for step, row in run.rows["heldout"].items() if step >= 0.9 * run.last_step]
+    rows = [row["per_task"]["finetuned"] for step, row in run.rows["heldout"].items() if step >= run.end_from]
     traces = np.array([[row[trace] for row in rows] for trace in ("within", "between")], float)  # [2, S, T]
     shares = within_share(traces).mean(0)  # [T], as the tasks are the same at every measurement
     drawn = np.random.default_rng(0).choice(shares, (2_000, len(shares)))
@@ -99,7 +99,7 @@ def at(run: Run, model: str, metric: str, step: int, layer: int | str = HIDDEN, 
 def end(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str = "heldout") -> float:
     """The mean over the measurements of the last tenth of training; nan if there are none."""
     steps, mean, _ = series(run, split, model, metric, layer)
-    late = mean[steps >= 0.9 * run.last_step]
+    late = mean[steps >= run.end_from]
     return float(late.mean()) if len(late) else math.nan
 
 

@@ -61,6 +61,11 @@ class Run:
     def last_step(self) -> int:
         return max([0, *self.rows["train"], *self.rows["heldout"]])
 
+    @property
+    def end_from(self) -> float:
+        """The meta-step at which the last tenth of training begins; "the end" is the mean over that tenth."""
+        return 0.9 * self.last_step
+
     @functools.cached_property
     def layers(self) -> list[str]:
         """Names of the measured layers, first to last."""
