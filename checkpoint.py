@@ -1,5 +1,6 @@
-"""A run's state between two meta-steps, in one file: a resumed run continues from it bit for bit,
-with as many processes as before.
+"""A run's state between two meta-steps, in one file, from which a resumed run continues bit for bit.
+
+On CUDA it does with --deterministic; with several processes, with as many as before.
 
     {"step": 500,                     meta-steps so far
      "updates": 500,                  Adam's updates, one per meta-step: fewer only with --skip_nonfinite
@@ -93,26 +94,15 @@ def restore(path: Path, saved: dict, experiment: dict, maml: Meta, sampler: Samp
         for name, value in experiment.items():
             other = saved["experiment"].get(name)
             if repr(other) != repr(value):
-                difference = f"{name} {other}, and here it is {value}; restore that"
-                if name == "data":
-                    differing = [f"{key} of {split}" for split, sizes in value["splits"].items() for key in sizes
-                                 if sizes[key] != other["splits"][split].get(key)]
-                    difference = (f"data of other classes or sizes than these ({', '.join(differing)}); restore the "
-                                  "run's images")
-                raise UserError(f"{path} is of a run with {difference}, or {remedy}")
-        step, updates, best = int(saved["step"]), int(saved["updates"]), saved["best"]
-        if not 0 <= updates <= step < 2**31:
-            raise ValueError("impossible counts")
-        if best is not None:
-            maml.net.load_state_dict(best["weights"])  # raises an error if they don't fit
-            best = best | {"step": int(best["step"]), "val_accuracy": float(best["val_accuracy"])}
+                raise UserError(f"{path} is of a run with {name} {other}, and here it is {value}; restore that, or "
+                                f"{remedy}")
         maml.net.load_state_dict(saved["weights"])
         tree_map(lambda own, value: own.copy_(value.view_as(own)), maml.optimizer.state_dict()["state"],
                  saved["adam"]["state"])  # learning rate and other options are the run's settings
-        maml.step = step
-        maml.updates.fill_(updates)
+        maml.step = int(saved["step"])
+        maml.updates.fill_(int(saved["updates"]))
         sampler.generator.set_state(saved["tasks"].cpu())
         torch.set_rng_state(saved["generator"].cpu())
         if maml.updates.is_cuda:
             torch.cuda.set_rng_state(saved["cuda_generator"].cpu(), maml.updates.device)
-        return best, float(saved["minutes"]), int(saved["log_bytes"])
+        return saved["best"], float(saved["minutes"]), int(saved["log_bytes"])

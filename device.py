@@ -2,7 +2,7 @@
 
 Several processes share a meta-step (`torchrun --nproc_per_node=N omniglot_train.py`). All draw the same tasks, each
 adapts its share, and the gradients are summed, so all take the same Adam step. Only rank 0 writes. With one process the
-functions for several change nothing. T tasks, P processes.
+functions for several change nothing, but `gather_lists` returns tensors on the CPU. T tasks, P processes.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from files import UserError
+from files import UserError, note
 from tasks import tree_map
 
 DECODING = datetime.timedelta(hours=6)  # longest wait for the process that decodes the images
@@ -213,29 +213,35 @@ class Signals:
 class GraphedStep:
     """A meta-step that is captured as a CUDA graph once, and replayed; a replay overwrites what the last one returned.
 
-    A step with every_step=True or with a measurement runs eagerly.
+    A step with every_step=True or with a measurement runs eagerly, and every step if it can't be captured.
 
     Args:
         maml: `state()` lists every tensor that a step changes in place, `step` counts the steps, and `measures_next`
             says whether the next one measures.
         step: step(every_step=False) draws tasks and takes one meta-step, all on the current CUDA device.
         generator: the CUDA generator that `step` draws tasks from.
+        required: a step that can't be captured is a UserError, and nothing has changed. Otherwise a line says so.
     """
 
-    def __init__(self, maml, step: Callable, generator: torch.Generator):
-        self.maml, self.step, self.generator, self.graph = maml, step, generator, None
+    def __init__(self, maml, step: Callable, generator: torch.Generator, required: bool = False):
+        self.maml, self.step, self.generator, self.required = maml, step, generator, required
+        self.graph, self.eager = None, False
 
     def __call__(self, every_step: bool = False):
-        """Take one meta-step. If it can't be captured, a UserError says so, and nothing has changed."""
-        if every_step or self.maml.measures_next:
+        """Take one meta-step."""
+        if every_step or self.maml.measures_next or self.eager:
             return self.step(every_step=every_step)
         if self.graph is None:
             try:
                 self.graph, self.result = self._capture()
             except (RuntimeError, MemoryError) as error:
                 reason = str(error).partition("\n")[0] or "out of memory"
-                raise UserError(f"--cuda_graph: the step can't be captured here ({reason}); "
-                                "give --no-cuda_graph") from error
+                if self.required:
+                    raise UserError(f"--cuda_graph: the step can't be captured here ({reason}); "
+                                    "give --no-cuda_graph") from error
+                note(f"note: training is slower, because a step can't be captured as a CUDA graph here ({reason})")
+                self.eager = True
+                return self.step()
         self.graph.replay()
         self.maml.step += 1
         return self.result

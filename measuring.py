@@ -15,7 +15,7 @@ from tasks import Tasks
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of each task: [T, N, C], [T, N] -> [T]. For another loss replace `meta.cross_entropy`."""
+    """Mean cross-entropy of each task: [T, N, C], [T, N] -> [T]."""
     return -F.log_softmax(logits, -1).gather(-1, labels[..., None]).mean((1, 2))
 
 

@@ -27,7 +27,8 @@ from tasks import Tasks, cat, chunked, chunks, tree_map
 
 LATE = 7_500  # the meta-step from which `nc_every_late` holds instead of `nc_every`
 NO_LIMIT = 2**31 - 1
-SMALL, TOGETHER = 13 * 2**16, 5 * 2**21  # values of the largest activation: of a task in a batch of tasks, of the batch
+SMALL = 13 * 2**16  # on a CPU, a task with more values in its largest activation goes alone
+TOGETHER = 5 * 2**21  # most values in the largest activation of tasks that go together
 
 
 class Step(NamedTuple):
@@ -47,24 +48,19 @@ class Adapted(NamedTuple):
     nontransductive: dict | None  # both, each query normalised with the support set alone, at the steps asked for
 
 
-def descend(weight: Tensor, gradient: Tensor, rate: float | Tensor) -> Tensor:
-    """One step of SGD. A rate that is a tensor can be learned, as in Meta-SGD (Li et al. 2017, arXiv:1707.09835)."""
-    return weight - rate * gradient if isinstance(rate, Tensor) else weight.add(gradient, alpha=-rate)
-
-
-def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapping[str, float | Tensor], steps: int,
+def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapping[str, float], steps: int,
           second_order: bool = False) -> list[Weights]:
     """The inner loop: K steps of SGD on each task's own loss, for all tasks at once. Nothing passed in changes.
 
     Args:
         weights: where to start; one set for all tasks, or each with a leading task axis [T, ...].
         x, y: support sets, [T, N, c, h, w] and [T, N].
-        lr: of SGD on a support set's mean cross-entropy (the paper's alpha), or one per adapted weight (see `descend`).
+        lr: of SGD on a support set's mean cross-entropy (the paper's alpha), or one per adapted weight.
         second_order: keep the graph, so that the last weights can be differentiated with respect to the first.
     Returns:
         `steps` + 1 sets of weights, each [T, ...]: the start, and after each step.
     """
-    lr = dict.fromkeys(net.adaptable, lr) if isinstance(lr, (int, float, Tensor)) else lr
+    lr = dict.fromkeys(net.adaptable, lr) if isinstance(lr, (int, float)) else lr
     with torch.enable_grad():
         x = net.patches(x)
         trajectory = [net.per_task(weights, len(x))]
@@ -73,7 +69,7 @@ def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapp
             loss = cross_entropy(net(x, weights), y).sum()  # tasks share nothing: each gets its own gradient
             adapted = [weights[name] for name in lr]  # none: BOIL of a network without a body
             gradients = torch.autograd.grad(loss, adapted, create_graph=second_order) if adapted else []
-            trajectory.append(weights | {name: descend(weights[name], g, lr[name]) for name, g in zip(lr, gradients)})
+            trajectory.append(weights | {name: weights[name].add(g, alpha=-lr[name]) for name, g in zip(lr, gradients)})
     return trajectory
 
 
@@ -120,7 +116,7 @@ class Meta:
     update_step_test: int = 10  # inner steps in `finetune`
     first_order: bool = False  # take the inner gradients as constants
     nc_every: int = 0  # measure at meta-steps 0, nc_every, 2 nc_every, ...; 0: never
-    task_chunk: int = 0  # maximum tasks in memory at once; lower saves memory; the same up to rounding; 0: as fits
+    task_chunk: int = 0  # maximum tasks in memory at once; the same up to rounding; 0: as `_chunk_sizes` says
     seed: int = 222  # of the permuted labels (the metrics' null)
     nc_every_late: int | None = None  # nc_every from meta-step LATE on; None: the same
     clip: float = 0.0  # each value of the outer gradient is clipped to -clip..clip, as in the paper's code; 0: none

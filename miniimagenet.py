@@ -112,7 +112,7 @@ def _complete(root: Path) -> dict[str, dict[str, Path]]:
 
 def _images_of_tables(root: Path) -> Path | None:
     """The folder of the images that the CSV files in `root` name: images/, `root` with class folders, or ../images/."""
-    here, above = root / "images", root.parent / "images"
+    here, above = root / "images", root.absolute().parent / "images"
     if here.is_dir() and images.entries(here):
         return here
     return root if folders.image_folders(root) else above if above.is_dir() else None

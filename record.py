@@ -35,7 +35,7 @@ REMEDY = "free space or fix the permissions there; --resume continues a run"
 
 @contextlib.contextmanager
 def lock_run(args: argparse.Namespace) -> Iterator[Path]:
-    """The run's folder, locked. It is created if absent; one with a run that a new one would overwrite is refused.
+    """The run's folder, locked. It is created if absent; one that holds a run is refused, unless --resume names it.
 
     A folder into which nothing was written is removed at the end.
     """
@@ -145,10 +145,10 @@ def read_args(run: Path) -> dict:
     return json.loads(args_file(run).read_text(encoding="utf-8"))
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict, remedy: str = REMEDY) -> None:
     """Write `value`, whole or not at all; with several processes, only the first writes."""
     if devices.rank() == 0:
-        with atomic(path, "w", REMEDY) as file:
+        with atomic(path, "w", remedy) as file:
             json.dump(value, file, indent=1)
             file.write("\n")
 
@@ -178,7 +178,7 @@ def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
     path = run / f"{name}{other_images(run, args)}.json"
     if devices.rank() == 0:
         remove_stale(run, path.name)  # not other names: another test may be writing its own
-        write_json(path, result)
+        write_json(path, result, "free space or fix the permissions there, then test again")
     say(f"written to {path}")
 
 

@@ -51,7 +51,7 @@ def parse_args(usage: str, defaults: dict, paper: dict, argv: Sequence[str] | No
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other; give one")
     if modes:
-        return _settings_of_run(modes[0], flags, parser, paper)
+        return _settings_of_run(modes[0], flags, parser, defaults["synthetic_tasks"], paper)
     if flags.get("recipe") == "paper":
         n_way, k_spt = flags.get("n_way", defaults["n_way"]), flags.get("k_spt", defaults["k_spt"])
         if (n_way, k_spt) not in paper:
@@ -150,8 +150,9 @@ def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
     choice("synthetic", False, "train on generated images, with no data at all, and evaluate on fewer tasks")
     flag("out", None, "folder of the run; runs/SCRIPT-<n>w<k>s-seed<seed>-<time> if not given")
     flag("task_chunk", 0, "maximum tasks in memory at once; lower saves memory; a step is the same up to rounding; "
-         "0: as fits the device")
-    choice("cuda_graph", True, "on CUDA, capture the training step once and replay it: the same result, faster")
+         "0: on a GPU all, on a CPU as many as fit its cache")
+    choice("cuda_graph", None, "on CUDA, capture the training step once and replay it: the same result, faster; if not "
+           "given, where it can be captured")
     flag("precision", "float32", "of matrix products: tf32 (CUDA) is faster and coarser", choices=["float32", "tf32"])
     choice("deterministic", False, "on CUDA, only kernels that repeat bit for bit, as a CPU always does")
     flag("seed", 222, "of the initial weights and the training tasks")
@@ -180,16 +181,18 @@ def _flags(names: Sequence[str]) -> str:
     return ", ".join(f"--{name}" for name in names)
 
 
-def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser, paper: dict) -> argparse.Namespace:
+def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser, synthetic_tasks: dict,
+                     paper: dict) -> argparse.Namespace:
     """The settings that a run's args.json holds, changed by the flags on the command line.
 
     A repetition of a run with --recipe paper takes the recipe's values for its own --n_way and --k_spt, where the run
-    had the recipe's.
+    had the recipe's. Numbers of evaluated tasks change likewise between generated and other images.
     """
     path = Path(flags[mode])
     if mode != "from_args" or os.path.isdir(path):
         path /= "args.json"
     settings = _recorded(path, mode, parser)
+    was_synthetic = settings["synthetic"]
     if flags.get("recipe", settings["recipe"]) != settings["recipe"]:
         raise UserError(f"--recipe can't be set with --{mode}: the run's settings hold; give single flags")
     if mode != "resume":
@@ -197,13 +200,17 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser, pa
             settings["device"] = "cpu"  # a run that was made on a GPU can be repeated and tested anywhere
         if settings["data"] is None:  # --root may hold other images here than where the run was made
             settings["data_name"] = None
-        to_synthetic = flags.get("synthetic", False) and not settings["synthetic"]
+        to_synthetic = flags.get("synthetic", False) and not was_synthetic
         other_folder = not same_place(flags.get("data", settings["data"]), settings["data"])
         if to_synthetic or other_folder:
             other = {"data": None, "data_name": None, "synthetic": False, "split": "shuffled"}
             if other_folder:
                 other |= {"rotations": False, "rotate_heldout": False}
             settings |= {name: value for name, value in other.items() if name in settings}
+        if flags.get("synthetic", settings["synthetic"]) != was_synthetic:
+            tasks = synthetic_tasks, {name: parser.get_default(name) for name in synthetic_tasks}
+            then, now = tasks if was_synthetic else reversed(tasks)
+            settings |= {name: value for name, value in now.items() if settings[name] == then[name]}
     if mode == "from_args":
         then = settings["n_way"], settings["k_spt"]
         now = flags.get("n_way", then[0]), flags.get("k_spt", then[1])
@@ -281,7 +288,7 @@ def meta_steps(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argparse.Namespace], Learner]) -> None:
-    """Refuse settings that can't work, before any image is read; set `nc_qry` where it was not given.
+    """Refuse settings that can't work, before any image is decoded; set `nc_qry` where it was not given.
 
     Raises:
         UserError: one line that names the flag and what it can be.

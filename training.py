@@ -23,7 +23,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,10 +50,13 @@ CHECK_EVERY = 10  # on CUDA, steps between two checks for signals and failed upd
 def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argparse.Namespace], Learner]) -> None:
     """Train, validate and test with these settings; with --resume continue a run, with --test test it again."""
     trains_classifier = args.learner == "classifier" and args.test is None  # takes all tasks of a step together
-    chunk = "" if trains_classifier else f"--task_chunk (now {args.task_chunk or 'as fits the device'}) or "
-    remedy = (f"lower {chunk}--task_num (now {args.task_num}) to hold fewer tasks at once, or take another --device "
-              f"than {args.device}")
-    with devices.memory_runs_out(remedy):
+    fewer = "" if trains_classifier else f"lower --task_chunk (now {args.task_chunk or 'not given'}), or "
+    if args.resume:  # it keeps its --task_num and --device
+        fewer += f"start again with a lower --task_num (now {args.task_num}): --from_args {quoted(args.resume)}"
+    else:
+        fewer += "" if args.test else f"lower --task_num (now {args.task_num}), or "
+        fewer += f"take another --device than {args.device}"
+    with devices.memory_runs_out(fewer):
         device = devices.select_device(args.device)
         check(args, dataset, network)
         with devices.processes(device):
@@ -161,27 +163,25 @@ class _Run:
         path, self.repeat = out / "checkpoint.pt", f"python {args.script}.py --from_args {quoted(out / 'args.json')}"
         remedy = f"start again: {self.repeat}"
         saved = None if args.resume is None else checkpoint.read(path, self.device, f"put it back, or {remedy}")
-        if saved is not None and args.data is not None:  # the folder may have another name now
-            name = str(record.read_args(out).get("data", {}).get("name"))
-            dataset = data.dataset = replace(dataset, name=lambda: name)
         train_images, self.held_out = data.load("train"), data.load("val")
         data.read("test")  # a fault in them is reported before training
         self.sampler = data.sampler("train", train_images)
         self.meta_step = self.eager_step
-        if args.cuda_graph and train_images.is_cuda:
-            self.meta_step = GraphedStep(maml, self.eager_step, self.sampler.generator)
-        description = {"name": dataset.name(), "synthetic": args.synthetic, "splits": {
-            split: {"classes": len(counts), "images_per_class": min(counts), "images": sum(counts),
-                    "classes_digest": dataset.digest(split)} for split, counts in dataset.counts().items()}}
+        if args.cuda_graph is not False and train_images.is_cuda:
+            self.meta_step = GraphedStep(maml, self.eager_step, self.sampler.generator, required=bool(args.cuda_graph))
+        splits = {split: {"classes": len(counts), "images_per_class": min(counts), "images": sum(counts),
+                          "classes_digest": dataset.digest(split)} for split, counts in dataset.counts().items()}
         recorded = recorded_settings(args)
         kept = {name: value for name, value in recorded.items() if name not in (*MAY_CHANGE["resume"], "out")}
         self.experiment = kept | {  # what a checkpoint shares with the run that resumes from it
-            "data": description, "device": self.device.type, "images on": train_images.device.type}
+            f"{key} of {split}": value for split, about in splits.items() for key, value in about.items()} | {
+            "device": self.device.type, "images on": train_images.device.type}
         self.started = time.perf_counter()
         if saved is None:
             self.save()  # before args.json: a folder with args.json is a run, and a run has a checkpoint
-            record.write_args(out, recorded, self.steps, maml.net.config, description | {"found": dataset.found()},
-                              self.device)
+            described = {"name": dataset.name(), "synthetic": args.synthetic, "splits": splits,
+                         "found": dataset.found()}
+            record.write_args(out, recorded, self.steps, maml.net.config, described, self.device)
         else:
             self.best, self.minutes, self.log_bytes = checkpoint.restore(path, saved, self.experiment, maml,
                                                                          self.sampler, remedy)
@@ -318,9 +318,9 @@ def _without_update(skipped: int = 0) -> str:
 
 def held_out_tasks(sampler: Sampler, n_tasks: int, size: int) -> Iterator[tuple[int, tuple]]:
     """The sampler's first `n_tasks` tasks, `size` at a time: the number of the first, and the indices to gather."""
-    index = cat([sampler.draw(min(DRAWN, n_tasks - start)) for start in range(0, n_tasks, DRAWN)])
+    index = cat([sampler.draw(DRAWN) for _ in range(0, n_tasks, DRAWN)])
     for start in range(0, n_tasks, size):
-        yield start, tuple(values[start:start + size] for values in index)
+        yield start, tuple(values[start:min(start + size, n_tasks)] for values in index)
 
 
 def _evaluate(maml: Meta, data: Data, split: str, images: Tensor, n_tasks: int, signals: Signals,

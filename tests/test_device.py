@@ -157,19 +157,19 @@ class FakeGraphs:
                             "stream": contextlib.nullcontext, "synchronize": Mock()}.items():
             monkeypatch.setattr(torch.cuda, name, value)
 
-    def graphed(self, maml, step, generator) -> GraphedStep:
+    def graphed(self, maml, step, generator, required: bool = False) -> GraphedStep:
         def recorded(every_step: bool = False):
             self.latest = step(every_step=every_step)
             return self.latest
 
         self.maml, self.take = maml, step
-        return GraphedStep(maml, recorded, generator)
+        return GraphedStep(maml, recorded, generator, required)
 
 
 @pytest.mark.parametrize("error, reason", [
     (RuntimeError("CUDA error: stream is capturing\nCUDA kernel errors"), "CUDA error: stream is capturing"),
     (MemoryError(), "out of memory")])
-def test_a_failed_capture_is_one_line_and_leaves_the_run_as_it_was(error, reason, monkeypatch):
+def test_a_failed_capture_is_one_line_and_leaves_the_run_as_it_was(error, reason, monkeypatch, capsys):
     """A step whose accuracy is asked for after every inner step is not captured."""
     maml, cuda = maml_on("cpu"), FakeGraphs(monkeypatch)
     sample = sampler(synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0))
@@ -177,7 +177,7 @@ def test_a_failed_capture_is_one_line_and_leaves_the_run_as_it_was(error, reason
     def step(every_step: bool = False):
         return maml(sample(2), every_step)
 
-    graphed, cuda.fails = cuda.graphed(maml, step, sample.generator), error
+    graphed, cuda.fails = cuda.graphed(maml, step, sample.generator, required=True), error
     assert graphed(every_step=True).accuracy.shape == (2, 3)
     before = [tensor.clone() for tensor in (*maml.state(), sample.generator.get_state())]
     with refused(f"--cuda_graph: the step can't be captured here ({reason}); give --no-cuda_graph"):
@@ -185,6 +185,11 @@ def test_a_failed_capture_is_one_line_and_leaves_the_run_as_it_was(error, reason
     assert maml.step == 1
     after = *maml.state(), sample.generator.get_state()
     assert all(one.equal(other) for one, other in zip(before, after, strict=True))
+    graphed = cuda.graphed(maml, step, sample.generator)  # not required: steps are taken without a graph
+    captures = cuda.captures
+    assert all(graphed().accuracy.shape == (2, 1) for _ in range(2))
+    assert (maml.step, cuda.captures) == (3, captures + 1)
+    assert capsys.readouterr().err.count(f"can't be captured as a CUDA graph here ({reason})") == 1
 
 
 @pytest.mark.parametrize("first_order", [False, True])

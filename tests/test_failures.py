@@ -73,15 +73,15 @@ def test_folders_that_can_be_none(out, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("large, flag", [
+@pytest.mark.parametrize("large, flags", [
     pytest.param("--task_num 50 --n_way 3 --k_spt 2 --update_step 50",
-                 "--task_chunk (now as fits the device) or --task_num (now 50)", marks=pytest.mark.slow),
-    ("--task_num 3000 --learner classifier", "--task_num (now 3000)")])
-def test_out_of_memory_names_the_flag(large, flag, tmp_path):
+                 "lower --task_chunk (now not given), or lower --task_num (now 50)", marks=pytest.mark.slow),
+    ("--task_num 3000 --learner classifier", "lower --task_num (now 3000)")])
+def test_out_of_memory_names_the_flags(large, flags, tmp_path):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     with limit("AS", used + 2**28):
         said = refused(*TINY, *large.split(), "--out", str(tmp_path / "big"))
-    assert said == f"out of memory; lower {flag} to hold fewer tasks at once, or take another --device than cpu"
+    assert said == f"out of memory; {flags}, or take another --device than cpu"
 
 
 # ---- numbers

@@ -135,14 +135,13 @@ def test_resuming_needs_the_same_classes_in_a_folder_of_any_name(tmp_path):
     out = str(tmp_path / "run")
     omniglot_train.main([*TINY, "--data", str(tmp_path / "pictures"), "--out", out])
     write_classes(tmp_path / "others", 12, name="other")
-    with refused("is of a run with data", "classes_digest", "of other classes or sizes than these (classes_digest of "
-                 "train, classes_digest of val, classes_digest of test); restore the run's images, or start again: "):
+    with refused("is of a run with classes_digest of train", "restore that, or start again: "):
         omniglot_train.main(["--resume", out, "--data", str(tmp_path / "others"), "--epoch", "2"])
     (tmp_path / "pictures").rename(tmp_path / "renamed")
     omniglot_train.main(["--resume", out, "--data", str(tmp_path / "renamed"), "--epoch", "2"])
-    assert read_json(tmp_path / "run")["data"] == "images in pictures"
+    assert read_json(tmp_path / "run")["data"] == "images in renamed"
     (tmp_path / "renamed/class 11/0.png").unlink()
-    with refused("data of other classes or sizes than these (images of "):
+    with refused("is of a run with images of val 26, and here it is 25; restore that, or start again: "):
         omniglot_train.main(["--resume", out, "--data", str(tmp_path / "renamed"), "--epoch", "3"])
 
 

@@ -90,20 +90,6 @@ def test_adapt_is_sgd_on_each_task_and_changes_nothing_that_is_passed_in(first_o
             assert equal(rest, trajectory[start:])
 
 
-def test_inner_rates_can_be_learned():
-    """As in Meta-SGD: a rate per value of a weight, differentiated through the inner loop."""
-    net, tasks = small_net(), make_tasks()
-    rates = torch.nn.ParameterDict({name: torch.rand_like(w) for name, w in net.weights.items()})
-    adapted = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, rates, 2, second_order=True)[-1]
-    loss = measuring.cross_entropy(net(tasks.x_qry, adapted), tasks.y_qry).mean()
-    expected = oracle.meta_loss(net.config, net.weights, tasks, rates.__getitem__, 2, second_order=True)
-    gradients, wanted = (torch.autograd.grad(value, list(rates.values())) for value in (loss, expected))
-    assert all(g.abs().max() > 0 for g in gradients if g.dim() > 1)
-    torch.testing.assert_close(gradients, wanted, rtol=1e-9, atol=1e-12)
-    one, same = (adapt(net, net.weights, *tasks[:2], lr, 2) for lr in (torch.tensor(0.3, dtype=torch.float64), 0.3))
-    torch.testing.assert_close(one, same)
-
-
 def test_second_order_gradient_is_the_finite_difference_of_the_adapted_loss():
     net, tasks, lr, steps = small_net(seed=2), make_tasks(n_tasks=2, k_spt=2), 0.2, 3
     gradient, _ = meta_step(net, tasks, update_lr=lr, update_step=steps)

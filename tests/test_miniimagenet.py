@@ -138,6 +138,12 @@ def test_layouts(photos, layout):
     assert image_set.counts() == dict.fromkeys(images.SPLITS, [4] * 3)
 
 
+def test_tables_in_the_current_folder_with_images_next_to_it(photos, monkeypatch):
+    moved(photos, "*.csv", "split")
+    monkeypatch.chdir(photos / "split")
+    assert "with ../images/:" in miniimagenet.find(".").summary
+
+
 def test_two_layouts_in_one_folder(photos):
     for split in images.SPLITS:
         write_classes(photos / split, 2, name=split)

@@ -261,6 +261,10 @@ PAPER = "--recipe paper --update_lr 0.3 --adapt_blocks 4 5"
     ("", {"nc_qry": 10}, "", {"nc_qry": 10}),
     ("", {"nc_qry": 10}, "--k_spt 12", {"nc_qry": None}),  # 10 were left of the run's classes
     ("", {"nc_qry": 10}, "--data other", {"nc_qry": None}),
+    ("--synthetic", {}, "--no-synthetic", {"eval_tasks": 100, "test_tasks": 600}),
+    ("--synthetic --eval_tasks 7", {}, "--data mine", {"eval_tasks": 7, "test_tasks": 600}),
+    ("--test_tasks 7", {}, "--synthetic", {"eval_tasks": 50, "test_tasks": 7}),
+    ("--synthetic", {}, "--synthetic --seed 3", {"eval_tasks": 50, "test_tasks": 100}),
     (PAPER, {}, "--n_way 20", {"task_num": 16, "update_step": 5, "update_lr": 0.3, "adapt_blocks": [4, 5]}),
     (PAPER, {}, "--n_way 10", {"task_num": 32, "update_step": 1}),  # the paper has no 10-way
 ])

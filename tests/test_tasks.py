@@ -5,6 +5,7 @@ import torch
 
 import tasks as module
 from tasks import Tasks, with_rotations
+from training import held_out_tasks
 
 CLASSES, PER_CLASS = 12, 7
 
@@ -114,6 +115,11 @@ def test_a_larger_query_set_begins_with_the_smaller_one():
         tasks, measured = more.gather(index), more.gather(index, measured=True)
         assert equal(few(6), tasks) and measured.x_qry.shape[1] == 20
         assert torch.equal(measured.x_qry.unflatten(1, (5, 4))[:, :, 0], tasks.x_qry)
+
+
+def test_fewer_held_out_tasks_are_the_first_of_more():
+    few, more = (module.cat([part for _, part in held_out_tasks(sampler(), n_tasks, 7)]) for n_tasks in (20, 60))
+    assert all(len(one) == 20 and torch.equal(one, other[:20]) for one, other in zip(few, more, strict=True))
 
 
 def test_a_character_never_meets_its_own_rotation_and_its_class_is_the_index_drawn():
