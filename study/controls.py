@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import files
@@ -35,12 +36,13 @@ from measuring import accuracies, accuracy, class_means, collapse_metrics, permu
 from meta import Meta, adapt
 from record import check_network, numbers, other_images, say, summary
 from settings import check
-from study.design import CONTROL_QUERIES, CONTROL_SHOTS, FRACTIONS
+from study.design import CONTROL_QUERIES, CONTROL_SHOTS, FRACTIONS, STEP_SIZES
 from tasks import Dataset, Tasks, as_tasks, cat, chunked
 from training import Data, held_out_tasks, meta_of
 
 CLASSIFIER_METRICS = ("self_duality", "ncc_mismatch", "within_original", "between_original")
-BY_PARTS = "first step by parts"
+BY_PARTS, LINEAR = "first step by parts", "5-shot, linear classifiers"
+RIDGE = 0.1  # penalty of the ridge regression, as a multiple of the mean squared norm of the centred features
 ALONE, BY_SUPPORT = "batch norm by one query and the support set", "batch norm by the support set"
 
 
@@ -90,6 +92,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
     sizes = {f"queries {queries}": (args.k_spt, queries) for queries in (1, 5, 19) if queries <= most}
     if args.k_spt != CONTROL_SHOTS < most + args.k_spt:
         sizes["5-shot"] = CONTROL_SHOTS, min(CONTROL_QUERIES, most + args.k_spt - CONTROL_SHOTS)
+    five_shot = sizes.get("5-shot", usual)
     wanted = {
         "final": (final, Meta.finetune),  # the run's last weights, or its best where those are absent
         "untrained": (untrained, Meta.finetune),  # a fresh network of the run's seed
@@ -98,6 +101,8 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
         "classifier at random": (redrawn, Meta.finetune),  # a newly drawn classifier, as training starts with
         "pixels": (pixels, not_adapted),  # the input itself
         **dict.fromkeys(sizes, (final, Meta.finetune)),  # other numbers of queries and support images
+        f"{LINEAR}, final": (final, linear_classifiers),
+        f"{LINEAR}, untrained": (untrained, linear_classifiers),
         BY_PARTS: (final, by_parts),
         f"{BY_PARTS}, untrained": (untrained, by_parts),
         "similarity, final": (final, similarity),
@@ -105,6 +110,8 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
         "similarity, untrained": (untrained, similarity),
         "similarity of blocks 1-2, final": (final, partial(similarity, blocks=(1, 2))),
         "similarity of blocks 3-5, final": (final, partial(similarity, blocks=(3, 4, 5))),
+        "similarity at equal steps, final": (final, partial(similarity, sizes=STEP_SIZES)),
+        "similarity at equal steps, untrained": (untrained, partial(similarity, sizes=STEP_SIZES)),
         "similarity by rate, final": (final, similarity_by_rate),
         "similarity by rate, untrained": (untrained, similarity_by_rate),
         ALONE: (final, partial(not_transductive, score=partial(scores, transductive=False))),
@@ -117,7 +124,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
     upright = images[::data.turns("test"), :most + args.k_spt]
     dimension_of = functools.cache(lambda net: dimension(net, upright, dataset))
     for name, (net, function) in wanted.items():
-        data.args.k_spt, data.args.k_qry_test = sizes.get(name, usual)
+        data.args.k_spt, data.args.k_qry_test = five_shot if function is linear_classifiers else sizes.get(name, usual)
         data.args.nc_qry = data.args.k_qry_test  # or more are drawn than a class may have
         parts = measured(meta_of(net, args), data, images, function)
         results = cat(list(progress(parts, name, math.ceil(args.test_tasks / args.task_num), "batches")))
@@ -167,6 +174,25 @@ def not_adapted(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor]) -> dict:
     return {"metrics": {"meta": metrics}, "nearest_mean": accuracies(maml.net, tasks, start)["nearest_mean"]}
 
 
+def linear_classifiers(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Accuracy of the queries before adaptation, from the features of each layer but the logits, [T, L-1].
+
+    "nearest_mean" is that of the nearest support mean; "ridge" that of a ridge regression of one-hot labels on the
+    support features (as in Bertinetto et al. 2019, arXiv:1805.08136), which can weigh directions.
+    """
+    n_way, correct = maml.net.shapes[-1][0], {"ridge": [], "nearest_mean": []}
+    targets = F.one_hot(tasks.y_spt, n_way).double() - 1 / n_way
+    for support, query in zip(*(maml.net(x, features=True)[1][:-1] for x in (tasks.x_spt, tasks.x_qry))):
+        means = class_means(support, tasks.y_spt, n_way)
+        correct["nearest_mean"].append(accuracy(-measuring.squared_distances(query, means), tasks.y_qry))
+        centre = support.double().mean(1, keepdim=True)
+        support, query = support - centre, query - centre
+        gram = support @ support.mT
+        penalty = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(gram.shape[-1]).to(gram)
+        correct["ridge"].append(accuracy(query @ support.mT @ torch.linalg.solve(gram + penalty, targets), tasks.y_qry))
+    return {name: torch.stack(values, 1) for name, values in correct.items()}
+
+
 def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """Accuracy [T, 4]: before adaptation, after the first step of the classifier, of the body, of both.
 
@@ -185,21 +211,29 @@ def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str
 
 
 def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor], fraction: float = 1.0,
-               blocks: Sequence[int] | None = None) -> dict[str, Tensor]:
+               blocks: Sequence[int] | None = None, sizes: Sequence[float] = ()) -> dict[str, Tensor]:
     """"cka" [T, L] of the query features before and after MAML's inner loop, with as many steps as in training.
 
-    With it "step" [T, L], the change of each layer's kernel as a multiple of its norm, and "accuracy" [T, 1] of the
-    queries after the loop. It adapts these blocks, or all if None, for every learner. Its rates are this fraction of
-    those in training.
+    With it "step", its `step_sizes`, and "accuracy" [T, 1] of the queries after the loop. It adapts these blocks, or
+    all if None, for every learner. Its rates are this fraction of those in training. With `sizes` what it changes in
+    each block but the last is then scaled to these step sizes.
     """
     rates = inner_rates(maml.net, "maml", maml.update_lr, maml.head_lr, blocks)
     rates = {name: fraction * rate for name, rate in rates.items()}
     before, *_, after = adapt(maml.net, maml.net.weights, tasks.x_spt, tasks.y_spt, rates, maml.update_step)
+    if sizes:
+        scales = torch.tensor(sizes).to(tasks.x_qry) / step_sizes(before, after)[:, :-1]
+        after |= {name: start + torch.einsum("t,t...->t...", scales[:, maml.net.block(name) - 1], after[name] - start)
+                  for name, start in before.items() if name not in maml.net.head}
     layers = [maml.net(tasks.x_qry, weights, features=True)[1] for weights in (before, after)]
-    kernels = [(start.flatten(1), after[name].flatten(1)) for name, start in before.items() if start.dim() > 2]
-    steps = [(end - start).norm(dim=1) / start.norm(dim=1) for start, end in kernels]
-    return {"cka": torch.stack([cka(*features) for features in zip(*layers)], 1), "step": torch.stack(steps, 1),
+    return {"cka": torch.stack([cka(*features) for features in zip(*layers)], 1), "step": step_sizes(before, after),
             "accuracy": accuracy(layers[1][-1], tasks.y_qry)[:, None]}
+
+
+def step_sizes(before: Weights, after: Weights) -> Tensor:
+    """The change of each layer's kernel as a multiple of its norm, [T, L]."""
+    kernels = [(start.flatten(1), after[name].flatten(1)) for name, start in before.items() if start.dim() > 2]
+    return torch.stack([(end - start).norm(dim=1) / start.norm(dim=1) for start, end in kernels], 1)
 
 
 def cka(one: Tensor, other: Tensor) -> Tensor:

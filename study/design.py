@@ -98,10 +98,9 @@ SETTINGS = {setting.name: setting for setting in (
         ("blocks-3-4-5", "loop of blocks 3 and 4 and the classifier", "--adapt_blocks 3 4 5"),
         ("blocks-1-2-3-5", "loop of blocks 1 to 3 and the classifier", "--adapt_blocks 1 2 3 5"),
         ("blocks-1-2-3", "loop of blocks 1 to 3", "--adapt_blocks 1 2 3"),
-        ("small-body-step", "rate 0.2, the classifier's 2", "--update_lr 0.2 --head_lr 2"),
         ("blocks-4-5-small-body-step", "loop of block 4 at 0.2 and the classifier at 2",
          "--update_lr 0.2 --head_lr 2 --adapt_blocks 4 5"))),
-    Setting("small-body-step-10000", "MAML, inner rate 0.2, the classifier's 2, for 10,000 meta-steps",
+    Setting("small-body-step-10000", "MAML, inner rate 0.2, the classifier's 2",
             f"{_CONTRAST} --update_lr 0.2 --head_lr 2"),
     Setting("small-step", "1 inner step at rate 0.4", f"{_ONE_CHANGE} --update_lr 0.4"),
     Setting("frozen-head", "classifier kept as drawn", f"{_ONE_CHANGE} --freeze_head"),
@@ -182,6 +181,7 @@ CHANGES = {  # by what the classifier takes from the last map
 ONE_STEP = (*(name for names in CHANGES.values() for name in names if "first-order" not in name
               and not name.startswith("five-steps")), "contrast-anil", "contrast-boil", "blocks-4-5",
             "small-body-step-10000")
+FIRST_ORDER = (*(name for names in CHANGES.values() for name in names if "first-order" in name), "contrast-first-order")
 KEPT = {  # by meta-step: where the classifier's initial weights are trained, kept as drawn, and kept at 0
     3_000: ("five-steps", "five-steps-zero-head"),
     5_000: ("contrast-maml", "frozen-head", "contrast-zero-head", "small-images-small-head",
@@ -190,8 +190,8 @@ KEPT = {  # by meta-step: where the classifier's initial weights are trained, ke
 # whose inner loop is also run from a random classifier and from one at 0
 OTHER_CLASSIFIERS = ("contrast-maml", "contrast-first-order", "paper-omniglot-5w1s", "paper-omniglot-5w5s")
 BLOCKS = ("blocks-4-5", "blocks-3-4-5", "blocks-1-2-3-5", "blocks-1-2-3")  # MAML whose inner loop adapts only these
-SMALLER_STEPS = ("small-body-step", "small-body-step-10000", "blocks-4-5-small-body-step", "small-step",
-                 "small-head")  # that move the body less
+# that move the body less
+SMALLER_STEPS = ("small-body-step-10000", "blocks-4-5-small-body-step", "small-step", "small-head")
 # MAML by its inner loop in training
 OTHER_LOOPS = ("contrast-maml", "maml-3000", "contrast-zero-head", *BLOCKS, *SMALLER_STEPS, "paper-omniglot-5w1s",
                "paper-omniglot-5w1s-blocks-4-5")
@@ -199,6 +199,7 @@ STEPS = (*LEARNERS, *BLOCKS, *SMALLER_STEPS, *(  # whose inner loop's step is co
     f"photographs-{name}" for name in ("maml", "frozen-head", "anil", "protonet", "classifier", "blocks-4-5")))
 CONTROL_QUERIES, CONTROL_SHOTS = 15, 5  # per class in study/controls.py; the shots of its control "5-shot"
 FRACTIONS = (1, 0.25, 0.1, 0.025, 0.01)  # of the inner rates, at which features are compared
+STEP_SIZES = (0.08, 0.03, 0.09, 0.6)  # about MAML's in blocks 1 to 4 (TABLES.md), to which other learners' are scaled
 # whose features are compared before and after MAML's inner loop, layer by layer
 SIMILARITY = (*LEARNERS, *itertools.chain(*COURSE.values()), *OTHER_LOOPS, "five-steps", "five-steps-zero-head",
               *DIFFICULTY["photographs"], *DIFFICULTY["characters"], "omniglot-in-noise-5-shot", "crops-zero-head",

@@ -1,4 +1,4 @@
-"""Single numbers of a run, and their intervals: over seeds by Student's t, over the tasks of a seed by bootstrap.
+"""Single numbers of a run, and their intervals: over seeds by Student's t, over the tasks of a seed by the normal's.
 
 "The end" of a run is the mean over the measurements of the last tenth of training. Held-out tasks are the same at every
 measurement and for every seed, so an interval over seeds does not cover their choice; `share_over_tasks` does.
@@ -32,16 +32,11 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float]:
 
 
 def share_over_tasks(run: Run) -> float:
-    """Half of the 95% interval over held-out tasks of the adapted relative within trace at the end of one run.
-
-    The percentile interval of 2,000 resampled means.
-    """
+    """Half of the 95% interval over held-out tasks of the adapted relative within trace at the end of one run."""
     rows = [row["per_task"]["finetuned"] for step, row in run.rows["heldout"].items() if step >= run.end_from]
     traces = np.array([[row[trace] for row in rows] for trace in ("within", "between")], float)  # [2, S, T]
     shares = within_share(traces).mean(0)  # [T], as the tasks are the same at every measurement
-    drawn = np.random.default_rng(0).choice(shares, (2_000, len(shares)))
-    low, high = np.percentile(drawn.mean(1), (2.5, 97.5))
-    return float(high - low) / 2
+    return 1.96 * float(np.std(shares, ddof=1)) / math.sqrt(len(shares))
 
 
 def number(value: float | None) -> float:
@@ -55,8 +50,8 @@ def series(run: Run, split: str, model: str, metric: str, layer: int | str = HID
     """A metric of `model` ("meta", "finetuned", "support") against meta-steps: [3, S].
 
     The rows are step, mean over tasks and its standard error; nan where undefined. "accuracy" is the adapted
-    classifier's for every model and layer. "cdnv_unbiased" is `unbiased_cdnv` of the mean CDNV, so that older logs have
-    it too.
+    classifier's for every model and layer. "cdnv_unbiased" is `unbiased_cdnv` of the mean CDNV: that of a single
+    task may be undefined.
 
     Raises:
         UserError: the log lacks it.

@@ -96,19 +96,20 @@ class Run:
         return self.file("controls.json") if (self.path / "controls.json").exists() else {}
 
     def with_weights_of(self, control: str) -> "Run":
-        """A run whose controls.json and test are what this control measured: of untrained weights, or of pixels."""
-        return _OtherWeights(self.path, self.arguments, self.rows, self.controls().get(control, {}))
+        """A run with other weights, "untrained" or "pixels": its controls and test are what these were measured by."""
+        return _OtherWeights(self.path, self.arguments, self.rows, control)
 
 
 @dataclass(eq=False)
 class _OtherWeights(Run):
-    control: dict
+    weights: str
 
     def file(self, name: str) -> dict:
-        return {"test": self.control}
+        return super().file(name) if name == "controls.json" else {"test": self.controls().get("final", {})}
 
     def controls(self) -> dict:
-        return {"final": self.control}
+        return {kind.removesuffix(self.weights) + "final": control for kind, control in super().controls().items()
+                if kind.endswith(self.weights)}
 
 
 def read_run(path: Path) -> Run:

@@ -10,19 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from files import UserError
-from study import effects, figures
-from study.design import BLOCKS, CHANGES, COURSE, DIFFICULTY, FRACTIONS, LEARNERS, LONG, MAIN, MODELS, label
+from study import effects, figures, tables
+from study.design import BLOCKS, CHANGES, COURSE, DIFFICULTY, FRACTIONS, LEARNERS, LONG, MAIN, label
 from study.logs import Run, Study
 
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
           for name, style in (("before adaptation", {"markerfacecolor": "white"}), ("adapted", {}))]
 
-# Before and after adaptation, as the tables have it: (function, *its arguments after the run), on test tasks, and on
-# validation tasks after 5,000 meta-steps.
-SHARES = [(effects.measured, model, "relative_within") for model in MODELS]
-ACCURACIES = [(effects.tested, "nearest_mean", 0), (effects.tested, "accuracy", -1)]
-VALIDATED_SHARES = [(effects.at, model, "relative_within", 5_000) for model in MODELS]
-VALIDATED_ACCURACIES = [(effects.at, "meta", "ncc_accuracy", 5_000), (effects.at, "finetuned", "accuracy", 5_000)]
+# Share and accuracy before and after adaptation, as the tables have them: (function, *its arguments after the run).
+TESTED = [*tables.SHARES.values(), (effects.tested, "nearest_mean", 0), (effects.tested, "accuracy", -1)]
+VALIDATED = [*tables.validated(5_000).values()]
 
 
 def result(study: Study) -> Figure:
@@ -66,24 +63,23 @@ def relative_to_start(run: Run, trace: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def learners(study: Study) -> Figure:
-    """What adaptation does to each learner: the share within classes and accuracy, before it and after; and nc1."""
+    """What adaptation does to each learner: share within classes and accuracy, before it and after, and by block."""
     groups = figures.colours(study.groups(LEARNERS))
     figure = Figure(figsize=(figures.WIDTH, 3.0))
     figure.set_layout_engine("constrained", w_pad=0.04)
-    share, right, ranked = figure.subplots(1, 3)
+    share, right, by_block = figure.subplots(1, 3)
 
-    before_and_after(share, groups, *SHARES)
-    before_and_after(right, groups, *ACCURACIES, scale=100)
+    before_and_after(share, groups, *TESTED[:2])
+    before_and_after(right, groups, *TESTED[2:], scale=100)
     share.set_yticklabels([name for _, _, name in groups])
     for group, colour, _ in groups:
-        ranked.scatter([effects.measured(run, "meta", "nc1") for run in group],
-                       [100 * effects.tested(run, "nearest_mean", 0) for run in group], color=colour, s=26)
+        blocks = range(len(group[0].layers) - 1)
+        values = [[100 * effects.in_control(run, "final", "meta", "ncc_accuracy", "mean", i) for i in blocks]
+                  for run in group]
+        by_block.plot(group[0].layers[:-1], np.mean(values, 0), "o-", color=colour, markersize=3)
     share.set(title="A  Within / (within + between)", xlim=(0, 0.8))
     right.set(title="B  Test accuracy, %")
-    ranked.set(title="C  Before adaptation", xscale="log", xlabel=figures.LABELS["nc1"],
-               ylabel="nearest support mean, %")
-    ranked.minorticks_off()
-    ranked.set_xticks([0.1, 0.2, 0.4], ["0.1", "0.2", "0.4"])
+    by_block.set(title="C  Before adaptation, by block", ylabel="nearest support mean, %")
     share.legend(handles=POINTS, loc="center right", bbox_to_anchor=(1.03, 0.58), fontsize=7.5)
     return figure
 
@@ -99,18 +95,16 @@ def before_and_after(axes: Axes, groups: Sequence[tuple[figures.Group, str, str]
     axes.set(yticks=range(len(groups)), ylim=(len(groups) - 0.5, -0.5), yticklabels=[])
 
 
-def by_setting(study: Study, kinds: dict[str, Sequence[str]], shares: Sequence[tuple],
-               accuracies: Sequence[tuple]) -> Figure:
+def by_setting(study: Study, kinds: dict[str, Sequence[str]], values: Sequence[tuple]) -> Figure:
     """A row per setting, a colour per kind: share and accuracy before and after adaptation, spread of the rows."""
     colour_of = dict(zip(kinds, figures.PALETTE))
     groups = [(group, colour_of[kind], re.sub("classifier from |images of | of 32 x 32(, MAML)?", "", label(group[0])))
               for kind, names in kinds.items() for group in study.groups(names)]
     legend = [figures.key(kind, colour, linewidth=2.2) for kind, colour in colour_of.items()]
     figure, ((left, right, spread),) = figures.frame(1, 3, 0.5 + 0.27 * max(len(groups), 3), [*legend, *POINTS])
-    before_and_after(left, groups, *shares)
-    before_and_after(right, groups, *accuracies, scale=100)
-    before_and_after(spread, groups, (effects.in_control, "first step by parts, untrained", "rows", 0),
-                     (effects.in_control, "first step by parts", "rows", 0))
+    before_and_after(left, groups, *values[:2])
+    before_and_after(right, groups, *values[2:], scale=100)
+    before_and_after(spread, groups, *[*tables.PARTS.values()][:2])
     left.set(title="A  Share within", xlim=(0, 0.9))
     right.set(title="B  Accuracy, %")
     spread.set(title="C  Spread of rows", xlabel="open: untrained\nfilled: trained", xscale="log")
@@ -196,8 +190,8 @@ def length(study: Study) -> Figure:
 
 def all_figures(study: Study) -> dict[str, Figure]:
     """Every figure of README.md and study/README.md whose runs are there, by its file."""
-    changes = functools.partial(by_setting, kinds=CHANGES, shares=VALIDATED_SHARES, accuracies=VALIDATED_ACCURACIES)
-    difficulty = functools.partial(by_setting, kinds=DIFFICULTY, shares=SHARES, accuracies=ACCURACIES)
+    changes = functools.partial(by_setting, kinds=CHANGES, values=VALIDATED)
+    difficulty = functools.partial(by_setting, kinds=DIFFICULTY, values=TESTED)
     every = {"result.png": (MAIN, result),
              "res/metrics.png": (MAIN, lambda study: figures.metrics(study.groups(MAIN))),
              "res/learners.png": (LEARNERS, learners), "res/changes.png": (CHANGES["1 x 1"], changes),

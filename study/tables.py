@@ -32,22 +32,21 @@ NAMED_LAYERS = {-5: "block 1", -4: "block 2", -3: "block 3", -2: "block 4", -1: 
 NAME: Columns = {"": lambda runs: label(runs[0])}
 SEEDS: Columns = {"seeds": lambda runs: str(len(runs))}
 HEAD = NAME | SEEDS
+REFERENCES = "raw pixels", "untrained"
 
 
 def compared(study: Study, names: Sequence[str], columns: Columns, transposed: bool = False, head: Columns = HEAD,
-             references: bool = False) -> str:
-    """A row, or a column if `transposed`, for each of these settings that has runs; first the references, if wanted."""
+             references: Sequence[str] = ()) -> str:
+    """A row, or a column if `transposed`, for each of these settings that has runs; first these of `references_of`."""
     groups = study.groups(names)
-    rows = [row(runs, HEAD | {"": name} | columns) for name, runs in references_of(groups).items() if references]
+    rows = [row(references_of(groups)[name], HEAD | {"": name} | columns) for name in references if groups]
     return table(rows + [row(runs, head | columns) for runs in groups], transposed)
 
 
 def references_of(groups: Sequence[list[Run]]) -> dict[str, list[Run]]:
-    """Raw pixels and the untrained network, as the controls of the first group have them."""
-    if not groups:
-        return {}
-    return {"raw pixels": [run.with_weights_of("pixels") for run in groups[0][:1]],
-            "untrained": [run.with_weights_of("untrained") for run in groups[0]]}
+    """REFERENCES -> runs, as the controls of the first group have them; {} without a group."""
+    return dict(zip(REFERENCES, [[run.with_weights_of("pixels") for run in groups[0][:1]],
+                                 [run.with_weights_of("untrained") for run in groups[0]]])) if groups else {}
 
 
 def from_untrained(metric: str, layer: int = HIDDEN, model: str = "finetuned") -> Cell:
@@ -125,7 +124,9 @@ OWN_RULE: Columns = {"by its own rule, not transductive, %": (own_accuracy, Fals
 PARTS: Columns = {
     "spread of the classifier's rows, untrained": (in_control, "first step by parts, untrained", "rows", 0),
     "the same, trained": (in_control, "first step by parts", "rows", 0),
-    "body's step, relative": (in_control, "first step by parts", "body", 0)}
+    "body's step, relative": (in_control, "first step by parts", "body", 0),
+    "after the classifier's first step alone, %": (in_control, "first step by parts", "accuracy", 1),
+    "after the body's alone, %": (in_control, "first step by parts", "accuracy", 2)}
 
 
 def before(kind: str = "final") -> Columns:
@@ -135,8 +136,11 @@ def before(kind: str = "final") -> Columns:
 
 
 # Raw pixels, the untrained network and every learner, before adaptation if nothing else is said.
-learners = partial(compared, names=(*LEARNERS, "random-labels"), references=True, transposed=True, columns=before() | {
+learners = partial(compared, names=(*LEARNERS, "random-labels"), references=REFERENCES, transposed=True,
+                   columns=before() | {
     f"{name}, adapted": (measured, "finetuned", metric) for metric, name in METRICS.items()} | {
+    "NC3: self-duality, adapted": (measured, "finetuned", "self_duality"),
+    "NC4: mismatch with the nearest support mean, adapted": (measured, "finetuned", "ncc_mismatch")} | {
     f"{name}, %": (tested, *place) for name, place in RULES.items()} | {
     f"{name}, %, not transductive": (tested, *place, False) for name, place in RULES.items()})
 
@@ -146,10 +150,20 @@ SHARES: Columns = {"relative within trace": (measured, "meta", "relative_within"
 ADAPTED: Columns = {"adapted classifier, %": (tested, "accuracy", -1)}
 NARROW = SHARES | {"tr(S_W S_B⁺)/C": (measured, "meta", "nc1"), "adapted": (measured, "finetuned", "nc1"),
                    "nearest support mean, %": (tested, "nearest_mean", 0)} | ADAPTED | OWN_RULE
-contrast = partial(compared, names=LEARNERS, references=True, columns=NARROW)
+contrast = partial(compared, names=LEARNERS, references=REFERENCES, columns=NARROW)
+
+# How well blocks 3 and 4 separate a task's classes before adaptation, for the nearest mean and a ridge regression.
+separation = partial(compared, names=(*LEARNERS, "paper-omniglot-5w1s"), references=("untrained",), columns={
+    f"tr(S_W S_B⁺)/C, {NAMED_LAYERS[layer]}": (in_control, "final", "meta", "nc1", "mean", layer)
+    for layer in (-3, HIDDEN)} | {
+    f"nearest support mean, {NAMED_LAYERS[layer]}, %": (in_control, "final", "meta", "ncc_accuracy", "mean", layer)
+    for layer in (-3, HIDDEN)} | {
+    "the same, adapted, %": (in_control, "final", "finetuned", "ncc_accuracy", "mean", HIDDEN)} | {
+    f"5-shot, {name}, block {place + 1}, %": (in_control, "5-shot, linear classifiers, final", key, place)
+    for name, key in (("nearest support mean", "nearest_mean"), ("ridge", "ridge")) for place in (2, 3)})
 
 # These columns for networks trained on photographs; also the classifier's rows, and the inner loop's step.
-photographs = partial(compared, names=design.SMALL_PHOTOGRAPHS, references=True, columns=NARROW | {
+photographs = partial(compared, names=design.SMALL_PHOTOGRAPHS, references=REFERENCES, columns=NARROW | {
     METRICS[metric]: (measured, "meta", metric) for metric in ("cdnv_unbiased", "directional_cdnv")} | PARTS)
 
 # Fewer of these columns: one inner loop on images whose classes are hard or easy to tell apart.
@@ -161,10 +175,12 @@ similarity = partial(compared, names=design.SIMILARITY, columns={
     f"{NAMED_LAYERS[layer]}, {kind}": (in_control, f"similarity, {kind}", "cka", layer)
     for kind in ("classifier at random", "untrained") for layer in (-3, HIDDEN)})
 
-# Similarity of the last two blocks with smaller inner rates.
-rates = partial(compared, names=LEARNERS, columns={
+# Similarity of the last two blocks with smaller inner rates, and with steps as large as MAML's in each block.
+rates = partial(compared, names=LEARNERS, references=("untrained",), columns={
     f"{NAMED_LAYERS[layer]}, rate x {fraction:g}": (in_control, "similarity by rate, final", "cka", i, layer)
-    for layer in (-3, HIDDEN) for i, fraction in enumerate(design.FRACTIONS)})
+    for layer in (-3, HIDDEN) for i, fraction in enumerate(design.FRACTIONS)} | {
+    f"{NAMED_LAYERS[layer]}, equal steps": (in_control, "similarity at equal steps, final", "cka", layer)
+    for layer in (-3, HIDDEN)})
 
 # Similarity and accuracy if this inner loop adapts some blocks; also for MAML trained so, or with smaller steps.
 blocks = partial(compared, names=(*LEARNERS, *OTHER_LOOPS), columns={
@@ -226,15 +242,18 @@ def falls(study: Study) -> str:
     trained = [name for name in itertools.chain(*design.CHANGES.values())
                if name in design.ONE_STEP and not name.endswith(("frozen-head", "zero-head"))]
     images = [name for name in itertools.chain(*DIFFICULTY.values()) if name != "photographs-20-images"]
-    untrained_spread, spread, step = PARTS.values()
-    rows = "spread of the classifier's rows"
+    untrained_spread, spread, step, by_classifier, _ = PARTS.values()
+    rows, nearest = "spread of the classifier's rows", "nearest support mean before adaptation"
+    validated_nearest = {nearest: (at, "meta", "ncc_accuracy", 5_000)}
     return table([
-        *fall_against(study, design.ONE_STEP, "settings in second order with one inner step", changed,
-                      {"nearest support mean before adaptation": (at, "meta", "ncc_accuracy", 5_000)}),
+        *fall_against(study, design.ONE_STEP, "settings in second order, one inner step", changed, validated_nearest),
         *fall_against(study, trained, "of these, with a trained classifier", changed,
-                      {f"{rows}, untrained": untrained_spread, f"{rows}, trained": spread}),
+                      {f"{rows}, untrained": untrained_spread, f"{rows}, trained": spread,
+                       "accuracy after the classifier's first step alone": by_classifier}),
+        *fall_against(study, design.FIRST_ORDER, "settings in first order", changed, validated_nearest),
         *fall_against(study, images, "kinds of images (section 5)", of_images,
-                      {"test accuracy": (own_accuracy,), f"{rows}, trained": spread, "body's step, relative": step})])
+                      {nearest: (tested, "nearest_mean", 0), "test accuracy": (own_accuracy,),
+                       f"{rows}, trained": spread, "body's step, relative": step})])
 
 
 def controls(study: Study) -> str:
@@ -339,9 +358,9 @@ accuracies = partial(compared, names=(*LONG, *MAIN), head=NAME, columns={
 
 TABLES: dict[str, Callable[[Study], str]] = dict(
     contrast=contrast, accuracies=accuracies, collapse=collapse, accuracy=accuracy, layers=layers, original=original,
-    cells=cells, learners=learners, photographs=photographs, difficulty=difficulty, ranking=ranking,
-    similarity=similarity, blocks=blocks, pace=pace, rates=rates, steps=steps, adaptation=adaptation, kept=kept,
-    changes=changes, falls=falls, length=length, controls=controls, runs=runs)
+    cells=cells, learners=learners, separation=separation, photographs=photographs, difficulty=difficulty,
+    ranking=ranking, similarity=similarity, blocks=blocks, pace=pace, rates=rates, steps=steps, adaptation=adaptation,
+    kept=kept, changes=changes, falls=falls, length=length, controls=controls, runs=runs)
 
 PAGES = "README.md", "study/README.md", "study/TABLES.md"
 TABLE_IN_PAGE = re.compile(r"<!-- table: (\w+) -->\n(.*?)\n?<!-- /table -->", re.DOTALL)

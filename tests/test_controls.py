@@ -20,6 +20,8 @@ FLAGS = ("--synthetic --device cpu --task_num 3 --epoch 1 --k_qry 2 --n_way 3 --
          "--eval_tasks 2 --test_tasks 2 --nc_every 1").split()
 PARTS = controls.BY_PARTS, f"{controls.BY_PARTS}, untrained"
 SIMILARITY = "similarity, final", "similarity, classifier at random", "similarity, untrained"
+LINEAR = f"{controls.LINEAR}, final", f"{controls.LINEAR}, untrained"
+EQUAL = "similarity at equal steps, final", "similarity at equal steps, untrained"
 BY_BLOCKS = {"similarity of blocks 1-2, final": range(6), "similarity of blocks 3-5, final": range(6, 14)}  # its layers
 BY_RATE = "similarity by rate, final", "similarity by rate, untrained"
 
@@ -40,7 +42,9 @@ def tasks_of(run, k_spt=1):
     args.k_spt, args.k_qry_test = k_spt, 15
     data = training.Data(args, script.dataset(args), torch.device("cpu"))
     images = data.load("test")
-    return args, images, data.sampler("test", images)(4)
+    sampler = data.sampler("test", images)
+    (_, index), = training.held_out_tasks(sampler, 4, 4)
+    return args, images, sampler.gather(index)
 
 
 def hsic(one, other):
@@ -86,7 +90,8 @@ def test_controls(tmp_path):
     controls.main([str(run), "--tasks", "4"])
     found = read(run)
     assert list(found) == ["final", "untrained", "classifier at zero", "classifier at random", "pixels", "queries 1",
-                           "queries 5", "queries 19", "5-shot", *PARTS, *SIMILARITY, *BY_BLOCKS, *BY_RATE,
+                           "queries 5", "queries 19", "5-shot", *LINEAR, *PARTS, *SIMILARITY, *BY_BLOCKS, *EQUAL,
+                           *BY_RATE,
                            controls.ALONE, controls.BY_SUPPORT]
     args, images, tasks = tasks_of(run)
     final = predict.load(run, "last").net
@@ -147,12 +152,35 @@ def test_controls(tmp_path):
         assert found[name]["accuracy"] == pytest.approx([accuracy], abs=1e-5)
     assert found[name]["cka"][0] == pytest.approx(1) != found["similarity, final"]["cka"][0]
 
+    for name, net in zip(EQUAL, nets.values()):
+        alike = []
+        for x, y, x_qry, _ in zip(*tasks):
+            before, after = oracle.adapt(net.config, net.weights, x, y, args.update_lr, 1)
+            rates = {net.block(key): args.update_lr * weight.norm() / (after[key] - weight).norm() * size
+                     for (key, weight), size in zip(((k, w) for k, w in before.items() if w.dim() > 1),
+                                                    design.STEP_SIZES)} | {5: args.update_lr}
+            ends = oracle.adapt(net.config, net.weights, x, y, lambda key, r=rates, n=net: r[n.block(key)], 1)
+            alike.append([similarity(*pair) for pair in zip(*(oracle.forward(net.config, weights, x_qry)[1]
+                                                              for weights in ends))])
+        assert found[name]["cka"] == pytest.approx(torch.tensor(alike).mean(0).tolist(), 1e-3)
+        assert found[name]["step"][:4] == pytest.approx(design.STEP_SIZES, 1e-4)
+
     # other queries, support images and statistics of batch norm
     five = torch.arange(45).reshape(3, 15)[:, :5].flatten()  # a smaller query set is the start of a larger one
     query = final(tasks.x_qry[:, five], features=True)[1][-2]
     assert shares("queries 5") == pytest.approx([share(query, tasks.y_qry[:, five])], 1e-4)
     assert found["queries 1"]["meta"]["within"]["mean"] == [None] * 5 and found["queries 1"]["accuracy"][-1] >= 0
     _, _, five_shot = tasks_of(run, k_spt=5)
+    for name, net in zip(LINEAR, nets.values()):
+        support, query = (net(x, features=True)[1][2].double() for x in (five_shot.x_spt, five_shot.x_qry))
+        right = []
+        for x, y, x_qry, y_qry in zip(support, five_shot.y_spt, query, five_shot.y_qry):
+            x, x_qry, one_hot = x - x.mean(0), x_qry - x.mean(0), torch.eye(3).double()[y] - 1 / 3
+            penalty = controls.RIDGE * x.square().sum(1).mean() * torch.eye(x.shape[1])
+            right.append(((x_qry @ torch.linalg.inv(x.T @ x + penalty) @ x.T @ one_hot).argmax(1) == y_qry).double())
+        assert found[name]["ridge"][2] == pytest.approx(torch.stack(right).mean().item(), abs=1e-5)
+        means = support.unflatten(1, (3, 5)).mean(2)
+        assert found[name]["nearest_mean"][2] == pytest.approx(nearest(query, means), abs=1e-5)
     traces, one = found["5-shot"]["inner"], read_run(run)
     for x, y, samples, name in ((five_shot.x_qry, five_shot.y_qry, "query", "within"),
                                 (five_shot.x_spt, five_shot.y_spt, "support", "support_within")):
