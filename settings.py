@@ -327,11 +327,9 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     sizes = {split: size for split, size in dataset.sizes().items() if split == "test" or not tests_only}
     for split, (classes, images) in sizes.items():
         if args.n_way > classes:
-            remedy = "" if not args.data else (
-                f"; put {args.n_way} or more into {quoted(Path(args.data) / 'test')}" if tests_only
-                else "; divide them yourself into train/, val/ and test/" + ", or lower --n_way" * (args.n_way > 2))
-            raise UserError(f"--n_way {args.n_way}: {dataset.name()} has {classes} classes in its {split} split"
-                            + remedy)
+            divided = " or divide them into train/, val/ and test/ yourself" if args.data else ""
+            raise UserError(f"--n_way {args.n_way}: {dataset.name()} has {classes} classes in its {split} split; lower "
+                            f"it, or add classes{divided}")
         for name in ("k_qry" if split == "train" or args.k_qry_test in (None, args.k_qry) else "k_qry_test", "nc_qry"):
             if args.k_spt + (getattr(args, name) or 0) > images:
                 unequal = args.data and images < max(dataset.counts()[split])

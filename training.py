@@ -240,7 +240,7 @@ class _Run:
             skipped = {"skipped": self.skipped()} if self.args.skip_nonfinite else {}
             accuracy = result.accuracy.mean(0)
             self.log.add("train", step, loss=loss, acc=accuracy, **skipped)
-            say(f"step: {step} \ttraining acc: {percent(accuracy)}{_without_update(**skipped)}")
+            say(f"step: {step} \ttraining acc: {percent(accuracy)}")
         if result.metrics:
             self.log.metrics(step, "train", self.maml.net.blocks, result.metrics)
 
@@ -305,15 +305,11 @@ class _Run:
         record.write_json(self.out / "timing.json", timing)
         record.write_json(self.out / "result.json", result)
         peak = "" if memory is None else f", peak memory {memory} GiB"
-        say(f"{minutes:.1f} minutes for {self.steps} meta-steps{_without_update(skipped)}{peak}; results in {self.out}")
+        unmade = f", {skipped} without an update (not finite)" if skipped else ""
+        say(f"{minutes:.1f} minutes for {self.steps} meta-steps{unmade}{peak}; results in {self.out}")
 
     def minutes_in_all(self) -> float:
         return self.minutes + (time.perf_counter() - self.started) / 60
-
-
-def _without_update(skipped: int = 0) -> str:
-    """How many steps made no update, for the screen; empty if none."""
-    return f", {skipped} without an update (not finite)" if skipped else ""
 
 
 def held_out_tasks(sampler: Sampler, n_tasks: int, size: int) -> Iterator[tuple[int, tuple]]:
