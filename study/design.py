@@ -42,7 +42,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting(_IN_LAYOUT, "photographs, 5-shot, second order", f"{_PHOTOS} --epoch 1200", 1, "miniimagenet_train.py"),
     Setting(f"{_IN_LAYOUT}-first-order-original", "photographs, 5-shot, first order, original network",
             f"{_PHOTOS} --epoch 2000 --first_order --net original", 1, "miniimagenet_train.py"),
-    Setting("contrast-maml", "MAML, second order", _CONTRAST, 3),
+    Setting("contrast-maml", "MAML, second order", _CONTRAST, 5),
     Setting("contrast-first-order", "MAML, first order", f"{_CONTRAST} --first_order", 3),
     Setting("contrast-zero-head", "MAML, classifier kept at 0", f"{_CONTRAST} --head_std 0 --freeze_head", 3),
     Setting("contrast-anil", "ANIL", f"{_CONTRAST} --learner anil", 3),
