@@ -150,7 +150,7 @@ def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
     choice("synthetic", False, "train on generated images, with no data at all, and evaluate on fewer tasks")
     flag("out", None, "folder of the run; runs/SCRIPT-<n>w<k>s-seed<seed>-<time> if not given")
     flag("task_chunk", 0, "maximum tasks in memory at once; lower saves memory; a step is the same up to rounding; "
-         "0: on a GPU all, on a CPU as many as fit its cache")
+         "0: all on a GPU, fewer on a CPU, by their size")
     choice("cuda_graph", None, "on CUDA, capture the training step once and replay it: the same result, faster; if not "
            "given, where it can be captured")
     flag("precision", "float32", "of matrix products: tf32 (CUDA) is faster and coarser", choices=["float32", "tf32"])
