@@ -7,8 +7,8 @@
 After --collect, `python plot_nc.py` redraws the figures and `python -m study.tables` rewrites the tables.
 """
 
-import contextlib
 import gzip
+import importlib
 import json
 import os
 import shlex
@@ -99,21 +99,12 @@ def run_all(jobs: Sequence[Job], at_once: int, roots: dict[str, str]) -> None:
         raise UserError(f"failed: {', '.join(job.folder.name for job in failed)}; {failed[0].folder}.txt says why")
 
 
-def differing(flags: Sequence[str], settings: dict) -> list[str]:
-    """The names of the flags that a run's settings, from its args.json, do not agree with."""
-    given: dict[str, list] = {}
-    for text in flags:
-        if text.startswith("--"):
-            values = given[text.removeprefix("--")] = []
-        else:
-            with contextlib.suppress(ValueError):  # text that is no number
-                text = json.loads(text)
-            values.append(text)
-    expected = {name if values else name.removeprefix("no-"): values or [not name.startswith("no-")]
-                for name, values in given.items()}
-    recorded = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
-    return [name for name, values in expected.items()
-            if name not in NOT_COMPARED - {"seed"} and recorded.get(name) != values]
+def differing(job: Job, settings: dict) -> list[str]:
+    """The names of the job's flags that a run's settings, from its args.json, do not agree with."""
+    script = importlib.import_module(Path(job.script).stem)  # not earlier: it imports torch
+    given = {flag[2:].removeprefix("no-") for flag in job.flags} - (NOT_COMPARED - {"seed"})
+    return [name for name, value in vars(script.arguments(job.flags)).items()
+            if name in given and settings.get(name) != value]
 
 
 def contents(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
@@ -132,7 +123,7 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
             continue
         with reading(job.folder, "let it train again", "is damaged"):
             arguments = json.loads((job.folder / "args.json").read_bytes())
-            if different := differing(job.flags, arguments["settings"]):
+            if different := differing(job, arguments["settings"]):
                 raise UserError(f"{job.folder} has another {', '.join(different)} than the study; rename it")
             arguments["settings"] |= {"root": ROOTS[job.script], "cache": None, "out": None}
             log = (job.folder / "log.jsonl").read_bytes()
