@@ -41,7 +41,7 @@ from tasks import Dataset, Tasks, as_tasks, cat, chunked
 from training import Data, held_out_tasks, meta_of
 
 CLASSIFIER_METRICS = ("self_duality", "ncc_mismatch", "within_original", "between_original")
-BY_PARTS, LINEAR = "first step by parts", "5-shot, linear classifiers"
+BY_PARTS, LINEAR = "first step by parts", "linear classifiers, 5-shot"
 RIDGE = 0.1  # penalty of the ridge regression, as a multiple of the mean squared norm of the centred features
 ALONE, BY_SUPPORT = "batch norm by one query and the support set", "batch norm by the support set"
 

@@ -148,6 +148,16 @@ def in_control(run: Run, kind: str, *keys: str | int) -> float:
         return math.nan
 
 
+def last_block_adds(run: Run, step: int | None = None) -> float:
+    """What the last block adds to the accuracy of the nearest support mean before adaptation.
+
+    On the test tasks, or on the validation tasks at a meta-step.
+    """
+    last, below = (in_control(run, "final", "meta", "ncc_accuracy", "mean", layer) if step is None else
+                   at(run, "meta", "ncc_accuracy", step, layer) for layer in (HIDDEN, HIDDEN - 1))
+    return last - below
+
+
 def measured(run: Run, model: str, metric: str, kind: str = "final") -> float:
     """A metric on the test tasks, from the control `kind` in controls.json; nan without it."""
     if metric == "cdnv_unbiased":

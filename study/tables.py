@@ -25,9 +25,6 @@ from study.effects import HIDDEN, at, end, growth, in_control, measured, own_acc
 from study.logs import HOME, Run, Study
 from study.markdown import Cell, Columns, fixed, over, row, table
 
-# In percent, MAML / first-order MAML: Finn, Abbeel, Levine 2017; first order on Omniglot: Nichol et al. 2018.
-PUBLISHED = {("Omniglot", 5, 1): "98.7 ± 0.4 / 98.3 ± 0.5", ("Omniglot", 5, 5): "99.9 ± 0.1 / 99.2 ± 0.2",
-             ("Omniglot", 20, 1): "95.8 ± 0.3 / 89.4 ± 0.5"}
 NAMED_LAYERS = {-5: "block 1", -4: "block 2", -3: "block 3", -2: "block 4", -1: "logits"}
 NAME: Columns = {"": lambda runs: label(runs[0])}
 SEEDS: Columns = {"seeds": lambda runs: str(len(runs))}
@@ -159,7 +156,7 @@ separation = partial(compared, names=(*LEARNERS, "paper-omniglot-5w1s"), referen
     f"nearest support mean, {NAMED_LAYERS[layer]}, %": (in_control, "final", "meta", "ncc_accuracy", "mean", layer)
     for layer in (-3, HIDDEN)} | {
     "the same, adapted, %": (in_control, "final", "finetuned", "ncc_accuracy", "mean", HIDDEN)} | {
-    f"5-shot, {name}, block {place + 1}, %": (in_control, "5-shot, linear classifiers, final", key, place)
+    f"5-shot, {name}, block {place + 1}, %": (in_control, "linear classifiers, 5-shot, final", key, place)
     for name, key in (("nearest support mean", "nearest_mean"), ("ridge", "ridge")) for place in (2, 3)})
 
 # These columns for networks trained on photographs; also the classifier's rows, and the inner loop's step.
@@ -244,7 +241,8 @@ def falls(study: Study) -> str:
     images = [name for name in itertools.chain(*DIFFICULTY.values()) if name != "photographs-20-images"]
     untrained_spread, spread, step, by_classifier, _ = PARTS.values()
     rows, nearest = "spread of the classifier's rows", "nearest support mean before adaptation"
-    validated_nearest = {nearest: (at, "meta", "ncc_accuracy", 5_000)}
+    adds = "the same minus that of block 3"
+    validated_nearest = {nearest: (at, "meta", "ncc_accuracy", 5_000), adds: (effects.last_block_adds, 5_000)}
     return table([
         *fall_against(study, design.ONE_STEP, "settings in second order, one inner step", changed, validated_nearest),
         *fall_against(study, trained, "of these, with a trained classifier", changed,
@@ -252,8 +250,10 @@ def falls(study: Study) -> str:
                        "accuracy after the classifier's first step alone": by_classifier}),
         *fall_against(study, design.FIRST_ORDER, "settings in first order", changed, validated_nearest),
         *fall_against(study, images, "kinds of images (section 5)", of_images,
-                      {nearest: (tested, "nearest_mean", 0), "test accuracy": (own_accuracy,),
-                       f"{rows}, trained": spread, "body's step, relative": step})])
+                      {nearest: (tested, "nearest_mean", 0), adds: (effects.last_block_adds,),
+                       "test accuracy": (own_accuracy,), f"{rows}, trained": spread, "body's step, relative": step}),
+        *fall_against(study, design.SMALL_PHOTOGRAPHS, "settings of section 5", of_images,
+                      {nearest: (tested, "nearest_mean", 0), adds: (effects.last_block_adds,)})])
 
 
 def controls(study: Study) -> str:
@@ -321,7 +321,7 @@ def published(runs: list[Run]) -> str:
     run, settings = runs[0], runs[0].settings
     if settings["learner"] != "maml" or settings["random_labels"]:
         return ""
-    return PUBLISHED.get((run.data, settings["n_way"], settings["k_spt"]), "")
+    return design.PUBLISHED.get((run.data, settings["n_way"], settings["k_spt"]), "")
 
 
 def minutes(runs: list[Run]) -> str:
