@@ -69,6 +69,16 @@ def test_the_interval_over_tasks(tmp_path):
     assert effects.share_over_tasks(read_run(nc_logs.write_run(tmp_path, log))) == pytest.approx(expected)
 
 
+def test_what_the_last_block_adds(tmp_path):
+    log = nc_logs.log()
+    log[-1]["meta"]["ncc_accuracy"]["mean"][-3:] = 0.7, 0.4, 0.9
+    run = read_run(nc_logs.write_run(tmp_path, log))
+    assert effects.last_block_adds(run, 10**6) == pytest.approx(0.4 - 0.7)
+    control = {"final": {"meta": {"ncc_accuracy": {"mean": [0.1, 0.2, 0.5, 0.8, 0.9]}}}}
+    (tmp_path / "controls.json").write_text(json.dumps(control))
+    assert effects.last_block_adds(run) == pytest.approx(0.8 - 0.5)
+
+
 def test_the_etf_error_of_random_directions_and_the_dimension_that_matches_it(tmp_path):
     means = np.random.default_rng(3).standard_normal((4_000, 5, 16))
     means -= means.mean(1, keepdims=True)
