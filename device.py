@@ -213,17 +213,18 @@ class Signals:
 class GraphedStep:
     """A meta-step that is captured as a CUDA graph once, and replayed; a replay overwrites what the last one returned.
 
-    A step with every_step=True or with a measurement runs eagerly, and every step if it can't be captured.
+    A step with every_step=True or with a measurement runs eagerly.
 
     Args:
         maml: `state()` lists every tensor that a step changes in place, `step` counts the steps, and `measures_next`
             says whether the next one measures.
         step: step(every_step=False) draws tasks and takes one meta-step, all on the current CUDA device.
         generator: the CUDA generator that `step` draws tasks from.
-        required: a step that can't be captured is a UserError, and nothing has changed. Otherwise a line says so.
+        required: a step that can't be captured is a UserError, and nothing has changed. Otherwise a line says so, and
+            all steps run eagerly.
     """
 
-    def __init__(self, maml, step: Callable, generator: torch.Generator, required: bool = False):
+    def __init__(self, maml, step: Callable, generator: torch.Generator, required: bool = True):
         self.maml, self.step, self.generator, self.required = maml, step, generator, required
         self.graph, self.eager = None, False
 

@@ -157,7 +157,7 @@ class FakeGraphs:
                             "stream": contextlib.nullcontext, "synchronize": Mock()}.items():
             monkeypatch.setattr(torch.cuda, name, value)
 
-    def graphed(self, maml, step, generator, required: bool = False) -> GraphedStep:
+    def graphed(self, maml, step, generator, required: bool = True) -> GraphedStep:
         def recorded(every_step: bool = False):
             self.latest = step(every_step=every_step)
             return self.latest
@@ -177,7 +177,7 @@ def test_a_failed_capture_is_one_line_and_leaves_the_run_as_it_was(error, reason
     def step(every_step: bool = False):
         return maml(sample(2), every_step)
 
-    graphed, cuda.fails = cuda.graphed(maml, step, sample.generator, required=True), error
+    graphed, cuda.fails = cuda.graphed(maml, step, sample.generator), error
     assert graphed(every_step=True).accuracy.shape == (2, 3)
     before = [tensor.clone() for tensor in (*maml.state(), sample.generator.get_state())]
     with refused(f"--cuda_graph: the step can't be captured here ({reason}); give --no-cuda_graph"):
@@ -185,7 +185,7 @@ def test_a_failed_capture_is_one_line_and_leaves_the_run_as_it_was(error, reason
     assert maml.step == 1
     after = *maml.state(), sample.generator.get_state()
     assert all(one.equal(other) for one, other in zip(before, after, strict=True))
-    graphed = cuda.graphed(maml, step, sample.generator)  # not required: steps are taken without a graph
+    graphed = cuda.graphed(maml, step, sample.generator, required=False)  # steps are taken without a graph
     captures = cuda.captures
     assert all(graphed().accuracy.shape == (2, 1) for _ in range(2))
     assert (maml.step, cuda.captures) == (3, captures + 1)
