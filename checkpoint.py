@@ -96,13 +96,19 @@ def restore(path: Path, saved: dict, experiment: dict, maml: Meta, sampler: Samp
             if repr(other) != repr(value):
                 raise UserError(f"{path} is of a run with {name} {other}, and here it is {value}; restore that, or "
                                 f"{remedy}")
+        step, updates, best = int(saved["step"]), int(saved["updates"]), saved["best"]
+        if not 0 <= updates <= step < 2**31:
+            raise ValueError("impossible counts")
+        if best is not None:
+            maml.net.load_state_dict(best["weights"])  # raises an error if they don't fit
+            best = best | {"step": int(best["step"]), "val_accuracy": float(best["val_accuracy"])}
         maml.net.load_state_dict(saved["weights"])
         tree_map(lambda own, value: own.copy_(value.view_as(own)), maml.optimizer.state_dict()["state"],
                  saved["adam"]["state"])  # learning rate and other options are the run's settings
-        maml.step = int(saved["step"])
-        maml.updates.fill_(int(saved["updates"]))
+        maml.step = step
+        maml.updates.fill_(updates)
         sampler.generator.set_state(saved["tasks"].cpu())
         torch.set_rng_state(saved["generator"].cpu())
         if maml.updates.is_cuda:
             torch.cuda.set_rng_state(saved["cuda_generator"].cpu(), maml.updates.device)
-        return saved["best"], float(saved["minutes"]), int(saved["log_bytes"])
+        return best, float(saved["minutes"]), int(saved["log_bytes"])

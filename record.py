@@ -93,7 +93,7 @@ def check_network(run: Path, net: Learner, new_run: bool = False) -> None:
     path = args_file(run)
     with reading(path, wrong="is not what a run writes"):
         layers = json.loads(json.dumps(net.config))  # tuples become lists
-        recorded = read_args(path).get("layers") or layers
+        recorded = read_args(run).get("layers") or layers
         for i, (then, now) in enumerate(itertools.zip_longest(recorded, layers)):
             if then != now:
                 then, now = (f"{layer[0]}{layer[1]}" if layer else "absent" for layer in (then, now))

@@ -16,6 +16,7 @@ import device as devices
 from baselines import BASELINES, inner_rates
 from files import Parser, UserError, quoted, reading, same_place
 from learner import Learner
+from record import args_file
 from tasks import Dataset
 
 MODES = ("resume", "test", "from_args")  # flags that name the run whose settings hold; not settings themselves
@@ -188,9 +189,7 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser, sy
     A repetition of a run with --recipe paper takes the recipe's values for its own --n_way and --k_spt, where the run
     had the recipe's. Numbers of evaluated tasks change likewise between generated and other images.
     """
-    path = Path(flags[mode])
-    if mode != "from_args" or os.path.isdir(path):
-        path /= "args.json"
+    path = args_file(Path(flags[mode])) if mode == "from_args" else Path(flags[mode]) / "args.json"
     settings = _recorded(path, mode, parser)
     was_synthetic = settings["synthetic"]
     if flags.get("recipe", settings["recipe"]) != settings["recipe"]:

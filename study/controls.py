@@ -92,7 +92,6 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
     sizes = {f"queries {queries}": (args.k_spt, queries) for queries in (1, 5, 19) if queries <= most}
     if args.k_spt != CONTROL_SHOTS < most + args.k_spt:
         sizes["5-shot"] = CONTROL_SHOTS, min(CONTROL_QUERIES, most + args.k_spt - CONTROL_SHOTS)
-    five_shot = sizes.get("5-shot", usual)
     wanted = {
         "final": (final, Meta.finetune),  # the run's last weights, or its best where those are absent
         "untrained": (untrained, Meta.finetune),  # a fresh network of the run's seed
@@ -116,6 +115,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
         "similarity by rate, untrained": (untrained, similarity_by_rate),
         ALONE: (final, partial(not_transductive, score=partial(scores, transductive=False))),
         BY_SUPPORT: (final, partial(not_transductive, score=scores_by_support))}  # by statistics without the query
+    sizes |= dict.fromkeys((f"{LINEAR}, final", f"{LINEAR}, untrained"), sizes.get("5-shot", usual))
     if not wanted.keys() >= set(only or ()):
         raise UserError(f"--only {' '.join(only)}: the controls are {', '.join(map(quoted, wanted))}")
     wanted = {name: wanted[name] for name in only or wanted}
@@ -124,7 +124,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
     upright = images[::data.turns("test"), :most + args.k_spt]
     dimension_of = functools.cache(lambda net: dimension(net, upright, dataset))
     for name, (net, function) in wanted.items():
-        data.args.k_spt, data.args.k_qry_test = five_shot if function is linear_classifiers else sizes.get(name, usual)
+        data.args.k_spt, data.args.k_qry_test = sizes.get(name, usual)
         data.args.nc_qry = data.args.k_qry_test  # or more are drawn than a class may have
         parts = measured(meta_of(net, args), data, images, function)
         results = cat(list(progress(parts, name, math.ceil(args.test_tasks / args.task_num), "batches")))

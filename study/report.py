@@ -20,6 +20,7 @@ POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
 # Share and accuracy before and after adaptation, as the tables have them: (function, *its arguments after the run).
 TESTED = [*tables.SHARES.values(), (effects.tested, "nearest_mean", 0), (effects.tested, "accuracy", -1)]
 VALIDATED = [*tables.validated(5_000).values()]
+SPREADS = [*tables.PARTS.values()][:2]  # of the classifier's rows, untrained and trained
 
 
 def result(study: Study) -> Figure:
@@ -104,7 +105,7 @@ def by_setting(study: Study, kinds: dict[str, Sequence[str]], values: Sequence[t
     figure, ((left, right, spread),) = figures.frame(1, 3, 0.5 + 0.27 * max(len(groups), 3), [*legend, *POINTS])
     before_and_after(left, groups, *values[:2])
     before_and_after(right, groups, *values[2:], scale=100)
-    before_and_after(spread, groups, *[*tables.PARTS.values()][:2])
+    before_and_after(spread, groups, *SPREADS)
     left.set(title="A  Share within", xlim=(0, 0.9))
     right.set(title="B  Accuracy, %")
     spread.set(title="C  Spread of rows", xlabel="open: untrained\nfilled: trained", xscale="log")

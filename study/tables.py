@@ -36,14 +36,15 @@ def compared(study: Study, names: Sequence[str], columns: Columns, transposed: b
              references: Sequence[str] = ()) -> str:
     """A row, or a column if `transposed`, for each of these settings that has runs; first these of `references_of`."""
     groups = study.groups(names)
-    rows = [row(references_of(groups)[name], HEAD | {"": name} | columns) for name in references if groups]
+    rows = [row(runs, HEAD | {"": name} | columns)
+            for name, runs in references_of(groups).items() if name in references]
     return table(rows + [row(runs, head | columns) for runs in groups], transposed)
 
 
 def references_of(groups: Sequence[list[Run]]) -> dict[str, list[Run]]:
-    """REFERENCES -> runs, as the controls of the first group have them; {} without a group."""
-    return dict(zip(REFERENCES, [[run.with_weights_of("pixels") for run in groups[0][:1]],
-                                 [run.with_weights_of("untrained") for run in groups[0]]])) if groups else {}
+    """Each of REFERENCES, as the controls of the first group have it; {} without a group."""
+    return {"raw pixels": [run.with_weights_of("pixels") for run in groups[0][:1]],
+            "untrained": [run.with_weights_of("untrained") for run in groups[0]]} if groups else {}
 
 
 def from_untrained(metric: str, layer: int = HIDDEN, model: str = "finetuned") -> Cell:
@@ -243,17 +244,16 @@ def falls(study: Study) -> str:
     rows, nearest = "spread of the classifier's rows", "nearest support mean before adaptation"
     adds = "the same minus that of block 3"
     validated_nearest = {nearest: (at, "meta", "ncc_accuracy", 5_000), adds: (effects.last_block_adds, 5_000)}
+    tested_nearest = {nearest: (tested, "nearest_mean", 0), adds: (effects.last_block_adds,)}
     return table([
         *fall_against(study, design.ONE_STEP, "settings in second order, one inner step", changed, validated_nearest),
         *fall_against(study, trained, "of these, with a trained classifier", changed,
                       {f"{rows}, untrained": untrained_spread, f"{rows}, trained": spread,
                        "accuracy after the classifier's first step alone": by_classifier}),
         *fall_against(study, design.FIRST_ORDER, "settings in first order", changed, validated_nearest),
-        *fall_against(study, images, "kinds of images (section 5)", of_images,
-                      {nearest: (tested, "nearest_mean", 0), adds: (effects.last_block_adds,),
-                       "test accuracy": (own_accuracy,), f"{rows}, trained": spread, "body's step, relative": step}),
-        *fall_against(study, design.SMALL_PHOTOGRAPHS, "settings of section 5", of_images,
-                      {nearest: (tested, "nearest_mean", 0), adds: (effects.last_block_adds,)})])
+        *fall_against(study, images, "kinds of images (section 5)", of_images, tested_nearest | {
+            "test accuracy": (own_accuracy,), f"{rows}, trained": spread, "body's step, relative": step}),
+        *fall_against(study, design.SMALL_PHOTOGRAPHS, "settings of section 5", of_images, tested_nearest)])
 
 
 def controls(study: Study) -> str:

@@ -268,6 +268,7 @@ class Code:
 @pytest.mark.parametrize("change, line", [
     (lambda saved: {"weights": saved["weights"], "step": 3, "val_accuracy": 0.5}, "is damaged, or belongs to another"),
     (lambda saved: saved | {"best": Code()}, "is damaged, or belongs to another"),
+    (lambda saved: saved | {"step": -1}, "is damaged, or belongs to another"),
     (lambda saved: saved | {"experiment": saved["experiment"] | {"device": "cuda"}},
      "is of a run with device cuda, and here it is cpu; restore that, or start again: python omniglot_train.py"),
     (lambda saved: saved | {"weights": {name: weight[:1] for name, weight in saved["weights"].items()}}, "is damaged"),
