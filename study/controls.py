@@ -36,7 +36,7 @@ from measuring import accuracies, accuracy, class_means, collapse_metrics, permu
 from meta import Meta, adapt
 from record import check_network, numbers, other_images, say, summary
 from settings import check
-from study.design import CONTROL_QUERIES, CONTROL_SHOTS, FRACTIONS, STEP_SIZES
+from study.design import CONTROL_QUERIES, CONTROL_SHOTS, STEP_SIZES
 from tasks import Dataset, Tasks, as_tasks, cat, chunked
 from training import Data, held_out_tasks, meta_of
 
@@ -105,14 +105,11 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
         BY_PARTS: (final, by_parts),
         f"{BY_PARTS}, untrained": (untrained, by_parts),
         "similarity, final": (final, similarity),
-        "similarity, classifier at random": (redrawn, similarity),
         "similarity, untrained": (untrained, similarity),
         "similarity of blocks 1-2, final": (final, partial(similarity, blocks=(1, 2))),
         "similarity of blocks 3-5, final": (final, partial(similarity, blocks=(3, 4, 5))),
         "similarity at equal steps, final": (final, partial(similarity, sizes=STEP_SIZES)),
         "similarity at equal steps, untrained": (untrained, partial(similarity, sizes=STEP_SIZES)),
-        "similarity by rate, final": (final, similarity_by_rate),
-        "similarity by rate, untrained": (untrained, similarity_by_rate),
         ALONE: (final, partial(not_transductive, score=partial(scores, transductive=False))),
         BY_SUPPORT: (final, partial(not_transductive, score=scores_by_support))}  # by statistics without the query
     sizes |= dict.fromkeys((f"{LINEAR}, final", f"{LINEAR}, untrained"), sizes.get("5-shot", usual))
@@ -210,8 +207,8 @@ def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str
             "body": (end - start).norm(dim=1, keepdim=True) / start.norm(dim=1, keepdim=True)}
 
 
-def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor], fraction: float = 1.0,
-               blocks: Sequence[int] | None = None, sizes: Sequence[float] = ()) -> dict[str, Tensor]:
+def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor], blocks: Sequence[int] | None = None,
+               sizes: Sequence[float] = ()) -> dict[str, Tensor]:
     """"cka" [T, L] of the query features before and after MAML's inner loop, with as many steps as in training.
 
     With it "step", its `step_sizes`, and "accuracy" [T, 1] of the queries after the loop. It adapts these blocks, or
@@ -219,7 +216,6 @@ def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor], fraction:
     each block but the last is then scaled to these step sizes.
     """
     rates = inner_rates(maml.net, "maml", maml.update_lr, maml.head_lr, blocks)
-    rates = {name: fraction * rate for name, rate in rates.items()}
     before, *_, after = adapt(maml.net, maml.net.weights, tasks.x_spt, tasks.y_spt, rates, maml.update_step)
     if sizes:
         scales = torch.tensor(sizes).to(tasks.x_qry) / step_sizes(before, after)[:, :-1]
@@ -258,11 +254,6 @@ def cka(one: Tensor, other: Tensor) -> Tensor:
 
     grams = u_centred(one), u_centred(other)
     return torch.mul(*grams).sum((-2, -1)) / math.prod(torch.linalg.matrix_norm(gram) for gram in grams)
-
-
-def similarity_by_rate(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """"cka" [T, R, L] as `similarity`'s, with each of the R FRACTIONS of the inner rates."""
-    return {"cka": torch.stack([similarity(maml, tasks, null, fraction)["cka"] for fraction in FRACTIONS], 1)}
 
 
 def not_transductive(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], score: Callable) -> dict:

@@ -1,6 +1,5 @@
 """The settings that the study trains, and the groups of them that its tables and figures compare."""
 
-import itertools
 from typing import NamedTuple
 
 from study.logs import Run, describe
@@ -30,7 +29,6 @@ _CONTRAST, _ONE_CHANGE = f"{_SHORT} --epoch 10000", f"{_SHORT} --epoch 5000"
 _SMALL_HEAD = f"{_ONE_CHANGE} --head_std 0.177"
 _SMALL_IMAGES, _OTHER_NETWORK = f"{_SMALL_HEAD} --imgsz 16", f"{_ONE_CHANGE} --net conv_bn_relu"
 _FIVE_STEPS = f"{_SHORT} --epoch 3000 --imgsz 16 --update_step 5 --update_lr 0.4 --update_step_test 5"
-EARLY = (100, 300, 1000, 3000)  # meta-steps
 _IN_LAYOUT = "tinyimagenet-in-miniimagenet-layout-5w5s"
 SETTINGS = {setting.name: setting for setting in (
     Setting("omniglot-5w1s", "1-shot, second order", _ORIGINAL, 3),
@@ -88,9 +86,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels"),
     Setting("cosine", "MAML, second order, cosine schedule", f"{_CONTRAST} --lr_schedule cosine"),
-    *(Setting(f"{learner}-{epoch}", f"{label} after {epoch:,} meta-steps",
-              f"{_SHORT} --learner {learner} --epoch {epoch}")
-      for learner, label in (("maml", "MAML"), ("anil", "ANIL")) for epoch in EARLY),
+    Setting("maml-3000", "MAML after 3,000 meta-steps", f"{_SHORT} --learner maml --epoch 3000"),
     Setting("blocks-4-5", "MAML, inner loop of block 4 and the classifier", f"{_CONTRAST} --adapt_blocks 4 5", 3),
     Setting("blocks-4-5-20-way", "20-way, MAML, inner loop of block 4 and the classifier",
             f"{_TWENTY_WAY} --epoch 6000 --adapt_blocks 4 5", 1),
@@ -161,7 +157,6 @@ MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
 PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS, LONG = _named("contrast-"), _named("paper-")
-COURSE = {f"contrast-{learner}": [f"{learner}-{step}" for step in EARLY] for learner in ("maml", "anil")}
 DIFFICULTY = {  # one inner loop and network on images whose classes are hard or easy to tell apart
     "photographs": ("photographs-maml", "photographs-20-images", "crops"),
     "characters": ("omniglot-in-noise", "omniglot-in-less-noise", "omniglot-in-little-noise",
@@ -195,13 +190,10 @@ SMALLER_STEPS = ("small-body-step-10000", "blocks-4-5-small-body-step", "small-s
 # MAML by its inner loop in training
 OTHER_LOOPS = ("contrast-maml", "maml-3000", "contrast-zero-head", *BLOCKS, *SMALLER_STEPS, "paper-omniglot-5w1s",
                "paper-omniglot-5w1s-blocks-4-5")
-STEPS = (*LEARNERS, *BLOCKS, *SMALLER_STEPS, *(  # whose inner loop's step is compared block by block
-    f"photographs-{name}" for name in ("maml", "frozen-head", "anil", "protonet", "classifier", "blocks-4-5")))
 CONTROL_QUERIES, CONTROL_SHOTS = 15, 5  # per class in study/controls.py; the shots of its control "5-shot"
-FRACTIONS = (1, 0.25, 0.1, 0.025, 0.01)  # of the inner rates, at which features are compared
 STEP_SIZES = (0.08, 0.03, 0.09, 0.6)  # about MAML's in blocks 1 to 4 (TABLES.md), to which other learners' are scaled
 # whose features are compared before and after MAML's inner loop, layer by layer
-SIMILARITY = (*LEARNERS, *itertools.chain(*COURSE.values()), *OTHER_LOOPS, "five-steps", "five-steps-zero-head",
+SIMILARITY = (*LEARNERS, *OTHER_LOOPS, "five-steps", "five-steps-zero-head",
               *DIFFICULTY["photographs"], *DIFFICULTY["characters"], "omniglot-in-noise-5-shot", "crops-zero-head",
               *(f"photographs-{name}" for name in ("anil", "protonet", "classifier", "equal-rows", "frozen-head",
                                                    "slow-head", "blocks-4-5")),

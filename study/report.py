@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from files import UserError
 from study import effects, figures, tables
-from study.design import BLOCKS, CHANGES, COURSE, DIFFICULTY, FRACTIONS, LEARNERS, LONG, MAIN, label
+from study.design import BLOCKS, CHANGES, DIFFICULTY, LEARNERS, LONG, MAIN, label
 from study.logs import Run, Study
 
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
@@ -115,62 +115,22 @@ def by_setting(study: Study, kinds: dict[str, Sequence[str]], values: Sequence[t
     return figure
 
 
-def mean_cka(group: figures.Group, control: str, *keys: int) -> float:
-    """Mean over seeds."""
-    return np.mean([effects.in_control(run, control, "cka", *keys) for run in group])
-
-
-def with_untrained(groups: Sequence[tuple], control: str) -> list[tuple]:
-    """The control of each group's trained weights, and that of the first group's untrained network in grey."""
-    return [*((group, f"{control}, final", colour, name) for group, colour, name in groups),
-            *((group, f"{control}, untrained", figures.GREY, "untrained") for group, *_ in groups[:1])]
-
-
-def by_layer(axes: Axes, groups: Sequence[tuple]) -> None:
-    """CKA of each layer's features before and after the inner loop."""
-    for group, control, colour, name in with_untrained(groups, "similarity"):
-        values = [mean_cka(group, control, i) for i in range(len(group[0].layers))]
-        axes.plot(group[0].layers, values, "o-", color=colour, markersize=3, label=name)
-    axes.legend(handles=axes.get_lines(), loc="lower left", fontsize=7.5)
-
-
-def by_rate(axes: Axes, groups: Sequence[tuple]) -> None:
-    """CKA of block3 against that of block4, a point per inner rate."""
-    for group, control, colour, _ in with_untrained(groups, "similarity by rate"):
-        block3, block4 = ([mean_cka(group, control, i, layer) for i in range(len(FRACTIONS))] for layer in (-3, -2))
-        axes.plot(block4, block3, "o-", color=colour, markersize=3)
-    axes.set(xlabel="CKA of block4", ylabel="CKA of block3")
-
-
-def in_training(axes: Axes, study: Study, groups: Sequence[tuple]) -> None:
-    """CKA of the last two blocks against meta-steps, for MAML and ANIL, in the colours of `groups`."""
-    for name, early in COURSE.items():
-        if not study[name]:
-            continue
-        *_, trained = runs = study.groups([*early, name])
-        colour = next(colour for group, colour, _ in groups if group is trained)
-        for layer, style in ((-3, "-"), (-2, ":")):
-            values = {0: mean_cka(trained, "similarity, untrained", layer)}
-            values |= {group[0].last_step: mean_cka(group, "similarity, final", layer) for group in runs}
-            axes.plot(values.keys(), values.values(), "o", color=colour, linestyle=style, markersize=3)
-        figures.step_axis(axes, runs)
-    axes.legend(handles=[figures.key("block3"), figures.key("block4", linestyle=":")], loc="lower right")
-
-
 def similarity(study: Study) -> Figure:
-    """CKA of features before and after the inner loop: by layer, by inner rate, in training."""
-    figure = Figure(figsize=(figures.WIDTH, 5.8))
+    """CKA of each layer's features before and after the inner loop: learners, and MAML with other inner loops."""
+    figure = Figure(figsize=(figures.WIDTH, 3.1))
     figure.set_layout_engine("constrained", w_pad=0.05)
-    panels = figure.subplots(2, 2, sharey=True).flat
-    learners = figures.colours(study.groups(LEARNERS))
-    by_layer(panels[0], learners)
-    by_layer(panels[1], figures.colours(study.groups(("contrast-maml", *BLOCKS))))
-    by_rate(panels[2], learners)
-    in_training(panels[3], study, learners)
-    panels[0].set(title="A  Learners, Omniglot, one inner step", ylabel="CKA, before and after the inner loop")
-    panels[1].set(title="B  MAML trained with an inner loop of some blocks", ylim=(0, 1.03))
-    panels[2].set(title="C  As A, inner rate times 1 to 1/100")
-    panels[3].set(title="D  MAML and ANIL during training")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, names in ((left, LEARNERS), (right, ("contrast-maml", *BLOCKS))):
+        groups = figures.colours(study.groups(names))
+        lines = [*(("final", *group) for group in groups),
+                 *(("untrained", group, figures.GREY, "untrained") for group, *_ in groups[:1])]
+        for kind, group, colour, name in lines:
+            values = [[effects.in_control(run, f"similarity, {kind}", "cka", i) for i in range(len(run.layers))]
+                      for run in group]
+            axes.plot(group[0].layers, np.mean(values, 0), "o-", color=colour, markersize=3, label=name)
+        axes.legend(loc="lower left", fontsize=7.5)
+    left.set(title="A  Learners", ylabel="CKA, before and after the inner loop", ylim=(0, 1.03))
+    right.set(title="B  MAML trained with an inner loop of some blocks")
     return figure
 
 

@@ -170,15 +170,7 @@ difficulty = partial(compared, names=tuple(itertools.chain(*DIFFICULTY.values())
 # How similar features are before and after the inner loop, layer by layer.
 similarity = partial(compared, names=design.SIMILARITY, columns={
     name: (in_control, "similarity, final", "cka", layer) for layer, name in NAMED_LAYERS.items()} | {
-    f"{NAMED_LAYERS[layer]}, {kind}": (in_control, f"similarity, {kind}", "cka", layer)
-    for kind in ("classifier at random", "untrained") for layer in (-3, HIDDEN)})
-
-# Similarity of the last two blocks with smaller inner rates, and with steps as large as MAML's in each block.
-rates = partial(compared, names=LEARNERS, references=("untrained",), columns={
-    f"{NAMED_LAYERS[layer]}, rate x {fraction:g}": (in_control, "similarity by rate, final", "cka", i, layer)
-    for layer in (-3, HIDDEN) for i, fraction in enumerate(design.FRACTIONS)} | {
-    f"{NAMED_LAYERS[layer]}, equal steps": (in_control, "similarity at equal steps, final", "cka", layer)
-    for layer in (-3, HIDDEN)})
+    f"{NAMED_LAYERS[layer]}, untrained": (in_control, "similarity, untrained", "cka", layer) for layer in (-3, HIDDEN)})
 
 # Similarity and accuracy if this inner loop adapts some blocks; also for MAML trained so, or with smaller steps.
 blocks = partial(compared, names=(*LEARNERS, *OTHER_LOOPS), columns={
@@ -192,10 +184,11 @@ pace = partial(compared, names=OTHER_LOOPS, columns={
     f"validation after {step:,}, %": (at, "finetuned", "accuracy", step) for step in (1_000, 2_000, 3_000)} | {
     "test after": lambda runs: f"{runs[0].last_step:,}", "test, %": (own_accuracy,)} | OWN_RULE)
 
-# How far MAML's inner loop moves the kernels of each block, and the classifier.
-steps = partial(compared, names=design.STEPS, columns={
-    name.replace("logits", "classifier"): (in_control, "similarity, final", "step", layer)
-    for layer, name in NAMED_LAYERS.items()})
+# How far MAML's inner loop moves the kernels of each block; similarity, also after steps as large as MAML's.
+steps = partial(compared, names=LEARNERS, references=("untrained",), columns={
+    f"{NAMED_LAYERS[layer]}, step": (in_control, "similarity, final", "step", layer) for layer in range(-5, -1)} | {
+    f"{NAMED_LAYERS[layer]}, CKA{sizes}": (in_control, f"similarity{control}, final", "cka", layer)
+    for sizes, control in (("", ""), (", equal steps", " at equal steps")) for layer in (-3, HIDDEN)})
 
 
 def means(groups: Sequence[list[Run]], value: Callable[..., float], *arguments) -> list[float]:
@@ -359,8 +352,8 @@ accuracies = partial(compared, names=(*LONG, *MAIN), head=NAME, columns={
 TABLES: dict[str, Callable[[Study], str]] = dict(
     contrast=contrast, accuracies=accuracies, collapse=collapse, accuracy=accuracy, layers=layers, original=original,
     cells=cells, learners=learners, separation=separation, photographs=photographs, difficulty=difficulty,
-    ranking=ranking, similarity=similarity, blocks=blocks, pace=pace, rates=rates, steps=steps, adaptation=adaptation,
-    kept=kept, changes=changes, falls=falls, length=length, controls=controls, runs=runs)
+    ranking=ranking, similarity=similarity, blocks=blocks, pace=pace, steps=steps, adaptation=adaptation, kept=kept,
+    changes=changes, falls=falls, length=length, controls=controls, runs=runs)
 
 PAGES = "README.md", "study/README.md", "study/TABLES.md"
 TABLE_IN_PAGE = re.compile(r"<!-- table: (\w+) -->\n(.*?)\n?<!-- /table -->", re.DOTALL)
