@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m study.controls",
                     description="Measure a run's weights and their controls on its test tasks: RUN/controls.json.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--tasks", "--test_tasks", type=int, default=600, help="test tasks (default: 600)")
+    parser.add_argument("--tasks", type=int, default=600, help="test tasks (default: 600)")
     parser.add_argument("--only", nargs="+", metavar="CONTROL", help="measure only these (default: all)")
     for name in ("root", "data", "cache", "device", "task_chunk"):
         parser.add_argument(f"--{name}", help="as the training scripts' (default: the run's)")
@@ -123,7 +123,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
     for name, (net, function) in wanted.items():
         data.args.k_spt, data.args.k_qry_test = sizes.get(name, usual)
         data.args.nc_qry = data.args.k_qry_test  # or more are drawn than a class may have
-        parts = measured(meta_of(net, args), data, images, function)
+        parts = in_batches(meta_of(net, args), data, images, function)
         results = cat(list(progress(parts, name, math.ceil(args.test_tasks / args.task_num), "batches")))
         metrics = results.pop("metrics", None)
         means = {key: nc_metrics.mean_and_se(values) for key, values in results.items()}
@@ -147,7 +147,7 @@ def with_classifier(net: Learner, other: Learner | None) -> Learner:
     return net
 
 
-def measured(maml: Meta, data: Data, images: Tensor, function: Callable) -> Iterator[dict]:
+def in_batches(maml: Meta, data: Data, images: Tensor, function: Callable) -> Iterator[dict]:
     """`function` of the run's test tasks, as many at a time as in its test, or --task_chunk.
 
     Values [T, ...] by name, and "metrics" of each model if the function has them.

@@ -1,5 +1,6 @@
 """The settings that the study trains, and the groups of them that its tables and figures compare."""
 
+import itertools
 from typing import NamedTuple
 
 from study.logs import Run, describe
@@ -172,11 +173,14 @@ CHANGES = {  # by what the classifier takes from the last map
                      "other-network-large-images"),
     "1 x 1": (*_named("small-images"), *_named("five-steps"), "other-network", "other-network-xavier",
               "other-network-no-scale", "other-network-large-head")}
-# second-order settings whose inner loop takes one step in training
-ONE_STEP = (*(name for names in CHANGES.values() for name in names if "first-order" not in name
-              and not name.startswith("five-steps")), "contrast-anil", "contrast-boil", "blocks-4-5",
-            "small-body-step-10000")
-FIRST_ORDER = (*(name for names in CHANGES.values() for name in names if "first-order" in name), "contrast-first-order")
+CHANGED = tuple(itertools.chain(*CHANGES.values()))
+IN_FIRST_ORDER = {name for name, setting in SETTINGS.items() if "--first_order" in setting.flags}
+# second-order settings whose inner loop takes one step in training; these whose classifier is trained
+_ONE_STEP = tuple(name for name in CHANGED if name not in IN_FIRST_ORDER and not name.startswith("five-steps"))
+ONE_STEP = (*_ONE_STEP, "contrast-anil", "contrast-boil", "blocks-4-5", "small-body-step-10000")
+TRAINED_CLASSIFIER = tuple(name for name in _ONE_STEP if "--freeze_head" not in SETTINGS[name].flags)
+FIRST_ORDER = (*(name for name in CHANGED if name in IN_FIRST_ORDER), "contrast-first-order")
+IMAGES = tuple(name for name in itertools.chain(*DIFFICULTY.values()) if name != "photographs-20-images")
 KEPT = {  # by meta-step: where the classifier's initial weights are trained, kept as drawn, and kept at 0
     3_000: ("five-steps", "five-steps-zero-head"),
     5_000: ("contrast-maml", "frozen-head", "contrast-zero-head", "small-images-small-head",
@@ -184,6 +188,7 @@ KEPT = {  # by meta-step: where the classifier's initial weights are trained, ke
     7_000: ("photographs-maml", "photographs-frozen-head", "crops", "crops-zero-head")}
 # whose inner loop is also run from a random classifier and from one at 0
 OTHER_CLASSIFIERS = ("contrast-maml", "contrast-first-order", "paper-omniglot-5w1s", "paper-omniglot-5w5s")
+TWENTY_WAY = ("paper-omniglot-20w1s", "blocks-4-5-20-way")
 BLOCKS = ("blocks-4-5", "blocks-3-4-5", "blocks-1-2-3-5", "blocks-1-2-3")  # MAML whose inner loop adapts only these
 # that move the body less
 SMALLER_STEPS = ("small-body-step-10000", "blocks-4-5-small-body-step", "small-step", "small-head")

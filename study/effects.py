@@ -143,7 +143,7 @@ def in_control(run: Run, kind: str, *keys: str | int) -> float:
     Accuracies are "accuracy" (by the classifier) and "nearest_mean", before (0) and after (-1) adaptation.
     """
     try:
-        return number(functools.reduce(operator.getitem, keys, run.controls()[kind]))
+        return number(functools.reduce(operator.getitem, keys, run.controls[kind]))
     except KeyError:
         return math.nan
 
@@ -153,18 +153,30 @@ def last_block_adds(run: Run, step: int | None = None) -> float:
 
     On the test tasks, or on the validation tasks at a meta-step.
     """
-    last, below = (in_control(run, "final", "meta", "ncc_accuracy", "mean", layer) if step is None else
+    last, below = (measured(run, "meta", "ncc_accuracy", layer=layer) if step is None else
                    at(run, "meta", "ncc_accuracy", step, layer) for layer in (HIDDEN, HIDDEN - 1))
     return last - below
 
 
-def measured(run: Run, model: str, metric: str, kind: str = "final") -> float:
+def fall(run: Run, step: int | None = None) -> float:
+    """How far the inner loop lowers the share: on the test tasks, or on the validation tasks at a meta-step."""
+    before, after = (measured(run, model, "relative_within") if step is None else
+                     at(run, model, "relative_within", step) for model in ("meta", "finetuned"))
+    return before - after
+
+
+def measured(run: Run, model: str, metric: str, kind: str = "final", layer: int = HIDDEN) -> float:
     """A metric on the test tasks, from the control `kind` in controls.json; nan without it."""
     if metric == "cdnv_unbiased":
         queries = int(kind.split()[1]) if kind.startswith("queries") else CONTROL_QUERIES
-        return float(unbiased_cdnv(measured(run, model, "cdnv", kind), queries))
-    means = run.controls().get(kind, {}).get(model, {}).get(metric, {}).get("mean", [None])
-    return number(means[HIDDEN:][0])  # some controls have one layer
+        return float(unbiased_cdnv(measured(run, model, "cdnv", kind, layer), queries))
+    means = run.controls.get(kind, {}).get(model, {}).get(metric, {}).get("mean", [None])
+    return number(means[layer:][0])  # some controls have one layer
+
+
+def adapted_ratio(run: Run, metric: str) -> float:
+    """A metric on the test tasks after the inner loop, as a multiple of that before."""
+    return measured(run, "finetuned", metric) / measured(run, "meta", metric)
 
 
 def five_shot_share(run: Run, samples: str, inner_step: int) -> float:
@@ -181,7 +193,7 @@ def five_shot_share(run: Run, samples: str, inner_step: int) -> float:
 
 def tested(run: Run, key: str, place: int, transductive: bool = True) -> float:
     """An accuracy of the run's test, in result.json; the key and the place are those of `in_control`."""
-    test = run.file("result.json").get("test" if transductive else "test_nontransductive", {})
+    test = run.result.get("test" if transductive else "test_nontransductive", {})
     return number(test.get(key, [None])[place])
 
 

@@ -258,12 +258,12 @@ def layers(groups: Sequence[Group], layer: str | None = None) -> Figure:
     for axes in panels.flat[len(groups):]:
         axes.remove()
     for axes, (group, _, title) in zip(panels.flat, colours(groups)):
-        layers = group[0].layers
+        names = group[0].layers
         for model, style in STYLES.items():
             for step, shade in shades.items():
-                values = [[effects.at(run, model, "relative_within", step, name, split) for name in layers]
+                values = [[effects.at(run, model, "relative_within", step, name, split) for name in names]
                           for run in group]
-                axes.plot(layers, np.mean(values, 0), "o", color=shade, linestyle=style, markersize=2.5)
+                axes.plot(names, np.mean(values, 0), "o", color=shade, linestyle=style, markersize=2.5)
         axes.set(title=textwrap.fill(title, 120 // columns), ylim=(0, 1))
     for axes in panels[:, 0]:
         axes.set_ylabel("relative within trace")

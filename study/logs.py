@@ -91,25 +91,23 @@ class Run:
         with reading(path, "let the run finish, or take the file from its folder again", "is damaged"):
             return dict(json.loads(path.read_bytes()))
 
+    @functools.cached_property
     def controls(self) -> dict:
         """What controls.json measured, by control; empty without that file."""
         return self.file("controls.json") if (self.path / "controls.json").exists() else {}
 
+    @functools.cached_property
+    def result(self) -> dict:
+        """The run's test."""
+        return self.file("result.json")
+
     def with_weights_of(self, control: str) -> "Run":
-        """A run with other weights, "untrained" or "pixels": its controls and test are what these were measured by."""
-        return _OtherWeights(self.path, self.arguments, self.rows, control)
-
-
-@dataclass(eq=False)
-class _OtherWeights(Run):
-    weights: str
-
-    def file(self, name: str) -> dict:
-        return super().file(name) if name == "controls.json" else {"test": self.controls().get("final", {})}
-
-    def controls(self) -> dict:
-        return {kind.removesuffix(self.weights) + "final": control for kind, control in super().controls().items()
-                if kind.endswith(self.weights)}
+        """The run with other weights, "untrained" or "pixels": with what the controls measured of these."""
+        other = Run(self.path, self.arguments, self.rows)
+        other.controls = {kind.removesuffix(control) + "final": measured for kind, measured in self.controls.items()
+                          if kind.endswith(control)}
+        other.result = {"test": other.controls.get("final", {})}
+        return other
 
 
 def read_run(path: Path) -> Run:

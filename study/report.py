@@ -20,11 +20,10 @@ POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
 # Share and accuracy before and after adaptation, as the tables have them: (function, *its arguments after the run).
 TESTED = [*tables.SHARES.values(), (effects.tested, "nearest_mean", 0), (effects.tested, "accuracy", -1)]
 VALIDATED = [*tables.validated(5_000).values()]
-SPREADS = [*tables.PARTS.values()][:2]  # of the classifier's rows, untrained and trained
 
 
 def result(study: Study) -> Figure:
-    """The figure of README.md: the share within classes, the two traces, the share by layer."""
+    """The original's recipe: the share within classes, the two traces, the share by layer."""
     groups = study.groups(MAIN)
     run = groups[0][0]
     figure = Figure(figsize=(figures.WIDTH, 3.1))
@@ -75,8 +74,7 @@ def learners(study: Study) -> Figure:
     share.set_yticklabels([name for _, _, name in groups])
     for group, colour, _ in groups:
         blocks = range(len(group[0].layers) - 1)
-        values = [[100 * effects.in_control(run, "final", "meta", "ncc_accuracy", "mean", i) for i in blocks]
-                  for run in group]
+        values = [[100 * effects.measured(run, "meta", "ncc_accuracy", layer=i) for i in blocks] for run in group]
         by_block.plot(group[0].layers[:-1], np.mean(values, 0), "o-", color=colour, markersize=3)
     share.set(title="A  Within / (within + between)", xlim=(0, 0.8))
     right.set(title="B  Test accuracy, %")
@@ -105,7 +103,7 @@ def by_setting(study: Study, kinds: dict[str, Sequence[str]], values: Sequence[t
     figure, ((left, right, spread),) = figures.frame(1, 3, 0.5 + 0.27 * max(len(groups), 3), [*legend, *POINTS])
     before_and_after(left, groups, *values[:2])
     before_and_after(right, groups, *values[2:], scale=100)
-    before_and_after(spread, groups, *SPREADS)
+    before_and_after(spread, groups, *tables.SPREADS.values())
     left.set(title="A  Share within", xlim=(0, 0.9))
     right.set(title="B  Accuracy, %")
     spread.set(title="C  Spread of rows", xlabel="open: untrained\nfilled: trained", xscale="log")

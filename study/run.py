@@ -99,7 +99,7 @@ def run_all(jobs: Sequence[Job], at_once: int, roots: dict[str, str]) -> None:
         raise UserError(f"failed: {', '.join(job.folder.name for job in failed)}; {failed[0].folder}.txt says why")
 
 
-def differing(job: Job, settings: dict) -> list[str]:
+def other_flags(job: Job, settings: dict) -> list[str]:
     """The names of the job's flags that a run's settings, from its args.json, do not agree with."""
     script = importlib.import_module(Path(job.script).stem)  # not earlier: it imports torch
     given = {flag[2:].removeprefix("no-") for flag in job.flags} - (NOT_COMPARED - {"seed"})
@@ -123,7 +123,7 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
             continue
         with reading(job.folder, "let it train again", "is damaged"):
             arguments = json.loads((job.folder / "args.json").read_bytes())
-            if different := differing(job, arguments["settings"]):
+            if different := other_flags(job, arguments["settings"]):
                 raise UserError(f"{job.folder} has another {', '.join(different)} than the study; rename it")
             arguments["settings"] |= {"root": ROOTS[job.script], "cache": None, "out": None}
             log = (job.folder / "log.jsonl").read_bytes()

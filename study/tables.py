@@ -111,17 +111,20 @@ cells = partial(compared, names=design.CELLS, transposed=True, columns={
 } | GROWTH | {
     "CDNV, unbiased, adapted": from_untrained("cdnv_unbiased"),
     "tr(S_W S_B⁺)/C, adapted": from_untrained("nc1"),
+    "dimension of random directions with the adapted ETF error": (effects.matching_dimension,),
     "nearest support mean before adaptation, %": (end, "meta", "ncc_accuracy")})
-
 
 RULES = {"nearest support mean": ("nearest_mean", 0), "nearest support mean, adapted": ("nearest_mean", -1),
          "classifier, adapted": ("accuracy", -1)}  # key and inner step in a test's results
 STARTS = {"": "final", ", from a random classifier": "classifier at random",
           ", from a zero classifier": "classifier at zero"}  # where the inner loop starts: the control
 OWN_RULE: Columns = {"by its own rule, not transductive, %": (own_accuracy, False)}
-PARTS: Columns = {
+TRACES: Columns = {f"{trace} trace, adapted / before": (effects.adapted_ratio, trace)
+                   for trace in ("between", "within")}
+SPREADS: Columns = {
     "spread of the classifier's rows, untrained": (in_control, "first step by parts, untrained", "rows", 0),
-    "the same, trained": (in_control, "first step by parts", "rows", 0),
+    "the same, trained": (in_control, "first step by parts", "rows", 0)}
+PARTS = SPREADS | {
     "body's step, relative": (in_control, "first step by parts", "body", 0),
     "after the classifier's first step alone, %": (in_control, "first step by parts", "accuracy", 1),
     "after the body's alone, %": (in_control, "first step by parts", "accuracy", 2)}
@@ -136,7 +139,7 @@ def before(kind: str = "final") -> Columns:
 # Raw pixels, the untrained network and every learner, before adaptation if nothing else is said.
 learners = partial(compared, names=(*LEARNERS, "random-labels"), references=REFERENCES, transposed=True,
                    columns=before() | {
-    f"{name}, adapted": (measured, "finetuned", metric) for metric, name in METRICS.items()} | {
+    f"{name}, adapted": (measured, "finetuned", metric) for metric, name in METRICS.items()} | TRACES | {
     "NC3: self-duality, adapted": (measured, "finetuned", "self_duality"),
     "NC4: mismatch with the nearest support mean, adapted": (measured, "finetuned", "ncc_mismatch")} | {
     f"{name}, %": (tested, *place) for name, place in RULES.items()} | {
@@ -152,11 +155,11 @@ contrast = partial(compared, names=LEARNERS, references=REFERENCES, columns=NARR
 
 # How well blocks 3 and 4 separate a task's classes before adaptation, for the nearest mean and a ridge regression.
 separation = partial(compared, names=(*LEARNERS, "paper-omniglot-5w1s"), references=("untrained",), columns={
-    f"tr(S_W S_B⁺)/C, {NAMED_LAYERS[layer]}": (in_control, "final", "meta", "nc1", "mean", layer)
+    f"tr(S_W S_B⁺)/C, {NAMED_LAYERS[layer]}": (measured, "meta", "nc1", "final", layer)
     for layer in (-3, HIDDEN)} | {
-    f"nearest support mean, {NAMED_LAYERS[layer]}, %": (in_control, "final", "meta", "ncc_accuracy", "mean", layer)
+    f"nearest support mean, {NAMED_LAYERS[layer]}, %": (measured, "meta", "ncc_accuracy", "final", layer)
     for layer in (-3, HIDDEN)} | {
-    "the same, adapted, %": (in_control, "final", "finetuned", "ncc_accuracy", "mean", HIDDEN)} | {
+    "the same, adapted, %": (measured, "finetuned", "ncc_accuracy")} | {
     f"5-shot, {name}, block {place + 1}, %": (in_control, "linear classifiers, 5-shot, final", key, place)
     for name, key in (("nearest support mean", "nearest_mean"), ("ridge", "ridge")) for place in (2, 3)})
 
@@ -164,8 +167,9 @@ separation = partial(compared, names=(*LEARNERS, "paper-omniglot-5w1s"), referen
 photographs = partial(compared, names=design.SMALL_PHOTOGRAPHS, references=REFERENCES, columns=NARROW | {
     METRICS[metric]: (measured, "meta", metric) for metric in ("cdnv_unbiased", "directional_cdnv")} | PARTS)
 
-# Fewer of these columns: one inner loop on images whose classes are hard or easy to tell apart.
-difficulty = partial(compared, names=tuple(itertools.chain(*DIFFICULTY.values())), columns=SHARES | ADAPTED | PARTS)
+# One inner loop on images whose classes are hard or easy to tell apart.
+difficulty = partial(compared, names=tuple(itertools.chain(*DIFFICULTY.values())), columns=SHARES | {
+    "fall": (effects.fall,)} | TRACES | ADAPTED | SPREADS)
 
 # How similar features are before and after the inner loop, layer by layer.
 similarity = partial(compared, names=design.SIMILARITY, columns={
@@ -180,15 +184,18 @@ blocks = partial(compared, names=(*LEARNERS, *OTHER_LOOPS), columns={
     if (name, adapted) != ("accuracy, %", "1-2 adapted")})  # near chance: the classifier is not adapted
 
 # How fast MAML with each of these inner loops trains, and what it reaches.
-pace = partial(compared, names=OTHER_LOOPS, columns={
+pace = partial(compared, names=(*OTHER_LOOPS, *design.TWENTY_WAY), columns={
     f"validation after {step:,}, %": (at, "finetuned", "accuracy", step) for step in (1_000, 2_000, 3_000)} | {
     "test after": lambda runs: f"{runs[0].last_step:,}", "test, %": (own_accuracy,)} | OWN_RULE)
 
 # How far MAML's inner loop moves the kernels of each block; similarity, also after steps as large as MAML's.
-steps = partial(compared, names=LEARNERS, references=("untrained",), columns={
+steps = partial(compared, names=(*LEARNERS, *design.BLOCKS), references=("untrained",), columns={
     f"{NAMED_LAYERS[layer]}, step": (in_control, "similarity, final", "step", layer) for layer in range(-5, -1)} | {
     f"{NAMED_LAYERS[layer]}, CKA{sizes}": (in_control, f"similarity{control}, final", "cka", layer)
     for sizes, control in (("", ""), (", equal steps", " at equal steps")) for layer in (-3, HIDDEN)})
+
+
+NEAREST, ADDS = "nearest support mean before adaptation", "the same minus that of block 3"
 
 
 def means(groups: Sequence[list[Run]], value: Callable[..., float], *arguments) -> list[float]:
@@ -217,42 +224,37 @@ def ranking(study: Study) -> str:
     return table(rows)
 
 
-def fall_against(study: Study, names: Sequence[str], kind: str, share: tuple, others: Columns) -> list[dict[str, str]]:
-    """Spearman correlation, over settings, of the fall in the share by adaptation with other numbers."""
-    groups, (value, *arguments) = study.groups(names), share
-    before, after = (means(groups, value, model, *arguments) for model in MODELS)
-    fall = np.subtract(before, after)
-    return [{"": f"{len(groups)} {kind}", "the fall against": name,
-             "Spearman correlation": fixed(effects.spearman(fall, means(groups, *column)), 2)}
-            for name, column in others.items() if groups]
-
-
 def falls(study: Study) -> str:
-    """Changed settings, after 5,000 meta-steps on validation tasks, and kinds of images, on test tasks."""
-    changed, of_images = (at, "relative_within", 5_000), (measured, "relative_within")
-    trained = [name for name in itertools.chain(*design.CHANGES.values())
-               if name in design.ONE_STEP and not name.endswith(("frozen-head", "zero-head"))]
-    images = [name for name in itertools.chain(*DIFFICULTY.values()) if name != "photographs-20-images"]
-    untrained_spread, spread, step, by_classifier, _ = PARTS.values()
-    rows, nearest = "spread of the classifier's rows", "nearest support mean before adaptation"
-    adds = "the same minus that of block 3"
-    validated_nearest = {nearest: (at, "meta", "ncc_accuracy", 5_000), adds: (effects.last_block_adds, 5_000)}
-    tested_nearest = {nearest: (tested, "nearest_mean", 0), adds: (effects.last_block_adds,)}
-    return table([
-        *fall_against(study, design.ONE_STEP, "settings in second order, one inner step", changed, validated_nearest),
-        *fall_against(study, trained, "of these, with a trained classifier", changed,
-                      {f"{rows}, untrained": untrained_spread, f"{rows}, trained": spread,
-                       "accuracy after the classifier's first step alone": by_classifier}),
-        *fall_against(study, design.FIRST_ORDER, "settings in first order", changed, validated_nearest),
-        *fall_against(study, images, "kinds of images (section 5)", of_images, tested_nearest | {
-            "test accuracy": (own_accuracy,), f"{rows}, trained": spread, "body's step, relative": step}),
-        *fall_against(study, design.SMALL_PHOTOGRAPHS, "settings of section 5", of_images, tested_nearest)])
+    """Spearman correlation over settings of the fall in the share with other numbers.
+
+    Changed settings after 5,000 meta-steps on validation tasks, kinds of images on test tasks.
+    """
+    spread, step = "spread of the classifier's rows", 5_000
+    tested_nearest = {NEAREST: (tested, "nearest_mean", 0), ADDS: (effects.last_block_adds,)}
+    validated_nearest = {NEAREST: (at, "meta", "ncc_accuracy", step), ADDS: (effects.last_block_adds, step)}
+    parts = {f"{spread}, untrained": PARTS[f"{spread}, untrained"], f"{spread}, trained": PARTS["the same, trained"],
+             "accuracy after the classifier's first step alone": PARTS["after the classifier's first step alone, %"]}
+    of_images = tested_nearest | {"test accuracy": (own_accuracy,), f"{spread}, trained": PARTS["the same, trained"],
+                                  "body's step, relative": PARTS["body's step, relative"]}
+    rows = []
+    for names, kind, steps, others in (
+            (design.ONE_STEP, "settings in second order, one inner step", (step,), validated_nearest),
+            (design.TRAINED_CLASSIFIER, "of these, with a trained classifier", (step,), parts),
+            (design.FIRST_ORDER, "settings in first order", (step,), validated_nearest),
+            (design.IMAGES, "kinds of images (section 5)", (), of_images),
+            (design.SMALL_PHOTOGRAPHS, "settings of section 5", (), tested_nearest)):
+        if groups := study.groups(names):
+            fall = means(groups, effects.fall, *steps)
+            rows += [{"": f"{len(groups)} {kind}", "the fall against": name,
+                      "Spearman correlation": fixed(effects.spearman(fall, means(groups, *column)), 2)}
+                     for name, column in others.items()]
+    return table(rows)
 
 
 def controls(study: Study) -> str:
     """Other queries, support images and statistics of batch norm, for the long 5-way 1-shot runs, before adaptation."""
     runs = study["paper-omniglot-5w1s"]
-    kinds = dict.fromkeys(kind for run in runs for kind in run.controls()
+    kinds = dict.fromkeys(kind for run in runs for kind in run.controls
                           if kind.startswith(("final", "queries", "5-shot", "batch")))
     return table([row(runs, {"control": kind} | SEEDS | before(kind) | {
         f"{name}, %": (in_control, kind, *place) for name, place in RULES.items()}) for kind in kinds])
@@ -296,7 +298,7 @@ def length(study: Study) -> str:
 
 
 def changes(study: Study) -> str:
-    """The paper's recipe, and the same with one thing changed: a row per setting."""
+    """The paper's recipe, and the same with settings changed: a row per setting."""
     columns = SEEDS | PARTS | validated(5_000) | {
         "test: nearest support mean, %": (tested, "nearest_mean", 0),
         "test: classifier, adapted, %": (tested, "accuracy", -1)}
@@ -305,7 +307,7 @@ def changes(study: Study) -> str:
 
 
 def queries_and_steps(runs: list[Run]) -> str:
-    test = runs[0].file("result.json")["test"]
+    test = runs[0].result["test"]
     return f"{test['k_qry']}; {test['inner_steps'][-1]}"
 
 

@@ -202,7 +202,7 @@ def test_smoothing_averages_the_measurements_within_a_tenth_of_each_step():
         [7, 2, math.nan, 5, 113 / 3, 109 / 2, math.nan], nan_ok=True)
 
 
-def test_the_readme_figure_shows_what_its_panels_say(tmp_path):
+def test_the_figure_of_the_original_s_recipe_shows_what_its_panels_say(tmp_path):
     nc_logs.write_study(tmp_path)
     share, traces, by_layer = report.result(logs.Study(tmp_path)).axes
     rows = [row for row in nc_logs.log() if row["classes"] == "train"]

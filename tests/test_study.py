@@ -330,9 +330,9 @@ def test_flags_that_a_run_does_not_have():
     settings = {"update_lr": 2.0, "adapt_blocks": [4, 5], "spatial_mean": False, "freeze_head": True, "seed": 1}
     flags = "--update_lr 2 --adapt_blocks 4 5 --no-spatial_mean --freeze_head --seed 1 --nc_every 9".split()
     job = run.Job(Path("run"), "omniglot_train.py", flags)
-    assert run.differing(job, settings | {"nc_every": 5}) == []
+    assert run.other_flags(job, settings | {"nc_every": 5}) == []
     others = {"update_lr": 0.4, "adapt_blocks": None, "spatial_mean": True, "freeze_head": False, "seed": 2}
-    assert set(run.differing(job, others)) == set(others)
+    assert set(run.other_flags(job, others)) == set(others)
 
 
 @pytest.mark.parametrize("arguments, words", [("omniglot", "no setting 'omniglot'"), ("--jobs 0", "at least 1")])
