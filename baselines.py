@@ -67,6 +67,8 @@ def inner_rates(net: Learner, learner: str, lr: float, head_lr: float | None = N
     head = dict.fromkeys(net.head, lr if head_lr is None else head_lr)
     body = {name: lr for name in net.adaptable if name not in head}
     chosen = {name: rate for name, rate in (body | head).items() if blocks is None or net.block(name) in blocks}
+    if blocks is not None and not chosen:
+        raise ValueError("adapt_blocks: these blocks have no weights that an inner loop adapts")
     rates = {"maml": chosen, "anil": head, "boil": body} | dict.fromkeys(BASELINES, body | head)
     if learner not in rates:
         raise ValueError(f"learner {learner!r}: must be one of {', '.join(rates)}")

@@ -233,15 +233,17 @@ class GraphedStep:
         if every_step or self.maml.measures_next or self.eager:
             return self.step(every_step=every_step)
         if self.graph is None:
+            reason = None
             try:
                 self.graph, self.result = self._capture()
             except (RuntimeError, MemoryError) as error:
                 reason = str(error).partition("\n")[0] or "out of memory"
-                if self.required:
-                    raise UserError(f"--cuda_graph: the step can't be captured here ({reason}); "
-                                    "give --no-cuda_graph") from error
+            reason = next(filter(None, gather_lists([reason])), None)  # NCCL: a graph in all processes or in none
+            if reason and self.required:
+                raise UserError(f"--cuda_graph: the step can't be captured here ({reason}); give --no-cuda_graph")
+            if reason:  # not in the `except`: the error would keep the memory of the step that failed
                 note(f"note: training is slower, because a step can't be captured as a CUDA graph here ({reason})")
-                self.eager = True
+                self.graph, self.result, self.eager = None, None, True
                 return self.step()
         self.graph.replay()
         self.maml.step += 1

@@ -70,6 +70,8 @@ class Learner(nn.Module):
     def __init__(self, config: Config, imgc: int, imgsz: int, initial: Mapping[str, Callable] | None = None,
                  head_std: float | None = None):
         super().__init__()
+        if not config:
+            raise ValueError("there are no layers")
         self.config = [_name_and_params(i, layer) for i, layer in enumerate(config)]
         self.order = _pools_before_relus(self.config)
         self.input_shape = (imgc, imgsz, imgsz)
@@ -236,6 +238,8 @@ def _check(name: str, params: Sequence, shape: list[int]) -> None:
         least, choice = LEAST.get(what), ', or "same"' if (name, what) == ("conv2d", "padding") else ""
         if least is not None and not (isinstance(value, int) and value >= least) and not (choice and value == "same"):
             raise ValueError(f"{what} must be an integer >= {least}{choice}, not {value!r}")
+    if name == "reshape" and len(params) not in (1, 3):
+        raise ValueError("takes [features] or [c, h, w]")
     if name in ("conv2d", "convt2d", "max_pool2d", "avg_pool2d", "upsample", "mean") and len(shape) != 3:
         raise ValueError("takes an image [c, h, w]")
     if name in ("conv2d", "convt2d") and params[2] != params[3]:

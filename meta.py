@@ -214,8 +214,10 @@ class Meta:
             fitting = TOGETHER // values if values <= SMALL else 1
             return min(fitting if x.device.type == "cpu" else NO_LIMIT, self.task_chunk or NO_LIMIT)
 
-        all_images = trains and self.learner == "classifier"  # batch norm is over all of them
-        return NO_LIMIT if all_images else size(tasks.x_spt), size(tasks.x_qry)
+        inner, query = size(tasks.x_spt), size(tasks.x_qry)
+        if trains and self.learner in BASELINES:  # one pass: classifier's batch norm is over all images of the step
+            inner = NO_LIMIT if self.learner == "classifier" else min(inner, query)
+        return inner, query
 
     def _metrics(self, query: int, tasks: Tasks | None, trajectory: Sequence[Weights], null: tuple | None):
         if tasks is not None:

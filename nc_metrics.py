@@ -411,9 +411,9 @@ def measure_features(features: Array, labels: Array, *, classifier_weight: Array
 
     Args:
         features: [N, D] or [N, C, H, W], which is flattened.
-        labels: one number, string or row (one-hot, or a tuple) per sample. Classes are in sorted order (numbers in
-            strings as numbers), each of two samples or more: S_W and S_B are means over classes. Permuted labels give
-            the null.
+        labels: one number, string or row (one-hot, or a tuple) per sample. Classes are in sorted order (strings of
+            whole numbers from 0 as numbers), each of two samples or more: S_W and S_B are means over classes. Permuted
+            labels give the null.
         classifier_weight: [C, D], the rows of the classifier that takes the features; adds self_duality (NC3).
         logits: [N, C], of the same samples; adds ncc_mismatch (NC4). Needs the support set.
         support_features, support_labels: other samples, e.g. the training set, of any number per class. They give the

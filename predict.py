@@ -97,7 +97,7 @@ class Model:
             support_labels: one per image; any hashable objects. Two different ones or more, and for MAML, ANIL and BOIL
                 n_way at most.
             transductive: normalise all queries together, as MAML's tests do. Answers then depend on the other queries,
-                which should be balanced over the classes; with fewer than n_way queries there is a warning.
+                which should be balanced over the classes; with fewer queries than classes there is a warning.
         Raises:
             UserError: an image can't be read, labels and images don't fit, or an answer is not finite.
         """

@@ -311,14 +311,17 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     if getattr(args, "split", "shuffled") != "shuffled" and (args.synthetic or args.data is not None):
         raise UserError(f"--split {args.split}: these images are not Omniglot's; give --split shuffled")
     if args.imgc != dataset.channels:
-        raise UserError(f"--imgc {args.imgc}: {dataset.name()} has {dataset.channels}; leave --imgc out")
+        raise UserError(f"--imgc {args.imgc}: {dataset.name()} has {dataset.channels}; give --imgc {dataset.channels}")
     if meta_steps(args) < 1:
         raise UserError(f"--epoch {args.epoch}: it counts tasks here, and a meta-step takes {args.task_num}; give "
                         f"{args.task_num} or more")
     tests_only = args.test is not None
     if args.learner == "classifier" and not tests_only and (devices.size() > 1 or args.task_chunk):
         raise UserError("--learner classifier: batch norm is over all images of a step, so one process takes them "
-                        "together; leave --task_chunk and torchrun out")
+                        "together; give --task_chunk 0, and start one process")
+    if args.random_labels and not tests_only and len(set(dataset.counts()["train"])) > 1:
+        raise UserError("--random_labels needs training classes with equally many images; remove the surplus, or give "
+                        "--no-random_labels")
     if args.task_num % devices.size() and not tests_only:
         raise UserError(f"--task_num {args.task_num}: {devices.size()} processes need a multiple of {devices.size()}")
     with torch.device("meta"):  # shapes alone: a huge --n_way is refused below, and doesn't run out of memory
@@ -359,6 +362,7 @@ def _check_network(args: argparse.Namespace, network: Callable[[argparse.Namespa
     except ValueError as error:
         raise UserError(f"--{error}") from error
     if args.head_lr is not None and net.classifier not in rates:
-        raise UserError("--head_lr: the inner loop does not adapt the last layer; leave --head_lr out")
+        raise UserError("--head_lr: the inner loop does not adapt the last layer; leave --head_lr out, or change "
+                        "--learner or --adapt_blocks")
     if args.learner == "protonet" and len(net.weights) == len(net.head):
         raise UserError("layers: --learner protonet trains the layers before the last, and none of them has weights")

@@ -160,7 +160,8 @@ class Sampler:
     def draw(self, n_tasks: int) -> tuple[Tensor, Tensor]:
         """Indices of the next tasks, for `gather`: class [T, n_way, 1], image [T, n_way, k].
 
-        From the same generator state, a larger k starts with the images of a smaller one.
+        From the same generator state, a larger k starts with the images of a smaller one, but for equal random numbers
+        (at 600 images per class, in 1 class of 10,000).
         """
         rows, per_class = self.images.shape[:2]
         random = {"device": self.generator.device, "generator": self.generator}

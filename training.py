@@ -73,7 +73,8 @@ def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
             if args.test is None:
                 _train(maml, data)
             else:
-                say(f"Data: {dataset.described()}")
+                if devices.rank() == 0:  # it may download them
+                    say(f"Data: {dataset.described()}")
                 run = Path(args.test)
                 record.write_test(run, _test(maml, data, run, Signals()), args)
 
@@ -127,14 +128,14 @@ class Data:
         """uint8 [class, image, c, h, w] on the device, or on the host if it needs over half of the free memory."""
         images = self.read(split)
         if self.args.random_labels and split == "train":
-            if len(set(self.dataset.counts()[split])) > 1:
-                raise UserError("--random_labels needs classes with equally many images")
             order = torch.Generator().manual_seed(self.args.seed)
             images = images.flatten(0, 1)[torch.randperm(images.shape[:2].numel(), generator=order)].view_as(images)
         if self.turns(split) > 1:
             images = with_rotations(images)
-        if self.device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(self.device)[0] / 2:
-            say(f"the {split} images stay on the host: {images.numel() / 2**30:.1f} GiB")
+        large = self.device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(self.device)[0] / 2
+        if any(devices.gather_lists([large])):  # in all processes, or they would draw different tasks
+            what = "; steps are not captured as a CUDA graph" if split == "train" else ""
+            say(f"the {split} images stay on the host: {images.numel() / 2**30:.1f} GiB{what}")
             return images
         return images.to(self.device)
 
@@ -202,6 +203,8 @@ class _Run:
             except Stopped:
                 self.save()
                 raise
+            finally:
+                self.meta_step = None  # NCCL waits for graphs with its collectives when processes part
 
     def loop(self) -> None:
         args, maml = self.args, self.maml
@@ -215,6 +218,7 @@ class _Run:
             if step % args.eval_every == 0:
                 self.validate()
             if args.keep_every and step % args.keep_every == 0:
+                self.stop_if_not_finite()
                 self.save_weights(f"weights-{step}.pt")
             result = self.meta_step(every_step=show)
             if checks or show or result.metrics:
@@ -257,9 +261,9 @@ class _Run:
         args = self.args
         if not args.skip_nonfinite and self.skipped():
             step = int(self.maml.updates)  # the first whose update was skipped: none was made after it
-            raise UserError(f"step {step}: a loss or the gradient is not finite. Lower --update_lr ({args.update_lr}) "
-                            f"or --meta_lr ({args.meta_lr}), or skip such updates, if they are rare: {self.repeat} "
-                            "--skip_nonfinite")
+            inner = "" if args.learner in BASELINES else f"--update_lr ({args.update_lr}) or "
+            raise UserError(f"step {step}: a loss or the gradient is not finite. Lower {inner}--meta_lr "
+                            f"({args.meta_lr}), or skip such updates, if they are rare: {self.repeat} --skip_nonfinite")
 
     def skipped(self) -> int:
         """How many updates were skipped; waits for the device."""
@@ -293,7 +297,7 @@ class _Run:
     def test(self) -> None:
         """Test the weights. result.json is written last: it makes the run complete."""
         minutes = self.minutes_in_all()
-        self.sampler = self.held_out = self.meta_step = None  # room for the test images
+        self.sampler = self.held_out = None  # room for the test images
         result = _test(self.maml, self.data, self.out, self.signals)
         skipped = self.skipped()
         if self.args.skip_nonfinite:

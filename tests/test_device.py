@@ -185,11 +185,13 @@ def test_a_failed_capture_is_one_line_and_leaves_the_run_as_it_was(error, reason
     assert maml.step == 1
     after = *maml.state(), sample.generator.get_state()
     assert all(one.equal(other) for one, other in zip(before, after, strict=True))
-    graphed = cuda.graphed(maml, step, sample.generator, required=False)  # steps are taken without a graph
-    captures = cuda.captures
-    assert all(graphed().accuracy.shape == (2, 1) for _ in range(2))
-    assert (maml.step, cuda.captures) == (3, captures + 1)
-    assert capsys.readouterr().err.count(f"can't be captured as a CUDA graph here ({reason})") == 1
+    for cuda.fails, failures in ((error, lambda own: own), (None, lambda own: [*own, reason])):  # here, or elsewhere
+        monkeypatch.setattr(devices, "gather_lists", failures)
+        graphed = cuda.graphed(maml, step, sample.generator, required=False)  # steps are taken without a graph
+        captures, first = cuda.captures, maml.step
+        assert all(graphed().accuracy.shape == (2, 1) for _ in range(2))
+        assert (maml.step, cuda.captures, graphed.graph) == (first + 2, captures + 1, None)
+        assert capsys.readouterr().err.count(f"can't be captured as a CUDA graph here ({reason})") == 1
 
 
 @pytest.mark.parametrize("first_order", [False, True])

@@ -159,6 +159,7 @@ def test_initial_weights():
     ([("conv2d", [4, 3, 3, 3, 1, "valid"])], r"layer 0, conv2d.*padding must .*, or \"same\", not 'valid'"),
     ([("convt2d", [3, 4, 3, 3, 1, "same"])], r"layer 0, convt2d.*padding must be an integer >= 0, not 'same'"),
     ([("reshape", [3, 4, 16]), ("conv2d", [4, 3, 3, 3, 1, "same"])], r"layer 1, conv2d.*takes square images"),
+    ([], "there are no layers"), ([("reshape", [3, 64])], r"layer 0, reshape.*takes \[features\] or \[c, h, w\]"),
     (["nope"], r"layer 0, 'nope': must be a pair \(name, params\)"), ([("tanh",)], r"layer 0, .*must be a pair"),
     ([("upsample", ["x"])], r"layer 0, upsample.*invalid combination.*of:$"),
 ])

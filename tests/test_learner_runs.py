@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from unittest.mock import Mock, call
 
 import kill
@@ -16,6 +17,7 @@ import omniglot_train
 import settings
 import synthetic
 from baselines import BASELINES
+from files import UserError
 from meta import Meta
 from tasks import with_rotations
 from training import Data
@@ -78,6 +80,9 @@ def test_random_labels_mix_the_training_images_alone():
     assert torch.equal(ordered.flatten().sort().values, mixed.flatten().sort().values)
     assert (ordered != mixed).double().mean() > 0.9
     assert torch.equal(dataset.load("val"), data.load("val"))
+    with pytest.raises(UserError, match="--random_labels needs .*equally many images; .* give --no-random_labels"):
+        settings.check(args, replace(dataset, counts=lambda: {"train": [20, 19], "val": [20] * 9, "test": [20] * 9}),
+                       omniglot_train.network)
 
 
 def test_weights_that_are_kept_and_tested(tmp_path):

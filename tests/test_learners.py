@@ -14,6 +14,7 @@ import omniglot_train
 import predict
 import record
 from baselines import BASELINES
+from learner import Learner
 from measuring import accuracies, one_by_one
 from meta import Meta, adapt, meta_gradient
 
@@ -115,6 +116,12 @@ def test_which_weights_the_inner_loop_adapts(net, learner, blocks, changes, head
     loss, expected = oracle.meta_gradient(net.config, net.weights, tasks, lr, steps, second_order, changes)
     torch.testing.assert_close(losses.mean(), loss)
     torch.testing.assert_close(gradient, [len(losses) * g for g in expected.values()])
+
+
+def test_blocks_without_weights_are_refused():
+    net = Learner([("flatten", []), ("linear", [5, 784]), ("linear", [5, 5])], imgc=1, imgsz=28)
+    with pytest.raises(ValueError, match="adapt_blocks: these blocks have no weights"):
+        Meta(net, adapt_blocks=[1])
 
 
 def test_prototypical_network(net):

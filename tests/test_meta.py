@@ -299,4 +299,7 @@ def test_a_cpu_takes_small_tasks_together(script, k_spt, k_qry, together):
     maml.task_chunk = 1
     assert maml._chunk_sizes(tasks) == (1, 1)
     maml.task_chunk = 0
+    inner, query = maml._chunk_sizes(tasks)
+    for maml.learner, expected in (("protonet", (min(inner, query), query)), ("maml", (inner, query))):
+        assert maml._chunk_sizes(tasks, trains=True) == expected  # a prototypical network has one pass
     assert min(maml._chunk_sizes(tree_map(lambda values: values.to("meta"), tasks))) >= 1000  # as on a GPU

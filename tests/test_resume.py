@@ -73,7 +73,7 @@ def stopped(tmp_path, stopped_once) -> Path:
 def stop_at(monkeypatch, out: Path, method: str, call: int, number: int = signal.SIGTERM,
             flags: list[str] = TINY) -> Path:
     """Train, or resume, with a signal in the given call of one of Meta's methods."""
-    calls, original = iter(range(1, 1000)), getattr(Meta, method)
+    calls, original, trained, runs = iter(range(1, 1000)), getattr(Meta, method), training._Run.train, []
 
     def signalled(*args, **kwargs):
         if next(calls) == call:
@@ -82,8 +82,10 @@ def stop_at(monkeypatch, out: Path, method: str, call: int, number: int = signal
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(Meta, method, signalled)
+        patch.setattr(training._Run, "train", lambda run: runs.append(run) or trained(run))
         omniglot_train.main([*flags, *(["--out", str(out)] if "--resume" not in flags else [])])
     assert ended.value.code == 128 + number
+    assert [run.meta_step for run in runs] == [None], "NCCL would wait for the step's graph"
     return out
 
 

@@ -175,7 +175,7 @@ def test_without_posix_and_without_removing_open_files(tmp_path, monkeypatch):
     (omniglot_train, f"--test {FINISHED} --synthetic", "--synthetic can't be set with --test: the run's value is kept"),
     (omniglot_train, f"--from_args {FINISHED} --recipe original", "--recipe can't be set with --from_args"),
     (omniglot_train, "--test run --resume run", "--resume and --test exclude each other; give one"),
-    (omniglot_train, "--imgc 3", "--imgc 3: Omniglot has 1"),
+    (omniglot_train, "--imgc 3", "--imgc 3: Omniglot has 1; give --imgc 1"),
     (omniglot_train, "--imgc 2 --data mine", "--imgc 2: images are read as greyscale (1) or colour (3)"),
     *((omniglot_train, f"--{name} {value}", f"--{name} {value}: must be") for name, value in {
         "clip": -0.1, "meta_lr": "nan", "head_std": "inf", "epoch": 0, "n_way": 1, "nc_every": -1, "seed": 2**31
