@@ -123,7 +123,7 @@ class Learner(nn.Module):
         """Names of the weights that an inner loop may adapt."""
         return [name for name in self.weights if "_bn_shift_" not in name]
 
-    def patches(self, x: Tensor, groups: int = 1, first: int | None = None) -> Tensor | Patches:
+    def patches(self, x: Tensor, groups: int = 1) -> Tensor | Patches:
         """What `forward` computes of images of tasks [T, N, c, h, w] without weights; it takes the result as x, too.
 
         x itself if it needs a gradient, or if the network doesn't start with a convolution of few values per patch and
@@ -133,20 +133,18 @@ class Learner(nn.Module):
             return x
         _, _, _, kernel, stride, padding = self.config[0][1]
         padding = _before_and_after(x.shape[-1], kernel, stride, padding)
-        return taskwise.patches(x, kernel, stride, padding, groups, first)
+        return taskwise.patches(x, kernel, stride, padding, groups)
 
-    def forward(self, x: Tensor | Patches, weights: Weights | None = None, features: bool = False, groups: int = 1,
-                first: int | None = None):
+    def forward(self, x: Tensor | Patches, weights: Weights | None = None, features: bool = False, groups: int = 1):
         """Logits of a batch of images, or of a batch of tasks.
 
         Args:
-            x: [N, c, h, w], or [T, N, c, h, w] for T tasks, or their `patches`, made with the same groups and first.
+            x: [N, c, h, w], or [T, N, c, h, w] for T tasks, or their `patches`, made with the same groups.
             weights: as `self.weights`, or each with a leading task axis [T, ...] (needs x of tasks); theta if None.
             features: also return the features of every block, i.e. what enters the next convolution or linear layer,
                 and last the logits: a list of [N, D] or [T, N, D], in the order of `blocks`. D is in memory order
                 (channels last), not the order of torch's flatten.
             groups: batch norm's statistics are of N / groups consecutive images instead of all N of a task.
-            first: the statistics are those of each group's first `first` images, applied to all of them.
         Returns:
             Logits [N, n_way] or [T, N, n_way]; with features, (logits, list).
         """
@@ -156,7 +154,7 @@ class Learner(nn.Module):
         if any(len(weight) != len(x) for weight in weights.values()):
             raise ValueError(f"x is of {len(x)} tasks, and the weights are of another number")
         own = [[weights[key] for key in keys] for keys in self.keys]
-        x = self.patches(x, groups, first) if isinstance(x, Tensor) else x
+        x = self.patches(x, groups) if isinstance(x, Tensor) else x
         if isinstance(x, Patches):
             h = taskwise.conv_bn(x, *own[0], *_scale_shift_eps(self.config[1][0], own[1]))
             order = self.order[2:]
@@ -167,7 +165,7 @@ class Learner(nn.Module):
         for i, name, params in order:
             if name in BLOCK_STARTS and i > 0:
                 layers.append(h.flatten(2))
-            h = apply_layer(name, params, h, own[i], groups, first)
+            h = apply_layer(name, params, h, own[i], groups)
         layers.append(h.flatten(2))
         if one_set:
             layers = [values[0] for values in layers]
@@ -275,8 +273,7 @@ def _initial_weights(name: str, params: Sequence, fill: Callable) -> dict[str, T
     return {"bias": torch.zeros(params[0])} if name == "bn_shift" else {}
 
 
-def apply_layer(name: str, params: Sequence, h: Tensor, own: list[Tensor], groups: int = 1,
-                first: int | None = None) -> Tensor:
+def apply_layer(name: str, params: Sequence, h: Tensor, own: list[Tensor], groups: int = 1) -> Tensor:
     """One layer on all tasks: h is [T, N, h, w, c] or [T, N, features], `own` its weights, each [T, ...].
 
     A layer with statistics of a batch takes them of `groups` parts of the N images, as in `Learner.forward`.
@@ -292,7 +289,7 @@ def apply_layer(name: str, params: Sequence, h: Tensor, own: list[Tensor], group
         case "bn" | "bn_shift":
             own = [weight.repeat_interleave(groups, 0) for weight in own] if groups > 1 else own
             grouped = h.reshape(len(h) * groups, -1, *h.shape[2:])
-            return taskwise.batch_norm(grouped, *_scale_shift_eps(name, own), first).view(h.shape)
+            return taskwise.batch_norm(grouped, *_scale_shift_eps(name, own)).view(h.shape)
         case "relu":
             return F.relu(h)  # in place, autograd would refuse views
         case "leakyrelu":

@@ -45,7 +45,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: tu
     return _Conv.apply(x, weight, bias, stride, before)
 
 
-def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor, eps: float = EPS, first: int | None = None) -> Tensor:
+def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor, eps: float = EPS) -> Tensor:
     """Normalise by the batch's own statistics, task by task (transductive, as in MAML).
 
     Args:
@@ -53,12 +53,7 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor, eps: float = EPS,
         weight: the scale, [T, c]; None: no scale.
         bias: [T, c].
         eps: added to the variance.
-        first: the statistics are of the first `first` samples, and are applied to all N; of all N if None.
     """
-    if first is not None:
-        variance, mean = torch.var_mean(x[:, :first], tuple(range(1, x.dim() - 1)), correction=0, keepdim=True)
-        xhat = (x - mean) * (variance + eps).rsqrt()
-        return (xhat if weight is None else xhat * weight.view(mean.shape)) + bias.view(mean.shape)
     return _BatchNorm.apply(x, torch.ones_like(bias) if weight is None else weight, bias, eps)
 
 
@@ -79,11 +74,10 @@ class Patches:
         return len(self.rows)
 
 
-def patches(x: Tensor, kernel: int, stride: int = 1, padding: tuple[int, int] = (0, 0), groups: int = 1,
-            first: int | None = None) -> Patches:
+def patches(x: Tensor, kernel: int, stride: int = 1, padding: tuple[int, int] = (0, 0), groups: int = 1) -> Patches:
     """The patches of images [T, N, c, h, w], which get no gradient, with padding as in `conv2d`.
 
-    Mean and covariance are of the first `first` images of each group of N / groups; of all if None.
+    Mean and covariance are of each group of N / groups images.
     """
     x = F.pad(x, (*padding, *padding))
     x = x - x.mean((1, 3, 4), keepdim=True)  # else the covariance would be a difference of large numbers
@@ -93,7 +87,7 @@ def patches(x: Tensor, kernel: int, stride: int = 1, padding: tuple[int, int] = 
     middle = rows[:, :, 1:1 + c] = windows[:, :, :, kernel // 2, kernel // 2]
     torch.sub(windows, middle[:, :, :, None, None], out=rows[:, :, 1 + c:].unflatten(2, windows.shape[2:5]))
     rows = rows.flatten(3).unflatten(1, (groups, -1))
-    moments = (rows[:, :, :first] @ rows[:, :, :first].mT).mean(2, dtype=torch.float64) / (h * w)
+    moments = (rows @ rows.mT).mean(2, dtype=torch.float64) / (h * w)
     mean, square = moments[..., :1, 1:], moments[..., 1:, 1:]
     return Patches(rows, mean, square - mean.mT @ mean, [h, w])
 

@@ -43,7 +43,7 @@ from training import Data, held_out_tasks, meta_of
 CLASSIFIER_METRICS = ("self_duality", "ncc_mismatch", "within_original", "between_original")
 BY_PARTS, LINEAR = "first step by parts", "linear classifiers, 5-shot"
 RIDGE = 0.1  # penalty of the ridge regression, as a multiple of the mean squared norm of the centred features
-ALONE, BY_SUPPORT = "batch norm by one query and the support set", "batch norm by the support set"
+ALONE = "batch norm by one query and the support set"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -110,8 +110,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
         "similarity of blocks 3-5, final": (final, partial(similarity, blocks=(3, 4, 5))),
         "similarity at equal steps, final": (final, partial(similarity, sizes=STEP_SIZES)),
         "similarity at equal steps, untrained": (untrained, partial(similarity, sizes=STEP_SIZES)),
-        ALONE: (final, partial(not_transductive, score=partial(scores, transductive=False))),
-        BY_SUPPORT: (final, partial(not_transductive, score=scores_by_support))}  # by statistics without the query
+        ALONE: (final, not_transductive)}
     sizes |= dict.fromkeys((f"{LINEAR}, final", f"{LINEAR}, untrained"), sizes.get("5-shot", usual))
     if not wanted.keys() >= set(only or ()):
         raise UserError(f"--only {' '.join(only)}: the controls are {', '.join(map(quoted, wanted))}")
@@ -256,11 +255,11 @@ def cka(one: Tensor, other: Tensor) -> Tensor:
     return torch.mul(*grams).sum((-2, -1)) / math.prod(torch.linalg.matrix_norm(gram) for gram in grams)
 
 
-def not_transductive(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], score: Callable) -> dict:
-    """Each query apart from the others, by `score`; accuracies before adaptation and after the last inner step."""
+def not_transductive(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor]) -> dict:
+    """Each query apart from the others; accuracies before adaptation and after the last inner step."""
     net, steps = maml.net, (0, maml.update_step, maml.update_step_test)
     trajectory = maml.adapt(tasks, max(steps))
-    results = {k: score(net, tasks, trajectory[k]) for k in set(steps)}
+    results = {k: scores(net, tasks, trajectory[k], transductive=False) for k in set(steps)}
     correct = {k: [accuracy(answers, tasks.y_qry) for answers in results[k][:2]] for k in results}
     _, null_qry = null
     metrics = {}
@@ -272,15 +271,6 @@ def not_transductive(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], scor
         metrics[model]["ncc_accuracy"] = correct[k][1][:, None]  # by support means of its own for every query
     by_classifier, by_mean = (torch.stack(pair, 1) for pair in zip(correct[0], correct[maml.update_step_test]))
     return {"metrics": metrics, "accuracy": by_classifier, "nearest_mean": by_mean}
-
-
-def scores_by_support(net: Learner, tasks: Tasks, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
-    """As `measuring.scores`; batch norm's statistics are those of the support set, for the queries too."""
-    n_support = tasks.x_spt.shape[1]
-    logits, layers = net(torch.cat([tasks.x_spt, tasks.x_qry], 1), weights, features=True, first=n_support)
-    support, query = layers[-2].split([n_support, tasks.x_qry.shape[1]], 1)
-    means = class_means(support, tasks.y_spt, logits.shape[-1])
-    return logits[:, n_support:], -measuring.squared_distances(query, means), query
 
 
 def dimension(net: Learner, images: Tensor, dataset: Dataset) -> Tensor:
