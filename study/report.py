@@ -73,7 +73,7 @@ def learners(study: Study) -> Figure:
     before_and_after(right, groups, *TESTED[2:], scale=100)
     share.set_yticklabels([name for _, _, name in groups])
     for group, colour, _ in reversed(groups):  # the first on top
-        blocks = range(len(group[0].layers) - 1)
+        blocks = range(-len(group[0].layers), -1)
         values = [[100 * effects.measured(run, "meta", "ncc_accuracy", layer=i) for i in blocks] for run in group]
         by_block.plot(group[0].layers[:-1], np.mean(values, 0), "o-", color=colour, markersize=3)
     share.set(title="A  Within / (within + between)", xlim=(0, 0.8))
