@@ -111,12 +111,13 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     Images that would be left out, because of their format or because they lie deeper, are refused. Those directly in
     `folder` are left out with a note.
     """
-    found, others, deeper = [], [], []
+    found, others, deeper, without = [], [], [], []
     for entry in images.subfolders(folder):
         files = _files(entry)
         pictures = [images.image_file(file, f"{folder.name}/{entry.name}/{file.name}")
                     for file in files if _is_image(file)]
         found += [(images.normal(entry.name), picture) for picture in pictures]
+        without += [short(entry.name)] if files and not pictures else []
         others += [f"{entry.name}/{file.name}" for file in files if file.name.lower().endswith(OTHER_EXTENSIONS)]
         deeper += [f"{entry.name}/{name}" for name in image_folders(entry)
                    if not pictures or os.path.dirname(pictures[0].path) != os.path.join(entry.path, name)]
@@ -126,6 +127,9 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     listed(others, f"images in {folder} in other formats than {', '.join(FORMATS)}", "convert them, or remove them")
     listed(list(map(short, deeper)), f"folders in the class folders of {folder} have images that would be left out",
            "move these into the class folder itself, or remove them")
+    if found and without:
+        note(f"note: {len(without):,} folders in {folder} are left out, as no file there has an extension of an image "
+             f"({', '.join(EXTENSIONS)}): {', '.join(without[:10])}")
     if found and (loose := _loose(folder)):
         note(f"note: {loose:,} images directly in {folder} are left out: they are in no class folder")
     return images.by_class(found)

@@ -127,6 +127,11 @@ def _missing(root: Path) -> str:
             if not missing:
                 return f"{root} has {names}, and {root / 'images'} is missing or empty"
             return f"{root} has {names} but none for {missing} (needed: {layout})"
+    expected, labels = set().union(*WNIDS.values()), set(folders.image_folders(root))
+    if len(expected & labels) > len(expected) / 2:
+        return (f"{root} has {len(expected & labels)} of miniImageNet's {len(expected)} classes (missing: "
+                f"{', '.join(sorted(expected - labels)[:10]) or 'none'}; not of it: "
+                f"{', '.join(map(short, sorted(labels - expected)[:10])) or 'none'})")
     return f"{root} has no CSV files, no folders train/, val/ and test/ and no caches{folders.own_images(root)}"
 
 

@@ -12,6 +12,7 @@ one those after the inner steps. study/figures.py and study/report.py draw; noth
 
 import files  # first: the others do not parse on an older Python  # noqa: I001
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,11 @@ from study import figures, report
 from study.logs import HOME, Study, read_groups
 
 
+def home_path(text: str) -> Path:
+    """A path, in which ~ is the home folder."""
+    return Path(os.path.expanduser(text))
+
+
 def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
     """Draw the runs that the command line names, or the report's figures; print what was written.
 
@@ -30,17 +36,19 @@ def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
     """
     parser = Parser(description="Draw neural collapse against meta-steps from training logs.",
                     epilog="With no RUN: redraw result.png and the report's figures from the logs under res/.")
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folder or log; several: seeds, settings")
+    parser.add_argument("runs", nargs="*", type=home_path, metavar="RUN",
+                        help="run folder or log; several: seeds, settings")
     parser.add_argument("--figure", choices=figures.ANY, default="traces", help="of the RUNs (default: traces)")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="PNG to write (default: in the first RUN)")
+    parser.add_argument("-o", "--output", type=home_path, metavar="FILE",
+                        help="PNG, PDF or SVG to write (default: a PNG in the first RUN)")
     parser.add_argument("--layer", metavar="NAME", help="not of --figure layers (default: the classifier's input)")
     options = parser.parse_args(arguments)
     if not options.runs and (options.output or options.layer or options.figure != parser.get_default("figure")):
         raise UserError("name a RUN: without one, all figures are redrawn, and -o, --layer and --figure have no effect")
     if options.layer and options.figure == "layers":
         raise UserError("--figure layers draws all layers; leave --layer out")
-    if options.output is not None and options.output.suffix.lower() != ".png":
-        raise UserError(f"-o {options.output}: name a file that ends in .png")
+    if options.output is not None and options.output.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise UserError(f"-o {options.output}: name a file that ends in .png, .pdf or .svg")
     with matplotlib.style.context(figures.STYLE, after_reset=True):  # not the user's matplotlibrc
         if options.runs:
             groups = read_groups(options.runs)

@@ -101,8 +101,11 @@ class Model:
         Raises:
             UserError: an image can't be read, labels and images don't fit, or an answer is not finite.
         """
-        labels = [label.item() if hasattr(label, "item") else label for label in support_labels]
-        classes = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        try:
+            labels = [label.item() if hasattr(label, "item") else label for label in support_labels]
+            classes = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError("give one label per support image, a number or a string, not a row") from error
         by_mean = self.args.learner in BASELINES
         if len(classes) < 2 or len(classes) > self.args.n_way and not by_mean:
             most = "or more" if by_mean else f"to {self.args.n_way}"

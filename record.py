@@ -24,6 +24,7 @@ import device as devices
 import nc_metrics
 from files import UserError, atomic, locked, quoted, reading, remove_stale, same_place, writing
 from learner import Learner
+from tasks import Dataset
 
 WRITTEN = ("args.json", "*.pt", "result.png", "result.json", "timing.json")  # files that are written whole
 PER_TASK = ("within", "between", "nc1", "cdnv", "directional_cdnv", "ncc_accuracy")  # what log.jsonl keeps per task
@@ -164,6 +165,19 @@ def other_images(run: Path, args: argparse.Namespace) -> str:
     if flag == "root":
         other = other and args.script == "miniimagenet_train" and not args.synthetic and os.path.isdir(str(own))
     return "-" + re.sub(r"[^\w.-]", "_", args.data_name or "_".join(Path(here).resolve().parts[-2:])) if other else ""
+
+
+def check_classes(run: Path, args: argparse.Namespace, dataset: Dataset) -> None:
+    """Raise a UserError if the run's own folder of images has other training classes than the run was trained on.
+
+    Classes that it was trained on could be test classes now.
+    """
+    settings, splits = (read_args(run).get(part, {}) for part in ("settings", "data"))
+    here = all(same_place(getattr(args, flag), settings.get(flag)) for flag in ("root", "data"))
+    then = splits.get("splits", {}).get("train", {}).get("classes_digest")
+    if here and then and "train" in dataset.counts() and dataset.digest("train") != then:
+        raise UserError(f"{run} was trained on other classes than the training classes here now ({dataset.found()}), "
+                        "and may know the test classes; restore the images, or name others with --data FOLDER")
 
 
 def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:

@@ -73,9 +73,10 @@ def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
             if args.test is None:
                 _train(maml, data)
             else:
+                run = Path(args.test)
                 if devices.rank() == 0:  # it may download them
                     say(f"Data: {dataset.described()}")
-                run = Path(args.test)
+                    record.check_classes(run, args, dataset)
                 record.write_test(run, _test(maml, data, run, Signals()), args)
 
 

@@ -34,7 +34,7 @@ from files import Parser, UserError, atomic, progress, quoted, reading
 from learner import Learner, Weights
 from measuring import accuracies, accuracy, class_means, collapse_metrics, permuted_labels, scores
 from meta import Meta, adapt
-from record import check_network, numbers, other_images, say, summary
+from record import check_classes, check_network, numbers, other_images, say, summary
 from settings import check
 from study.design import CONTROL_QUERIES, CONTROL_SHOTS, STEP_SIZES
 from tasks import Dataset, Tasks, as_tasks, cat, chunked
@@ -78,6 +78,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
     """Each control's name and values: "tasks", metrics of each model, accuracies, "effective_dimension"."""
     device, dataset = select_device(args.device), script.dataset(args)
     check(args, dataset, script.network)
+    check_classes(folder, args, dataset)
     most = min(dataset.counts()["test"]) - args.k_spt  # queries per class
     keep_memory()
     set_arithmetic(args.precision, args.deterministic)
@@ -106,11 +107,12 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
         f"{BY_PARTS}, untrained": (untrained, by_parts),
         "similarity, final": (final, similarity),
         "similarity, untrained": (untrained, similarity),
-        "similarity of blocks 1-2, final": (final, partial(similarity, blocks=(1, 2))),
-        "similarity of blocks 3-5, final": (final, partial(similarity, blocks=(3, 4, 5))),
-        "similarity at equal steps, final": (final, partial(similarity, sizes=STEP_SIZES)),
-        "similarity at equal steps, untrained": (untrained, partial(similarity, sizes=STEP_SIZES)),
         ALONE: (final, not_transductive)}
+    if len(final.blocks) == len(STEP_SIZES) + 1:  # the study's networks
+        wanted |= {"similarity of blocks 1-2, final": (final, partial(similarity, blocks=(1, 2))),
+                   "similarity of blocks 3-5, final": (final, partial(similarity, blocks=(3, 4, 5))),
+                   "similarity at equal steps, final": (final, partial(similarity, sizes=STEP_SIZES)),
+                   "similarity at equal steps, untrained": (untrained, partial(similarity, sizes=STEP_SIZES))}
     sizes |= dict.fromkeys((f"{LINEAR}, final", f"{LINEAR}, untrained"), sizes.get("5-shot", usual))
     if not wanted.keys() >= set(only or ()):
         raise UserError(f"--only {' '.join(only)}: the controls are {', '.join(map(quoted, wanted))}")

@@ -22,7 +22,7 @@ from PIL import Image
 from files import UserError, atomic, one_line
 from study import effects
 from study.design import MODELS, TASKS, label
-from study.logs import Run, describe
+from study.logs import Run, describe, differing
 
 Group = list[Run]  # the seeds of a setting
 Curve = Callable[[Run], tuple]  # steps, values and optionally half of a 95% interval over tasks, each [S]
@@ -42,7 +42,11 @@ BY_CONSTRUCTION = {"self_duality", "ncc_mismatch"}  # 2 and chance before adapta
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG with 128 colours, which is small and keeps every line's; the same figure gives the same bytes."""
+    """Write a PDF, an SVG, or a PNG with 128 colours, which is small; the same figure gives the same PNG."""
+    if path.suffix.lower() != ".png":
+        with atomic(path, remedy="name another file with -o") as file:
+            figure.savefig(file, format=path.suffix[1:].lower())
+        return
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     with atomic(path, remedy="name another file with -o") as file:
@@ -191,8 +195,9 @@ def zoom_on_accuracy(axes: Axes) -> None:
 def traces(groups: Sequence[Group], layer: str | None = None) -> Figure:
     """The original's panels: traces within and between classes, and the share within, before and after adaptation."""
     if len(groups) > 1:
+        (one, *_), (other, *_), *_ = groups
         raise UserError("--figure traces draws the seeds of one setting; --figure metrics and --figure accuracy "
-                        "compare settings")
+                        f"compare settings ({one.path} and {other.path}: {', '.join(differing(one, other))})")
     group, run = groups[0], groups[0][0]
     kinds = {"within": PALETTE[0], "between": PALETTE[1]}
     legend = [key(f"{name} classes", colour, linewidth=2.2) for name, colour in kinds.items()]

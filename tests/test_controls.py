@@ -89,8 +89,8 @@ def test_controls(tmp_path):
     controls.main([str(run), "--tasks", "4"])
     found = read(run)
     assert list(found) == ["final", "untrained", "classifier at zero", "classifier at random", "pixels", "queries 1",
-                           "queries 5", "queries 19", "5-shot", *LINEAR, *PARTS, *SIMILARITY, *BY_BLOCKS, *EQUAL,
-                           controls.ALONE]
+                           "queries 5", "queries 19", "5-shot", *LINEAR, *PARTS, *SIMILARITY, controls.ALONE,
+                           *BY_BLOCKS, *EQUAL]
     args, images, tasks = tasks_of(run)
     final = predict.load(run, "last").net
     torch.manual_seed(args.seed)
@@ -230,6 +230,9 @@ def test_classes_of_fewer_images_than_five_shots_and_the_usual_queries(tmp_path,
     controls.main([*measure, "queries 5", "similarity, final"])
     assert list(read(run)) == ["5-shot", "queries 5", "similarity, final"]
     assert read(run)["similarity, final"]["cka"][0] < 0.9999, "MAML's inner loop changes ANIL's body too"
+    with monkeypatch.context() as patch, refused("--only similarity at equal steps, final: the controls are final"):
+        patch.setattr(controls, "STEP_SIZES", (0.1, 0.1))  # of a network with other blocks
+        controls.main([*measure, "similarity at equal steps, final"])
     write_classes(tmp_path / "pictures", 15, count=6)
     controls.main([*measure, "final", "--data", str(tmp_path / "pictures")])
     assert (run / f"controls-{tmp_path.name}_pictures.json").exists()

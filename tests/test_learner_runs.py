@@ -1,6 +1,7 @@
 """Runs of every learner and recipe: stopped and resumed, measured or not, they end with the same bits."""
 
 import os
+import shutil
 import sys
 from dataclasses import replace
 from unittest.mock import Mock, call
@@ -19,6 +20,7 @@ import synthetic
 from baselines import BASELINES
 from files import UserError
 from meta import Meta
+from study import controls
 from tasks import with_rotations
 from training import Data
 
@@ -114,6 +116,10 @@ def test_testing_on_other_images_needs_only_their_test_split(tmp_path):
     assert read_json(run, "test-6tasks-1qry-1steps-other.json")["data"] == "other"
     omniglot_train.main(["--test", str(run)])
     assert (run / "test-6tasks-2qry-1steps.json").read_text() == (run / "result.json").read_text()
+    shutil.copytree(tmp_path / "many/class 0", tmp_path / "many/aardvark")  # the shuffle of the names is another now
+    for again in (omniglot_train.main, controls.main):
+        with pytest.raises(UserError, match="was trained on other classes than the training classes here now"):
+            again([*["--test"] * (again is omniglot_train.main), str(run)])
 
 
 @pytest.mark.slow

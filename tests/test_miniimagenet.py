@@ -173,6 +173,15 @@ def test_all_classes_without_csv_files_are_split_as_by_ravi_and_larochelle(tmp_p
         miniimagenet.find(tmp_path)
 
 
+def test_nearly_all_classes_are_named(tmp_path):
+    first, *others = sorted(itertools.chain(*miniimagenet.WNIDS.values()))
+    for label in (*others, "n99999999"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "0.png").touch()
+    with refused(f"has 99 of miniImageNet's 100 classes (missing: {first}; not of it: 'n99999999')"):
+        miniimagenet.find(tmp_path)
+
+
 def test_files_that_two_names_fit(photos):
     (photos / "images" / "p00.txt").write_text("of several, the one with the extension of the CSV file")
     (photos / "images" / "thumbs").mkdir()  # directly in images/ comes first

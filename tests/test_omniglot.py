@@ -121,6 +121,9 @@ def test_damaged_zips(tmp_path, small_omniglot):
                 image_set.load(split, 28, 1)
     with refused("images_background.zip is a file; name the folder"):
         omniglot.find(path)
+    (tmp_path / "images_background/Greek").mkdir(parents=True)
+    with refused("images_background is a part of Omniglot; name the folder that it is in"):
+        omniglot.find(tmp_path / "images_background")
 
 
 # The download

@@ -62,6 +62,9 @@ def test_every_figure_of_any_run_is_small_and_the_same_twice(name, tmp_path, mon
     runs = [str(write_run(tmp_path / str(seed), seed=seed)) for seed in range(2)]
     for file in ("a.png", "b.png"):
         plot_nc.main([*runs, "--figure", name, "-o", str(tmp_path / file)])
+    for kind in ("pdf", "svg"):
+        plot_nc.main([*runs, "--figure", name, "-o", str(tmp_path / f"a.{kind}")])
+        assert kind.upper().encode() in (tmp_path / f"a.{kind}").read_bytes().upper()[:200]
     picture = (tmp_path / "a.png").read_bytes()
     assert picture == (tmp_path / "b.png").read_bytes() and 5_000 < len(picture) < 60_000
 
@@ -237,6 +240,12 @@ def test_a_run_without_a_measurement(name, tmp_path):
         assert words in refused(run, "--figure", name)
 
 
+def test_traces_are_of_one_setting(tmp_path):
+    runs = [write_run(tmp_path / str(epoch), epoch=epoch) for epoch in (600, 700)]
+    with pytest.raises(UserError, match="seeds of one setting; .* compare settings .*/600 and .*/700: epoch"):
+        plot_nc.main(list(map(str, runs)))
+
+
 def test_settings_of_one_name_have_their_folders_in_a_legend_that_fits(tmp_path):
     runs = [write_run(tmp_path / name / "run $", recipe=name, net="original", first_order=True, learner="boil")
             for name in ("one", "two")]
@@ -282,7 +291,7 @@ def test_other_refusals(tmp_path):
     for arguments, words in (((tmp_path / "nowhere",), "; name the folder that a training script wrote"),
                              ((run / "args.json",), "no run at"), ((PROJECT / "tests",), "no run at"),
                              ((run, "--layer", "block9"), "no layer 'block9'"), (("--layer", "block1"), "name a RUN"),
-                             ((run, "-o", "x.pdf"), "ends in .png"), (("-o", "x.png"), "name a RUN"),
+                             ((run, "-o", "x.jpg"), "ends in .png"), (("-o", "x.png"), "name a RUN"),
                              ((run, "--figure", "none"), "--help"), (("--figure", "layers"), "name a RUN"),
                              ((run, "--figure", "layers", "--layer", "block1"), "draws all layers; leave --layer out")):
         assert words in refused(*arguments)

@@ -161,6 +161,7 @@ def test_layers_other_than_the_run_s_are_refused_or_taken_from_it(tmp_path, runs
     (lambda run, model, four: predict.load(run, device="mps"), "--device mps"),
     (lambda run, model, four: model.predict(four, [0, 1, 2, 3], four), "4 different labels; this run's network takes"),
     (lambda run, model, four: model.predict(four[:3], LABELS, four), "3 support images and 4 labels"),
+    (lambda run, model, four: model.predict(four, [[0], [0], [1], [1]], four), "give one label per support image, a"),
     (lambda run, model, four: model.predict(four, LABELS, "query.png"), "give a list"),
     (lambda run, model, four: model.predict(four, LABELS, [run / "absent.png"]), "absent.png: No such file"),
     (lambda run, model, four: model.predict(four, LABELS, [run / "args.json"]), "args.json is none of JPEG"),
