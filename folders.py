@@ -53,6 +53,9 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
         raise UserError(f"there is no folder {Path(root).absolute()} that can be read; name the folder of the class "
                         "folders with --data FOLDER")
     top = _around_classes(Path(root))
+    if all((top / f"{split}.csv").exists() for split in NAMES):
+        note(f"note: with --data the CSV files in {top} are not read; miniimagenet_train.py reads them with --root "
+             f"{quoted(top)}")
     cache = Path(cache or Path(root) / ".cache")  # hidden, because FOLDER/cache may be a class
     parts = split_folders(top)
     if len(parts) == 3 or tests_only and "test" in parts and image_folders(parts["test"]):
@@ -122,8 +125,10 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
         deeper += [f"{entry.name}/{name}" for name in image_folders(entry)
                    if not pictures or os.path.dirname(pictures[0].path) != os.path.join(entry.path, name)]
     if deeper and not found:  # such as the characters of several alphabets
-        raise UserError(f"{folder} has {len(deeper):,} class folders one level too deep, such as {deeper[0]}; move "
-                        f"them up into {folder}, each under a name of its own")
+        parents = {name.partition("/")[0] for name in deeper}
+        remedy = f"give --data {quoted(folder / parents.pop())}" if len(parents) == 1 else (
+            f"move them up into {folder}, each under a name of its own")
+        raise UserError(f"{folder} has {len(deeper):,} class folders one level too deep, such as {deeper[0]}; {remedy}")
     listed(others, f"images in {folder} in other formats than {', '.join(FORMATS)}", "convert them, or remove them")
     listed(list(map(short, deeper)), f"folders in the class folders of {folder} have images that would be left out",
            "move these into the class folder itself, or remove them")

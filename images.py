@@ -156,6 +156,10 @@ class ImageSet:
             return
         names = {value: file.name for files, row in zip(self.splits[split].values(), hashes.tolist())
                  for file, value in zip(files, row)}
+        copies = sum(map(len, self.splits[split].values())) - len(names)
+        if copies > SHARED * len(names):
+            note(f"note: {copies:,} images of {split} have the same pixels as another one; a task's support and query "
+                 "images may be the same")
         for other, others in self._names.items():
             pairs = [f"{others[value]} = {names[value]}" for value in others if value in names]
             what = f"{len(pairs):,} images are in both {other} and {split}"

@@ -126,7 +126,7 @@ def similarity(study: Study) -> Figure:
             values = [[effects.in_control(run, f"similarity, {kind}", "cka", i) for i in range(len(run.layers))]
                       for run in group]
             axes.plot(group[0].layers, np.mean(values, 0), "o-", color=colour, markersize=3, label=name)
-        axes.legend(loc="lower left", fontsize=7.5)
+        axes.legend(handles=axes.get_lines(), loc="lower left", fontsize=7.5)
     left.set(title="A  Learners", ylabel="CKA, before and after the inner loop", ylim=(0, 1.03))
     right.set(title="B  MAML trained with an inner loop of some blocks")
     return figure

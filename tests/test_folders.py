@@ -68,6 +68,20 @@ def test_decoded_images_are_no_class_and_hide_no_folder(tmp_path, top, cache):
     assert len(listing(tmp_path / (cache or ".cache"))) == 1
 
 
+def test_copies_and_csv_files_are_noted(tmp_path, capsys):
+    write_classes(tmp_path, 3)
+    shutil.copytree(tmp_path / "class 0", tmp_path / "class 3")
+    for split in images.SPLITS:
+        (tmp_path / f"{split}.csv").touch()
+    image_set = find(tmp_path)
+    assert capsys.readouterr().err.startswith("note: with --data the CSV files in ")
+    split = next(split for split, classes in image_set.splits.items() if "class 3" in classes)
+    for number, file in enumerate(image_set.splits[split]["class 3"]):
+        shutil.copy(file.path, tmp_path / f"class 3/copy {number}.png")
+    find(tmp_path).load(split, 8, 3)
+    assert f"note: 4 images of {split} have the same pixels as another one" in capsys.readouterr().err
+
+
 def test_the_images_of_a_class_may_lie_in_a_folder_images(tmp_path):
     """As in Tiny ImageNet's train/, whose val/ and test/ have one folder of images without classes."""
     write_classes(tmp_path / "plain", 3)
@@ -103,6 +117,8 @@ def no_folders(root: Path) -> None:
     (lambda root: write_classes(root, 2), ["holds 2 class folders", "at least 3 classes"]),
     (lambda root: [write_classes(root / alphabet, 3) for alphabet in ("Greek", "Latin")],
      ["has 6 class folders one level too deep, such as Greek/class 0; move them up into"]),
+    (lambda root: write_classes(root / "data", 3) or (root / "splits/a").mkdir(parents=True),
+     ["has 3 class folders one level too deep, such as data/class 0; give --data ", "/mine/data"]),
     (no_folders, ["0 class folders (4 images outside class folders)"]),
     (split_folders("train", "test"), ["has train, test and no val/"]),
     (split_folders("train", "val", "valid", "test"), ["two folders of one split", "valid", "move one away"]),
