@@ -185,8 +185,8 @@ def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
     name = f"test-{args.test_tasks}tasks-{args.k_qry_test}qry-{args.update_step_test}steps"
     if args.k_spt != read_args(run)["settings"]["k_spt"]:
         name += f"-{args.k_spt}shot"
-    if args.test_weights == "last":
-        name += "-last"
+    if args.test_weights != "best":
+        name += f"-{args.test_weights}"
     if not args.transductive:
         name += "-not-transductive"
     path = run / f"{name}{other_images(run, args)}.json"

@@ -7,6 +7,7 @@
 import argparse
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -163,8 +164,8 @@ def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
     flag("eval_every", 500, "meta-steps between two validations, with metrics on the same held-out tasks")
     flag("eval_tasks", 100, f"tasks of a validation, always the same; with --synthetic {fewer['eval_tasks']}")
     flag("test_tasks", 600, f"tasks of the test at the end; with --synthetic {fewer['test_tasks']}")
-    flag("test_weights", "best", "test the weights of the best validation or after the last step",
-         choices=["best", "last"])
+    flag("test_weights", "best", "test the weights of the best validation, or the last; with --test also weights-STEP, "
+         "of --keep_every")
     flag("keep_every", 0, "meta-steps between two copies of the weights that are kept, weights-STEP.pt; 0: none")
     flag("save_every", 500, "meta-steps between two checkpoints; 0: only at the start, at the end and when stopped")
     choice("tensorboard", False, "also write loss, accuracy and relative within traces to OUT/tensorboard")
@@ -316,6 +317,9 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
         raise UserError(f"--epoch {args.epoch}: it counts tasks here, and a meta-step takes {args.task_num}; give "
                         f"{args.task_num} or more")
     tests_only = args.test is not None
+    if not re.fullmatch(r"best|last|weights-\d+" if tests_only else "best|last", args.test_weights):
+        raise UserError(f"--test_weights {args.test_weights}: must be best or last; with --test also weights-STEP, "
+                        "as in weights-1000")
     if args.learner == "classifier" and not tests_only and (devices.size() > 1 or args.task_chunk):
         raise UserError("--learner classifier: batch norm is over all images of a step, so one process takes them "
                         "together; give --task_chunk 0, and start one process")

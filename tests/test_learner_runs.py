@@ -100,6 +100,13 @@ def test_weights_that_are_kept_and_tested(tmp_path):
     omniglot_train.main([*again, "--k_qry", "1"])  # a transductive test answers the first query of each class alone
     last = read_json(run, "test-6tasks-1qry-1steps-last-not-transductive.json")
     assert last["test_nontransductive"] == result["test_nontransductive"]
+    omniglot_train.main(["--test", str(run), "--test_weights", "weights-3"])
+    kept = read_json(run, "test-6tasks-2qry-1steps-weights-3.json")
+    assert (kept["weights-3_step"], kept["val_accuracy"]) == (3, None)
+    for flags in (["--synthetic"], ["--test", str(run)]):
+        weights = "weights-3" if "--synthetic" in flags else "../weights-3"
+        assert f"--test_weights {weights}: must be best or last" in refused(*flags, "--test_weights", weights)
+    assert "weights-4.pt: No such file" in refused("--test", str(run), "--test_weights", "weights-4")
 
 
 def test_testing_on_other_images_needs_only_their_test_split(tmp_path):
