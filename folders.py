@@ -112,7 +112,7 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     """Class -> its images, both sorted by name, for each folder in `folder` that has images.
 
     Images that would be left out, because of their format or because they lie deeper, are refused. Those directly in
-    `folder` are left out with a note.
+    `folder`, and folders with other files alone, are left out with a note.
     """
     found, others, deeper, without = [], [], [], []
     for entry in images.subfolders(folder):
