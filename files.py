@@ -82,6 +82,11 @@ def quoted(path: Path | str) -> str:
     return shlex.quote(str(path))
 
 
+def home_path(path: str | os.PathLike) -> Path:
+    """A path, in which ~ is the home folder, as in a shell."""
+    return Path(os.path.expanduser(path))
+
+
 def same_place(one: str | Path | None, other: str | Path | None) -> bool:
     """Whether two paths lead to one place, however they are spelled; None is no path."""
     return one == other or None not in (one, other) and os.path.realpath(one) == os.path.realpath(other)

@@ -156,7 +156,7 @@ class ImageSet:
             return
         names = {value: file.name for files, row in zip(self.splits[split].values(), hashes.tolist())
                  for file, value in zip(files, row)}
-        copies = sum(map(len, self.splits[split].values())) - len(names)
+        copies = sum(self.counts()[split]) - len(names)
         if copies > SHARED * len(names):
             note(f"note: {copies:,} images of {split} have the same pixels as another one; a task's support and query "
                  "images may be the same")

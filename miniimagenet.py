@@ -49,6 +49,7 @@ WNIDS = {split: text.split() for split, text in {  # the classes in the CSV file
     "test": """
         n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484 n02871525 n03127925
         n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357 n04522168 n07613480"""}.items()}
+CLASSES = set().union(*WNIDS.values())
 # A pickled cache's name. train_phase_val and train_phase_test hold other images of the training classes; learn2learn's
 # "bookkeeping" holds no images.
 PICKLE = r"(?i)(?!.*bookkeeping)(?:.*[-_])?(?<!train_phase_)(train|val|test)(?:idation|_phase_train)?\.(?:pkl|pickle)"
@@ -127,11 +128,11 @@ def _missing(root: Path) -> str:
             if not missing:
                 return f"{root} has {names}, and {root / 'images'} is missing or empty"
             return f"{root} has {names} but none for {missing} (needed: {layout})"
-    expected, labels = set().union(*WNIDS.values()), set(folders.image_folders(root))
-    if len(expected & labels) > len(expected) / 2:
-        return (f"{root} has {len(expected & labels)} of miniImageNet's {len(expected)} classes (missing: "
-                f"{', '.join(sorted(expected - labels)[:10]) or 'none'}; not of it: "
-                f"{', '.join(map(short, sorted(labels - expected)[:10])) or 'none'})")
+    labels = set(folders.image_folders(root))
+    if len(CLASSES & labels) > len(CLASSES) / 2:
+        return (f"{root} has {len(CLASSES & labels)} of miniImageNet's {len(CLASSES)} classes (missing: "
+                f"{', '.join(sorted(CLASSES - labels)[:10]) or 'none'}; not of it: "
+                f"{', '.join(map(short, sorted(labels - CLASSES)[:10])) or 'none'})")
     return f"{root} has no CSV files, no folders train/, val/ and test/ and no caches{folders.own_images(root)}"
 
 
@@ -143,7 +144,6 @@ def _where(root: Path) -> str:
 
 def _from_wnids(root: Path, cache: Path) -> Splits | None:
     """The images of all 100 classes in `root`, its images/ or its only folder; None if there are not exactly these."""
-    expected = set().union(*WNIDS.values())
     inner = [Path(folder) for folder in images.subfolders(root) if Path(folder) != cache]
     places = [root, root / "images", *(inner[0] / name for name in (".", "images") if len(inner) == 1)]
     for place in [] if _layouts(root)[CSV] else filter(Path.is_dir, places):
@@ -151,9 +151,9 @@ def _from_wnids(root: Path, cache: Path) -> Splits | None:
         classes = {} if labels else images.by_class(
             (entry.name[:9], images.image_file(entry, entry.name)) for entry in images.entries(place)
             if re.fullmatch(r"n\d{8}(\d{8}|_\d+)\.\w+", entry.name))
-        if labels == expected:
+        if labels == CLASSES:
             classes = folders.class_folders(place)
-        if classes.keys() == expected:
+        if classes.keys() == CLASSES:
             return {split: {wnid: classes[wnid] for wnid in wnids} for split, wnids in WNIDS.items()}
     return None
 

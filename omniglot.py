@@ -61,8 +61,8 @@ def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffl
             root.stat()  # glob passes over a folder that can't be read
         missing = [part for part in PARTS if not _candidates(root, part)]
     if missing:
-        if os.path.isfile(root) or root.resolve().name in PARTS:
-            what = "a file" if os.path.isfile(root) else "a part of Omniglot"
+        what = "a file" if os.path.isfile(root) else "a part of Omniglot" if root.resolve().name in PARTS else None
+        if what:
             raise UserError(f"--root {root} is {what}; name the folder that it is in")
         if os.path.isdir(root) and (others := folders.own_images(root)):
             raise UserError(f"{root} has no {' and no '.join(missing)}{others}; to download Omniglot, name another "

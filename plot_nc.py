@@ -12,20 +12,14 @@ one those after the inner steps. study/figures.py and study/report.py draw; noth
 
 import files  # first: the others do not parse on an older Python  # noqa: I001
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.style
 
-from files import Parser, UserError, one_line
+from files import Parser, UserError, home_path, one_line
 from study import figures, report
 from study.logs import HOME, Study, read_groups
-
-
-def home_path(text: str) -> Path:
-    """A path, in which ~ is the home folder."""
-    return Path(os.path.expanduser(text))
 
 
 def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:

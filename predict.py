@@ -31,7 +31,7 @@ import record
 import settings
 from baselines import BASELINES, inner_rates
 from device import select_device
-from files import UserError, reading
+from files import UserError, home_path, reading
 from images import decode
 from learner import Learner
 from measuring import scores
@@ -53,7 +53,7 @@ def load(run: str | os.PathLike, weights: str | None = None, device: str = "cpu"
     Raises:
         UserError: the folder, the weights or the device can't be used.
     """
-    run = Path(os.path.expanduser(run))
+    run = home_path(run)
     script, args = settings_of(run, f"--device={device}")
     torch_device = select_device(args.device)
     with reading(run / "args.json", wrong="is not what a run writes"):
@@ -157,7 +157,7 @@ def _content(picture: Picture, name: str) -> tuple[bytes | np.ndarray | Image.Im
         return picture, name
     if isinstance(picture, (str, os.PathLike)):
         with reading(picture, "give the file name of an image"):
-            return Path(os.path.expanduser(picture)).read_bytes(), str(picture)
+            return home_path(picture).read_bytes(), str(picture)
     array = picture.cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
     if array.dtype == bool:  # a PIL image of mode "1"
         array = np.uint8(255) * array

@@ -172,9 +172,10 @@ def check_classes(run: Path, args: argparse.Namespace, dataset: Dataset) -> None
 
     Classes that it was trained on could be test classes now.
     """
-    settings, splits = (read_args(run).get(part, {}) for part in ("settings", "data"))
-    here = all(same_place(getattr(args, flag), settings.get(flag)) for flag in ("root", "data"))
-    then = splits.get("splits", {}).get("train", {}).get("classes_digest")
+    with reading(args_file(run), wrong="is not what a run writes"):
+        recorded = read_args(run)
+        here = all(same_place(getattr(args, flag), recorded["settings"].get(flag)) for flag in ("root", "data"))
+        then = recorded.get("data", {}).get("splits", {}).get("train", {}).get("classes_digest")
     if here and then and "train" in dataset.counts() and dataset.digest("train") != then:
         raise UserError(f"{run} was trained on other classes than the training classes here now ({dataset.found()}), "
                         "and may know the test classes; restore the images, or name others with --data FOLDER")

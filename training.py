@@ -219,7 +219,6 @@ class _Run:
             if step % args.eval_every == 0:
                 self.validate()
             if args.keep_every and step % args.keep_every == 0:
-                self.stop_if_not_finite()
                 self.save_weights(f"weights-{step}.pt")
             result = self.meta_step(every_step=show)
             if checks or show or result.metrics:
@@ -290,6 +289,7 @@ class _Run:
 
     def save_weights(self, name: str, **more: float) -> dict:
         """Write a copy of the weights to a file in the run's folder; returns what the file holds."""
+        self.stop_if_not_finite()
         weights = {key: weight.cpu().clone() for key, weight in self.maml.net.state_dict().items()}
         content = {"weights": weights, "step": self.maml.step} | more
         checkpoint.write(self.out / name, content)

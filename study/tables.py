@@ -210,10 +210,9 @@ def ranking(study: Study) -> str:
     """
     learners = study.groups(LEARNERS)
     shown = [*learners, *references_of(learners).values()]
-    by_mean = "nearest support mean before adaptation"
-    accuracies = {by_mean: means(learners, tested, "nearest_mean", 0),
+    accuracies = {NEAREST: means(learners, tested, "nearest_mean", 0),
                   "the learner's own rule, transductive": means(learners, own_accuracy),
-                  f"{by_mean}, 15 queries, with pixels and the untrained network":
+                  f"{NEAREST}, 15 queries, with pixels and the untrained network":
                   means(shown, in_control, "final", "nearest_mean", 0)}
     rows = []
     for name, column in before().items() if learners else ():
@@ -237,14 +236,14 @@ def falls(study: Study) -> str:
     of_images = tested_nearest | {"test accuracy": (own_accuracy,), f"{spread}, trained": PARTS["the same, trained"],
                                   "body's step, relative": PARTS["body's step, relative"]}
     rows = []
-    for names, kind, steps, others in (
+    for names, kind, when, others in (
             (design.ONE_STEP, "settings in second order, one inner step", (step,), validated_nearest),
             (design.TRAINED_CLASSIFIER, "of these, with a trained classifier", (step,), parts),
             (design.FIRST_ORDER, "settings in first order", (step,), validated_nearest),
             (design.IMAGES, "kinds of images (section 5)", (), of_images),
             (design.SMALL_PHOTOGRAPHS, "settings of section 5", (), tested_nearest)):
         if groups := study.groups(names):
-            fall = means(groups, effects.fall, *steps)
+            fall = means(groups, effects.fall, *when)
             rows += [{"": f"{len(groups)} {kind}", "the fall against": name,
                       "Spearman correlation": fixed(effects.spearman(fall, means(groups, *column)), 2)}
                      for name, column in others.items()]
