@@ -84,22 +84,22 @@ class Model:
     dataset: Dataset  # its mean and deviation normalise the images; its own images are not read
 
     @torch.no_grad()
-    def predict(self, support_images: Iterable[Picture], support_labels: Iterable[Hashable],
-                query_images: Iterable[Picture], transductive: bool = False) -> list[Hashable]:
-        """The label of each query image, after adaptation to the support set.
+    def adapt(self, support_images: Iterable[Picture], support_labels: Iterable[Hashable]) -> tuple:
+        """The inner loop of the run's test: --update_step_test steps from the trained weights; ProtoNet and the
+        classifier take none.
 
-        MAML, ANIL and BOIL take the run's --update_step_test inner steps from the trained weights, for fewer than n_way
-        classes with the first rows of the classifier. ProtoNet and the classifier answer with the label of the nearest
-        support mean. Each query is normalised with the support set alone, so its answer does not depend on the others.
+        For fewer than n_way classes it adapts the first rows of the classifier. Features after adaptation:
+        `model.net(model.pixels(images), model.adapt(support_images, support_labels)[0], features=True)`.
 
         Args:
             support_images: one or more of each class.
             support_labels: one per image; any hashable objects. Two different ones or more, and for MAML, ANIL and BOIL
                 n_way at most.
-            transductive: normalise all queries together, as MAML's tests do. Answers then depend on the other queries,
-                which should be balanced over the classes; with fewer queries than classes there is a warning.
+        Returns:
+            The weights, each [1, ...]; the label of each output of the network, a list; the support set as the network
+            takes it, images [1, N, c, h, w] and labels [1, N].
         Raises:
-            UserError: an image can't be read, labels and images don't fit, or an answer is not finite.
+            UserError: an image can't be read, or labels and images don't fit.
         """
         try:
             labels = [label.item() if hasattr(label, "item") else label for label in support_labels]
@@ -110,26 +110,43 @@ class Model:
         if len(classes) < 2 or len(classes) > self.args.n_way and not by_mean:
             most = "or more" if by_mean else f"to {self.args.n_way}"
             raise UserError(f"the support set has {len(classes)} different labels; this run's network takes 2 {most}")
-        x_spt, x_qry = self.pixels(support_images), self.pixels(query_images)
-        total = x_qry.shape[1]
-        if x_spt.shape[1] != len(labels):
-            raise UserError(f"there are {x_spt.shape[1]} support images and {len(labels)} labels; give one label per "
-                            "image")
-        y_spt = torch.tensor([[classes[label] for label in labels]], device=x_spt.device)
-        if transductive and 0 < total < len(classes):
-            warnings.warn(f"{total} queries of {len(classes)} classes are normalised together: their "
-                          "statistics mean little; leave transductive out", stacklevel=3)
+        x = self.pixels(support_images)
+        if x.shape[1] != len(labels):
+            raise UserError(f"there are {x.shape[1]} support images and {len(labels)} labels; give one label per image")
+        y = torch.tensor([[classes[label] for label in labels]], device=x.device)
         theta = dict(self.net.weights)
         for name in self.net.head:  # a row per class; nearest means need none
             rows = theta[name][:len(classes)]
             theta[name] = torch.cat([rows, rows.new_zeros(len(classes) - len(rows), *rows.shape[1:])])
         rates = inner_rates(self.net, self.args.learner, self.args.update_lr, self.args.head_lr, self.args.adapt_blocks)
-        *_, weights = adapt(self.net, theta, x_spt, y_spt, rates, 0 if by_mean else self.args.update_step_test)
-        names, answers = list(classes), []
+        *_, weights = adapt(self.net, theta, x, y, rates, 0 if by_mean else self.args.update_step_test)
+        return weights, list(classes), x, y
+
+    @torch.no_grad()
+    def predict(self, support_images: Iterable[Picture], support_labels: Iterable[Hashable],
+                query_images: Iterable[Picture], transductive: bool = False) -> list[Hashable]:
+        """The label of each query image, after `adapt` with the support set.
+
+        MAML, ANIL and BOIL answer with their classifier, ProtoNet and the ordinary classifier with the label of the
+        nearest support mean. Each query is normalised with the support set alone, so its answer does not depend on the
+        others.
+
+        Args:
+            transductive: normalise all queries together, as MAML's tests do. Answers then depend on the other queries,
+                which should be balanced over the classes; with fewer queries than classes there is a warning.
+        Raises:
+            UserError: as `adapt`, or an answer is not finite.
+        """
+        weights, names, x_spt, y_spt = self.adapt(support_images, support_labels)
+        x_qry, answers = self.pixels(query_images), []
+        total = x_qry.shape[1]
+        if transductive and 0 < total < len(names):
+            warnings.warn(f"{total} queries of {len(names)} classes are normalised together: their "
+                          "statistics mean little; leave transductive out", stacklevel=3)
         for queries, in chunks(total if transductive else QUERIES_PER_PASS, total, x_qry[0]) if total else ():
             tasks = Tasks(x_spt, y_spt, queries[None], y_spt)  # the last, the queries' labels, is not used
             logits, similarity, _ = scores(self.net, tasks, weights, transductive)
-            answer = (similarity if by_mean else logits)[0]
+            answer = (similarity if self.args.learner in BASELINES else logits)[0]
             if not answer.isfinite().all():
                 raise UserError("the network's answers are not finite: the inner loop diverges on these images, or in "
                                 "training the weights did")

@@ -81,6 +81,16 @@ def test_each_query_is_answered_with_the_support_set_alone(runs, images, learner
     assert model.predict(images[:4], LABELS, []) == []
 
 
+def test_features_after_adaptation(runs, images):
+    model = predict.load(runs / "maml")
+    weights, names, x, y = model.adapt(images[:4], LABELS)
+    assert names == ["ka", 7, ("x",)] and torch.equal(y[0], INDEX)
+    last = oracle.adapt(model.net.config, model.net.weights, x[0], INDEX, 0.4, 3)[-1]
+    _, layers = oracle.forward(model.net.config, last, as_input(images, inverted=True))
+    features = model.net(model.pixels(images), weights, features=True)[1][-2]
+    torch.testing.assert_close(features[0], layers[-2], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("learner, index", [("maml", [1, 0, 1, 0]), ("protonet", [1, 1, 0, 0]),
                                             ("protonet", [0, 1, 2, 3])])
 def test_other_numbers_of_classes_than_in_training(runs, images, learner, index):
