@@ -212,9 +212,9 @@ def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor], blocks: S
                sizes: Sequence[float] = ()) -> dict[str, Tensor]:
     """"cka" [T, L] of the query features before and after MAML's inner loop, with as many steps as in training.
 
-    With it "step", its `step_sizes`, and "accuracy" [T, 1] of the queries after the loop. It adapts these blocks, or
-    all if None, for every learner. Its rates are this fraction of those in training. With `sizes` what it changes in
-    each block but the last is then scaled to these step sizes.
+    With it, before the loop, "norm", the `kernel_norms` [T, L]; of the loop "step", its `step_sizes` [T, L]; after it
+    "accuracy" [T, 1] of the queries. The loop adapts these blocks, or all if None, for every learner. With `sizes` what
+    it changes in each block but the last is then scaled to these step sizes.
     """
     rates = inner_rates(maml.net, "maml", maml.update_lr, maml.head_lr, blocks)
     before, *_, after = adapt(maml.net, maml.net.weights, tasks.x_spt, tasks.y_spt, rates, maml.update_step)
@@ -224,13 +224,17 @@ def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor], blocks: S
                   for name, start in before.items() if name not in maml.net.head}
     layers = [maml.net(tasks.x_qry, weights, features=True)[1] for weights in (before, after)]
     return {"cka": torch.stack([cka(*features) for features in zip(*layers)], 1), "step": step_sizes(before, after),
-            "accuracy": accuracy(layers[1][-1], tasks.y_qry)[:, None]}
+            "norm": kernel_norms(before), "accuracy": accuracy(layers[1][-1], tasks.y_qry)[:, None]}
+
+
+def kernel_norms(weights: Weights) -> Tensor:
+    """Of each layer, [T, L]."""
+    return torch.stack([weight.flatten(1).norm(dim=1) for weight in weights.values() if weight.dim() > 2], 1)
 
 
 def step_sizes(before: Weights, after: Weights) -> Tensor:
     """The change of each layer's kernel as a multiple of its norm, [T, L]."""
-    kernels = [(start.flatten(1), after[name].flatten(1)) for name, start in before.items() if start.dim() > 2]
-    return torch.stack([(end - start).norm(dim=1) / start.norm(dim=1) for start, end in kernels], 1)
+    return kernel_norms({name: after[name] - start for name, start in before.items()}) / kernel_norms(before)
 
 
 def cka(one: Tensor, other: Tensor) -> Tensor:

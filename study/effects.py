@@ -179,6 +179,12 @@ def adapted_ratio(run: Run, metric: str) -> float:
     return measured(run, "finetuned", metric) / measured(run, "meta", metric)
 
 
+def step_at_norm_one(run: Run, layer: int) -> float:
+    """The relative inner step of a layer's kernel scaled to norm 1, where batch norm's output is the same."""
+    step, norm = (in_control(run, "similarity, final", name, layer) for name in ("step", "norm"))
+    return step * norm**2
+
+
 def five_shot_share(run: Run, samples: str, inner_step: int) -> float:
     """Unbiased relative within trace of "query" or "support" features after `inner_step` steps, of the mean traces.
 

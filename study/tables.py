@@ -189,10 +189,15 @@ pace = partial(compared, names=(*OTHER_LOOPS, *design.TWENTY_WAY), columns={
     "test after": lambda runs: f"{runs[0].last_step:,}", "test, %": (own_accuracy,)} | OWN_RULE)
 
 # How far MAML's inner loop moves the kernels of each block; similarity, also after steps as large as MAML's.
-steps = partial(compared, names=(*LEARNERS, *design.BLOCKS), references=("untrained",), columns={
+steps = partial(compared, names=(*LEARNERS, "maml-3000", *design.BLOCKS), references=("untrained",), columns={
     f"{NAMED_LAYERS[layer]}, step": (in_control, "similarity, final", "step", layer) for layer in range(-5, -1)} | {
     f"{NAMED_LAYERS[layer]}, CKA{sizes}": (in_control, f"similarity{control}, final", "cka", layer)
     for sizes, control in (("", ""), (", equal steps", " at equal steps")) for layer in (-3, HIDDEN)})
+
+# What makes these steps small: a kernel's norm, or its gradient at norm 1.
+norms = partial(compared, names=(*LEARNERS, "maml-3000", *design.BLOCKS), references=("untrained",), columns={
+    f"{NAMED_LAYERS[layer]}, norm": (in_control, "similarity, final", "norm", layer) for layer in range(-5, -1)} | {
+    f"{NAMED_LAYERS[layer]}, step at norm 1": (effects.step_at_norm_one, layer) for layer in range(-5, -1)})
 
 
 NEAREST, ADDS = "nearest support mean before adaptation", "the same minus that of block 3"
@@ -241,7 +246,7 @@ def falls(study: Study) -> str:
             (design.TRAINED_CLASSIFIER, "of these, with a trained classifier", (step,), parts),
             (design.FIRST_ORDER, "settings in first order", (step,), validated_nearest),
             (design.IMAGES, "kinds of images (section 5)", (), of_images),
-            (design.SMALL_PHOTOGRAPHS, "settings of section 5", (), tested_nearest)):
+            (design.LOOPS, "settings of section 5 trained with an inner loop", (), tested_nearest)):
         if groups := study.groups(names):
             fall = means(groups, effects.fall, *when)
             rows += [{"": f"{len(groups)} {kind}", "the fall against": name,
@@ -353,8 +358,8 @@ accuracies = partial(compared, names=(*LONG, *MAIN), head=NAME, columns={
 TABLES: dict[str, Callable[[Study], str]] = dict(
     contrast=contrast, accuracies=accuracies, collapse=collapse, accuracy=accuracy, layers=layers, original=original,
     cells=cells, learners=learners, separation=separation, photographs=photographs, difficulty=difficulty,
-    ranking=ranking, similarity=similarity, blocks=blocks, pace=pace, steps=steps, adaptation=adaptation, kept=kept,
-    changes=changes, falls=falls, length=length, controls=controls, runs=runs)
+    ranking=ranking, similarity=similarity, blocks=blocks, pace=pace, steps=steps, norms=norms, adaptation=adaptation,
+    kept=kept, changes=changes, falls=falls, length=length, controls=controls, runs=runs)
 
 PAGES = "README.md", "study/README.md", "study/TABLES.md"
 TABLE_IN_PAGE = re.compile(r"<!-- table: (\w+) -->\n(.*?)\n?<!-- /table -->", re.DOTALL)
