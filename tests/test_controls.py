@@ -137,7 +137,8 @@ def test_controls(tmp_path):
         assert found[name]["body"] == pytest.approx([torch.stack(moved).mean().item()], 1e-3)
         assert found[name]["accuracy"] == pytest.approx(torch.tensor(right).mean(0).tolist(), abs=1e-5)
         assert found[similar]["step"] == pytest.approx(torch.tensor(steps).mean(0).tolist(), 1e-3)
-        assert found[similar]["norm"] == pytest.approx([w.norm().item() for w in net.weights.values() if w.dim() > 1], 1e-4)
+        norms = [weight.norm().item() for weight in net.weights.values() if weight.dim() > 1]
+        assert found[similar]["norm"] == pytest.approx(norms, 1e-4)
         alike, accuracy = kept(net, tasks, args.update_lr)
         assert found[similar]["cka"] == pytest.approx(alike, 1e-4)
         assert found[similar]["accuracy"] == pytest.approx([accuracy], abs=1e-5)
