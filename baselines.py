@@ -35,7 +35,11 @@ def classifier_gradient(net: Learner, tasks: Tasks, classes: Tensor) -> tuple[li
         classes: [T, n_way], the training class of each label of a task.
     Returns:
         As `protonet_gradient`; a task's loss and accuracy are the means over its images.
+    Raises:
+        ValueError: `net.classes` is not set.
     """
+    if net.classes is None:
+        raise ValueError("set net.classes before Meta takes the net: a linear layer over all training classes")
     images, labels = torch.cat([tasks.x_spt, tasks.x_qry], 1), torch.cat([tasks.y_spt, tasks.y_qry], 1)
     _, features = net(images.flatten(0, 1), features=True)
     logits = net.classes(features[-2]).unflatten(0, labels.shape)

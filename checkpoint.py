@@ -20,7 +20,7 @@ import torch
 
 import device as devices
 import record
-from files import UserError, atomic, reading
+from files import UserError, atomic, quoted, reading
 from learner import Learner
 from meta import Meta
 from tasks import Sampler, tree_map
@@ -53,14 +53,17 @@ def read(path: Path, device: torch.device, remedy: str) -> dict:
         return torch.load(data, map_location=device, weights_only=True)
 
 
-def load_weights(path: Path, net: Learner, device: torch.device, remedy: str) -> tuple[int, float]:
-    """Load the weights of best.pt, last.pt or weights-STEP.pt into `net`, without `classes` if `net` has none.
+def load_weights(run: Path, name: str, net: Learner, device: torch.device) -> tuple[int, float]:
+    """Load "best", "last" or "weights-STEP" of a run's folder into `net`, without `classes` if `net` has none.
 
     Returns:
         The number of meta-steps that the weights had seen, and their validation accuracy (weights-STEP.pt: NaN).
     Raises:
-        UserError: the file is missing, damaged, or of another network; the line ends in `remedy`.
+        UserError: the file is missing, damaged, or of another network; the line names those that are there.
     """
+    path = run / f"{name}.pt"
+    names = sorted(file.stem for file in run.glob("*.pt") if file.stem.startswith(("best", "last", "weights")))
+    remedy = f"the weights here are {', '.join(names) or 'none'}; continue an unfinished run: --resume {quoted(run)}"
     saved = read(path, device, remedy)
     with reading(path, remedy, UNUSABLE):
         net.load_state_dict({name: weight for name, weight in saved["weights"].items()

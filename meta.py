@@ -109,7 +109,7 @@ class Meta:
     raised, so compare `updates` with `step`. Of several processes (device.py), each takes an equal share of the tasks.
     """
 
-    net: Learner  # on the device where training runs; its last layer is linear, with one output per class
+    net: Learner  # on the device and in the dtype of training; its last layer is linear, with one output per class
     update_lr: float = 0.4  # inner learning rate
     meta_lr: float = 1e-3  # Adam's
     update_step: int = 5  # inner steps K in training
@@ -128,6 +128,8 @@ class Meta:
     cosine_steps: int = 0  # Adam's rate falls to 0 as half a cosine over this many updates; 0: it is constant
 
     def __post_init__(self) -> None:
+        if not all(weight.requires_grad for weight in self.net.parameters()):
+            raise ValueError("Meta trains all weights; the last layer's can be kept with freeze_head")
         self.step = 0
         self.rates = inner_rates(self.net, self.learner, self.update_lr, self.head_lr, self.adapt_blocks)
         self.outer = GuardedAdam(self.net.parameters(), self.meta_lr, self.cosine_steps, self.clip, self.skip_nonfinite)

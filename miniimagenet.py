@@ -378,6 +378,7 @@ class MiniImagenet(torch.utils.data.Dataset):
         self.batchsz, self.startidx = batchsz, startidx
         self.sampler = Sampler(dataset.load(mode), dataset, torch.device("cpu"), 0, n_way, k_shot, k_query,
                                counts=dataset.counts()[mode])
+        self.sampler.generator = None  # workers that are not forked can't receive one (pytorch/pytorch#146828)
 
     def __len__(self) -> int:
         return self.batchsz
@@ -385,5 +386,5 @@ class MiniImagenet(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         if not 0 <= index < self.batchsz:
             raise IndexError(f"task {index} of {self.batchsz}")
-        self.sampler.generator.manual_seed(self.startidx + index)
+        self.sampler.generator = torch.Generator().manual_seed(self.startidx + index)
         return tuple(tensor[0] for tensor in self.sampler(1))

@@ -150,7 +150,8 @@ def _described(path: Path, count: int) -> str:
 
 def _where(root: Path, parts: Iterable[str] = PARTS) -> str:
     zips = " and ".join(f"{part}.zip" for part in parts)
-    return f"put {zips} from {URL} into {root}, or use --synthetic, which needs no data"
+    return (f"put {zips} from {URL} into {root.absolute()}, name their folder with --root, or try --synthetic, which "
+            "needs no data")
 
 
 def _download(root: Path, missing: list[str]) -> None:

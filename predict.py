@@ -58,10 +58,7 @@ def load(run: str | os.PathLike, weights: str | None = None, device: str = "cpu"
     torch_device = select_device(args.device)
     with reading(run / "args.json", wrong="is not what a run writes"):
         net = Learner(record.read_args(run).get("layers") or script.layers(args), args.imgc, args.imgsz)
-    name = (weights or args.test_weights).removesuffix(".pt")
-    names = sorted(file.stem for file in run.glob("*.pt") if file.stem.startswith(("best", "last", "weights")))
-    remedy = f"weights can be {', '.join(names)}" if names else f"{run} has no weights yet"
-    checkpoint.load_weights(run / f"{name}.pt", net, torch_device, remedy)
+    checkpoint.load_weights(run, (weights or args.test_weights).removesuffix(".pt"), net, torch_device)
     return Model(net.to(torch_device), args, script.dataset(args))
 
 
@@ -163,9 +160,9 @@ class Model:
         images = np.zeros((len(pictures), self.args.imgc, size, size), np.uint8)
         for i, picture in enumerate(pictures):
             images[i], _ = decode(*_content(picture, f"image {i}"), self.args.imgc, size, resample)
-        device = next(self.net.parameters()).device
-        one_class = torch.from_numpy(images).to(device)[None, None]  # [T, n_way, N, c, h, w]
-        return as_tasks(one_class, len(images), self.dataset.mean, self.dataset.std).x_spt
+        weight = self.net.weights[self.net.classifier]
+        one_class = torch.from_numpy(images).to(weight.device)[None, None]  # [T, n_way, N, c, h, w]
+        return as_tasks(one_class, len(images), self.dataset.mean, self.dataset.std).x_spt.to(weight.dtype)
 
 
 def _content(picture: Picture, name: str) -> tuple[bytes | np.ndarray | Image.Image, str]:
@@ -175,7 +172,8 @@ def _content(picture: Picture, name: str) -> tuple[bytes | np.ndarray | Image.Im
     if isinstance(picture, (str, os.PathLike)):
         with reading(picture, "give the file name of an image"):
             return home_path(picture).read_bytes(), str(picture)
-    array = picture.cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
+    with reading(name, "give an array or an image, without its label", "is not an image"):
+        array = picture.cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
     if array.dtype == bool:  # a PIL image of mode "1"
         array = np.uint8(255) * array
     if array.dtype != np.uint8 or array.ndim != 2 and array.shape[2:] != (3,) or not array.size:

@@ -282,7 +282,7 @@ def _scalars(line: dict) -> dict[str, float | None]:
         case "train":
             return {"train/loss": line["loss"], "train/accuracy": line["acc"][-1]}
         case "val":
-            return {"val/accuracy": line["acc"][-1]}
+            return {"val/accuracy": line["acc"][-1], "val/nearest support mean": line["nearest_mean"][0]}
         case "nc":
             return {f"{line['classes']}/relative within trace, {model}": line[model]["relative_within"]["mean"][-2]
                     for model in ("meta", "finetuned")}

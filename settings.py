@@ -307,8 +307,9 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
                             "or give --no-synthetic")
     if args.adapt_blocks is not None and args.learner != "maml":
         raise UserError(f"--adapt_blocks: --learner {args.learner} has its own inner loop; give --learner maml")
-    if args.first_order and args.learner in BASELINES:
-        raise UserError(f"--first_order: --learner {args.learner} has no inner gradient; give --no-first_order")
+    for name in ("first_order", "freeze_head"):
+        if getattr(args, name) and args.learner in BASELINES:
+            raise UserError(f"--{name}: --learner {args.learner} trains without an inner loop; give --no-{name}")
     if getattr(args, "split", "shuffled") != "shuffled" and (args.synthetic or args.data is not None):
         raise UserError(f"--split {args.split}: these images are not Omniglot's; give --split shuffled")
     if args.imgc != dataset.channels:

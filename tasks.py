@@ -135,7 +135,7 @@ class Sampler:
             smaller set is a subset of the larger.
         counts: images of each class; None: all have as many.
     Raises:
-        ValueError: too few classes, or too few images per class.
+        ValueError: images are not uint8; too few classes, or too few images per class.
     """
 
     def __init__(self, images: Tensor, dataset: Dataset, device: torch.device, seed: int, n_way: int, k_spt: int,
@@ -146,6 +146,8 @@ class Sampler:
         self.k = k_spt + max(self.k_qry, self.nc_qry)
         classes, per_class = len(images) // turns, images.shape[1]
         least = min(counts or [per_class])
+        if images.dtype != torch.uint8:
+            raise ValueError(f"images are {images.dtype} and must be uint8 in 0..255, which is scaled to 0..1 later")
         if n_way > classes:
             raise ValueError(f"{n_way}-way tasks need {n_way} classes, here are {classes}")
         if self.k > least:

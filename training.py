@@ -88,7 +88,9 @@ def _train(maml: Meta, data: "Data") -> None:
             return say(f"{out} is complete; a larger --epoch adds steps, --test {quoted(out)} tests it again")
         run = _Run(maml, data, out)
         flags = ", ".join(f"{name}={value}" for name, value in recorded_settings(args).items())
-        parameters = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
+        kept = net.head if args.freeze_head else ()
+        parameters = sum(weight.numel() for name, weight in net.named_parameters()
+                         if name.removeprefix("weights.") not in kept)
         say(f"{flags}\n{net}\nTotal trainable parameters: {parameters}\nData: {data.dataset.described()}. {run.steps} "
             f"meta-steps of {args.task_num} tasks on {args.device}, to {out}")
         with run.signals:
@@ -355,8 +357,7 @@ def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
     all_steps = list(range(last_step + 1))
     alone_steps = [0, last_step] if args.transductive else all_steps  # one query at a time takes long
     devices.wait()  # for the process that writes the weights
-    remedy = f"put it back, test others with --test_weights, or continue an unfinished run with --resume {quoted(run)}"
-    step, val_accuracy = checkpoint.load_weights(run / f"{args.test_weights}.pt", maml.net, data.device, remedy)
+    step, val_accuracy = checkpoint.load_weights(run, args.test_weights, maml.net, data.device)
     classes = len(data.dataset.counts()["test"])
     say(f"testing on {args.test_tasks} tasks of the {classes} test classes of {data.dataset.name()}")
     adapted = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, signals, alone_steps)

@@ -223,7 +223,7 @@ def describe(run: Run) -> str:
     words = [f"{settings['n_way']}-way {settings['k_spt']}-shot"]
     if settings["learner"] != "maml":
         words.append(str(settings["learner"]))
-    if settings["learner"] in ("maml", "anil", "boil"):  # others train without MAML's inner loop
+    if settings["learner"] not in ("protonet", "classifier"):  # these train without an inner loop
         words.append("first order" if settings["first_order"] else "second order")
     if settings.get("net") == "original":
         words.append("original network")

@@ -208,7 +208,7 @@ def test_controls(tmp_path):
 def test_no_more_tasks_go_together_than_asked_for(tmp_path, monkeypatch, largest):
     """The permuted labels don't depend on it."""
     run, found, kinds = tmp_path / "run", [], ("pixels", controls.ALONE)
-    omniglot_train.main([*FLAGS, "--out", str(run)])
+    omniglot_train.main([*FLAGS, "--adapt_blocks", "4", "5", "--out", str(run)])
     monkeypatch.setattr(controls, "dimension", lambda *_: torch.zeros(1))  # of all test classes together
     for chunk, most in ((0, 3), (2, 2)):
         for kind in (controls.BY_PARTS, *kinds):

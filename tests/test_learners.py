@@ -118,10 +118,15 @@ def test_which_weights_the_inner_loop_adapts(net, learner, blocks, changes, head
     torch.testing.assert_close(gradient, [len(losses) * g for g in expected.values()])
 
 
-def test_blocks_without_weights_are_refused():
-    net = Learner([("flatten", []), ("linear", [5, 784]), ("linear", [5, 5])], imgc=1, imgsz=28)
+def test_networks_that_are_refused(net):
+    with pytest.raises(ValueError, match="set net.classes before Meta"):
+        Meta(net, learner="classifier")(make_tasks())
+    net.weights["0_conv2d_bias"].requires_grad_(False)
+    with pytest.raises(ValueError, match="Meta trains all weights"):
+        Meta(net)
+    without = Learner([("flatten", []), ("linear", [5, 784]), ("linear", [5, 5])], imgc=1, imgsz=28)
     with pytest.raises(ValueError, match="adapt_blocks: these blocks have no weights"):
-        Meta(net, adapt_blocks=[1])
+        Meta(without, adapt_blocks=[1])
 
 
 def test_prototypical_network(net):

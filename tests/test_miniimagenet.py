@@ -321,6 +321,13 @@ def test_tasks_of_the_dataset_class(photos):
         data[6]
 
 
+@pytest.mark.slow
+def test_tasks_of_the_dataset_class_from_a_worker_that_is_not_forked(photos):
+    data = miniimagenet.MiniImagenet(photos, "train", 6, 2, 1, 3, 12)
+    batches = list(torch.utils.data.DataLoader(data, 3, num_workers=1, multiprocessing_context="spawn"))
+    assert len(batches) == 2 and all(torch.equal(a, b[2]) for a, b in zip(data[5], batches[1]))
+
+
 # Real photographs
 
 

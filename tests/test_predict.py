@@ -167,7 +167,7 @@ def test_layers_other_than_the_run_s_are_refused_or_taken_from_it(tmp_path, runs
 
 @pytest.mark.parametrize("wrong, said", [
     (lambda run, model, four: predict.load(run.parent), "args.json: No such file"),
-    (lambda run, model, four: predict.load(run, "weights-9"), "weights can be best, last, weights-0, weights-1"),
+    (lambda run, model, four: predict.load(run, "weights-9"), "the weights here are best, last, weights-0, weights-1"),
     (lambda run, model, four: predict.load(run, device="mps"), "--device mps"),
     (lambda run, model, four: model.predict(four, [0, 1, 2, 3], four), "4 different labels; this run's network takes"),
     (lambda run, model, four: model.predict(four[:3], LABELS, four), "3 support images and 4 labels"),
@@ -177,6 +177,7 @@ def test_layers_other_than_the_run_s_are_refused_or_taken_from_it(tmp_path, runs
     (lambda run, model, four: model.predict(four, LABELS, [run / "args.json"]), "args.json is none of JPEG"),
     (lambda run, model, four: model.predict(four, LABELS, [four[0] / 255]), "is float64 [40, 30]; give uint8"),
     (lambda run, model, four: model.predict(four, LABELS, [four[0] // 128]), "image 0 has only pixels 0 and 1"),
+    (lambda run, model, four: model.predict(four, LABELS, [(four[0], 1)]), "image 0 is not an image"),
     (lambda run, model, four: model.predict(four, LABELS, [four[0][:0]]), "image 0 is uint8 [0, 30]; give"),
     (lambda run, model, four: model.predict(four, LABELS, np.stack([four[0]] * 3, 2)), "a single image was given"),
     (lambda run, model, four: model.predict(four, LABELS, [Image.fromarray(four[0] / np.float32(255))]), "floats"),

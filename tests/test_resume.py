@@ -168,8 +168,9 @@ def test_a_longer_run_is_the_longer_run(whole, tmp_path, monkeypatch, capsys):
     stop_at(monkeypatch, run, "__call__", 2, flags=["--resume", str(run), "--epoch", "8"])
     assert f"removed from {run}, as the run continues: {', '.join(results)}\n" in capsys.readouterr().out
     assert not any((run / name).exists() for name in results)
-    assert "last.pt: No such file or directory; put it back" in refused("--test", str(run), "--test_weights", "last")
-    with pytest.raises(UserError, match="last.pt: No such file or directory; weights can be best"):
+    words = "last.pt: No such file or directory; the weights here are best;"
+    assert words in refused("--test", str(run), "--test_weights", "last")
+    with pytest.raises(UserError, match=words):
         predict.load(run, "last")
     resume(run)
     same(run, whole)
@@ -307,7 +308,7 @@ def test_a_run_without_its_log_checkpoint_or_weights_stays_as_it_is(whole, tmp_p
     said = refused("--resume", str(run), "--epoch", "99")
     assert "checkpoint.pt: No such file or directory; put it back, or start again" in said
     (run / "best.pt").unlink()
-    assert "best.pt: No such file or directory; put it back, test others" in refused("--test", str(run))
+    assert "best.pt: No such file or directory; the weights here are " in refused("--test", str(run))
 
 
 # ---- two at once
