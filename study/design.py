@@ -125,6 +125,14 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("first-order-small-head", "classifier from N(0, 0.18²), first order", f"{_SMALL_HEAD} --first_order"),
     Setting("first-order-slow-head", "classifier from N(0, 0.18²), its inner rate 0.5, first order",
             f"{_SMALL_HEAD} --head_lr 0.5 --first_order"),
+    *(Setting(f"first-order-{name}", f"{label}, first order", f"{flags} --first_order", 1)
+      for name, label, flags in (
+          ("frozen-head", "classifier kept as drawn", f"{_ONE_CHANGE} --freeze_head"),
+          ("zero-head", "classifier kept at 0", f"{_ONE_CHANGE} --head_std 0 --freeze_head"),
+          ("small-step", "1 inner step at rate 0.4", f"{_ONE_CHANGE} --update_lr 0.4"),
+          ("fast-head", "classifier from N(0, 0.18²), its inner rate 8", f"{_SMALL_HEAD} --head_lr 8"),
+          ("small-images", "images of 16 x 16", f"{_ONE_CHANGE} --imgsz 16"),
+          ("other-network", "conv-bn-relu", _OTHER_NETWORK))),
     *(Setting(f"five-steps{name}", f"images of 16 x 16, classifier {change}", f"{_FIVE_STEPS} {flags}")
       for name, change, flags in (
           ("", "from N(0, 0.18²), 5 inner steps at rate 0.4", "--head_std 0.177"),
@@ -166,21 +174,22 @@ DIFFICULTY = {  # one inner loop and network on images whose classes are hard or
 SMALL_PHOTOGRAPHS = (*_named("photographs-"), "omniglot-photographs-loop", "omniglot-as-photographs",
                      "omniglot-100-as-photographs", *_named("omniglot-in-"), *_named("crops"))
 LOOPS = tuple(name for name in SMALL_PHOTOGRAPHS if not name.endswith(("protonet", "classifier")))  # trained with one
-CHANGES = {  # by what the classifier takes from the last map
+CHANGES = {  # in second order, by what the classifier takes from the last map; FIRST_ORDER likewise
     "mean of 2 x 2": ("contrast-maml", "frozen-head", "contrast-zero-head", "small-step", "small-head", "slow-head",
-                      "fast-head", "small-head-with-scale", "first-order-small-head", "first-order-slow-head",
-                      "other-network-mean"),
+                      "fast-head", "small-head-with-scale", "other-network-mean"),
     "all of 2 x 2": ("small-head-flat", "flat-slow-head", "smaller-head-flat", "other-network-larger-head",
                      "other-network-large-images"),
-    "1 x 1": (*_named("small-images"), *_named("five-steps"), "other-network", "other-network-xavier",
-              "other-network-no-scale", "other-network-large-head")}
-CHANGED = tuple(itertools.chain(*CHANGES.values()))
-IN_FIRST_ORDER = {name for name, setting in SETTINGS.items() if "--first_order" in setting.flags}
+    "1 x 1": (*(name for name in _named("small-images") if not name.endswith("first-order")), *_named("five-steps"),
+              "other-network", "other-network-xavier", "other-network-no-scale", "other-network-large-head")}
+FIRST_ORDER = {
+    "mean of 2 x 2": ("contrast-first-order", *(f"first-order-{name}" for name in (
+        "frozen-head", "zero-head", "small-step", "small-head", "slow-head", "fast-head"))),
+    "1 x 1": ("first-order-small-images", *(name for name in _named("small-images") if name.endswith("first-order")),
+              "first-order-other-network")}
 # second-order settings whose inner loop takes one step in training; these whose classifier is trained
-_ONE_STEP = tuple(name for name in CHANGED if name not in IN_FIRST_ORDER and not name.startswith("five-steps"))
+_ONE_STEP = tuple(name for names in CHANGES.values() for name in names if not name.startswith("five-steps"))
 ONE_STEP = (*_ONE_STEP, "contrast-anil", "contrast-boil", "blocks-4-5", "small-body-step-10000")
 TRAINED_CLASSIFIER = tuple(name for name in _ONE_STEP if "--freeze_head" not in SETTINGS[name].flags)
-FIRST_ORDER = (*(name for name in CHANGED if name in IN_FIRST_ORDER), "contrast-first-order")
 IMAGES = tuple(name for name in itertools.chain(*DIFFICULTY.values()) if name != "photographs-20-images")
 KEPT = {  # by meta-step: where the classifier's initial weights are trained, kept as drawn, and kept at 0
     3_000: ("five-steps", "five-steps-zero-head"),

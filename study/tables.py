@@ -244,7 +244,7 @@ def falls(study: Study) -> str:
     for names, kind, when, others in (
             (design.ONE_STEP, "settings in second order, one inner step", (step,), validated_nearest),
             (design.TRAINED_CLASSIFIER, "of these, with a trained classifier", (step,), parts),
-            (design.FIRST_ORDER, "settings in first order", (step,), validated_nearest),
+            (itertools.chain(*design.FIRST_ORDER.values()), "settings in first order", (step,), validated_nearest),
             (design.IMAGES, "kinds of images (section 5)", (), of_images),
             (design.LOOPS, "settings of section 5 trained with an inner loop", (), tested_nearest)):
         if groups := study.groups(names):
@@ -307,7 +307,8 @@ def changes(study: Study) -> str:
         "test: nearest support mean, %": (tested, "nearest_mean", 0),
         "test: classifier, adapted, %": (tested, "accuracy", -1)}
     return table([row(runs, NAME | {"the classifier takes": size} | columns)
-                  for size, names in design.CHANGES.items() for runs in study.groups(names)])
+                  for kinds in (design.CHANGES, design.FIRST_ORDER)
+                  for size, names in kinds.items() for runs in study.groups(names)])
 
 
 def queries_and_steps(runs: list[Run]) -> str:
