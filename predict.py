@@ -81,7 +81,8 @@ class Model:
     dataset: Dataset  # its mean and deviation normalise the images; its own images are not read
 
     @torch.no_grad()
-    def adapt(self, support_images: Iterable[Picture], support_labels: Iterable[Hashable]) -> tuple:
+    def adapt(self, support_images: Iterable[Picture], support_labels: Iterable[Hashable]
+              ) -> tuple[dict[str, Tensor], list[Hashable], Tensor, Tensor]:
         """The inner loop of the run's test: --update_step_test steps from the trained weights; ProtoNet and the
         classifier take none.
 

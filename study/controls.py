@@ -229,7 +229,7 @@ def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor], blocks: S
 
 
 def kernel_norms(weights: Weights) -> Tensor:
-    """Of each layer, [T, L]."""
+    """The norm of each layer's kernel, [T, L]."""
     return torch.stack([weight.flatten(1).norm(dim=1) for weight in weights.values() if weight.dim() > 2], 1)
 
 

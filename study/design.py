@@ -173,7 +173,8 @@ DIFFICULTY = {  # one inner loop and network on images whose classes are hard or
 # photographs of 32 x 32, their inner loop on Omniglot, their whole recipe on other images
 SMALL_PHOTOGRAPHS = (*_named("photographs-"), "omniglot-photographs-loop", "omniglot-as-photographs",
                      "omniglot-100-as-photographs", *_named("omniglot-in-"), *_named("crops"))
-LOOPS = tuple(name for name in SMALL_PHOTOGRAPHS if not name.endswith(("protonet", "classifier")))  # trained with one
+# those of them that train with an inner loop
+LOOPS = tuple(name for name in SMALL_PHOTOGRAPHS if not name.endswith(("protonet", "classifier")))
 CHANGES = {  # in second order, by what the classifier takes from the last map; FIRST_ORDER likewise
     "mean of 2 x 2": ("contrast-maml", "frozen-head", "contrast-zero-head", "small-step", "small-head", "slow-head",
                       "fast-head", "small-head-with-scale", "other-network-mean"),
