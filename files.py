@@ -187,7 +187,10 @@ class _Lines(tqdm):
     """A progress bar for a log file: a new line per update. tqdm itself would write one endless line."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        self.fp.write(f"{self}" if pos == 0 else f"{self}\n")  # `close` ends the last line itself
+        if pos == 0:  # by `close`, which ends the line itself
+            self.fp.write(f"{self}")
+        elif self.n < self.total:  # or it would be there twice
+            self.fp.write(f"{self}\n")
 
 
 def progress(items: Iterable | None, what: str, total: int, unit: str, delay: float = 2, **options) -> tqdm:
