@@ -375,6 +375,6 @@ def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
         say(f"test accuracy on {result['data']}, {args.n_way}-way {args.k_spt}-shot, {how}: after {last_step} inner "
             f"steps {100 * mean[-1]:.2f}% ± {100 * interval[-1]:.2f}, nearest support mean before "
             f"adaptation{own} {100 * nearest[0]:.2f}% ± {100 * nearest_interval[0]:.2f} (95%, {args.test_tasks} tasks, "
-            f"{'1 query' if queries == 1 else f'{queries} queries'} per class, {args.test_weights} weights, "
-            f"of step {step})\nafter {', '.join(map(str, steps))} inner steps: {percent(mean)}")
+            f"{'1 query' if queries == 1 else f'{queries} queries'} per class, {args.test_weights}.pt, "
+            f"step {step})\nafter {', '.join(map(str, steps))} inner steps: {percent(mean)}")
     return result | {f"{args.test_weights}_step": step, "val_accuracy": numbers(val_accuracy)}
