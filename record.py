@@ -163,7 +163,7 @@ def other_images(run: Path, args: argparse.Namespace) -> str:
     here, own = getattr(args, flag), read_args(run)["settings"].get(flag)
     other = not same_place(here, own)
     if flag == "root":
-        other = other and args.script == "miniimagenet_train" and not args.synthetic and os.path.isdir(str(own))
+        other = other and args.script == "miniimagenet_train" and os.path.isdir(str(own))
     return "-" + re.sub(r"[^\w.-]", "_", args.data_name or "_".join(Path(here).resolve().parts[-2:])) if other else ""
 
 

@@ -211,6 +211,9 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser, sy
             tasks = synthetic_tasks, {name: parser.get_default(name) for name in synthetic_tasks}
             then, now = tasks if was_synthetic else reversed(tasks)
             settings |= {name: value for name, value in now.items() if settings[name] == then[name]}
+        if "root" in flags and (flags.get("synthetic", was_synthetic) or flags.get("data", settings["data"])):
+            raise UserError(f"--root {flags['root']}: the run's images are generated, or those of --data; leave --root "
+                            "out, or name other images with --data FOLDER")
     if mode == "from_args":
         then = settings["n_way"], settings["k_spt"]
         now = flags.get("n_way", then[0]), flags.get("k_spt", then[1])

@@ -173,6 +173,7 @@ def test_without_posix_and_without_removing_open_files(tmp_path, monkeypatch):
     (omniglot_train, "--imgsz 14", "; a larger --imgsz or --net paper may fit"),
     (miniimagenet_train, f"--test {FINISHED}", "(script omniglot_train); use that script"),
     (omniglot_train, f"--test {FINISHED} --synthetic", "--synthetic can't be set with --test: the run's value is kept"),
+    (omniglot_train, f"--from_args {FINISHED} --data x --root y", "--root y: the run's images are generated, or"),
     (omniglot_train, f"--from_args {FINISHED} --recipe original", "--recipe can't be set with --from_args"),
     (omniglot_train, "--test run --resume run", "--resume and --test exclude each other; give one"),
     (omniglot_train, "--imgc 3", "--imgc 3: Omniglot has 1; give --imgc 1"),
@@ -294,7 +295,7 @@ def test_defaults_that_depend_on_other_flags():
     (omniglot_train, "", "--data mine --data_name a/../../../escaped", "-a_.._.._.._escaped"),
     (omniglot_train, "", "--root other", ""), (miniimagenet_train, "--root mine", "--root ./mine", ""),
     (miniimagenet_train, "--root mine --data_name x", "--root a/other", "-a_other"),
-    (miniimagenet_train, "--root moved", "--root other", ""), (miniimagenet_train, "--synthetic", "--root other", ""),
+    (miniimagenet_train, "--root moved", "--root other", ""), (miniimagenet_train, "--synthetic", "", ""),
 ])
 def test_a_result_on_other_images_has_a_file_of_its_own_in_the_run(script, own, flags, suffix, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
