@@ -88,9 +88,8 @@ def _train(maml: Meta, data: "Data") -> None:
             return say(f"{out} is complete; a larger --epoch adds steps, --test {quoted(out)} tests it again")
         run = _Run(maml, data, out)
         flags = ", ".join(f"{name}={value}" for name, value in recorded_settings(args).items())
-        kept = net.head if args.freeze_head else ()
-        parameters = sum(weight.numel() for name, weight in net.named_parameters()
-                         if name.removeprefix("weights.") not in kept)
+        kept = [net.weights[name] for name in net.head] if args.freeze_head else []
+        parameters = sum(map(Tensor.numel, net.parameters())) - sum(map(Tensor.numel, kept))
         say(f"{flags}\n{net}\nTotal trainable parameters: {parameters}\nData: {data.dataset.described()}. {run.steps} "
             f"meta-steps of {args.task_num} tasks on {args.device}, to {out}")
         with run.signals:

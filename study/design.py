@@ -122,17 +122,16 @@ SETTINGS = {setting.name: setting for setting in (
           ("first-order", ", first order", "--first_order"),
           ("slow-head-first-order", ", its inner rate 0.5, first order", "--head_lr 0.5 --first_order"),
           ("slower-head-first-order", ", its inner rate 0.125, first order", "--head_lr 0.125 --first_order"))),
-    Setting("first-order-small-head", "classifier from N(0, 0.18²), first order", f"{_SMALL_HEAD} --first_order"),
-    Setting("first-order-slow-head", "classifier from N(0, 0.18²), its inner rate 0.5, first order",
-            f"{_SMALL_HEAD} --head_lr 0.5 --first_order"),
-    *(Setting(f"first-order-{name}", f"{label}, first order", f"{flags} --first_order", 1)
-      for name, label, flags in (
-          ("frozen-head", "classifier kept as drawn", f"{_ONE_CHANGE} --freeze_head"),
-          ("zero-head", "classifier kept at 0", f"{_ONE_CHANGE} --head_std 0 --freeze_head"),
-          ("small-step", "1 inner step at rate 0.4", f"{_ONE_CHANGE} --update_lr 0.4"),
-          ("fast-head", "classifier from N(0, 0.18²), its inner rate 8", f"{_SMALL_HEAD} --head_lr 8"),
-          ("small-images", "images of 16 x 16", f"{_ONE_CHANGE} --imgsz 16"),
-          ("other-network", "conv-bn-relu", _OTHER_NETWORK))),
+    *(Setting(f"first-order-{name}", f"{label}, first order", f"{flags} --first_order", seeds)
+      for name, label, seeds, flags in (
+          ("small-head", "classifier from N(0, 0.18²)", 2, _SMALL_HEAD),
+          ("slow-head", "classifier from N(0, 0.18²), its inner rate 0.5", 2, f"{_SMALL_HEAD} --head_lr 0.5"),
+          ("frozen-head", "classifier kept as drawn", 1, f"{_ONE_CHANGE} --freeze_head"),
+          ("zero-head", "classifier kept at 0", 1, f"{_ONE_CHANGE} --head_std 0 --freeze_head"),
+          ("small-step", "1 inner step at rate 0.4", 1, f"{_ONE_CHANGE} --update_lr 0.4"),
+          ("fast-head", "classifier from N(0, 0.18²), its inner rate 8", 1, f"{_SMALL_HEAD} --head_lr 8"),
+          ("small-images", "images of 16 x 16", 1, f"{_ONE_CHANGE} --imgsz 16"),
+          ("other-network", "conv-bn-relu", 1, _OTHER_NETWORK))),
     *(Setting(f"five-steps{name}", f"images of 16 x 16, classifier {change}", f"{_FIVE_STEPS} {flags}")
       for name, change, flags in (
           ("", "from N(0, 0.18²), 5 inner steps at rate 0.4", "--head_std 0.177"),

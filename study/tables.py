@@ -189,16 +189,16 @@ pace = partial(compared, names=(*OTHER_LOOPS, *design.TWENTY_WAY), columns={
     "test after": lambda runs: f"{runs[0].last_step:,}", "test, %": (own_accuracy,)} | OWN_RULE)
 
 # How far MAML's inner loop moves the kernels of each block; similarity, also after steps as large as MAML's.
-steps = partial(compared, names=(*LEARNERS, "maml-3000", *design.BLOCKS), references=("untrained",), columns={
+moved = partial(compared, names=(*LEARNERS, "maml-3000", *design.BLOCKS), references=("untrained",))
+steps = partial(moved, columns={
     f"{NAMED_LAYERS[layer]}, step": (in_control, "similarity, final", "step", layer) for layer in range(-5, -1)} | {
     f"{NAMED_LAYERS[layer]}, CKA{sizes}": (in_control, f"similarity{control}, final", "cka", layer)
     for sizes, control in (("", ""), (", equal steps", " at equal steps")) for layer in (-3, HIDDEN)})
 
 # What makes these steps small: a kernel's norm, or its gradient at norm 1.
-norms = partial(compared, names=(*LEARNERS, "maml-3000", *design.BLOCKS), references=("untrained",), columns={
+norms = partial(moved, columns={
     f"{NAMED_LAYERS[layer]}, norm": (in_control, "similarity, final", "norm", layer) for layer in range(-5, -1)} | {
     f"{NAMED_LAYERS[layer]}, step at norm 1": (effects.step_at_norm_one, layer) for layer in range(-5, -1)})
-
 
 NEAREST, ADDS = "nearest support mean before adaptation", "the same minus that of block 3"
 
