@@ -22,8 +22,8 @@ from tasks import Dataset
 SPLIT_SEED = 2015  # of the shuffle of the class names; fixed, so that --seed never moves a class to another split
 SHARES = {"val": 0.16, "test": 0.20}  # of the classes, as miniImageNet's; the others are for training
 REMEDY = "replace or convert them, or remove them"  # of images that can't be read
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp")
-OTHER_EXTENSIONS = (".webp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".ppm", ".pgm",
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp")
+OTHER_EXTENSIONS = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".ppm", ".pgm",
                     ".pnm")  # refused, not silently left out
 NAMES = {"train": ("train", "training", "base", "meta_train"), "val": ("val", "valid", "validation", "meta_val"),
          "test": ("test", "testing", "novel", "meta_test")}

@@ -27,7 +27,7 @@ from files import UserError, atomic, listed, note, progress, reading, remove_sta
 from tasks import Dataset
 
 SPLITS = ("train", "val", "test")
-FORMATS = ("JPEG", "PNG", "GIF", "BMP")  # few parsers, and none that starts a program, as PIL's for EPS does
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")  # few parsers, and none that starts a program, as PIL's for EPS does
 SYSTEM_FOLDERS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # in zips and on disks
 CACHE_VERSION = 2  # raised whenever the same files would give other pixels
 SHARED = 1e-3  # share of a split's images that may be in another too: ImageNet has some photographs twice

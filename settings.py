@@ -372,5 +372,8 @@ def _check_network(args: argparse.Namespace, network: Callable[[argparse.Namespa
     if args.head_lr is not None and net.classifier not in rates:
         raise UserError("--head_lr: the inner loop does not adapt the last layer; leave --head_lr out, or change "
                         "--learner or --adapt_blocks")
+    if args.freeze_head and args.head_std == 0 and net.classifier not in rates:
+        raise UserError("--freeze_head: with --head_std 0 the last layer stays 0, and nothing is trained; give another "
+                        "--head_std, or have the inner loop adapt the last layer (--learner, --adapt_blocks)")
     if args.learner == "protonet" and len(net.weights) == len(net.head):
         raise UserError("layers: --learner protonet trains the layers before the last, and none of them has weights")

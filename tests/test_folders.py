@@ -110,8 +110,8 @@ def no_folders(root: Path) -> None:
 
 @pytest.mark.parametrize("make, words", [
     (lambda root: None, ["there is no folder", "--data FOLDER"]),
-    (lambda root: write_classes(root, 3) or (root / "class 0/a.WebP").write_text("image"),
-     ["in other formats than JPEG, PNG", "class 0/a.WebP; convert"]),
+    (lambda root: write_classes(root, 3) or (root / "class 0/a.TIF").write_text("image"),
+     ["in other formats than JPEG, PNG", "class 0/a.TIF; convert"]),
     (lambda root: write_classes(root, 3) or write_classes(root / "class 0", 1, name="more"),
      ["folders in the class folders of", "mine have images that would be left out: 'class 0/more 0'; move"]),
     (lambda root: write_classes(root, 2), ["holds 2 class folders", "at least 3 classes"]),

@@ -44,6 +44,7 @@ LEFT = Image.fromarray(np.repeat(np.array([[255, 0]], np.uint8), 10, 0).repeat(5
 
 @pytest.mark.parametrize("image, kind, options, left, right", [
     (RED, "PNG", {}, (200, 40, 40), (200, 40, 40)), (GREY, "BMP", {}, (90,) * 3, (90,) * 3),
+    (GREY, "WEBP", {"lossless": True}, (90,) * 3, (90,) * 3),
     (RED.convert("CMYK"), "JPEG", {"quality": 100}, (200, 40, 40), (200, 40, 40)),
     (RED.quantize(4), "GIF", {}, (200, 40, 40), (200, 40, 40)), (LEFT.convert("1"), "PNG", {}, (255,) * 3, (0,) * 3),
     # what is transparent becomes white, so that ink on nothing isn't black on black
