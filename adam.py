@@ -49,7 +49,7 @@ class GuardedAdam:
         """One Adam step; undone on the device, without a sync, if a loss, a gradient or its square is not finite."""
         for weight, gradient in zip(self.weights, gradients):
             weight.grad = gradient.clamp(-self.clip, self.clip) if self.clip else gradient
-        *changed, _, _ = self.state()
+        changed = self.state()[:-2]  # all but the two counters
         before = [tensor.clone() for tensor in changed]
         if self.cosine_steps:
             cosine = torch.cos(self.updates.clamp(max=self.cosine_steps) * (math.pi / self.cosine_steps))

@@ -95,9 +95,9 @@ def memory_runs_out(remedy: str) -> Iterator[None]:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """Peak memory in GiB, of torch's allocator on CUDA, of the process on a CPU; None if the system doesn't say."""
+    """Peak memory in GiB: reserved by torch on CUDA, graphs' included; of the process on a CPU; None if unknown."""
     if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+        return round(torch.cuda.max_memory_reserved(device) / 2**30, 2)
     try:
         import resource
     except ImportError:  # Windows
@@ -233,24 +233,27 @@ class GraphedStep:
         if every_step or self.maml.measures_next or self.eager:
             return self.step(every_step=every_step)
         if self.graph is None:
-            reason = None
-            try:
-                self.graph, self.result = self._capture()
-            except (RuntimeError, MemoryError) as error:
-                reason = str(error).partition("\n")[0] or "out of memory"
+            self.graph, self.result, reason = self._capture()
             reason = next(filter(None, gather_lists([reason])), None)  # NCCL: a graph in all processes or in none
             if reason and self.required:
                 raise UserError(f"--cuda_graph: the step can't be captured here ({reason}); give --no-cuda_graph")
-            if reason:  # not in the `except`: the error would keep the memory of the step that failed
+            if reason:
                 note(f"note: training is slower, because a step can't be captured as a CUDA graph here ({reason})")
                 self.graph, self.result, self.eager = None, None, True
+                if self.generator.device.type == "cuda":  # before torch 2.14 a failed capture leaves it unusable
+                    fresh = torch.Generator(self.generator.device)
+                    fresh.set_state(self.generator.get_state())
+                    self.generator.graphsafe_set_state(fresh)
                 return self.step()
         self.graph.replay()
         self.maml.step += 1
         return self.result
 
     def _capture(self) -> tuple:
-        """The graph of one step, and the tensors of its result; `maml` and `generator` are restored."""
+        """The graph of one step, its result, and None; or two times None, and why the step can't be captured.
+
+        `maml` and `generator` are restored. An error in a warm-up step is raised: without a graph it would fail too.
+        """
         tensors, step, drawn = self.maml.state(), self.maml.step, self.generator.get_state()
         before = [tensor.detach().clone() for tensor in tensors]
         side = torch.cuda.Stream()
@@ -264,8 +267,11 @@ class GraphedStep:
             graph = torch.cuda.CUDAGraph()
             if torch.__version__ < (2, 14):  # newer versions find the generators of a capture, and warn of this call
                 graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph):
-                return graph, self.step()
+            try:
+                with torch.cuda.graph(graph):
+                    return graph, self.step(), None
+            except (RuntimeError, MemoryError) as error:
+                return None, None, str(error).partition("\n")[0] or "out of memory"
         finally:
             torch.cuda.synchronize()  # a failed warm-up may still be writing on its stream
             with torch.no_grad():

@@ -16,7 +16,7 @@ from tasks import Tasks
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of each task: [T, N, C], [T, N] -> [T]."""
-    return -F.log_softmax(logits, -1).gather(-1, labels[..., None]).mean((1, 2))
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -192,6 +192,9 @@ def test_a_failed_capture_is_one_line_and_leaves_the_run_as_it_was(error, reason
         assert all(graphed().accuracy.shape == (2, 1) for _ in range(2))
         assert (maml.step, cuda.captures, graphed.graph) == (first + 2, captures + 1, None)
         assert capsys.readouterr().err.count(f"can't be captured as a CUDA graph here ({reason})") == 1
+    graphed = GraphedStep(maml, Mock(side_effect=error), sample.generator, required=False)
+    with pytest.raises(type(error)):  # a step that fails before the capture would fail without a graph too
+        graphed()
 
 
 @pytest.mark.parametrize("first_order", [False, True])
