@@ -115,6 +115,9 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     `folder`, and folders with other files alone, are left out with a note.
     """
     found, others, deeper, without = [], [], [], []
+    listed([short(entry.name) for entry in images.entries(folder)
+            if entry.is_symlink() and not os.path.exists(entry) and not _is_image(entry)],
+           f"links in {folder} lead nowhere, and their classes would be left out", "correct or remove them")
     for entry in images.subfolders(folder):
         files = _files(entry)
         pictures = [images.image_file(file, f"{folder.name}/{entry.name}/{file.name}")

@@ -216,7 +216,7 @@ def entries(folder: Path | str) -> list[os.DirEntry]:
 
 
 def subfolders(folder: Path | str) -> list[os.DirEntry]:
-    return [entry for entry in entries(folder) if entry.is_dir()]
+    return [entry for entry in entries(folder) if os.path.isdir(entry)]  # is_dir() raises on a link to itself
 
 
 def by_class(files: Iterable[tuple[str, ImageFile]]) -> dict[str, list[ImageFile]]:

@@ -50,6 +50,7 @@ WNIDS = {split: text.split() for split, text in {  # the classes in the CSV file
         n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484 n02871525 n03127925
         n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357 n04522168 n07613480"""}.items()}
 CLASSES = set().union(*WNIDS.values())
+TABLE = r"(?i)(train|val|test)(?:idation)?\.csv"
 # A pickled cache's name. train_phase_val and train_phase_test hold other images of the training classes; learn2learn's
 # "bookkeeping" holds no images.
 PICKLE = r"(?i)(?!.*bookkeeping)(?:.*[-_])?(?<!train_phase_)(train|val|test)(?:idation|_phase_train)?\.(?:pkl|pickle)"
@@ -95,12 +96,11 @@ def _layouts(root: Path) -> dict[str, dict[str, Path]]:
     parts = folders.split_folders(root)
     tables, caches = {}, {}
     for entry in images.entries(root):
-        if match := re.fullmatch(r"(train|val|test)(?:idation)?\.csv", entry.name):
-            tables[match[1]] = Path(entry)
-        if match := re.fullmatch(PICKLE, entry.name):
-            other = caches.setdefault(match[1].lower(), Path(entry))
-            if other != Path(entry):
-                raise UserError(f"{other} and {entry.path} are both of the {match[1]} split; move one away")
+        for pattern, files in (TABLE, tables), (PICKLE, caches):
+            if match := re.fullmatch(pattern, entry.name):
+                other = files.setdefault(match[1].lower(), Path(entry))
+                if other != Path(entry):
+                    raise UserError(f"{other} and {entry.path} are both of the {match[1].lower()} split; move one away")
     return {CSV: tables, FOLDERS: {split: parts[split] for split in parts if images.subfolders(parts[split])},
             PICKLES: caches}
 

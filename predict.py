@@ -83,8 +83,10 @@ class Model:
     @torch.no_grad()
     def adapt(self, support_images: Iterable[Picture], support_labels: Iterable[Hashable]
               ) -> tuple[dict[str, Tensor], list[Hashable], Tensor, Tensor]:
-        """The inner loop of the run's test: --update_step_test steps from the trained weights; ProtoNet and the
-        classifier take none.
+        """The inner loop of the run's test, from the trained weights; ProtoNet and the classifier take none.
+
+        It has `args.update_step_test` steps, which may be changed: with more images per class than in training, or
+        with other ones, fewer steps can be better.
 
         For fewer than n_way classes it adapts the first rows of the classifier. Features after adaptation:
         `model.net(model.pixels(images), model.adapt(support_images, support_labels)[0], features=True)`.

@@ -28,7 +28,7 @@ from tasks import Dataset
 
 WRITTEN = ("args.json", "*.pt", "result.png", "result.json", "timing.json")  # files that are written whole
 PER_TASK = ("within", "between", "nc1", "cdnv", "directional_cdnv", "ncc_accuracy")  # what log.jsonl keeps per task
-REMEDY = "free space or fix the permissions there; --resume continues a run"
+REMEDY = "free space or fix the permissions there; --resume continues a run that has begun"
 
 
 # ---- the folder

@@ -74,10 +74,7 @@ class Run:
             why = ("it stopped before the first; continue it with --resume" if self.settings.get("nc_every")
                    else "it ran with --nc_every 0; train it with --nc_every 100")
             raise UserError(f"{self.path} holds no neural-collapse measurement: {why}")
-        layers = next(iter(rows.values())).get("layers")
-        if not isinstance(layers, list) or not layers:
-            raise UserError(f"{self.path}: a measurement names no layers; its log is broken")
-        return list(map(str, layers))
+        return list(map(str, next(iter(rows.values()))["layers"]))
 
     @property
     def hidden(self) -> str:
@@ -138,7 +135,7 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
     A half-written last line, which a stopped run may leave, is ignored with a note.
 
     Raises:
-        UserError: the log can't be read, another line isn't a JSON object, or a measurement has no step.
+        UserError: the log can't be read, another line isn't a JSON object, or a measurement lacks step or layers.
     """
     with reading(path, "copy it again, or name another run"):
         content = path.read_bytes()
@@ -152,10 +149,11 @@ def read_log(path: Path) -> dict[str, dict[int, dict]]:
                 raise UserError(f"{path}, line {line_number}: not a JSON object; correct or remove that line") from None
             note(f"note: {one_line(str(path))}, line {line_number}: half-written, ignored")
             break
-        split, step = row.get("classes"), row.get("step")
+        split, step, layers = row.get("classes"), row.get("step"), row.get("layers")
         if row.get("kind") == "nc" and split in ("train", "heldout"):
-            if type(step) is not int or not 0 <= step < 2**31:
-                raise UserError(f"{path}: a measurement has no step; its log is broken")
+            if type(step) is not int or not 0 <= step < 2**31 or not isinstance(layers, list) or not layers:
+                raise UserError(f"{path}, line {line_number}: a measurement lacks its step or its layers; the log is "
+                                "broken")
             rows[split][step] = row
     return rows
 

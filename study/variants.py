@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 import files
-from files import Parser, reading
+from files import Parser, UserError, reading
 
 
 def omniglot(root: Path) -> None:
@@ -41,13 +41,15 @@ def omniglot(root: Path) -> None:
 def photographs(root: Path) -> None:
     """folders-20, 20 images of each training class; folders-crops, a class of 20 random crops per photograph."""
     for split in ("train", "val", "test"):
-        with open(root / f"{split}.csv") as file:
+        with open(root / f"{split}.csv", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file):
                 folder = made(root / "folders-20" / split / row["label"])
                 if split != "train" or len(list(folder.iterdir())) < 20:
                     shutil.copy(root / "images" / row["filename"], folder)
-    generator = random.Random(0)
-    for path in generator.sample(sorted((root / "images").iterdir()), 1623):  # as many classes as Omniglot has
+    paths, generator = sorted((root / "images").iterdir()), random.Random(0)
+    if len(paths) < 1623:
+        raise UserError(f"{root / 'images'} has {len(paths):,} images, and the crops need 1,623, as Omniglot's classes")
+    for path in generator.sample(paths, 1623):
         folder = made(root / "folders-crops" / path.stem)
         photograph = Image.open(path).convert("RGB")
         for i in range(20):

@@ -105,7 +105,7 @@ LAYOUTS = {  # and words of the line that says what was found
     "backslashes": (lambda root: edit(root, "([pvt]..[.])", r"images\\\1"), "images/:"),
     "blanks and quotes": (lambda root: edit(root, r"(class\d)\n(.*)\n", "\\1 \r\n \\2\r\n  \r\n") or edit(
         root, "filename,label", '\ufeff Filename , "label "'), "train 3 classes of 4 images"),
-    "validation.csv, one folder down": (lambda root: (root / "val.csv").rename(root / "validation.csv") and
+    "Validation.csv, one folder down": (lambda root: (root / "val.csv").rename(root / "Validation.csv") and
                                         moved(root, "*", "top"), "images/:"),
     "ImageNet's names, by rank": (lambda root: rename_images(root, lambda wnid, i: (
         f"{wnid}_{10 * i + 7}.JPEG", f"{wnid}{i + 1:08}.jpg")), "ImageNet's names by rank"),

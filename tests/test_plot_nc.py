@@ -256,9 +256,9 @@ def test_settings_of_one_name_have_their_folders_in_a_legend_that_fits(tmp_path)
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda row: row.pop("layers"), "names no layers"),
+    (lambda row: row.pop("layers"), "lacks its step or its layers"),
     (lambda row: row["meta"].pop("within"), "lacks meta within"),
-    (lambda row: row.update(step="soon"), "has no step"),
+    (lambda row: row.update(step="soon"), "lacks its step or its layers"),
     (lambda row: row["finetuned"]["between"]["mean"].pop(), "lacks finetuned between"),
 ])
 def test_an_incomplete_measurement_is_named(change, words, tmp_path):
