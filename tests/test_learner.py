@@ -1,6 +1,7 @@
 """Learner against the same network of torch.nn layers, for every layer type; its features, start, errors."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from oracle import forward
 import miniimagenet_train
 import omniglot_train
 from learner import LAYERS, Learner
+
+assert_close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10)
 
 # name of a case: (channels, image size, layers). Each ends flat, so that the order of values counts.
 FLAT = ("flatten", [])
@@ -22,6 +25,8 @@ CASES = {
     "first conv2d and bn": (1, 6, [("conv2d", [9, 1, 3, 3, 1, 1]), ("bn", [9]), ("relu", [True]), FLAT]),
     "first conv2d and bn_shift": (3, 6, [("conv2d", [27, 3, 3, 3, 2, "same"]), ("bn_shift", [27]),
                                          ("max_pool2d", [2, 2, 0]), FLAT]),
+    "first conv2d and bn of an even kernel": (1, 9, [("conv2d", [4, 1, 2, 2, 3, 0]), ("bn", [4]), FLAT]),
+    "first conv2d and bn of single pixels": (3, 4, [("conv2d", [4, 3, 1, 1, 1, 0]), ("bn", [4]), FLAT]),
     "bn of features": (3, 4, [FLAT, ("linear", [6, 48]), ("bn", [6]), ("linear", [2, 6])]),
     "max_pool2d padding": (3, 8, [("conv2d", [4, 3, 3, 3, 1, 0]), ("max_pool2d", [3, 2, 1]), FLAT]),
     "avg_pool2d": (3, 8, [("conv2d", [4, 3, 3, 3, 1, 0]), ("avg_pool2d", [3, 2, 1]), FLAT]),
@@ -48,11 +53,6 @@ def output_and_gradients(output, inputs):
     """The gradients are of a loss that tells all outputs apart, with respect to inputs: one list of tensors."""
     loss = (output.sin() * torch.linspace(1, 2, output.numel(), dtype=output.dtype).view(output.shape)).sum()
     return [output.detach(), *torch.autograd.grad(loss, inputs)]
-
-
-def assert_close(got, expected):
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
 def test_every_layer_type_has_a_case():

@@ -34,10 +34,6 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-def conv_inputs(tasks, kernel, size):
-    return [random(tasks, 2, size, size, 3), random(tasks, 4, 3, kernel, kernel, seed=1), random(tasks, 4, seed=2)]
-
-
 def batch_norm_inputs(tasks, *middle):
     return [random(tasks, *middle, 3), random(tasks, 3, seed=1), random(tasks, 3, seed=2)]
 
@@ -52,24 +48,8 @@ def dead_channel(tasks):
 def conv(kernel, stride, padding, size):
     """(ours, native, inputs by number of tasks)"""
     layers = [partial(layer, stride=stride, padding=padding) for layer in (taskwise.conv2d, native_conv2d)]
-    return *layers, lambda tasks: conv_inputs(tasks, kernel, size)
-
-
-def conv_bn(kernel, stride, padding, size):
-    """The same; the images are no input. The convolution's bias is another in both, because it cancels."""
-    def ours(weight, bias, scale, shift):
-        images, _, _ = conv_inputs(len(weight), kernel, size)
-        patches = taskwise.patches(images.detach().permute(0, 1, 4, 2, 3), kernel, stride, padding)
-        return taskwise.conv_bn(patches, weight, bias, scale, shift)
-
-    def native(weight, bias, scale, shift):
-        images, _, _ = conv_inputs(len(weight), kernel, size)
-        return elementary_batch_norm(native_conv2d(images, weight, 9 * bias, stride, padding), scale, shift)
-
-    def inputs(tasks):
-        return [*conv_inputs(tasks, kernel, size)[1:], random(tasks, 4, seed=3), random(tasks, 4, seed=4)]
-
-    return ours, native, inputs
+    return *layers, lambda tasks: [random(tasks, 2, size, size, 3), random(tasks, 4, 3, kernel, kernel, seed=1),
+                                   random(tasks, 4, seed=2)]
 
 
 def native_max_pool2d(x):
@@ -77,7 +57,6 @@ def native_max_pool2d(x):
 
 
 LAYERS = {f"conv2d-{'-'.join(map(str, geometry))}": conv(*geometry) for geometry in GEOMETRIES}
-LAYERS |= {f"conv_bn-{'-'.join(map(str, geometry))}": conv_bn(*geometry) for geometry in GEOMETRIES}
 BATCH_NORMS = taskwise.batch_norm, elementary_batch_norm
 LAYERS |= {
     "batch_norm": (*BATCH_NORMS, lambda tasks: batch_norm_inputs(tasks, 4, 3, 2)),
