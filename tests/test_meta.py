@@ -123,15 +123,16 @@ def test_gradient_of_the_scripts_networks(script, imgsz, n_way, net, k_spt, step
     assert losses.mean().item() == pytest.approx(loss.item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("first_order, clip, cosine_steps", [(False, 0, 0), (True, 0.01, 0), (False, 0, 5)])
+@pytest.mark.parametrize("first_order, clip, cosine_steps", [(False, 0, 0), (True, 0.01, 0), (False, 0, 3)])
 def test_meta_steps_are_adams_on_the_plain_loops_gradient(first_order, clip, cosine_steps):
     net = small_net()
     maml = Meta(copy.deepcopy(net), update_lr=0.3, meta_lr=0.01, update_step=2, first_order=first_order, clip=clip,
                 cosine_steps=cosine_steps)
     theta = {name: w.detach().clone().requires_grad_() for name, w in net.weights.items()}
     optimizer = torch.optim.Adam(theta.values(), lr=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cosine_steps or 10**9)
-    for seed in range(4):
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: (
+        1 + math.cos(math.pi * min(1, update / (cosine_steps or math.inf)))) / 2)  # after its cosine it stays 0
+    for seed in range(5):
         tasks = make_tasks(seed=seed)
         maml(tasks)
         _, gradient = oracle.meta_gradient(net.config, theta, tasks, 0.3, 2, not first_order)
@@ -139,19 +140,11 @@ def test_meta_steps_are_adams_on_the_plain_loops_gradient(first_order, clip, cos
             weight.grad = gradient[name].clip(-clip or None, clip or None) if clip else gradient[name]
         optimizer.step()
         schedule.step()
-    assert maml.step == maml.updates == 4
+    assert maml.step == maml.updates == 5
     # Adam divides by the gradient's size, so a gradient that is 0 but for rounding still moves a weight
     for name in set(theta) - {"0_conv2d_bias", "4_conv2d_bias"}:
         moved, expected = ((w[name] - net.weights[name]).detach() for w in (maml.net.weights, theta))
         torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-9, msg=name)
-
-
-def test_after_its_cosine_the_rate_stays_0():
-    maml, weights = Meta(small_net(), cosine_steps=1), []
-    for seed in range(3):
-        maml(make_tasks(seed=seed))
-        weights.append(copies(list(maml.net.parameters())))
-    assert equal(weights[0], weights[2])
 
 
 # ---- what is not finite ----
