@@ -32,7 +32,7 @@ from baselines import inner_rates
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
 from files import Parser, UserError, atomic, progress, quoted, reading
 from learner import Learner, Weights
-from measuring import accuracies, accuracy, class_means, collapse_metrics, permuted_labels, scores
+from measuring import accuracies, accuracy, class_means, collapse_metrics, cross_entropy, permuted_labels, scores
 from meta import Meta, adapt
 from record import check_classes, check_network, numbers, other_images, say, summary
 from settings import check
@@ -107,6 +107,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
         f"{BY_PARTS}, untrained": (untrained, by_parts),
         "similarity, final": (final, similarity),
         "similarity, untrained": (untrained, similarity),
+        "kernel norms changed, final": (final, changed_norms),
         ALONE: (final, not_transductive)}
     if len(final.blocks) == len(STEP_SIZES) + 1:  # the study's networks
         wanted |= {"similarity of blocks 1-2, final": (final, partial(similarity, blocks=(1, 2))),
@@ -133,9 +134,9 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
             f"{key}_ci95": numbers(1.96 * se) for key, (_, se) in means.items()}
         if metrics:
             control |= summary(metrics) | {"effective_dimension": {"meta": numbers(dimension_of(net))}}
-            share = metrics["meta"]["relative_within"][:, -2:][:, 0].mean()  # at the classifier's input
-            nearest = 100 * results["nearest_mean"][:, 0].mean()
-            say(f"{name}: relative within trace {share:.3f}, nearest support mean {nearest:.2f}%, before adaptation")
+            share, nearest = (metrics["meta"][key][:, -2:][:, 0].mean()  # at the classifier's input
+                              for key in ("relative_within", "ncc_accuracy"))
+            say(f"{name}: relative within trace {share:.3f}, nearest support mean {nearest:.2%}, before adaptation")
         else:
             say(f"{name}: {control}")
         yield name, control
@@ -209,13 +210,13 @@ def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str
             "body": (end - start).norm(dim=1, keepdim=True) / start.norm(dim=1, keepdim=True)}
 
 
-def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor], blocks: Sequence[int] | None = None,
-               sizes: Sequence[float] = ()) -> dict[str, Tensor]:
+def similarity(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], blocks: Sequence[int] | None = None,
+               sizes: Sequence[float] = ()) -> dict:
     """"cka" [T, L] of the query features before and after MAML's inner loop, with as many steps as in training.
 
     With it, before the loop, "norm", the `kernel_norms` [T, L]; of the loop "step", its `step_sizes` [T, L]; after it
     "accuracy" [T, 1] of the queries. The loop adapts these blocks, or all if None, for every learner. With `sizes` what
-    it changes in each block but the last is then scaled to these step sizes.
+    it changes in each block but the last is then scaled to these step sizes, and "metrics" are measured too.
     """
     rates = inner_rates(maml.net, "maml", maml.update_lr, maml.head_lr, blocks)
     before, *_, after = adapt(maml.net, maml.net.weights, tasks.x_spt, tasks.y_spt, rates, maml.update_step)
@@ -224,8 +225,28 @@ def similarity(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor], blocks: S
         after |= {name: start + torch.einsum("t,t...->t...", scales[:, maml.net.block(name) - 1], after[name] - start)
                   for name, start in before.items() if name not in maml.net.head}
     layers = [maml.net(tasks.x_qry, weights, features=True)[1] for weights in (before, after)]
+    metrics = {"metrics": collapse_metrics(maml.net, tasks, [before, after], null)} if sizes else {}
     return {"cka": torch.stack([cka(*features) for features in zip(*layers)], 1), "step": step_sizes(before, after),
-            "norm": kernel_norms(before), "accuracy": accuracy(layers[1][-1], tasks.y_qry)[:, None]}
+            "norm": kernel_norms(before), "accuracy": accuracy(layers[1][-1], tasks.y_qry)[:, None]} | metrics
+
+
+def changed_norms(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Query "loss" [T, 1] after MAML's inner loop, with as many steps as in training.
+
+    With it that with the kernel of one convolution sqrt(2) times as long, "longer" [T, L-1], or shorter by as much,
+    "shorter". If batch norm follows, this halves or doubles the kernel's relative inner step, and changes nothing else.
+    """
+    net, rates = maml.net, inner_rates(maml.net, "maml", maml.update_lr, maml.head_lr)
+    theta = dict(net.weights.items())
+
+    def loss(changed: Weights) -> Tensor:
+        *_, last = adapt(net, theta | changed, tasks.x_spt, tasks.y_spt, rates, maml.update_step)
+        return cross_entropy(net(tasks.x_qry, last), tasks.y_qry)
+
+    kernels = [(name, weight) for name, weight in theta.items() if weight.dim() > 2]
+    return {"loss": loss({})[:, None]} | {
+        name: torch.stack([loss({kernel: factor * weight}) for kernel, weight in kernels], 1)
+        for name, factor in (("longer", 2**0.5), ("shorter", 0.5**0.5))}
 
 
 def kernel_norms(weights: Weights) -> Tensor:

@@ -174,9 +174,20 @@ def measured(run: Run, model: str, metric: str, kind: str = "final", layer: int 
     return number(means[layer:][0])  # some controls have one layer
 
 
-def adapted_ratio(run: Run, metric: str) -> float:
+def relative(run: Run, model: str, metric: str, kind: str = "final", layer: int = HIDDEN) -> float:
+    """As `measured`, over the same for permuted labels: 0 is collapse, and 1 if labels mean nothing."""
+    return measured(run, model, metric, kind, layer) / measured(run, model, f"{metric}_null", kind, layer)
+
+
+def adapted_ratio(run: Run, metric: str, kind: str = "final") -> float:
     """A metric on the test tasks after the inner loop, as a multiple of that before."""
-    return measured(run, "finetuned", metric) / measured(run, "meta", metric)
+    return measured(run, "finetuned", metric, kind) / measured(run, "meta", metric, kind)
+
+
+def loss_ratio(run: Run, change: str, block: int) -> float:
+    """Query loss after the inner loop with one kernel "longer" or "shorter", as a multiple of the usual."""
+    control = "kernel norms changed, final"
+    return in_control(run, control, change, block - 1) / in_control(run, control, "loss", 0)
 
 
 def step_at_norm_one(run: Run, layer: int) -> float:

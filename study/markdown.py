@@ -1,11 +1,15 @@
 """Numbers as text, and tables in Markdown."""
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
+from files import UserError
 from study.effects import over_seeds
 from study.logs import Run
 
+TABLE_IN_PAGE = re.compile(r"<!-- table: (\w+) -->\n(.*?)\n?<!-- /table -->", re.DOTALL)
 MISSING = "–"  # stands for a number that is undefined or not logged
 
 Cell = Callable[[list[Run]], str]  # the text of a cell, from the seeds of a setting
@@ -67,3 +71,19 @@ def table(rows: Sequence[dict[str, str]], transposed: bool = False) -> str:
         lines = list(zip(*lines))
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def with_tables(text: str, tables: Mapping[str, Callable[[], str]], page: str, check: bool) -> tuple[str, int]:
+    """The text of a page with its tables made anew, and their number; with `check` a table that differs is refused."""
+    def replace(match: re.Match) -> str:
+        name, body = match.groups()
+        if name not in tables:
+            raise UserError(f"{page}: there is no table {name!r}; there are: {', '.join(tables)}")
+        expected = tables[name]() or "*No run of this kind is in res/ yet.*"
+        if check and body != expected:
+            pairs = itertools.zip_longest(body.split("\n"), expected.split("\n"), fillvalue="")
+            row, logged = next((row, logged) for row, logged in pairs if row != logged)
+            raise UserError(f"{page}, table {name}: {row!r}, and the logs give {logged!r}; run python -m study.tables")
+        return f"<!-- table: {name} -->\n{expected}\n<!-- /table -->"
+
+    return TABLE_IN_PAGE.subn(replace, text)

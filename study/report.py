@@ -1,8 +1,8 @@
 """The figures of README.md and study/README.md: the study in, matplotlib figures out."""
 
 import functools
+import itertools
 import math
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from files import UserError
 from study import effects, figures, tables
-from study.design import BLOCKS, CHANGES, DIFFICULTY, LEARNERS, LONG, MAIN, label
+from study.design import BLOCKS, DIFFICULTY, FIRST_ORDER, LEARNERS, LONG, LOOPS, MAIN, ONE_STEP, label
 from study.logs import Run, Study
 
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
@@ -19,7 +19,6 @@ POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
 
 # Share and accuracy before and after adaptation, as the tables have them: (function, *its arguments after the run).
 TESTED = [*tables.SHARES.values(), (effects.tested, "nearest_mean", 0), (effects.tested, "accuracy", -1)]
-VALIDATED = [*tables.validated(5_000).values()]
 
 
 def result(study: Study) -> Figure:
@@ -69,14 +68,15 @@ def learners(study: Study) -> Figure:
     figure.set_layout_engine("constrained", w_pad=0.04)
     share, right, by_block = figure.subplots(1, 3)
 
-    before_and_after(share, groups, *TESTED[:2])
-    before_and_after(right, groups, *TESTED[2:], scale=100)
-    share.set_yticklabels([name for _, _, name in groups])
+    rows = [*groups, (tables.references_of(study.groups(LEARNERS))["untrained"], figures.GREY, "untrained")]
+    before_and_after(share, rows, *TESTED[:2])
+    before_and_after(right, rows, *TESTED[2:], scale=100)
+    share.set_yticklabels([name for _, _, name in rows])
     for group, colour, _ in reversed(groups):  # the first on top
         blocks = range(-len(group[0].layers), -1)
         values = [[100 * effects.measured(run, "meta", "ncc_accuracy", layer=i) for i in blocks] for run in group]
         by_block.plot(group[0].layers[:-1], np.mean(values, 0), "o-", color=colour, markersize=3)
-    share.set(title="A  Within / (within + between)", xlim=(0, 0.8))
+    share.set(title="A  Within / (within + between)", xlim=(0, 0.9))
     right.set(title="B  Test accuracy, %")
     by_block.set(title="C  Before adaptation, by block", ylabel="nearest support mean, %")
     share.legend(handles=POINTS, loc="center right", bbox_to_anchor=(1.03, 0.58), fontsize=7.5)
@@ -94,22 +94,47 @@ def before_and_after(axes: Axes, groups: Sequence[tuple[figures.Group, str, str]
     axes.set(yticks=range(len(groups)), ylim=(len(groups) - 0.5, -0.5), yticklabels=[])
 
 
-def by_setting(study: Study, kinds: dict[str, Sequence[str]], values: Sequence[tuple]) -> Figure:
-    """A row per setting, a colour per kind: share and accuracy before and after adaptation, spread of the rows."""
+def by_setting(study: Study, kinds: dict[str, Sequence[str]]) -> Figure:
+    """A row per setting, a colour per kind: share and accuracy before and after adaptation."""
     colour_of = dict(zip(kinds, figures.PALETTE))
-    groups = [(group, colour_of[kind], re.sub("classifier from |images of | of 32 x 32(, MAML)?", "", label(group[0])))
+    groups = [(group, colour_of[kind], label(group[0]).replace(" of 32 x 32", ""))
               for kind, names in kinds.items() for group in study.groups(names)]
     legend = [figures.key(kind, colour, linewidth=2.2) for kind, colour in colour_of.items()]
-    figure, ((left, right, spread),) = figures.frame(1, 3, 0.5 + 0.27 * max(len(groups), 3), [*legend, *POINTS])
-    before_and_after(left, groups, *values[:2])
-    before_and_after(right, groups, *values[2:], scale=100)
-    before_and_after(spread, groups, *tables.SPREADS.values())
-    left.set(title="A  Share within", xlim=(0, 0.9))
-    right.set(title="B  Accuracy, %")
-    spread.set(title="C  Spread of rows", xlabel="open: untrained\nfilled: trained", xscale="log")
-    spread.minorticks_off()
-    spread.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
+    figure, ((left, right),) = figures.frame(1, 2, 0.5 + 0.27 * max(len(groups), 3), [*legend, *POINTS])
+    before_and_after(left, groups, *TESTED[:2])
+    before_and_after(right, groups, *TESTED[2:], scale=100)
+    left.set(title="A  Within / (within + between)", xlim=(0, 0.9))
+    right.set(title="B  Test accuracy, %")
     left.set_yticklabels([name for _, _, name in groups])
+    return figure
+
+
+def changes(study: Study) -> Figure:
+    """The fall in the share against what block 4 adds to block 3 before adaptation: a point per setting."""
+    figure = Figure(figsize=(figures.WIDTH, 3.2))
+    figure.set_layout_engine("constrained", w_pad=0.05)
+    left, right = figure.subplots(1, 2, sharey=True)
+    step = 5_000
+    first_order = tuple(itertools.chain(*FIRST_ORDER.values()))
+    for axes, kind, names, when, colour in (
+            (left, "second order", ONE_STEP, (step,), figures.PALETTE[0]),
+            (left, "first order", first_order, (step,), figures.PALETTE[1]),
+            (right, "photographs", [name for name in LOOPS if name.startswith("photographs")], (), figures.PALETTE[2]),
+            (right, "other images", [name for name in LOOPS if not name.startswith("photographs")], (),
+             figures.PALETTE[3])):
+        groups = study.groups(names)
+        fall, gain = (np.array(tables.means(groups, value, *when)) for value in (effects.fall, effects.last_block_adds))
+        gain *= 100
+        axes.scatter(fall, gain, s=26, color=colour, label=kind)
+        for group, x, y in zip(groups, fall, gain):
+            if label(group[0]) in ("MAML, second order", "MAML, first order"):
+                axes.annotate("MAML", (x, y), (6, 0), textcoords="offset points", va="center", fontsize=7.5)
+    for axes in (left, right):
+        axes.axhline(0, color=figures.GREY, linewidth=0.8)
+        axes.set(xlabel="fall in the share by the inner loop")
+        axes.legend(loc="upper right")
+    left.set(title="A  Omniglot, changed settings", ylabel="block 4's gain over block 3, points")
+    right.set(title="B  Section 5's images and inner loops")
     return figure
 
 
@@ -149,11 +174,10 @@ def length(study: Study) -> Figure:
 
 def all_figures(study: Study) -> dict[str, Figure]:
     """Every figure of README.md and study/README.md whose runs are there, by its file."""
-    changes = functools.partial(by_setting, kinds=CHANGES, values=VALIDATED)
-    difficulty = functools.partial(by_setting, kinds=DIFFICULTY, values=TESTED)
+    difficulty = functools.partial(by_setting, kinds=DIFFICULTY)
     every = {"result.png": (MAIN, result),
              "res/metrics.png": (MAIN, lambda study: figures.metrics(study.groups(MAIN))),
-             "res/learners.png": (LEARNERS, learners), "res/changes.png": (CHANGES["1 x 1"], changes),
+             "res/learners.png": (LEARNERS, learners), "res/changes.png": (ONE_STEP, changes),
              "res/difficulty.png": (DIFFICULTY["photographs"], difficulty),
              "res/similarity.png": (LEARNERS, similarity), "res/length.png": (LONG, length)}
     drawn = {path: draw(study) for path, (names, draw) in every.items() if study.groups(names)}

@@ -10,7 +10,6 @@ A table is described by its columns: name -> (function of study/effects.py, *its
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 import files
-from files import Parser, UserError, atomic
+from files import Parser, atomic
 from study import design, effects
 from study.design import DIFFICULTY, LEARNERS, LONG, MAIN, METRICS, MODELS, OTHER_LOOPS, label
 from study.effects import HIDDEN, at, end, growth, in_control, measured, own_accuracy, tested
 from study.logs import HOME, Run, Study
-from study.markdown import Cell, Columns, fixed, over, row, table
+from study.markdown import Cell, Columns, fixed, over, row, table, with_tables
 
 NAMED_LAYERS = {-5: "block 1", -4: "block 2", -3: "block 3", -2: "block 4", -1: "logits"}
 NAME: Columns = {"": lambda runs: label(runs[0])}
@@ -121,25 +120,27 @@ STARTS = {"": "final", ", from a random classifier": "classifier at random",
 OWN_RULE: Columns = {"by its own rule, not transductive, %": (own_accuracy, False)}
 TRACES: Columns = {f"{trace} trace, adapted / before": (effects.adapted_ratio, trace)
                    for trace in ("between", "within")}
-SPREADS: Columns = {
+PARTS: Columns = {
     "spread of the classifier's rows, untrained": (in_control, "first step by parts, untrained", "rows", 0),
-    "the same, trained": (in_control, "first step by parts", "rows", 0)}
-PARTS = SPREADS | {
+    "the same, trained": (in_control, "first step by parts", "rows", 0),
     "body's step, relative": (in_control, "first step by parts", "body", 0),
     "after the classifier's first step alone, %": (in_control, "first step by parts", "accuracy", 1),
     "after the body's alone, %": (in_control, "first step by parts", "accuracy", 2)}
 
 
-def before(kind: str = "final") -> Columns:
-    """Metrics before adaptation, as the control of this name measured them; "final": of the trained weights."""
-    return {name: (measured, "meta", metric, kind) for metric, name in METRICS.items()} | {
-        "dimension": (in_control, kind, "effective_dimension", "meta")}
+def metrics_of(model: str = "meta", kind: str = "final") -> Columns:
+    """Metrics as this control measured them; "final": of the trained weights. Relative: over permuted labels'."""
+    relative = {METRICS[metric]: (effects.relative, model, metric, kind) for metric in ("nc1", "directional_cdnv")}
+    dimension = {"dimension": (in_control, kind, "effective_dimension", "meta")} if model == "meta" else {}
+    return {name: (measured, model, metric, kind) for metric, name in METRICS.items()} | {
+        f"relative {name}": column for name, column in relative.items()} | dimension
 
 
 # Raw pixels, the untrained network and every learner, before adaptation if nothing else is said.
 learners = partial(compared, names=(*LEARNERS, "random-labels"), references=REFERENCES, transposed=True,
-                   columns=before() | {
-    f"{name}, adapted": (measured, "finetuned", metric) for metric, name in METRICS.items()} | TRACES | {
+                   columns=metrics_of() | {
+    f"{name}, adapted": column for name, column in metrics_of("finetuned").items()} | {
+    f"{trace} trace": (measured, "meta", trace) for trace in ("between", "within")} | TRACES | {
     "NC3: self-duality, adapted": (measured, "finetuned", "self_duality"),
     "NC4: mismatch with the nearest support mean, adapted": (measured, "finetuned", "ncc_mismatch")} | {
     f"{name}, %": (tested, *place) for name, place in RULES.items()} | {
@@ -149,13 +150,14 @@ learners = partial(compared, names=(*LEARNERS, "random-labels"), references=REFE
 SHARES: Columns = {"relative within trace": (measured, "meta", "relative_within"),
                    "the same, adapted": (measured, "finetuned", "relative_within")}
 ADAPTED: Columns = {"adapted classifier, %": (tested, "accuracy", -1)}
-NARROW = SHARES | {"tr(S_W S_B⁺)/C": (measured, "meta", "nc1"), "adapted": (measured, "finetuned", "nc1"),
+NARROW = SHARES | {"relative tr(S_W S_B⁺)/C": (effects.relative, "meta", "nc1"),
+                   "adapted": (effects.relative, "finetuned", "nc1"),
                    "nearest support mean, %": (tested, "nearest_mean", 0)} | ADAPTED | OWN_RULE
 contrast = partial(compared, names=LEARNERS, references=REFERENCES, columns=NARROW)
 
 # How well blocks 3 and 4 separate a task's classes before adaptation, for the nearest mean and a ridge regression.
 separation = partial(compared, names=(*LEARNERS, "paper-omniglot-5w1s"), references=("untrained",), columns={
-    f"tr(S_W S_B⁺)/C, {NAMED_LAYERS[layer]}": (measured, "meta", "nc1", "final", layer)
+    f"relative tr(S_W S_B⁺)/C, {NAMED_LAYERS[layer]}": (effects.relative, "meta", "nc1", "final", layer)
     for layer in (-3, HIDDEN)} | {
     f"nearest support mean, {NAMED_LAYERS[layer]}, %": (measured, "meta", "ncc_accuracy", "final", layer)
     for layer in (-3, HIDDEN)} | {
@@ -164,12 +166,11 @@ separation = partial(compared, names=(*LEARNERS, "paper-omniglot-5w1s"), referen
     for name, key in (("nearest support mean", "nearest_mean"), ("ridge", "ridge")) for place in (2, 3)})
 
 # These columns for networks trained on photographs; also the classifier's rows, and the inner loop's step.
-photographs = partial(compared, names=design.SMALL_PHOTOGRAPHS, references=REFERENCES, columns=NARROW | {
-    METRICS[metric]: (measured, "meta", metric) for metric in ("cdnv_unbiased", "directional_cdnv")} | PARTS)
+photographs = partial(compared, names=design.SMALL_PHOTOGRAPHS, references=REFERENCES, columns=NARROW | PARTS)
 
 # One inner loop on images whose classes are hard or easy to tell apart.
 difficulty = partial(compared, names=tuple(itertools.chain(*DIFFICULTY.values())), columns=SHARES | {
-    "fall": (effects.fall,)} | TRACES | ADAPTED | SPREADS)
+    "fall": (effects.fall,)} | TRACES | ADAPTED)
 
 # How similar features are before and after the inner loop, layer by layer.
 similarity = partial(compared, names=design.SIMILARITY, columns={
@@ -200,6 +201,23 @@ norms = partial(moved, columns={
     f"{NAMED_LAYERS[layer]}, norm": (in_control, "similarity, final", "norm", layer) for layer in range(-5, -1)} | {
     f"{NAMED_LAYERS[layer]}, step at norm 1": (effects.step_at_norm_one, layer) for layer in range(-5, -1)})
 
+# What a step of MAML's size in each block does to features.
+EQUAL, MOVING = "similarity at equal steps, final", [name for name in LEARNERS if name != "contrast-zero-head"]
+equal = partial(compared, names=MOVING, references=("untrained",), columns={
+    "relative within trace": (measured, "meta", "relative_within", EQUAL),
+    "adapted": (measured, "finetuned", "relative_within", EQUAL),
+    "relative tr(S_W S_B⁺)/C": (effects.relative, "meta", "nc1", EQUAL),
+    "the same, adapted": (effects.relative, "finetuned", "nc1", EQUAL)} | {
+    f"{trace} trace, adapted / before": (effects.adapted_ratio, trace, EQUAL) for trace in ("between", "within")} | {
+    "nearest support mean, %": (measured, "meta", "ncc_accuracy", EQUAL),
+    "nearest support mean, adapted, %": (measured, "finetuned", "ncc_accuracy", EQUAL)})
+
+# Query loss after the inner loop, if the step of one block is halved or doubled by the norm of its kernel.
+half_steps = partial(compared, names=("contrast-maml", "contrast-boil", "maml-3000", "paper-omniglot-5w1s"), columns={
+    "query loss": (in_control, "kernel norms changed, final", "loss", 0)} | {
+    f"{size} step in block {block}": (effects.loss_ratio, change, block)
+    for size, change in (("half the", "longer"), ("twice the", "shorter")) for block in (1, 2, 3, 4)})
+
 NEAREST, ADDS = "nearest support mean before adaptation", "the same minus that of block 3"
 
 
@@ -209,49 +227,48 @@ def means(groups: Sequence[list[Run]], value: Callable[..., float], *arguments) 
 
 
 def ranking(study: Study) -> str:
-    """Spearman correlation of each metric before adaptation with accuracy, over learners (means over seeds).
+    """Spearman correlation of each metric before adaptation with accuracy, over learners or settings.
 
-    In the last column with raw pixels and the untrained network, all with the accuracy of the control's 15 queries.
+    Of means over seeds. With raw pixels and the untrained network, all accuracies are of the control's 15 queries.
     """
-    learners = study.groups(LEARNERS)
+    learners, photographs = study.groups(LEARNERS), study.groups(design.SMALL_PHOTOGRAPHS)
     shown = [*learners, *references_of(learners).values()]
-    accuracies = {NEAREST: means(learners, tested, "nearest_mean", 0),
-                  "the learner's own rule, transductive": means(learners, own_accuracy),
+    accuracies = {NEAREST: (learners, tested, "nearest_mean", 0),
+                  "the learner's own rule, transductive": (learners, own_accuracy),
                   f"{NEAREST}, 15 queries, with pixels and the untrained network":
-                  means(shown, in_control, "final", "nearest_mean", 0)}
+                  (shown, in_control, "final", "nearest_mean", 0),
+                  f"{NEAREST}, {len(photographs)} settings of section 5": (photographs, tested, "nearest_mean", 0)}
     rows = []
-    for name, column in before().items() if learners else ():
+    for name, column in metrics_of().items() if learners else ():
         better, sign = ("larger", 1) if name == "dimension" else ("smaller", -1)
-        metric = [sign * mean for mean in means(shown, *column)]  # the learners first
         rows.append({"Spearman correlation with higher accuracy by": f"{better} {name}"} | {
-            by: fixed(effects.spearman(metric[:len(accuracy)], accuracy), 2) for by, accuracy in accuracies.items()})
+            by: fixed(sign * effects.spearman(means(groups, *column), means(groups, *accuracy)), 2)
+            for by, (groups, *accuracy) in accuracies.items()})
     return table(rows)
 
 
 def falls(study: Study) -> str:
     """Spearman correlation over settings of the fall in the share with other numbers.
 
-    Changed settings after 5,000 meta-steps on validation tasks, kinds of images on test tasks.
+    Changed settings after 5,000 meta-steps on validation tasks, settings of section 5 on test tasks.
     """
-    spread, step = "spread of the classifier's rows", 5_000
-    tested_nearest = {NEAREST: (tested, "nearest_mean", 0), ADDS: (effects.last_block_adds,)}
-    validated_nearest = {NEAREST: (at, "meta", "ncc_accuracy", step), ADDS: (effects.last_block_adds, step)}
-    parts = {f"{spread}, untrained": PARTS[f"{spread}, untrained"], f"{spread}, trained": PARTS["the same, trained"],
-             "accuracy after the classifier's first step alone": PARTS["after the classifier's first step alone, %"]}
-    of_images = tested_nearest | {"test accuracy": (own_accuracy,), f"{spread}, trained": PARTS["the same, trained"],
-                                  "body's step, relative": PARTS["body's step, relative"]}
+    step, clear = 5_000, 0.01
+    on_test = {NEAREST: (tested, "nearest_mean", 0), ADDS: (effects.last_block_adds,)}
+    on_validation = {NEAREST: (at, "meta", "ncc_accuracy", step), ADDS: (effects.last_block_adds, step)}
     rows = []
     for names, kind, when, others in (
-            (design.ONE_STEP, "settings in second order, one inner step", (step,), validated_nearest),
-            (design.TRAINED_CLASSIFIER, "of these, with a trained classifier", (step,), parts),
-            (itertools.chain(*design.FIRST_ORDER.values()), "settings in first order", (step,), validated_nearest),
-            (design.IMAGES, "kinds of images (section 5)", (), of_images),
-            (design.LOOPS, "settings of section 5 trained with an inner loop", (), tested_nearest)):
-        if groups := study.groups(names):
-            fall = means(groups, effects.fall, *when)
-            rows += [{"": f"{len(groups)} {kind}", "the fall against": name,
-                      "Spearman correlation": fixed(effects.spearman(fall, means(groups, *column)), 2)}
-                     for name, column in others.items()]
+            (design.ONE_STEP, "settings in second order, one inner step", (step,), on_validation),
+            (design.TRAINED_CLASSIFIER, "of these, with a trained classifier", (step,),
+             {"accuracy after the classifier's first step alone": PARTS["after the classifier's first step alone, %"]}),
+            (itertools.chain(*design.FIRST_ORDER.values()), "settings in first order", (step,), on_validation),
+            (design.LOOPS, "settings of section 5 trained with an inner loop", (), on_test),
+            (design.IMAGES, "kinds of images (section 5)", (), {"test accuracy": (own_accuracy,)})):
+        groups = study.groups(names)
+        some = [runs for runs, fall in zip(groups, means(groups, effects.fall, *when)) if fall > clear]
+        for shown, which in (groups, kind), (some, f"of these, whose share falls by over {clear}"):
+            rows += [{"": f"{len(shown)} {which}", "the fall against": name, "Spearman correlation": fixed(
+                effects.spearman(means(shown, effects.fall, *when), means(shown, *column)), 2)}
+                for name, column in others.items() if groups and (shown is groups or name == ADDS)]
     return table(rows)
 
 
@@ -260,7 +277,7 @@ def controls(study: Study) -> str:
     runs = study["paper-omniglot-5w1s"]
     kinds = dict.fromkeys(kind for run in runs for kind in run.controls
                           if kind.startswith(("final", "queries", "5-shot", "batch")))
-    return table([row(runs, {"control": kind} | SEEDS | before(kind) | {
+    return table([row(runs, {"control": kind} | SEEDS | metrics_of("meta", kind) | {
         f"{name}, %": (in_control, kind, *place) for name, place in RULES.items()}) for kind in kinds])
 
 
@@ -311,11 +328,6 @@ def changes(study: Study) -> str:
                   for size, names in kinds.items() for runs in study.groups(names)])
 
 
-def queries_and_steps(runs: list[Run]) -> str:
-    test = runs[0].result["test"]
-    return f"{test['k_qry']}; {test['inner_steps'][-1]}"
-
-
 def published(runs: list[Run]) -> str:
     """MAML's published accuracy on the runs' tasks; "" for other data, other learners and labels at random."""
     run, settings = runs[0], runs[0].settings
@@ -340,7 +352,8 @@ RUNS: Columns = {
     "recipe": lambda runs: runs[0].settings["recipe"],
     "seeds": lambda runs: ", ".join(str(run.settings["seed"]) for run in runs),
     "meta-steps x tasks": lambda runs: f"{runs[0].arguments['meta_steps']:,} x {runs[0].settings['task_num']}",
-    "queries per class; inner steps": queries_and_steps,
+    "queries per class; inner steps":
+    lambda runs: f"{runs[0].result['test']['k_qry']}; {runs[0].result['test']['inner_steps'][-1]}",
     "test accuracy, %": (own_accuracy,),
     "not transductive, %": (own_accuracy, False),
     "± over tasks": lambda runs: fixed(100 * max(own_accuracy(run, interval=True) for run in runs), 2),
@@ -359,27 +372,11 @@ accuracies = partial(compared, names=(*LONG, *MAIN), head=NAME, columns={
 TABLES: dict[str, Callable[[Study], str]] = dict(
     contrast=contrast, accuracies=accuracies, collapse=collapse, accuracy=accuracy, layers=layers, original=original,
     cells=cells, learners=learners, separation=separation, photographs=photographs, difficulty=difficulty,
-    ranking=ranking, similarity=similarity, blocks=blocks, pace=pace, steps=steps, norms=norms, adaptation=adaptation,
-    kept=kept, changes=changes, falls=falls, length=length, controls=controls, runs=runs)
+    ranking=ranking, similarity=similarity, blocks=blocks, pace=pace, steps=steps, equal=equal, norms=norms,
+    half_steps=half_steps, adaptation=adaptation, kept=kept, changes=changes, falls=falls, length=length,
+    controls=controls, runs=runs)
 
 PAGES = "README.md", "study/README.md", "study/TABLES.md"
-TABLE_IN_PAGE = re.compile(r"<!-- table: (\w+) -->\n(.*?)\n?<!-- /table -->", re.DOTALL)
-
-
-def with_tables(text: str, study: Study, page: str, check: bool) -> tuple[str, int]:
-    """The text of a page with its tables from the logs, and their number; with `check` a different table is refused."""
-    def replace(match: re.Match) -> str:
-        name, body = match.groups()
-        if name not in TABLES:
-            raise UserError(f"{page}: there is no table {name!r}; there are: {', '.join(TABLES)}")
-        expected = TABLES[name](study) or "*No run of this kind is in res/ yet.*"
-        if check and body != expected:
-            pairs = itertools.zip_longest(body.split("\n"), expected.split("\n"), fillvalue="")
-            row, logged = next((row, logged) for row, logged in pairs if row != logged)
-            raise UserError(f"{page}, table {name}: {row!r}, and the logs give {logged!r}; run python -m study.tables")
-        return f"<!-- table: {name} -->\n{expected}\n<!-- /table -->"
-
-    return TABLE_IN_PAGE.subn(replace, text)
 
 
 def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
@@ -389,7 +386,7 @@ def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
     study = Study(home / "res")
     for page in PAGES:
         text = (home / page).read_text(encoding="utf-8")
-        new_text, tables = with_tables(text, study, page, check)
+        new_text, tables = with_tables(text, {name: partial(make, study) for name, make in TABLES.items()}, page, check)
         if new_text != text and not check:
             with atomic(home / page) as file:
                 file.write(new_text.encode())

@@ -6,6 +6,7 @@ from unittest.mock import Mock
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from data_files import refused, write_classes
 
 import nc_metrics
@@ -22,6 +23,7 @@ PARTS = controls.BY_PARTS, f"{controls.BY_PARTS}, untrained"
 SIMILARITY = "similarity, final", "similarity, untrained"
 LINEAR = f"{controls.LINEAR}, final", f"{controls.LINEAR}, untrained"
 EQUAL = "similarity at equal steps, final", "similarity at equal steps, untrained"
+NORMS = "kernel norms changed, final"
 BY_BLOCKS = {"similarity of blocks 1-2, final": range(6), "similarity of blocks 3-5, final": range(6, 14)}  # its layers
 
 
@@ -79,8 +81,8 @@ def test_controls(tmp_path):
     controls.main([str(run), "--tasks", "4"])
     found = read(run)
     assert list(found) == ["final", "untrained", "classifier at zero", "classifier at random", "pixels", "queries 1",
-                           "queries 5", "queries 19", "5-shot", *LINEAR, *PARTS, *SIMILARITY, controls.ALONE,
-                           *BY_BLOCKS, *EQUAL]
+                           "queries 5", "queries 19", "5-shot", *LINEAR, *PARTS, *SIMILARITY, NORMS,
+                           controls.ALONE, *BY_BLOCKS, *EQUAL]
     args, images, tasks = tasks_of(run)
     final = predict.load(run, "last").net
     torch.manual_seed(args.seed)
@@ -139,17 +141,30 @@ def test_controls(tmp_path):
         assert found[name]["accuracy"] == pytest.approx([accuracy], abs=1e-5)
     assert found[name]["cka"][0] == pytest.approx(1) != found["similarity, final"]["cka"][0]
 
+    kernels = [key for key, weight in final.weights.items() if weight.dim() > 2]
+    for name, factor, changed in ("loss", 1, kernels[:1]), ("longer", 2**0.5, kernels), ("shorter", 0.5**0.5, kernels):
+        losses = []
+        for kernel in changed:
+            start = dict(final.weights.items()) | {kernel: factor * final.weights[kernel]}
+            ends = [oracle.adapt(final.config, start, x, y, args.update_lr, 1)[-1] for x, y, *_ in zip(*tasks)]
+            losses.append(sum(F.cross_entropy(oracle.forward(final.config, weights, x)[0], y).item()
+                              for weights, x, y in zip(ends, tasks.x_qry, tasks.y_qry)) / 4)
+        assert found[NORMS][name] == pytest.approx(losses, 1e-5)
+
     for name, net in zip(EQUAL, nets.values()):
-        alike = []
+        alike, adapted = [], []
         for x, y, x_qry, _ in zip(*tasks):
             before, after = oracle.adapt(net.config, net.weights, x, y, args.update_lr, 1)
             rates = {net.block(key): args.update_lr * weight.norm() / (after[key] - weight).norm() * size
                      for (key, weight), size in zip(((k, w) for k, w in before.items() if w.dim() > 1),
                                                     design.STEP_SIZES)} | {5: args.update_lr}
             ends = oracle.adapt(net.config, net.weights, x, y, lambda key, r=rates, n=net: r[n.block(key)], 1)
-            alike.append([similarity(*pair) for pair in zip(*(oracle.forward(net.config, weights, x_qry)[1]
-                                                              for weights in ends))])
+            before, after = (oracle.forward(net.config, weights, x_qry)[1] for weights in ends)
+            alike.append([similarity(*pair) for pair in zip(before, after)])
+            adapted.append(after[-2])
         assert found[name]["cka"] == pytest.approx(torch.tensor(alike).mean(0).tolist(), 1e-3)
+        within = share(torch.stack(adapted), tasks.y_qry)
+        assert found[name]["finetuned"]["relative_within"]["mean"][-2] == pytest.approx(within, 1e-4)
         assert found[name]["step"][:4] == pytest.approx(design.STEP_SIZES, 1e-4)
 
     # other queries, support images and statistics of batch norm
