@@ -244,11 +244,13 @@ class NoHostNumbers(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("first_order", [False, True])
-def test_a_meta_step_stays_on_the_device(first_order, monkeypatch):
+@pytest.mark.parametrize("recipe, options", [
+    ("original", {}), ("paper", {"first_order": True, "adapt_blocks": (4, 5)}), ("paper", {"freeze_head": True}),
+    ("original", {"clip": 1.0, "skip_nonfinite": True, "task_chunk": 3}), ("paper", {"learner": "protonet"})])
+def test_a_meta_step_stays_on_the_device(recipe, options, monkeypatch):
     """A step that measures is never captured."""
-    net = omniglot_train.network(omniglot_train.arguments([])).to("meta")
-    maml = Meta(net, update_step=2, first_order=first_order)
+    net = omniglot_train.network(omniglot_train.arguments(["--recipe", recipe])).to("meta")
+    maml = Meta(net, update_step=2, **options)
     # Adam takes the path that it takes on CUDA
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_get_capturable_supported_devices", lambda *_, **__: ["meta"])
     maml.optimizer.param_groups[0]["capturable"] = True
@@ -256,4 +258,4 @@ def test_a_meta_step_stays_on_the_device(first_order, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.empty(*shape, device="meta"))  # it has no generator
     with OnDeviceOnly() as mode, NoHostNumbers():
         maml(sample(4))
-    assert mode.operations > 1000
+    assert mode.operations > 500
