@@ -122,16 +122,16 @@ SETTINGS = {setting.name: setting for setting in (
           ("first-order", ", first order", "--first_order"),
           ("slow-head-first-order", ", its inner rate 0.5, first order", "--head_lr 0.5 --first_order"),
           ("slower-head-first-order", ", its inner rate 0.125, first order", "--head_lr 0.125 --first_order"))),
-    *(Setting(f"first-order-{name}", f"{label}, first order", f"{flags} --first_order", seeds)
-      for name, label, seeds, flags in (
-          ("small-head", "classifier from N(0, 0.18²)", 2, _SMALL_HEAD),
-          ("slow-head", "classifier from N(0, 0.18²), its inner rate 0.5", 2, f"{_SMALL_HEAD} --head_lr 0.5"),
-          ("frozen-head", "classifier kept as drawn", 1, f"{_ONE_CHANGE} --freeze_head"),
-          ("zero-head", "classifier kept at 0", 1, f"{_ONE_CHANGE} --head_std 0 --freeze_head"),
-          ("small-step", "1 inner step at rate 0.4", 1, f"{_ONE_CHANGE} --update_lr 0.4"),
-          ("fast-head", "classifier from N(0, 0.18²), its inner rate 8", 1, f"{_SMALL_HEAD} --head_lr 8"),
-          ("small-images", "images of 16 x 16", 1, f"{_ONE_CHANGE} --imgsz 16"),
-          ("other-network", "conv-bn-relu", 1, _OTHER_NETWORK))),
+    *(Setting(f"first-order-{name}", f"{label}, first order", f"{flags} --first_order")
+      for name, label, flags in (
+          ("small-head", "classifier from N(0, 0.18²)", _SMALL_HEAD),
+          ("slow-head", "classifier from N(0, 0.18²), its inner rate 0.5", f"{_SMALL_HEAD} --head_lr 0.5"),
+          ("frozen-head", "classifier kept as drawn", f"{_ONE_CHANGE} --freeze_head"),
+          ("zero-head", "classifier kept at 0", f"{_ONE_CHANGE} --head_std 0 --freeze_head"),
+          ("small-step", "1 inner step at rate 0.4", f"{_ONE_CHANGE} --update_lr 0.4"),
+          ("fast-head", "classifier from N(0, 0.18²), its inner rate 8", f"{_SMALL_HEAD} --head_lr 8"),
+          ("small-images", "images of 16 x 16", f"{_ONE_CHANGE} --imgsz 16"),
+          ("other-network", "conv-bn-relu", _OTHER_NETWORK))),
     *(Setting(f"five-steps{name}", f"images of 16 x 16, classifier {change}", f"{_FIVE_STEPS} {flags}")
       for name, change, flags in (
           ("", "from N(0, 0.18²), 5 inner steps at rate 0.4", "--head_std 0.177"),
@@ -186,10 +186,9 @@ FIRST_ORDER = {
         "frozen-head", "zero-head", "small-step", "small-head", "slow-head", "fast-head"))),
     "1 x 1": ("first-order-small-images", *(name for name in _named("small-images") if name.endswith("first-order")),
               "first-order-other-network")}
-# second-order settings whose inner loop takes one step in training; these whose classifier is trained
-_ONE_STEP = tuple(name for names in CHANGES.values() for name in names if not name.startswith("five-steps"))
-ONE_STEP = (*_ONE_STEP, "contrast-anil", "contrast-boil", "blocks-4-5", "small-body-step-10000")
-TRAINED_CLASSIFIER = tuple(name for name in _ONE_STEP if "--freeze_head" not in SETTINGS[name].flags)
+# second-order settings whose inner loop takes one step in training
+ONE_STEP = (*(name for names in CHANGES.values() for name in names if not name.startswith("five-steps")),
+            "contrast-anil", "contrast-boil", "blocks-4-5", "small-body-step-10000")
 IMAGES = tuple(name for name in itertools.chain(*DIFFICULTY.values()) if name != "photographs-20-images")
 KEPT = {  # by meta-step: where the classifier's initial weights are trained, kept as drawn, and kept at 0
     3_000: ("five-steps", "five-steps-zero-head"),

@@ -252,23 +252,22 @@ def falls(study: Study) -> str:
 
     Changed settings after 5,000 meta-steps on validation tasks, settings of section 5 on test tasks.
     """
-    step, clear = 5_000, 0.01
+    step = 5_000
     on_test = {NEAREST: (tested, "nearest_mean", 0), ADDS: (effects.last_block_adds,)}
     on_validation = {NEAREST: (at, "meta", "ncc_accuracy", step), ADDS: (effects.last_block_adds, step)}
     rows = []
     for names, kind, when, others in (
             (design.ONE_STEP, "settings in second order, one inner step", (step,), on_validation),
-            (design.TRAINED_CLASSIFIER, "of these, with a trained classifier", (step,),
-             {"accuracy after the classifier's first step alone": PARTS["after the classifier's first step alone, %"]}),
             (itertools.chain(*design.FIRST_ORDER.values()), "settings in first order", (step,), on_validation),
             (design.LOOPS, "settings of section 5 trained with an inner loop", (), on_test),
             (design.IMAGES, "kinds of images (section 5)", (), {"test accuracy": (own_accuracy,)})):
         groups = study.groups(names)
-        some = [runs for runs, fall in zip(groups, means(groups, effects.fall, *when)) if fall > clear]
-        for shown, which in (groups, kind), (some, f"of these, whose share falls by over {clear}"):
-            rows += [{"": f"{len(shown)} {which}", "the fall against": name, "Spearman correlation": fixed(
-                effects.spearman(means(shown, effects.fall, *when), means(shown, *column)), 2)}
-                for name, column in others.items() if groups and (shown is groups or name == ADDS)]
+        with_fall = [runs for runs in groups if means([runs], effects.fall, *when)[0] > 0.01]
+        for shown, which in ((groups, kind), (with_fall, "of these, with a fall above 0.01")) if groups else ():
+            fall = means(shown, effects.fall, *when)
+            rows += [{"": f"{len(shown)} {which}", "the fall against": name,
+                      "Spearman correlation": fixed(effects.spearman(fall, means(shown, *column)), 2)}
+                     for name, column in others.items()]
     return table(rows)
 
 
