@@ -85,8 +85,8 @@ class Model:
               ) -> tuple[dict[str, Tensor], list[Hashable], Tensor, Tensor]:
         """The inner loop of the run's test, from the trained weights; ProtoNet and the classifier take none.
 
-        It has `args.update_step_test` steps, which may be changed: with more images per class than in training, or
-        with other ones, fewer steps can be better.
+        It takes `args.update_step_test` steps, which you may change: fewer can be better with more images per class
+        than in training.
 
         For fewer than n_way classes it adapts the first rows of the classifier. Features after adaptation:
         `model.net(model.pixels(images), model.adapt(support_images, support_labels)[0], features=True)`.

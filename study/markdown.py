@@ -74,7 +74,7 @@ def table(rows: Sequence[dict[str, str]], transposed: bool = False) -> str:
 
 
 def with_tables(text: str, tables: Mapping[str, Callable[[], str]], page: str, check: bool) -> tuple[str, int]:
-    """The text of a page with its tables made anew, and their number; with `check` a table that differs is refused."""
+    """The text of a page with the current `tables`, and their number; with `check` one that differs is refused."""
     def replace(match: re.Match) -> str:
         name, body = match.groups()
         if name not in tables:

@@ -129,7 +129,10 @@ PARTS: Columns = {
 
 
 def metrics_of(model: str = "meta", kind: str = "final") -> Columns:
-    """Metrics as this control measured them; "final": of the trained weights. Relative: over permuted labels'."""
+    """Metrics as this control measured them; "final": of the trained weights.
+
+    Relative ones are divided by their value for permuted labels.
+    """
     relative = {METRICS[metric]: (effects.relative, model, metric, kind) for metric in ("nc1", "directional_cdnv")}
     dimension = {"dimension": (in_control, kind, "effective_dimension", "meta")} if model == "meta" else {}
     return {name: (measured, model, metric, kind) for metric, name in METRICS.items()} | {
