@@ -54,6 +54,20 @@ def test_graph_and_eager_take_the_same_steps(first_order):
     assert len(set(graph)) == 9  # each replay draws tasks of its own
 
 
+def test_after_a_failed_capture_steps_are_eager():
+    sample, maml = sampler(synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0).cuda()), maml_on("cuda")
+
+    def step(every_step: bool = False):
+        result = maml(sample(2), every_step)
+        if torch.cuda.is_current_stream_capturing():
+            result.losses.sum().item()  # invalidates the capture
+        return result
+
+    take = GraphedStep(maml, step, sample.generator, required=False)
+    losses = [take().losses.mean().item() for _ in range(3)]
+    assert take.eager and maml.step == 3 and len(set(losses)) == 3
+
+
 def test_gradient_is_the_cpus():
     gradients = []
     images = synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0)
