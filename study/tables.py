@@ -216,7 +216,8 @@ equal = partial(compared, names=MOVING, references=("untrained",), columns={
     "nearest support mean, adapted, %": (measured, "finetuned", "ncc_accuracy", EQUAL)})
 
 # Query loss after the inner loop, if the step of one block is halved or doubled by the norm of its kernel.
-half_steps = partial(compared, names=("contrast-maml", "contrast-boil", "maml-3000", "paper-omniglot-5w1s"), columns={
+LOOPED = "contrast-maml", "contrast-first-order", "contrast-boil", "maml-3000", "paper-omniglot-5w1s"
+half_steps = partial(compared, names=LOOPED, columns={
     "query loss": (in_control, "kernel norms changed, final", "loss", 0)} | {
     f"{size} step in block {block}": (effects.loss_ratio, change, block)
     for size, change in (("half the", "longer"), ("twice the", "shorter")) for block in (1, 2, 3, 4)})
