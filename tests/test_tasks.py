@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tasks as module
-from tasks import with_rotations
+from tasks import Tasks, with_rotations
 from training import held_out_tasks
 
 CLASSES, PER_CLASS = 12, 7
@@ -98,10 +98,15 @@ def test_classes_of_unequal_size():
         assert images[classes == klass].unique().tolist() == list(range(count))
 
 
-def test_every_call_and_every_seed_draws_other_tasks():
+def test_a_sampler_goes_back_to_a_state_and_gathers_what_it_drew():
     sample = sampler()
-    drawn = sample(4), sample(4), sampler(seed=4)(4)
-    assert len({str(tasks.x_qry.tolist()) for tasks in drawn}) == 3
+    sample(4)
+    state = sample.generator.get_state()
+    first, second = sample(4), sample(4)
+    sample.generator.set_state(state)
+    again = sample.gather(sample.draw(4))
+    assert equal(first, again) and equal(second, sample(4)) and not torch.equal(first.x_qry, second.x_qry)
+    assert not torch.equal(sampler()(4).x_qry, sampler(seed=4)(4).x_qry)
 
 
 def test_a_larger_query_set_begins_with_the_smaller_one():
@@ -131,5 +136,13 @@ def test_a_character_never_meets_its_own_rotation_and_its_class_is_the_index_dra
     assert turns == {0, 1, 2, 3}
 
 
-def test_chunks_are_even():
-    assert [len(part) for part, in module.chunks(4, 5, torch.arange(5))] == [3, 2]
+def test_chunks_cut_along_tasks_and_cat_puts_them_together():
+    tasks = sampler()(5)
+    tree = {"tasks": tasks, "list": [tasks.y_spt, None], "nothing": None}
+    parts = [part for part, in module.chunks(4, 5, tree)]
+    assert [len(part["tasks"].y_spt) for part in parts] == [3, 2]
+    whole = module.cat(parts)
+    assert isinstance(whole["tasks"], Tasks) and equal(whole["tasks"], tasks)
+    assert torch.equal(whole["list"][0], tasks.y_spt) and whole["list"][1] is whole["nothing"] is None
+    double = module.chunked(lambda t, y: (2 * y, t.y_qry), 3, 5, tasks, tasks.y_spt)
+    assert torch.equal(double[0], 2 * tasks.y_spt) and torch.equal(double[1], tasks.y_qry)
