@@ -74,6 +74,16 @@ def kept(net, tasks, rate, changes=bool):
     return torch.tensor(alike).mean(0).tolist(), sum(right) / len(right)
 
 
+def test_cka():
+    one = torch.randn(6, 40, 30, generator=torch.Generator().manual_seed(0))
+    other = 5 - torch.cat([one[..., :4], one.flip(0)], -1)
+    expected = [similarity(*features) for features in zip(one, other)]
+    assert controls.cka(one, other).tolist() == pytest.approx(expected, 1e-9) and max(expected) < 0.5
+    rotation, _ = torch.linalg.qr(one[0, :30])
+    assert controls.cka(one, 3 - 2 * one @ rotation).tolist() == pytest.approx([1] * 6, 1e-5)
+    assert controls.cka(one[:3], one[3:]).mean().abs() < 0.05  # independent: the biased estimate has 0.4
+
+
 @pytest.mark.slow
 def test_controls(tmp_path):
     run = tmp_path / "run-seed222"
