@@ -5,8 +5,8 @@
 
 They are for trying the programs out, never for a result: logs and figures name the data `CHARACTERS` or `PHOTOS`.
 
-A class is a function of (kind, seed, class number, images per class, size) alone, so it is the same whatever else is
-drawn. The splits are ranges of class numbers under one seed, so they share no class.
+A class is a function of (kind, seed, class number, images per class, size) alone, so it does not depend on what else
+is drawn. The splits are ranges of class numbers under one seed, so they share no class.
 """
 
 import math

@@ -174,6 +174,7 @@ SMALL_PHOTOGRAPHS = (*_named("photographs-"), "omniglot-photographs-loop", "omni
                      "omniglot-100-as-photographs", *_named("omniglot-in-"), *_named("crops"))
 # those of them that train with an inner loop
 LOOPS = tuple(name for name in SMALL_PHOTOGRAPHS if not name.endswith(("protonet", "classifier")))
+CHANGED_AT = 5_000  # the meta-step at which changed settings are compared
 CHANGES = {  # in second order, by what the classifier takes from the last map; FIRST_ORDER likewise
     "mean of 2 x 2": ("contrast-maml", "frozen-head", "contrast-zero-head", "small-step", "small-head", "slow-head",
                       "fast-head", "small-head-with-scale", "other-network-mean"),

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from files import UserError
 from study import effects, figures, tables
-from study.design import BLOCKS, DIFFICULTY, FIRST_ORDER, LEARNERS, LONG, LOOPS, MAIN, ONE_STEP, label
+from study.design import BLOCKS, CHANGED_AT, DIFFICULTY, FIRST_ORDER, LEARNERS, LONG, LOOPS, MAIN, ONE_STEP, label
 from study.logs import Run, Study
 
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
@@ -94,11 +94,11 @@ def before_and_after(axes: Axes, groups: Sequence[tuple[figures.Group, str, str]
     axes.set(yticks=range(len(groups)), ylim=(len(groups) - 0.5, -0.5), yticklabels=[])
 
 
-def by_setting(study: Study, kinds: dict[str, Sequence[str]]) -> Figure:
-    """A row per setting, a colour per kind: share and accuracy before and after adaptation."""
-    colour_of = dict(zip(kinds, figures.PALETTE))
+def difficulty(study: Study) -> Figure:
+    """Hard and easy tasks: a row per setting, a colour per kind; share and accuracy before and after adaptation."""
+    colour_of = dict(zip(DIFFICULTY, figures.PALETTE))
     groups = [(group, colour_of[kind], label(group[0]).replace(" of 32 x 32", ""))
-              for kind, names in kinds.items() for group in study.groups(names)]
+              for kind, names in DIFFICULTY.items() for group in study.groups(names)]
     legend = [figures.key(kind, colour, linewidth=2.2) for kind, colour in colour_of.items()]
     figure, ((left, right),) = figures.frame(1, 2, 0.5 + 0.27 * max(len(groups), 3), [*legend, *POINTS])
     before_and_after(left, groups, *TESTED[:2])
@@ -114,11 +114,10 @@ def changes(study: Study) -> Figure:
     figure = Figure(figsize=(figures.WIDTH, 3.2))
     figure.set_layout_engine("constrained", w_pad=0.05)
     left, right = figure.subplots(1, 2, sharey=True)
-    step = 5_000
     first_order = tuple(itertools.chain(*FIRST_ORDER.values()))
     for axes, kind, names, when, colour in (
-            (left, "second order", ONE_STEP, (step,), figures.PALETTE[0]),
-            (left, "first order", first_order, (step,), figures.PALETTE[1]),
+            (left, "second order", ONE_STEP, (CHANGED_AT,), figures.PALETTE[0]),
+            (left, "first order", first_order, (CHANGED_AT,), figures.PALETTE[1]),
             (right, "photographs", [name for name in LOOPS if name.startswith("photographs")], (), figures.PALETTE[2]),
             (right, "other images", [name for name in LOOPS if not name.startswith("photographs")], (),
              figures.PALETTE[3])):
@@ -174,7 +173,6 @@ def length(study: Study) -> Figure:
 
 def all_figures(study: Study) -> dict[str, Figure]:
     """Every figure of README.md and study/README.md whose runs are there, by its file."""
-    difficulty = functools.partial(by_setting, kinds=DIFFICULTY)
     every = {"result.png": (MAIN, result),
              "res/metrics.png": (MAIN, lambda study: figures.metrics(study.groups(MAIN))),
              "res/learners.png": (LEARNERS, learners), "res/changes.png": (ONE_STEP, changes),

@@ -254,9 +254,9 @@ def ranking(study: Study) -> str:
 def falls(study: Study) -> str:
     """Spearman correlation over settings of the fall in the share with other numbers.
 
-    Changed settings after 5,000 meta-steps on validation tasks, settings of section 5 on test tasks.
+    Changed settings on validation tasks, settings of section 5 on test tasks.
     """
-    step = 5_000
+    step = design.CHANGED_AT
     on_test = {NEAREST: (tested, "nearest_mean", 0), ADDS: (effects.last_block_adds,)}
     on_validation = {NEAREST: (at, "meta", "ncc_accuracy", step), ADDS: (effects.last_block_adds, step)}
     rows = []
@@ -323,7 +323,7 @@ def length(study: Study) -> str:
 
 def changes(study: Study) -> str:
     """The paper's recipe, and the same with settings changed: a row per setting."""
-    columns = SEEDS | PARTS | validated(5_000) | {
+    columns = SEEDS | PARTS | validated(design.CHANGED_AT) | {
         "test: nearest support mean, %": (tested, "nearest_mean", 0),
         "test: classifier, adapted, %": (tested, "accuracy", -1)}
     return table([row(runs, NAME | {"the classifier takes": size} | columns)

@@ -244,7 +244,7 @@ def test_generated_images_are_those_of_earlier_versions_in_every_size(name, chan
 @pytest.mark.parametrize("name, splits, images", [
     (CHARACTERS, {"train": 200, "val": 40, "test": 60}, 20), (PHOTOS, {"train": 64, "val": 16, "test": 20}, 40)])
 def test_splits_share_no_class(name, splits, images):
-    """A class is the same whatever else is drawn."""
+    """A class does not depend on the others that are drawn."""
     before = torch.get_rng_state()
     dataset = synthetic.dataset(name, 1, (0.0,), (1.0,), 8)
     loaded = [dataset.load(split) for split in splits]
