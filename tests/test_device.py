@@ -245,7 +245,8 @@ class NoHostNumbers(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("recipe, options", [
-    ("original", {}), ("paper", {"first_order": True, "adapt_blocks": (4, 5)}), ("paper", {"freeze_head": True}),
+    ("original", {}), ("original", {"first_order": True}), ("paper", {"first_order": True, "adapt_blocks": (4, 5)}),
+    ("paper", {"freeze_head": True}),
     ("original", {"clip": 1.0, "skip_nonfinite": True, "task_chunk": 3}), ("paper", {"learner": "protonet"})])
 def test_a_meta_step_stays_on_the_device(recipe, options, monkeypatch):
     """A step that measures is never captured."""
@@ -258,4 +259,4 @@ def test_a_meta_step_stays_on_the_device(recipe, options, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.empty(*shape, device="meta"))  # it has no generator
     with OnDeviceOnly() as mode, NoHostNumbers():
         maml(sample(4))
-    assert mode.operations > 500
+    assert mode.operations > 1000

@@ -105,7 +105,8 @@ LAYOUTS = {  # and words of the line that says what was found
     "backslashes": (lambda root: edit(root, "([pvt]..[.])", r"images\\\1"), "images/:"),
     "blanks and quotes": (lambda root: edit(root, r"(class\d)\n(.*)\n", "\\1 \r\n \\2\r\n  \r\n") or edit(
         root, "filename,label", '\ufeff Filename , "label "'), "train 3 classes of 4 images"),
-    "Validation.csv, one folder down": (lambda root: (root / "val.csv").rename(root / "Validation.csv") and
+    "Train.csv": (lambda root: (root / "train.csv").rename(root / "Train.csv"), "images/:"),
+    "validation.csv, one folder down": (lambda root: (root / "val.csv").rename(root / "validation.csv") and
                                         moved(root, "*", "top"), "images/:"),
     "ImageNet's names, by rank": (lambda root: rename_images(root, lambda wnid, i: (
         f"{wnid}_{10 * i + 7}.JPEG", f"{wnid}{i + 1:08}.jpg")), "ImageNet's names by rank"),
@@ -214,6 +215,8 @@ FAULTS = {  # what is wrong: how to make it so, the words that the line must hol
         ["11 images can't be used", "p02.png is none of", "p12.png is empty", "v11.png is empty",
          "and 1 more; replace or convert them, or remove them from the"]),
     "no label": (lambda root: edit(root, r"p10\.png,\w+", "p10.png,"), ["train.csv lacks filename or label: line 3"]),
+    "two tables of one split": (lambda root: shutil.copy(root / "val.csv", root / "validation.csv"),
+                                ["val.csv and ", "validation.csv are both of the val split; move one away"]),
     "ImageNet's names that fit by number and by rank": (
         lambda root: rename_images(root, lambda wnid, i: (
             f"{wnid}_{2 * i + 1}.JPEG", f"{wnid}{(1, 3)[i % 2]:08}.jpg")), ["by its number", "by its rank", "rename"]),
