@@ -179,7 +179,7 @@ class Stopped(SystemExit):
 
 
 class Signals:
-    """Within its context SIGTERM and Ctrl-C only set a flag; `check` raises Stopped, where nothing is lost.
+    """Within its context Ctrl-C, SIGTERM and a closed terminal only set a flag; `check` raises Stopped.
 
     A second signal ends the process at once; with several processes it is ignored, because a launcher passes on a
     signal that the processes have already received.
@@ -189,7 +189,9 @@ class Signals:
         self.number = 0  # of the signal that was received
 
     def __enter__(self) -> "Signals":
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
+        self.before = {number: signal.signal(number, self._note) for number in numbers
+                       if signal.getsignal(number) is not signal.SIG_IGN}  # nohup ignores it
         return self
 
     def __exit__(self, *_) -> None:

@@ -112,7 +112,7 @@ def test_thirty_kills_lose_nothing():
     ("__call__", 5, 5, signal.SIGTERM),  # within a step: at the next one's top
     ("finetune", 5, 3, signal.SIGINT),  # in a validation: as at that step's top
     pytest.param("__call__", 8, 8, signal.SIGTERM, marks=pytest.mark.slow),  # in the last step
-    pytest.param("finetune", 13, 8, signal.SIGTERM, marks=pytest.mark.slow),  # in the test
+    pytest.param("finetune", 13, 8, signal.SIGHUP, marks=pytest.mark.slow),  # in the test
 ])
 def test_a_signal_anywhere_and_resumed(method, call, step, number, whole, tmp_path, monkeypatch, capsys):
     run = stop_at(monkeypatch, tmp_path / "a run", method, call, number)
@@ -126,9 +126,12 @@ def test_a_signal_anywhere_and_resumed(method, call, step, number, whole, tmp_pa
 
 
 def test_a_signal_waits_for_the_check_and_a_second_one_does_not():
-    before = signal.getsignal(signal.SIGINT)
+    """A hangup that is ignored, as with nohup, stays ignored."""
+    before, hangup = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
         signals.check(CPU)
+        signal.signal(signal.SIGHUP, hangup)
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Stopped, match="130"):
             signals.check(CPU)
