@@ -1,4 +1,4 @@
-"""The figures of README.md and study/README.md: the study in, matplotlib figures out."""
+"""The figures of README.md and study/*.md: the study in, matplotlib figures out."""
 
 import functools
 import itertools
@@ -172,7 +172,7 @@ def length(study: Study) -> Figure:
 
 
 def all_figures(study: Study) -> dict[str, Figure]:
-    """Every figure of README.md and study/README.md whose runs are there, by its file."""
+    """Every figure of README.md and study/*.md whose runs are there, by its file."""
     every = {"result.png": (MAIN, result),
              "res/metrics.png": (MAIN, lambda study: figures.metrics(study.groups(MAIN))),
              "res/learners.png": (LEARNERS, learners), "res/changes.png": (ONE_STEP, changes),

@@ -1,6 +1,6 @@
 """The study's numbers, from the logs under res/, in Markdown tables.
 
-    python -m study.tables             rewrite the tables of README.md, study/README.md and study/TABLES.md
+    python -m study.tables             rewrite the tables of README.md and study/*.md
     python -m study.tables --check     fail, naming the first row that differs from the logs
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. A table whose runs are not in res/ says so.
@@ -379,7 +379,7 @@ TABLES: dict[str, Callable[[Study], str]] = dict(
     half_steps=half_steps, adaptation=adaptation, kept=kept, changes=changes, falls=falls, length=length,
     controls=controls, runs=runs)
 
-PAGES = "README.md", "study/README.md", "study/TABLES.md"
+PAGES = "README.md", "study/README.md", "study/TABLES.md", "study/ORIGINAL.md"
 
 
 def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:

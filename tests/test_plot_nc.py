@@ -117,8 +117,8 @@ def test_no_argument_redraws_the_figures_of_the_runs_that_are_there(tmp_path):
     plot_nc.main([], home=tmp_path)
     then = {path.name for path in tmp_path.rglob("*.png")}
     assert "result.png" in first and then - first == {"learners.png", "similarity.png", "changes.png", "length.png"}
-    shown = (PROJECT / "study" / "README.md").read_text()
-    assert all(name in shown for name in then), "a figure that the report doesn't show"
+    shown = "".join(page.read_text() for page in (PROJECT / "study").glob("*.md"))
+    assert all(name in shown for name in then), "a figure that no page shows"
 
 
 def test_other_settings_are_not_averaged(tmp_path):

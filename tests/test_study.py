@@ -130,7 +130,7 @@ def home(tmp_path):
     """A project of which only the pages with tables and res/ exist."""
     nc_logs.write_study(tmp_path / "res", nc_logs.STUDY | nc_logs.LEARNERS | nc_logs.LONG)
     (tmp_path / "study").mkdir()
-    for page, names in zip(tables.PAGES, (["collapse"], tables.TABLES, ["layers"])):
+    for page, names in zip(tables.PAGES, (["collapse"], tables.TABLES, ["layers"], ["cells"])):
         (tmp_path / page).write_text("Before.\n" + "".join(
             f"<!-- table: {name} -->\n<!-- /table -->\nAfter.\n" for name in names))
     tables.main([], tmp_path)
