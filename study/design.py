@@ -191,11 +191,6 @@ FIRST_ORDER = {
 ONE_STEP = (*(name for names in CHANGES.values() for name in names if not name.startswith("five-steps")),
             "contrast-anil", "contrast-boil", "blocks-4-5", "small-body-step-10000")
 IMAGES = tuple(name for name in itertools.chain(*DIFFICULTY.values()) if name != "photographs-20-images")
-KEPT = {  # by meta-step: where the classifier's initial weights are trained, kept as drawn, and kept at 0
-    3_000: ("five-steps", "five-steps-zero-head"),
-    5_000: ("contrast-maml", "frozen-head", "contrast-zero-head", "small-images-small-head",
-            "small-images-frozen-head"),
-    7_000: ("photographs-maml", "photographs-frozen-head", "crops", "crops-zero-head")}
 # whose inner loop is also run from a random classifier and from one at 0
 OTHER_CLASSIFIERS = ("contrast-maml", "contrast-first-order", "paper-omniglot-5w1s", "paper-omniglot-5w5s")
 TWENTY_WAY = ("paper-omniglot-20w1s", "blocks-4-5-20-way")

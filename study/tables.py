@@ -293,20 +293,6 @@ adaptation = partial(compared, names=design.OTHER_CLASSIFIERS, transposed=True, 
     for samples in ("query", "support") for inner_step, when in ((0, "before adaptation"), (-1, "adapted"))})
 
 
-def validated(step: int) -> Columns:
-    """Share and accuracy before and after adaptation, on the validation tasks at a meta-step."""
-    shares = {f"relative within trace, {when}": (at, model, "relative_within", step) for model, when in MODELS.items()}
-    return shares | {
-        "nearest support mean before adaptation, %": (at, "meta", "ncc_accuracy", step),
-        "classifier, adapted, %": (at, "finetuned", "accuracy", step)}
-
-
-def kept(study: Study) -> str:
-    """The classifier's initial weights trained, kept as drawn and kept at 0, each group at one meta-step."""
-    return table([row(runs, HEAD | validated(step))
-                  for step, names in design.KEPT.items() for runs in study.groups(names)])
-
-
 def length(study: Study) -> str:
     """The long runs at a few meta-steps, adapted: held-out tasks, and the share and accuracy on training tasks too."""
     rows = []
@@ -323,7 +309,11 @@ def length(study: Study) -> str:
 
 def changes(study: Study) -> str:
     """The paper's recipe, and the same with settings changed: a row per setting."""
-    columns = SEEDS | PARTS | validated(design.CHANGED_AT) | {
+    step = design.CHANGED_AT
+    columns = SEEDS | PARTS | {
+        f"relative within trace, {when}": (at, model, "relative_within", step) for model, when in MODELS.items()} | {
+        "nearest support mean before adaptation, %": (at, "meta", "ncc_accuracy", step),
+        "classifier, adapted, %": (at, "finetuned", "accuracy", step),
         "test: nearest support mean, %": (tested, "nearest_mean", 0),
         "test: classifier, adapted, %": (tested, "accuracy", -1)}
     return table([row(runs, NAME | {"the classifier takes": size} | columns)
@@ -376,7 +366,7 @@ TABLES: dict[str, Callable[[Study], str]] = dict(
     contrast=contrast, accuracies=accuracies, collapse=collapse, accuracy=accuracy, layers=layers, original=original,
     cells=cells, learners=learners, separation=separation, photographs=photographs, difficulty=difficulty,
     ranking=ranking, similarity=similarity, blocks=blocks, pace=pace, steps=steps, equal=equal, norms=norms,
-    half_steps=half_steps, adaptation=adaptation, kept=kept, changes=changes, falls=falls, length=length,
+    half_steps=half_steps, adaptation=adaptation, changes=changes, falls=falls, length=length,
     controls=controls, runs=runs)
 
 PAGES = "README.md", "study/README.md", "study/TABLES.md", "study/ORIGINAL.md"
