@@ -40,14 +40,14 @@ class GuardedAdam:
         self.halted = torch.zeros((), dtype=torch.bool, device=device)
 
     def state(self) -> list[Tensor]:
-        """Every tensor that a step changes."""
+        """Every tensor that later steps depend on."""
         moments = [tensor for weight in self.weights for tensor in self.adam.state[weight].values()]
         return [*self.weights, *moments, self.updates, self.halted]
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], losses: Tensor) -> None:
         """One Adam step; undone on the device, without a sync, if a loss, a gradient or its square is not finite."""
-        for weight, gradient in zip(self.weights, gradients):
+        for weight, gradient in zip(self.weights, gradients, strict=True):
             weight.grad = gradient.clamp(-self.clip, self.clip) if self.clip else gradient
         changed = self.state()[:-2]  # all but the two counters
         before = [tensor.clone() for tensor in changed]

@@ -38,8 +38,8 @@ def write(path: Path, value: dict) -> None:
         file.write(buffer.getbuffer())
 
 
-def read(path: Path, device: torch.device, remedy: str) -> dict:
-    """Read what `write` wrote, and check the content against the checksums in the file.
+def read(path: Path, remedy: str) -> dict:
+    """Read what `write` wrote, to the CPU, and check the content against the checksums in the file.
 
     Raises:
         UserError: it is missing, can't be read, or is damaged; the line ends in `remedy`.
@@ -50,10 +50,10 @@ def read(path: Path, device: torch.device, remedy: str) -> dict:
             if archive.testzip():  # torch.load doesn't look at the checksums
                 raise ValueError("wrong checksum")
         data.seek(0)
-        return torch.load(data, map_location=device, weights_only=True)
+        return torch.load(data, map_location="cpu", weights_only=True)
 
 
-def load_weights(run: Path, name: str, net: Learner, device: torch.device) -> tuple[int, float]:
+def load_weights(run: Path, name: str, net: Learner) -> tuple[int, float]:
     """Load "best", "last" or "weights-STEP" of a run's folder into `net`, without `classes` if `net` has none.
 
     Returns:
@@ -64,7 +64,7 @@ def load_weights(run: Path, name: str, net: Learner, device: torch.device) -> tu
     path = run / f"{name}.pt"
     names = sorted(file.stem for file in run.glob("*.pt") if file.stem.startswith(("best", "last", "weights")))
     remedy = f"the weights here are {', '.join(names) or 'none'}; continue an unfinished run: --resume {quoted(run)}"
-    saved = read(path, device, remedy)
+    saved = read(path, remedy)
     with reading(path, remedy, UNUSABLE):
         net.load_state_dict({name: weight for name, weight in saved["weights"].items()
                              if net.classes is not None or not name.startswith("classes.")})
@@ -110,8 +110,8 @@ def restore(path: Path, saved: dict, experiment: dict, maml: Meta, sampler: Samp
                  saved["adam"]["state"])  # learning rate and other options are the run's settings
         maml.step = step
         maml.updates.fill_(updates)
-        sampler.generator.set_state(saved["tasks"].cpu())
-        torch.set_rng_state(saved["generator"].cpu())
+        sampler.generator.set_state(saved["tasks"])
+        torch.set_rng_state(saved["generator"])
         if maml.updates.is_cuda:
-            torch.cuda.set_rng_state(saved["cuda_generator"].cpu(), maml.updates.device)
+            torch.cuda.set_rng_state(saved["cuda_generator"], maml.updates.device)
         return best, float(saved["minutes"]), int(saved["log_bytes"])

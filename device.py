@@ -205,9 +205,7 @@ class Signals:
 
     def check(self, device: torch.device) -> None:
         """Raise Stopped if any process received a signal; with several processes, all have to call it."""
-        number = torch.tensor(self.number, device=device if size() > 1 else "cpu")
-        if size() > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
+        number = gather(torch.tensor([self.number], device=device if size() > 1 else "cpu")).max()
         if number:
             raise Stopped(128 + int(number))
 
@@ -218,7 +216,7 @@ class GraphedStep:
     A step with every_step=True or with a measurement runs eagerly.
 
     Args:
-        maml: `state()` lists every tensor that a step changes in place, `step` counts the steps, and `measures_next`
+        maml: `state()` lists every tensor that later steps depend on, `step` counts the steps, and `measures_next`
             says whether the next one measures.
         step: step(every_step=False) draws tasks and takes one meta-step, all on the current CUDA device.
         generator: the CUDA generator that `step` draws tasks from.
@@ -270,10 +268,11 @@ class GraphedStep:
             if torch.__version__ < (2, 14):  # newer versions find the generators of a capture, and warn of this call
                 graph.register_generator_state(self.generator)
             try:
-                with torch.cuda.graph(graph):
+                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # the first is restored
                     return graph, self.step(), None
             except (RuntimeError, MemoryError) as error:
-                return None, None, str(error).partition("\n")[0] or "out of memory"
+                cause = error.__context__ or error  # the end of a failed capture is an error of its own
+                return None, None, str(cause).partition("\n")[0] or "out of memory"
         finally:
             torch.cuda.synchronize()  # a failed warm-up may still be writing on its stream
             with torch.no_grad():

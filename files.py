@@ -187,9 +187,9 @@ class _Lines(tqdm):
     """A progress bar for a log file: a new line per update. tqdm itself would write one endless line."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if pos == 0:  # by `close`, which ends the line itself
+        if pos == 0:  # by `close`, which adds the line end
             self.fp.write(f"{self}")
-        elif self.n < self.total:  # or it would be there twice
+        elif self.n < self.total:  # `close` writes the last one
             self.fp.write(f"{self}\n")
 
 

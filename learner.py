@@ -158,7 +158,7 @@ class Learner(nn.Module):
         if isinstance(x, Patches):
             h = taskwise.conv_bn(x, *own[0], *_scale_shift_eps(self.config[1][0], own[1]))
             order = self.order[2:]
-        else:  # copied: with one channel the strides don't show the layout, and all that follows must be channels last
+        else:  # a copy: torch can't tell the layout of a one-channel view, and the layers need channels last
             h = x.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format)  # [T, N, h, w, c]
             order = self.order
         layers = []
@@ -294,10 +294,8 @@ def apply_layer(name: str, params: Sequence, h: Tensor, own: list[Tensor], group
             return F.relu(h)  # in place, autograd would refuse views
         case "leakyrelu":
             return F.leaky_relu(h, params[0])
-        case "tanh":
-            return torch.tanh(h)
-        case "sigmoid":
-            return torch.sigmoid(h)
+        case "tanh" | "sigmoid":
+            return getattr(torch, name)(h)
         case "upsample":
             return _per_image(h, lambda x: F.interpolate(x, scale_factor=params[0]))
         case "max_pool2d":

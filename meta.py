@@ -159,11 +159,12 @@ class Meta:
         for tasks, measured, null, classes in chunks(inner, len(local[0].y_spt), *local):
             gradient, losses, correct, trajectory = self._gradient(tasks, classes, query)
             along = every_step and trajectory is not None
-            correct = self._chunked(accuracies, query, tasks, trajectory)["accuracy"] if along else correct[:, None]
+            correct = self._chunked(accuracies, tasks, trajectory)["accuracy"] if along else correct[:, None]
             if trajectory is None and measured:
                 trajectory = self.adapt(tasks, self.update_step)
             gradients.append(gradient)
-            steps.append(Step(losses, correct, self._metrics(query, measured, trajectory, null)))
+            metrics = measured and self._chunked(collapse_metrics, measured, trajectory, null)
+            steps.append(Step(losses, correct, metrics))
         step = tree_map(devices.gather, cat(steps))
         total = devices.all_reduce([sum(parts) for parts in zip(*gradients)])
         self.outer.step([gradient / len(step.losses) for gradient in total], step.losses)
@@ -183,13 +184,13 @@ class Meta:
             every_query: for all queries, or only the first of each class; each needs its own support-set pass.
         """
         steps = max(self.update_step_test, self.update_step if measured else 0)
-        inner, query = self._chunk_sizes(tasks)
+        inner, _ = self._chunk_sizes(tasks)
         given, results = (tasks, measured, permuted_labels(measured, null_seed)), []
         for tasks, measured, null in chunks(inner, len(given[0].y_spt), *given):
             trajectory = self.adapt(tasks, steps)
-            answers = self._chunked(accuracies, query, tasks, trajectory[:self.update_step_test + 1])
-            metrics = self._metrics(query, measured, trajectory[:self.update_step + 1], null)
-            alone = self._chunked(one_by_one, query, tasks, [trajectory[k] for k in nontransductive], every_query)
+            answers = self._chunked(accuracies, tasks, trajectory[:self.update_step_test + 1])
+            metrics = measured and self._chunked(collapse_metrics, measured, trajectory[:self.update_step + 1], null)
+            alone = self._chunked(one_by_one, tasks, [trajectory[k] for k in nontransductive], every_query)
             results.append(Adapted(**answers, metrics=metrics, nontransductive=alone))
         return cat(results)
 
@@ -221,10 +222,6 @@ class Meta:
             inner = NO_LIMIT if self.learner == "classifier" else min(inner, query)
         return inner, query
 
-    def _metrics(self, query: int, tasks: Tasks | None, trajectory: Sequence[Weights], null: tuple | None):
-        if tasks is not None:
-            _, most = self._chunk_sizes(tasks)
-            return self._chunked(collapse_metrics, min(query, most), tasks, trajectory, null)
-
-    def _chunked(self, function: Callable, size: int, tasks: Tasks, *trees):
+    def _chunked(self, function: Callable, tasks: Tasks, *trees):
+        _, size = self._chunk_sizes(tasks)
         return chunked(partial(function, self.net), size, len(tasks.y_qry), tasks, *trees)

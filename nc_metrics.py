@@ -41,7 +41,8 @@ CHUNK = 2**20   # feature values projected per call on a CPU: 8 MB in float64, s
 class _Group(NamedTuple):
     """Features sorted into classes. In `measure` they are shifted and projected (`_project`).
 
-    So a metric takes lengths of residuals from `spread`, and depends on `means` by their differences alone.
+    So residuals are complete only in `spread`, their squared length, and along the class means. Of `means` only the
+    differences have a meaning.
     """
 
     residual: Tensor   # [..., N, D] h - mu_c, float64
@@ -263,7 +264,7 @@ def ncc_mismatch(logits: Tensor, features: Tensor, labels: Tensor, n_way: int, m
     """Share of samples whose largest logit is not that of the nearest class mean, NC4 of Papyan et al. 2020.
 
     logits [..., N, C], features [..., N, D], means [..., C, D] (of the support set); -> [...]. 0 at full collapse.
-    The labels [..., N] have no effect; they are there so that all metrics share one signature.
+    The labels [..., N] have no effect.
     """
     _require(logits.shape[-1] == means.shape[-2] == n_way,
              f"{logits.shape[-1]} logits and {means.shape[-2]} means for {n_way} classes")
@@ -323,7 +324,7 @@ def mean_and_se(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _metrics_of_group(group: _Group) -> dict[str, Tensor]:
-    """All metrics of features and labels alone."""
+    """All metrics of features and labels alone; `_Group` says what of a residual a metric may use."""
     values = {}
     for suffix, traces in ("", covariance_traces), ("_unbiased", unbiased_traces):
         within, between = traces.of_group(group)
@@ -382,8 +383,8 @@ def _project(n_way: int, features: Tensor, labels: Tensor, null_labels: Tensor, 
     This preserves distances and angles, hence all metrics. The part outside the span is kept as a squared length.
 
     Returns:
-        Samples [..., N, 5 C]; their squared length outside the span [..., N]; class means, null, support, its null,
-        classifier [..., 5 C, 5 C], zeros (thus self_duality nan) where there is no classifier; tolerance [...].
+        Samples [..., N, 5 C]; their squared length outside the span [..., N]; five times C rows [..., 5 C, 5 C]: class
+        means, null, support, its null, classifier (zeros if there is none: self_duality is nan); tolerance [...].
     """
     one_hot, null_one_hot = _one_hot(labels, n_way), _one_hot(null_labels, n_way)
     group, support = _group(features, one_hot), support_features.double()

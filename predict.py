@@ -58,7 +58,7 @@ def load(run: str | os.PathLike, weights: str | None = None, device: str = "cpu"
     torch_device = select_device(args.device)
     with reading(run / "args.json", wrong="is not what a run writes"):
         net = Learner(record.read_args(run).get("layers") or script.layers(args), args.imgc, args.imgsz)
-    checkpoint.load_weights(run, (weights or args.test_weights).removesuffix(".pt"), net, torch_device)
+    checkpoint.load_weights(run, (weights or args.test_weights).removesuffix(".pt"), net)
     return Model(net.to(torch_device), args, script.dataset(args))
 
 

@@ -157,7 +157,7 @@ def write_json(path: Path, value: dict, remedy: str = REMEDY) -> None:
 def other_images(run: Path, args: argparse.Namespace) -> str:
     """Suffix of a result file if the images are not the run's own: "-PARENT_FOLDER", or "-NAME" of --data_name.
 
-    Every --root of Omniglot has the same images. Another --root has other photographs if the run's own is still there.
+    Omniglot's images are the same in every --root. Another --root has other photographs only if the run's own exists.
     """
     flag = "root" if args.data is None else "data"
     here, own = getattr(args, flag), read_args(run)["settings"].get(flag)

@@ -3,8 +3,7 @@
 MAML's inner loop gives every task its own fast weights, and its outer gradient differentiates through the inner
 gradients. These layers have a leading task axis T on inputs and weights, channels last, and a closed form for the
 second derivative: the double backward is a few matrix products and a few passes over memory instead of a graph of
-small operations. A third derivative raises an error, except of `conv_bn`: a network's first convolution with its batch
-norm.
+small operations. They have no third derivative: a second one with create_graph raises an error.
 
 `torch.vmap` over `F.conv2d` is a grouped convolution, which is slow for small maps, and over `F.batch_norm` its double
 backward is wrong (pytorch/functorch#534).
@@ -14,7 +13,6 @@ Letters: T tasks, N samples, h w c height, width, channels in, o channels out, k
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -114,31 +112,13 @@ def max_pool2d(x: Tensor, kernel: int, stride: int, padding: int = 0) -> Tensor:
     return _MaxPool.apply(x.flatten(0, 1), kernel, stride, padding).unflatten(0, x.shape[:2])
 
 
-class _SecondDerivative(torch.autograd.Function):
-    """compute(*tensors), which autograd can't differentiate.
+def _refuse_a_third_derivative() -> None:
+    """For the backward of a first derivative: with create_graph its result would have to be differentiable.
 
     `once_differentiable` is not enough: its error is skipped by `torch.autograd.grad`, whose result is then wrong.
     """
-
-    @staticmethod
-    def forward(ctx, compute, *tensors):
-        return compute(*tensors)
-
-    @staticmethod
-    def backward(ctx, *gradients):
+    if torch.is_grad_enabled():
         raise RuntimeError("taskwise has no third derivatives; its layers can be differentiated twice")
-
-
-def _no_third_derivative(compute: Callable) -> Callable:
-    """For the backward of a first derivative, `compute(ctx, saved tensors, *gradients)`."""
-
-    @functools.wraps(compute)
-    def backward(ctx, *gradients):
-        saved = ctx.saved_tensors
-        return _SecondDerivative.apply(
-            lambda *tensors: compute(ctx, tensors[:len(saved)], *tensors[len(saved):]), *saved, *gradients)
-
-    return backward
 
 
 # A convolution is bilinear in image and kernel. Its gradients are its two adjoints, and the gradients of those are
@@ -171,10 +151,10 @@ class _ConvGradients(torch.autograd.Function):
         return _adjoints(x, operand, weight, g, *geometry, [for_x, True, True])
 
     @staticmethod
-    @_no_third_derivative
-    def backward(ctx, saved, vx, vw, vb):
+    def backward(ctx, vx, vw, vb):
+        _refuse_a_third_derivative()
         # Differentiate <vx, for x> + <vw, for weight> + <vb, for bias> = <g, conv(vx, weight) + conv(x, vw) + vb>.
-        x, weight, g = saved
+        x, weight, g = ctx.saved_tensors
         to_x = to_weight = to_g = None
         if vw is not None:
             to_g = _convolve(x, ctx.operand, vw, vb, *ctx.geometry)
@@ -220,12 +200,9 @@ def _adjoints(x, operand, weight, g, stride, padding, wanted):
     gx = _col2im(torch.bmm(rows, _matrix(weight)), x.shape, k, stride) if for_x else None
     gw = None
     if for_weight:
-        if g.is_cuda and rows.shape[1] > LONG:  # a sum per image, then over images: else one block sums all
-            images = tasks * g.shape[1]
-            per_image = torch.bmm(rows.reshape(images, -1, o).transpose(1, 2), operand.reshape(images, -1, k * k * c))
-            gw = per_image.view(tasks, -1, o, k * k * c).sum(1)
-        else:
-            gw = torch.bmm(rows.transpose(1, 2), operand)
+        parts = g.shape[1] if g.is_cuda and rows.shape[1] > LONG else 1  # images: else one block sums all
+        gw = torch.bmm(rows.reshape(tasks * parts, -1, o).mT, operand.reshape(tasks * parts, -1, k * k * c))
+        gw = gw if parts == 1 else gw.view(tasks, parts, o, -1).sum(1)
         gw = gw.view(tasks, o, k, k, c).permute(0, 1, 4, 2, 3)
     return gx, gw, rows.sum(1) if for_bias else None
 
@@ -335,12 +312,12 @@ class _BatchNormGradients(torch.autograd.Function):
         return gx.view(x.shape), gw, gb
 
     @staticmethod
-    @_no_third_derivative
-    def backward(ctx, saved, v, vw, vb):
+    def backward(ctx, v, vw, vb):
+        _refuse_a_third_derivative()
         # Differentiate L = <v, for x> + <vw, for weight> + <vb, for bias>. xhat depends on x through the mean and r,
         # and dr/dx = -r^2 xhat / R. With a = dL/dxhat = -scale s2 v + e g, and q = mean of v (g - s1 - xhat s2):
         #   for x: r (a - <a> - xhat <a xhat>) - scale r q xhat
-        g, x, weight = saved
+        g, x, weight = ctx.saved_tensors
         xhat, mean, r, s1, s2 = ctx.statistics
         if xhat is None:
             xhat = torch.addcmul(-mean * r, _rows(x), r)
@@ -383,8 +360,8 @@ class _MaxPoolGradient(torch.autograd.Function):
         return gx.permute(0, 2, 3, 1).contiguous()
 
     @staticmethod
-    @_no_third_derivative
-    def backward(ctx, saved, v):
+    def backward(ctx, v):
+        _refuse_a_third_derivative()
         picked = v.flatten(1, 2).gather(1, ctx.indices.permute(0, 2, 3, 1).flatten(1, 2))  # [N, h'*w', c]
         return picked.unflatten(1, ctx.indices.shape[2:]), None, None, None
 

@@ -165,7 +165,7 @@ class _Run:
         self.minutes, self.log_bytes = 0.0, 0  # of the processes before this one
         path, self.repeat = out / "checkpoint.pt", f"python {args.script}.py --from_args {quoted(out / 'args.json')}"
         remedy = f"start again: {self.repeat}"
-        saved = None if args.resume is None else checkpoint.read(path, self.device, f"put it back, or {remedy}")
+        saved = None if args.resume is None else checkpoint.read(path, f"put it back, or {remedy}")
         train_images, self.held_out = data.load("train"), data.load("val")
         data.read("test")  # a fault in them is reported before training
         self.sampler = data.sampler("train", train_images)
@@ -356,7 +356,7 @@ def _test(maml: Meta, data: Data, run: Path, signals: Signals) -> dict:
     all_steps = list(range(last_step + 1))
     alone_steps = [0, last_step] if args.transductive else all_steps  # one query at a time takes long
     devices.wait()  # for the process that writes the weights
-    step, val_accuracy = checkpoint.load_weights(run, args.test_weights, maml.net, data.device)
+    step, val_accuracy = checkpoint.load_weights(run, args.test_weights, maml.net)
     classes = len(data.dataset.counts()["test"])
     say(f"testing on {args.test_tasks} tasks of the {classes} test classes of {data.dataset.name()}")
     adapted = _evaluate(maml, data, "test", data.load("test"), args.test_tasks, signals, alone_steps)

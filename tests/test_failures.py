@@ -6,15 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from data_files import log_rows, read_json
 from test_resume import TINY, refused, resume, same, small, train, whole  # noqa: F401
 
 import checkpoint
 from tasks import Sampler, Tasks
-
-CPU = torch.device("cpu")
-
 
 # ---- no space, no right, no memory
 
@@ -119,7 +115,7 @@ def test_skipping_continues_and_counts(tmp_path, monkeypatch, capsys):
     train(run, "--skip_nonfinite")
     assert "for 8 meta-steps, 1 without an update (not finite)" in capsys.readouterr().out
     assert read_json(run)["skipped_updates"] == 1
-    saved = checkpoint.read(run / "checkpoint.pt", CPU, "")
+    saved = checkpoint.read(run / "checkpoint.pt", "")
     assert (saved["step"], saved["updates"]) == (8, 7)
 
 

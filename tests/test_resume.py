@@ -116,7 +116,7 @@ def test_thirty_kills_lose_nothing():
 ])
 def test_a_signal_anywhere_and_resumed(method, call, step, number, whole, tmp_path, monkeypatch, capsys):
     run = stop_at(monkeypatch, tmp_path / "a run", method, call, number)
-    assert checkpoint.read(run / "checkpoint.pt", CPU, "")["step"] == step
+    assert checkpoint.read(run / "checkpoint.pt", "")["step"] == step
     said, _, command = capsys.readouterr().out.rpartition("; resume with: ")
     assert said.endswith(f"stopped at step {step}")
     assert command == f"python omniglot_train.py --resume {quoted(run)}\n"
@@ -187,7 +187,7 @@ def test_a_longer_run_is_the_longer_run(whole, tmp_path, monkeypatch, capsys):
 
 def test_resuming_takes_the_runs_own_flags_and_where_it_happens(stopped, whole, tmp_path):
     """A half-written line of the log is cut off; minutes add up."""
-    saved = checkpoint.read(stopped / "checkpoint.pt", CPU, "")
+    saved = checkpoint.read(stopped / "checkpoint.pt", "")
     checkpoint.write(stopped / "checkpoint.pt", saved | {"minutes": 60.0})
     with (stopped / "log.jsonl").open("a") as log:
         log.write('{"kind": "train", "step": 5, "lo')
@@ -252,7 +252,7 @@ def test_every_damage_to_a_checkpoint_is_refused(stopped):
     """Cut anywhere, one byte changed anywhere: never a run that continues from something else."""
     path = stopped / "checkpoint.pt"
     good = path.read_bytes()
-    sound = checkpoint.read(path, CPU, "")
+    sound = checkpoint.read(path, "")
     path.write_bytes(good[:-1])
     said = refused("--resume", str(stopped))
     assert "checkpoint.pt is damaged, or belongs to another program, run or network (" in said
@@ -261,7 +261,7 @@ def test_every_damage_to_a_checkpoint_is_refused(stopped):
     for place in range(7, len(good), len(good) // 60):
         path.write_bytes(good[:place] + bytes([good[place] ^ 255]) + good[place + 1:])
         with contextlib.suppress(UserError):
-            assert not kill.differences(checkpoint.read(path, CPU, ""), sound)
+            assert not kill.differences(checkpoint.read(path, ""), sound)
             accepted += 1  # padding, or a byte that zip holds twice
     assert accepted < 20
 
@@ -285,7 +285,7 @@ class Code:
 def test_a_foreign_checkpoint_is_refused(change, line, stopped, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, log = stopped / "checkpoint.pt", (stopped / "log.jsonl").read_bytes()
-    torch.save(change(checkpoint.read(path, CPU, "")), path)
+    torch.save(change(checkpoint.read(path, "")), path)
     assert line in refused("--resume", str(stopped))
     assert not (tmp_path / "made by a checkpoint").exists()
     assert (stopped / "log.jsonl").read_bytes() == log
@@ -301,7 +301,7 @@ def test_a_complete_run_is_named_without_its_data(whole, tmp_path, capsys):
 
 def test_a_run_without_its_log_checkpoint_or_weights_stays_as_it_is(whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run")
-    length = checkpoint.read(run / "checkpoint.pt", CPU, "")["log_bytes"]
+    length = checkpoint.read(run / "checkpoint.pt", "")["log_bytes"]
     os.truncate(run / "log.jsonl", length - 1)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     said = refused("--resume", str(run), "--epoch", "99")

@@ -168,16 +168,16 @@ def test_conv_bn_in_float32_of_no_variance():
     assert taskwise.conv_bn(taskwise.patches(images, 3), weight, shift, None, shift).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")  # of a cycle of references
 @pytest.mark.parametrize("tasks", TASKS)
 @pytest.mark.parametrize("name", ["conv2d-3-2-(0, 0)-7", "conv2d-3-2-(0, 1)-8", "batch_norm", "max_pool2d"])
 def test_third_derivative_raises(name, tasks):
     layer, _, make = LAYERS[name]
     inputs = make(tasks)
     first = torch.autograd.grad(layer(*inputs).pow(4).sum(), inputs, create_graph=True)
-    second = torch.autograd.grad(sum(f.square().sum() for f in first), inputs, create_graph=True)
-    loss = sum(s.square().sum() for s in second)
+    loss = sum(f.square().sum() for f in first)
     for x in inputs:
         with pytest.raises(RuntimeError, match="no third derivatives"):
-            torch.autograd.grad(loss, x, retain_graph=True)
+            torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="no third derivatives"):
-        loss.backward()
+        loss.backward(create_graph=True)
