@@ -166,8 +166,16 @@ class FakeGraphs:
         return GraphedStep(maml, recorded, generator, required)
 
 
+def after(cause: Exception, error: Exception) -> Exception:
+    """The error that the end of a capture raises, after this one in the step."""
+    error.__context__ = cause
+    return error
+
+
 @pytest.mark.parametrize("error, reason", [
     (RuntimeError("CUDA error: stream is capturing\nCUDA kernel errors"), "CUDA error: stream is capturing"),
+    (after(RuntimeError("operation not permitted"), RuntimeError("CUDA error: previous error during capture")),
+     "operation not permitted"),
     (MemoryError(), "out of memory")])
 def test_a_failed_capture_is_one_line_and_leaves_the_run_as_it_was(error, reason, monkeypatch, capsys):
     """A step whose accuracy is asked for after every inner step is not captured."""
