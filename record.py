@@ -40,8 +40,9 @@ def lock_run(args: argparse.Namespace) -> Iterator[Path]:
 
     A folder into which nothing was written is removed at the end.
     """
-    name = f"{args.script}-{args.n_way}w{args.k_spt}s-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    name, *_ = devices.gather_lists([name])  # the first process's name: the others may be a second later
+    started = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # several runs may start in one second
+    started, *_ = devices.gather_lists([started])  # of several processes, the first one's
+    name = f"{args.script}-{args.n_way}w{args.k_spt}s-seed{args.seed}-{started}"
     out = Path(args.out or f"runs/{name}")
     if devices.rank() > 0:
         yield out

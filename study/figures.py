@@ -223,26 +223,26 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
     """NC1 to NC4 against meta-steps, and their level with permuted labels; for NC2, with random directions."""
     split = common_split(groups)
 
-    # the references depend on ways and queries: one grey line, or one per size in the colour of a setting of that size
-    sizes = {(run.settings["n_way"], run.queries): (run, colour) for (run, *_), colour, _ in colours(groups)}
-    references = sizes.values() if len(sizes) > 1 else [(groups[0][0], GREY)]
-    note = key("permuted labels; NC2: random directions", GREY, linestyle=":")
+    # permuted labels' values depend on ways, queries and features: a line per setting, in its colour
+    references = [(run, colour if len(groups) > 1 else GREY) for (run, *_), colour, _ in colours(groups)]
+    ways = {run.settings["n_way"]: colour for run, colour in references}
+    directions = {n_way: colour if len(ways) > 1 else GREY for n_way, colour in ways.items()}
+    note = key("permuted labels, adapted; NC2: random directions", GREY, linestyle=":")
     rows = math.ceil(len(LABELS) / 3)
     figure, panels = frame(rows, 3, 2.2 * rows, keys(groups, note, models=True))
     headline(figure, groups, TASKS[split], layer or distinct(groups, "hidden"))
     for axes, (metric, title) in zip(panels.flat, LABELS.items()):
         curves(axes, groups, [(of_metric(split, model, metric, layer), style) for model, style in STYLES.items()
                               if model == "finetuned" or metric not in BY_CONSTRUCTION])
-        for run, colour in references:
-            if metric == "etf_error":
-                for dimension in (16, 64):
-                    error = effects.random_etf_errors(run.settings["n_way"])[dimension - 1]
-                    axes.axhline(error, color=colour, linestyle=":", linewidth=1)
-                    axes.text(1.01, error, f"d = {dimension}", transform=axes.get_yaxis_transform(), va="center",
-                              fontsize=7, color=colour)
-            else:
-                null = of_metric(split, "finetuned", f"{metric}_null", layer)
-                draw(axes, [run], lambda run, null=null: null(run)[:2], colour, ":")  # without a band
+        for run, colour in references if metric != "etf_error" else ():
+            null = of_metric(split, "finetuned", f"{metric}_null", layer)
+            draw(axes, [run], lambda run, null=null: null(run)[:2], colour, ":")  # without a band
+        for n_way, colour in directions.items() if metric == "etf_error" else ():
+            for dimension in (16, 64):
+                error = effects.random_etf_errors(n_way)[dimension - 1]
+                axes.axhline(error, color=colour, linestyle=":", linewidth=1)
+                axes.text(1.01, error, f"d = {dimension}", transform=axes.get_yaxis_transform(), va="center",
+                          fontsize=7, color=colour)
         axes.set_title(title)
         fit(axes, metric in LOGARITHMIC)
     return figure

@@ -175,12 +175,16 @@ def test_a_zoom_on_accuracy_leaves_out_no_line():
         assert (axes.get_xlim()[0], axes.get_ylim()[0]) == (left, bottom)
 
 
-def test_settings_of_other_sizes_have_references_of_their_own(tmp_path):
-    five, more = (write_run(tmp_path / str(k_qry), k_qry=k_qry) for k_qry in (5, 15))
-    seed = write_run(tmp_path / "seed", k_qry=15, net="original")
-    for runs, count in (((five, more), 2), ((more, seed), 1)):
-        nc1 = figures.metrics(logs.read_groups(runs)).axes[1]
-        assert len([line for line in nc1.get_lines() if line.get_linestyle() == ":"]) == count
+def test_each_setting_has_a_reference_of_its_own_and_each_number_of_ways_random_directions(tmp_path):
+    one, two, three = (write_run(tmp_path / str(i), n_way=5 + i // 2, first_order=i > 0) for i in range(3))
+    first, second, third, *_ = figures.PALETTE
+    for runs, null, directions in (([one], [figures.GREY], [figures.GREY]),
+                                   ([one, two], [first, second], [figures.GREY]),
+                                   ([one, two, three], [first, second, third], [second, third])):
+        _, nc1, _, etf_error, *_ = figures.metrics(logs.read_groups(runs)).axes
+        dotted = [[line.get_color() for line in axes.get_lines() if line.get_linestyle() == ":"]
+                  for axes in (nc1, etf_error)]
+        assert dotted == [null, [colour for colour in directions for _ in (16, 64)]]
 
 
 def test_the_thick_line_is_the_mean_at_the_steps_that_all_seeds_have(tmp_path):

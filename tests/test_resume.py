@@ -276,7 +276,7 @@ class Code:
     (lambda saved: saved | {"best": Code()}, "is damaged, or belongs to another"),
     (lambda saved: saved | {"step": -1}, "is damaged, or belongs to another"),
     (lambda saved: saved | {"experiment": saved["experiment"] | {"device": "cuda"}},
-     "is of a run with device cuda, and here it is cpu; restore that, or start again: python omniglot_train.py"),
+     f"with device cuda, and here it is cpu; restore that, or start again: python {quoted(omniglot_train.__file__)}"),
     (lambda saved: saved | {"weights": {name: weight[:1] for name, weight in saved["weights"].items()}}, "is damaged"),
     (lambda saved: saved | {"adam": {"state": {i: values | {"exp_avg": torch.zeros(3)} for i, values in
                                                saved["adam"]["state"].items()}}}, "is damaged"),
