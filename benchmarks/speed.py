@@ -2,7 +2,7 @@
 
     pip install -r benchmarks/requirements.txt                      # optional: higher, torchopt, JAX
     python benchmarks/speed.py                                      # all cases; writes benchmarks/speed.json
-    python benchmarks/speed.py --only omniglot-paper --repeats 15   # one case
+    python benchmarks/speed.py --only omniglot-paper --repeats 15   # one case; writes speed-omniglot-paper.json
     OMP_NUM_THREADS=1 python benchmarks/speed.py                    # on one core
 
 benchmarks/README.md says what is compared. Tasks are random images: the time does not depend on what they show. The
@@ -32,6 +32,7 @@ sys.path.insert(0, str(HERE.parent))
 from implementations import OTHERS, PRODUCT, THIS, Case, Implementation, MatrixProduct, implementations_on
 
 import device as devices
+import files
 import miniimagenet_train
 import omniglot_train
 from learner import Learner
@@ -153,8 +154,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=CASES, help="one case, not all")
     parser.add_argument("--repeats", type=int, default=7, help="measured rounds; 7 if not given")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    parser.add_argument("--json", type=Path, metavar="FILE", default=HERE / "speed.json", help="of the results")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="of the results; speed.json or speed-CASE.json here")
     args = parser.parse_args(argv)
+    args.json = args.json or HERE / (f"speed-{args.only}.json" if args.only else "speed.json")
     if args.repeats < 1:
         parser.error("--repeats must be at least 1")
     device = start(args)
@@ -169,10 +171,11 @@ def main(argv: Sequence[str] | None = None) -> None:
               "repeats": args.repeats, "cases": {}}
     for name, case in cases.items():
         report["cases"][name] = measure_in_processes(case, args)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        with files.atomic(args.json, "w") as file:
+            file.write(json.dumps(report, indent=1) + "\n")
         print(f"\n{table(report)}", flush=True)
     print(f"\nwrote {args.json}")
 
 
 if __name__ == "__main__":
-    main()
+    files.run(main)

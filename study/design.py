@@ -122,16 +122,8 @@ SETTINGS = {setting.name: setting for setting in (
           ("first-order", ", first order", "--first_order"),
           ("slow-head-first-order", ", its inner rate 0.5, first order", "--head_lr 0.5 --first_order"),
           ("slower-head-first-order", ", its inner rate 0.125, first order", "--head_lr 0.125 --first_order"))),
-    *(Setting(f"first-order-{name}", f"{label}, first order", f"{flags} --first_order")
-      for name, label, flags in (
-          ("small-head", "classifier from N(0, 0.18²)", _SMALL_HEAD),
-          ("slow-head", "classifier from N(0, 0.18²), its inner rate 0.5", f"{_SMALL_HEAD} --head_lr 0.5"),
-          ("frozen-head", "classifier kept as drawn", f"{_ONE_CHANGE} --freeze_head"),
-          ("zero-head", "classifier kept at 0", f"{_ONE_CHANGE} --head_std 0 --freeze_head"),
-          ("small-step", "1 inner step at rate 0.4", f"{_ONE_CHANGE} --update_lr 0.4"),
-          ("fast-head", "classifier from N(0, 0.18²), its inner rate 8", f"{_SMALL_HEAD} --head_lr 8"),
-          ("small-images", "images of 16 x 16", f"{_ONE_CHANGE} --imgsz 16"),
-          ("other-network", "conv-bn-relu", _OTHER_NETWORK))),
+    Setting("first-order-zero-head", "classifier kept at 0, first order",
+            f"{_ONE_CHANGE} --head_std 0 --freeze_head --first_order"),
     *(Setting(f"five-steps{name}", f"images of 16 x 16, classifier {change}", f"{_FIVE_STEPS} {flags}")
       for name, change, flags in (
           ("", "from N(0, 0.18²), 5 inner steps at rate 0.4", "--head_std 0.177"),
@@ -155,6 +147,10 @@ SETTINGS = {setting.name: setting for setting in (
         ("5w5s", "5-way 5-shot", 1, f"{_LONG} --k_spt 5 --epoch 35000"),
         ("20w1s", "20-way 1-shot", 1, f"{_TWENTY_WAY} --epoch 24000"))),
 )}
+SETTINGS |= {f"first-order-{name}": Setting(f"first-order-{name}", f"{SETTINGS[name].label}, first order",
+                                            f"{SETTINGS[name].flags} --first_order")
+             for name in ("small-head", "slow-head", "frozen-head", "small-step", "fast-head", "small-images",
+                          "other-network")}
 
 
 def _named(prefix: str) -> tuple[str, ...]:
@@ -203,11 +199,7 @@ OTHER_LOOPS = ("contrast-maml", "maml-3000", "contrast-zero-head", *BLOCKS, *SMA
 CONTROL_QUERIES, CONTROL_SHOTS = 15, 5  # per class in study/controls.py; the shots of its control "5-shot"
 STEP_SIZES = (0.08, 0.03, 0.09, 0.6)  # about MAML's in blocks 1 to 4 (TABLES.md), to which other learners' are scaled
 # whose features are compared before and after MAML's inner loop, layer by layer
-SIMILARITY = (*LEARNERS, *OTHER_LOOPS, "five-steps", "five-steps-zero-head",
-              *DIFFICULTY["photographs"], *DIFFICULTY["characters"], "omniglot-in-noise-5-shot", "crops-zero-head",
-              *(f"photographs-{name}" for name in ("anil", "protonet", "classifier", "equal-rows", "frozen-head",
-                                                   "slow-head", "blocks-4-5")),
-              *MAIN, "omniglot-5w1s-first-order", "random-labels")
+SIMILARITY = (*LEARNERS, *OTHER_LOOPS, *itertools.chain(*DIFFICULTY.values()))
 
 TASKS = {"train": "training tasks", "heldout": "held-out tasks"}
 MODELS = {"meta": "before adaptation", "finetuned": "adapted"}

@@ -148,21 +148,19 @@ def in_control(run: Run, kind: str, *keys: str | int) -> float:
         return math.nan
 
 
-def last_block_adds(run: Run, step: int | None = None) -> float:
-    """What the last block adds to the accuracy of the nearest support mean before adaptation.
+def measured_at(run: Run, model: str, metric: str, step: int | None, layer: int = HIDDEN) -> float:
+    """A metric on the validation tasks at a meta-step; if that is None, on the test tasks."""
+    return measured(run, model, metric, layer=layer) if step is None else at(run, model, metric, step, layer)
 
-    On the test tasks, or on the validation tasks at a meta-step.
-    """
-    last, below = (measured(run, "meta", "ncc_accuracy", layer=layer) if step is None else
-                   at(run, "meta", "ncc_accuracy", step, layer) for layer in (HIDDEN, HIDDEN - 1))
-    return last - below
+
+def last_block_adds(run: Run, step: int | None = None) -> float:
+    """What the last block adds to the accuracy of the nearest support mean before adaptation; as `measured_at`."""
+    return measured_at(run, "meta", "ncc_accuracy", step) - measured_at(run, "meta", "ncc_accuracy", step, HIDDEN - 1)
 
 
 def fall(run: Run, step: int | None = None) -> float:
-    """How far the inner loop lowers the share: on the test tasks, or on the validation tasks at a meta-step."""
-    before, after = (measured(run, model, "relative_within") if step is None else
-                     at(run, model, "relative_within", step) for model in ("meta", "finetuned"))
-    return before - after
+    """How far the inner loop lowers the share; as `measured_at`."""
+    return measured_at(run, "meta", "relative_within", step) - measured_at(run, "finetuned", "relative_within", step)
 
 
 def measured(run: Run, model: str, metric: str, kind: str = "final", layer: int = HIDDEN) -> float:
@@ -211,7 +209,8 @@ def five_shot_share(run: Run, samples: str, inner_step: int) -> float:
 def tested(run: Run, key: str, place: int, transductive: bool = True) -> float:
     """An accuracy of the run's test, in result.json; the key and the place are those of `in_control`."""
     test = run.result.get("test" if transductive else "test_nontransductive", {})
-    return number(test.get(key, [None])[place])
+    values = test.get(key, [None])
+    return number(values[place] if place == 0 or len(values) > 1 else None)  # raw pixels are not adapted
 
 
 def own_accuracy(run: Run, transductive: bool = True, interval: bool = False) -> float:

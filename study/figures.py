@@ -43,14 +43,12 @@ BY_CONSTRUCTION = {"self_duality", "ncc_mismatch"}  # 2 and chance before adapta
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PDF, an SVG, or a PNG with 128 colours, which is small; the same figure gives the same PNG."""
-    if path.suffix.lower() != ".png":
-        with atomic(path, remedy="name another file with -o") as file:
-            figure.savefig(file, format=path.suffix[1:].lower())
-        return
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
     with atomic(path, remedy="name another file with -o") as file:
-        Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        if path.suffix.lower() == ".png":
+            figure.savefig(buffer := io.BytesIO(), format="png", dpi=DPI)
+            Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        else:
+            figure.savefig(file, format=path.suffix[1:].lower())
 
 
 def colours(groups: Sequence[Group]) -> list[tuple[Group, str, str]]:
@@ -115,8 +113,10 @@ def step_axis(axes: Axes, groups: Sequence[Group]) -> None:
     axes.set_xlim(0, max(last, 1) * 1.04)
     if last > 300:
         axes.set_xscale("symlog", linthresh=100, linscale=0.5)
-        ticks = [step for step in (100, 300, 1_000, 3_000, 6_000, 10_000, 20_000, 60_000) if step <= last]
-        ticks = [step for step in ticks if not any(step < later <= 2 * step for later in ticks)]  # labels need room
+        ticks = []
+        for step in (60_000, 20_000, 10_000, 6_000, 3_000, 1_000, 300, 100):
+            if step <= last and (not ticks or 2 * step < ticks[-1]):  # labels need room
+                ticks.append(step)
         axes.xaxis.set_major_locator(FixedLocator([0, *ticks]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k" if step >= 1000 else f"{step:g}")

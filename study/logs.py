@@ -8,7 +8,6 @@ import functools
 import gzip
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,10 +189,6 @@ class Study:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.paths: dict[str, list[Path]] = {}
-        for path in sorted({log.parent for log in folder.glob("*/log.jsonl*")}):
-            if match := re.fullmatch(r"(.+)-seed(\d+)", path.name):
-                self.paths.setdefault(match[1], []).append(path)
 
     @functools.cache
     def __getitem__(self, name: str) -> list[Run]:
@@ -202,7 +197,8 @@ class Study:
         Raises:
             UserError: a run is broken, or they are not of one setting.
         """
-        groups = read_groups(self.paths.get(name, []))
+        paths = {log.parent for log in self.folder.glob(f"{name}-seed*/log.jsonl*")}
+        groups = read_groups(sorted(path for path in paths if path.name.removeprefix(f"{name}-seed").isdigit()))
         if len(groups) > 1:
             other = groups[1][0]
             one = next(run for run in groups[0] if differing(run, other))

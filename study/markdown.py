@@ -10,7 +10,6 @@ from study.effects import over_seeds
 from study.logs import Run
 
 TABLE_IN_PAGE = re.compile(r"<!-- table: (\w+) -->\n(.*?)\n?<!-- /table -->", re.DOTALL)
-MISSING = "–"  # stands for a number that is undefined or not logged
 
 Cell = Callable[[list[Run]], str]  # the text of a cell, from the seeds of a setting
 # A column's name -> a text, a cell, or (function, *its arguments after the run), in percent if the name says so.
@@ -18,8 +17,8 @@ Columns = dict[str, str | Cell | tuple]
 
 
 def fixed(value: float, decimals: int) -> str:
-    if not math.isfinite(value):
-        return MISSING
+    if not math.isfinite(value):  # undefined or not logged
+        return "–"
     return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "\N{MINUS SIGN}")  # + 0.0: no negative zero
 
 

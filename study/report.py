@@ -17,18 +17,19 @@ from study.logs import Run, Study
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
           for name, style in (("before adaptation", {"markerfacecolor": "white"}), ("adapted", {}))]
 
-# Share and accuracy before and after adaptation, as the tables have them: (function, *its arguments after the run).
-TESTED = [*tables.SHARES.values(), (effects.tested, "nearest_mean", 0), (effects.tested, "accuracy", -1)]
+
+def one_row(columns: int, height: float, sharey: bool = False, **pads: float) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of one row, without a legend below it."""
+    figure = Figure(figsize=(figures.WIDTH, height))
+    figure.set_layout_engine("constrained", **pads)
+    return figure, figure.subplots(1, columns, sharey=sharey)
 
 
 def result(study: Study) -> Figure:
     """The original's recipe: the share within classes, the two traces, the share by layer."""
     groups = study.groups(MAIN)
     run = groups[0][0]
-    figure = Figure(figsize=(figures.WIDTH, 3.1))
-    figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.03)
-    first, second, third = figure.subplots(1, 3)
-
+    figure, (first, second, third) = one_row(3, 3.1, w_pad=0.04, h_pad=0.03)
     figures.curves(first, groups, [(figures.of_metric("train", model, "relative_within"), style)
                                    for model, style in figures.STYLES.items()])
     figures.curves(second, groups, [(functools.partial(relative_to_start, trace=trace), style)
@@ -64,34 +65,33 @@ def relative_to_start(run: Run, trace: str) -> tuple[np.ndarray, np.ndarray]:
 def learners(study: Study) -> Figure:
     """What adaptation does to each learner: share within classes and accuracy, before it and after, and by block."""
     groups = figures.colours(study.groups(LEARNERS))
-    figure = Figure(figsize=(figures.WIDTH, 3.0))
-    figure.set_layout_engine("constrained", w_pad=0.04)
-    share, right, by_block = figure.subplots(1, 3)
-
-    rows = [*groups, (tables.references_of(study.groups(LEARNERS))["untrained"], figures.GREY, "untrained")]
-    before_and_after(share, rows, *TESTED[:2])
-    before_and_after(right, rows, *TESTED[2:], scale=100)
-    share.set_yticklabels([name for _, _, name in rows])
+    figure, (share, right, by_block) = one_row(3, 3.0, w_pad=0.04)
+    untrained = tables.references_of(study.groups(LEARNERS))["untrained"]
+    before_and_after(share, right, [*groups, (untrained, figures.GREY, "untrained")])
     for group, colour, _ in reversed(groups):  # the first on top
         blocks = range(-len(group[0].layers), -1)
         values = [[100 * effects.measured(run, "meta", "ncc_accuracy", layer=i) for i in blocks] for run in group]
         by_block.plot(group[0].layers[:-1], np.mean(values, 0), "o-", color=colour, markersize=3)
-    share.set(title="A  Within / (within + between)", xlim=(0, 0.9))
-    right.set(title="B  Test accuracy, %")
     by_block.set(title="C  Before adaptation, by block", ylabel="nearest support mean, %")
     share.legend(handles=POINTS, loc="center right", bbox_to_anchor=(1.03, 0.58), fontsize=7.5)
     return figure
 
 
-def before_and_after(axes: Axes, groups: Sequence[tuple[figures.Group, str, str]], before: tuple, after: tuple,
-                     scale: float = 1) -> None:
-    """A row per group: open points before adaptation, filled ones after, a line between their means."""
-    for row, (group, colour, _) in enumerate(groups):
-        values = scale * np.array([[value(run, *arguments) for value, *arguments in (before, after)] for run in group])
-        axes.plot(values.mean(0), [row, row], color=colour, linewidth=1.2)
-        for column, fill in enumerate(("white", colour)):
-            axes.scatter(values[:, column], [row] * len(group), s=26, edgecolors=colour, color=fill, zorder=3)
-    axes.set(yticks=range(len(groups)), ylim=(len(groups) - 0.5, -0.5), yticklabels=[])
+def before_and_after(left: Axes, right: Axes, groups: Sequence[tuple[figures.Group, str, str]]) -> None:
+    """Share and test accuracy, as the tables have them; a row per group, with its name.
+
+    Open points before adaptation, filled ones after, a line between their means.
+    """
+    accuracies = (effects.tested, "nearest_mean", 0), (effects.tested, "accuracy", -1)
+    for axes, columns, scale in (left, tables.SHARES.values(), 1), (right, accuracies, 100):
+        for row, (group, colour, _) in enumerate(groups):
+            values = scale * np.array([[value(run, *arguments) for value, *arguments in columns] for run in group])
+            axes.plot(values.mean(0), [row, row], color=colour, linewidth=1.2)
+            for column, fill in enumerate(("white", colour)):
+                axes.scatter(values[:, column], [row] * len(group), s=26, edgecolors=colour, color=fill, zorder=3)
+        axes.set(yticks=range(len(groups)), ylim=(len(groups) - 0.5, -0.5), yticklabels=[])
+    left.set(title="A  Within / (within + between)", xlim=(0, 0.9), yticklabels=[name for _, _, name in groups])
+    right.set(title="B  Test accuracy, %")
 
 
 def difficulty(study: Study) -> Figure:
@@ -101,19 +101,13 @@ def difficulty(study: Study) -> Figure:
               for kind, names in DIFFICULTY.items() for group in study.groups(names)]
     legend = [figures.key(kind, colour, linewidth=2.2) for kind, colour in colour_of.items()]
     figure, ((left, right),) = figures.frame(1, 2, 0.5 + 0.27 * max(len(groups), 3), [*legend, *POINTS])
-    before_and_after(left, groups, *TESTED[:2])
-    before_and_after(right, groups, *TESTED[2:], scale=100)
-    left.set(title="A  Within / (within + between)", xlim=(0, 0.9))
-    right.set(title="B  Test accuracy, %")
-    left.set_yticklabels([name for _, _, name in groups])
+    before_and_after(left, right, groups)
     return figure
 
 
 def changes(study: Study) -> Figure:
     """The fall in the share against what block 4 adds to block 3 before adaptation: a point per setting."""
-    figure = Figure(figsize=(figures.WIDTH, 3.2))
-    figure.set_layout_engine("constrained", w_pad=0.05)
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure, (left, right) = one_row(2, 3.2, sharey=True, w_pad=0.05)
     first_order = tuple(itertools.chain(*FIRST_ORDER.values()))
     for axes, kind, names, when, colour in (
             (left, "second order", ONE_STEP, (CHANGED_AT,), figures.PALETTE[0]),
@@ -139,9 +133,7 @@ def changes(study: Study) -> Figure:
 
 def similarity(study: Study) -> Figure:
     """CKA of each layer's features before and after the inner loop: learners, and MAML with other inner loops."""
-    figure = Figure(figsize=(figures.WIDTH, 3.1))
-    figure.set_layout_engine("constrained", w_pad=0.05)
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure, (left, right) = one_row(2, 3.1, sharey=True, w_pad=0.05)
     for axes, names in ((left, LEARNERS), (right, ("contrast-maml", *BLOCKS))):
         groups = figures.colours(study.groups(names))
         lines = [*(("final", *group) for group in groups),

@@ -231,16 +231,10 @@ def means(groups: Sequence[list[Run]], value: Callable[..., float], *arguments) 
 
 
 def ranking(study: Study) -> str:
-    """Spearman correlation of each metric before adaptation with accuracy, over learners or settings.
-
-    Of means over seeds. With raw pixels and the untrained network, all accuracies are of the control's 15 queries.
-    """
+    """Spearman correlation of each metric before adaptation with accuracy, over learners or settings (seeds' means)."""
     learners, photographs = study.groups(LEARNERS), study.groups(design.SMALL_PHOTOGRAPHS)
-    shown = [*learners, *references_of(learners).values()]
     accuracies = {NEAREST: (learners, tested, "nearest_mean", 0),
                   "the learner's own rule, transductive": (learners, own_accuracy),
-                  f"{NEAREST}, 15 queries, with pixels and the untrained network":
-                  (shown, in_control, "final", "nearest_mean", 0),
                   f"{NEAREST}, {len(photographs)} settings of section 5": (photographs, tested, "nearest_mean", 0)}
     rows = []
     for name, column in metrics_of().items() if learners else ():
