@@ -46,8 +46,9 @@ def test_report_and_table(tmp_path, capsys, monkeypatch):
     ticks = accumulate(count())  # the steps take 1, 3, 5, ... seconds, in the order in which they are timed
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     monkeypatch.setattr(speed, "gc", SimpleNamespace(collect=lambda: None))  # slow in a large process
-    path = tmp_path / "speed.json"
-    speed.main(f"--only tiny --repeats 2 --json {path}".split())
+    monkeypatch.setattr(speed, "HERE", tmp_path)
+    path = tmp_path / "speed-tiny.json"  # not that of all cases
+    speed.main("--only tiny --repeats 2".split())
     printed = capsys.readouterr().out
     assert "left out: higher, torchopt, JAX" in printed
     times = json.loads(path.read_text())["cases"]["tiny"]["times"]
