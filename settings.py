@@ -75,7 +75,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
     recipes = (f"  {way}-way {shot}-shot: {' '.join(_as_flags(values, values))}"
                for (way, shot), values in paper.items())
-    parser = Parser(description=usage, formatter_class=_Help, allow_abbrev=False,
+    parser = Parser(usage="python %(prog)s [flags]", description=usage, formatter_class=_Help, allow_abbrev=False,
                     epilog="\n".join(["what --recipe paper sets (other flags override it):", *recipes]))
 
     def flag(name: str, default, text: str, **options):
@@ -83,38 +83,50 @@ def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
         if "action" not in options:
             plain = str if default is None else type(default)
             options.setdefault("type", os.path.expanduser if name in PATHS else plain)
-        parser.add_argument(f"--{name}", default=default, help=text, **options)
+        group.add_argument(f"--{name}", default=default, help=text, **options)
 
     def choice(name: str, default: bool | None, text: str):
         flag(name, default, text, action=argparse.BooleanOptionalAction)
 
     fewer = defaults["synthetic_tasks"]
+    group = parser.add_argument_group("what is trained")
     flag("recipe", "original", "defaults of the other flags: the original code's, or MAML's paper's (see the end)",
          choices=["original", "paper"])
     flag("learner", "maml", "anil: the inner loop adapts the last layer alone; boil: all but the last; without an "
          "inner loop in training: protonet, a prototypical network; classifier, an ordinary one over all training "
          "classes", choices=["maml", "anil", "boil", *BASELINES])
     flag("epoch", None, "meta-steps in all; miniimagenet_train.py: tasks in all, TASK_NUM per meta-step")
+    flag("seed", 222, "of the initial weights and the training tasks")
+    flag("from_args", None, "repeat a run in a new folder; other flags change its settings, and with --recipe paper "
+         "N_WAY and K_SPT also what the recipe sets", metavar="RUN_FOLDER/args.json")
+    group = parser.add_argument_group("tasks")
     flag("n_way", None, "classes per task")
     flag("k_spt", None, "support images per class (k-shot)")
     flag("k_qry", None, "query images per class")
     flag("k_qry_test", None, "query images per class in validation and testing; K_QRY if not given", type=int)
     flag("nc_qry", None, f"query images per class that neural collapse is measured on; if not given {NC_QRY}, or all "
          "images that are not support, if these are fewer", type=int)
+    flag("task_num", None, "tasks per meta-step (the meta-batch)")
+    group = parser.add_argument_group("images")
+    flag("root", None, "folder of the data")
+    flag("data", None, "your own images instead: a folder of class folders, or of train/, val/ and test/ with class "
+         "folders (--test needs only test/); IMGC 1 or 3 makes them greyscale or colour", metavar="FOLDER")
+    flag("data_name", None, "name of the data in logs and figures; the data's own if not given")
+    if "split" in defaults:
+        flag("split", None, "into training, validation and test: a fixed shuffle of all characters, or the alphabets "
+             "of Vinyals et al. (2016)", choices=["shuffled", "vinyals"])
+    flag("cache", None, "folder of the decoded images; if not given, ROOT/cache, or FOLDER/.cache with --data FOLDER")
+    choice("synthetic", False, "train on generated images, with no data at all, and evaluate on fewer tasks")
     flag("imgsz", None, "images are resized to this square, pixels")
     flag("imgc", None, "channels of an image")
-    flag("task_num", None, "tasks per meta-step (the meta-batch)")
-    flag("meta_lr", None, "learning rate of the outer loop, Adam")
-    flag("update_lr", None, "learning rate of the inner loop, SGD on the mean cross-entropy; the paper's code sums "
-         "over the classes, so that its 0.4 is 2.0 here in 5-way")
-    flag("head_lr", None, "the same for the last layer alone; UPDATE_LR if not given", type=float)
-    flag("adapt_blocks", None, "blocks that MAML's inner loop adapts, 1 the first convolution with its batch norm, the "
-         "highest the last layer; all if not given", type=int, nargs="+", metavar="BLOCK")
-    flag("lr_schedule", "constant", "of the outer learning rate: constant, or half a cosine that ends at 0",
-         choices=["constant", "cosine"])
-    flag("update_step", None, "inner steps in training")
-    flag("update_step_test", None, "inner steps in validation and testing")
-    choice("first_order", False, "treat the inner gradients as constants (first-order MAML)")
+    flag("pixels", None, "normalised: by ImageNet's mean and standard deviation (omniglot_train.py: as unit); unit: "
+         "0..1; inverted: 1..0", choices=["normalised", "unit", "inverted"])
+    if "rotations" in defaults:
+        choice("rotations", None, "in training, turn each class of a task by a random multiple of 90 degrees; off with "
+               "--data if not given")
+        choice("rotate_heldout", False, "the same in validation and testing; off with --data if not given")
+    choice("random_labels", False, "put the training images into classes at random: a control with nothing to learn")
+    group = parser.add_argument_group("network")
     flag("net", "conv_bn_relu", "original: blocks of conv, relu, batch norm; conv_bn_relu: of conv, batch norm, relu; "
          "paper: network and initial weights of the paper's code (padded, batch norm without scale)",
          choices=["original", "conv_bn_relu", "paper"])
@@ -128,37 +140,22 @@ def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
          type=float)
     choice("freeze_head", False, "the last layer's initial weights are not trained, only adapted by the inner loop; "
            "with --head_std 0 they stay 0 (the zeroing trick of Kao et al. 2022)")
-    flag("pixels", None, "normalised: by ImageNet's mean and standard deviation (omniglot_train.py: as unit); unit: "
-         "0..1; inverted: 1..0", choices=["normalised", "unit", "inverted"])
-    if "rotations" in defaults:
-        choice("rotations", None, "in training, turn each class of a task by a random multiple of 90 degrees; off with "
-               "--data if not given")
-        choice("rotate_heldout", False, "the same in validation and testing; off with --data if not given")
-    choice("random_labels", False, "put the training images into classes at random: a control with nothing to learn")
-    choice("transductive", True, "validate, and choose the best weights, with batch norm over the whole query set; "
-           "--no-transductive: over one query and the support set. A test reports both accuracies, the second of one "
-           "query per class, or of all with --no-transductive")
+    group = parser.add_argument_group("inner and outer loop")
+    flag("update_lr", None, "learning rate of the inner loop, SGD on the mean cross-entropy; the paper's code sums "
+         "over the classes, so that its 0.4 is 2.0 here in 5-way")
+    flag("head_lr", None, "the same for the last layer alone; UPDATE_LR if not given", type=float)
+    flag("adapt_blocks", None, "blocks that MAML's inner loop adapts, 1 the first convolution with its batch norm, the "
+         "highest the last layer; all if not given", type=int, nargs="+", metavar="BLOCK")
+    flag("update_step", None, "inner steps in training")
+    flag("update_step_test", None, "inner steps in validation and testing")
+    choice("first_order", False, "treat the inner gradients as constants (first-order MAML)")
+    flag("meta_lr", None, "learning rate of the outer loop, Adam")
+    flag("lr_schedule", "constant", "of the outer learning rate: constant, or half a cosine that ends at 0",
+         choices=["constant", "cosine"])
     flag("clip", 0.0, "clip each value of the outer gradient to -CLIP..CLIP; 0: none")
     choice("skip_nonfinite", False, "skip an update whose loss or gradient is not finite, and count it, instead of "
            "stopping there")
-    flag("root", None, "folder of the data")
-    flag("data", None, "your own images instead: a folder of class folders, or of train/, val/ and test/ with class "
-         "folders (--test needs only test/); IMGC 1 or 3 makes them greyscale or colour", metavar="FOLDER")
-    flag("data_name", None, "name of the data in logs and figures; the data's own if not given")
-    if "split" in defaults:
-        flag("split", None, "into training, validation and test: a fixed shuffle of all characters, or the alphabets "
-             "of Vinyals et al. (2016)", choices=["shuffled", "vinyals"])
-    flag("cache", None, "folder of the decoded images; if not given, ROOT/cache, or FOLDER/.cache with --data FOLDER")
-    choice("synthetic", False, "train on generated images, with no data at all, and evaluate on fewer tasks")
-    flag("out", None, "folder of the run; runs/SCRIPT-<n>w<k>s-seed<seed>-<time> if not given")
-    flag("task_chunk", 0, "maximum tasks in memory at once; lower saves memory; a step is the same up to rounding; "
-         "0: all on a GPU, fewer on a CPU, by their size")
-    choice("cuda_graph", None, "on CUDA, capture the training step once and replay it: the same result, faster; if not "
-           "given, where it can be captured")
-    flag("precision", "float32", "of matrix products: tf32 (CUDA) is faster and coarser", choices=["float32", "tf32"])
-    choice("deterministic", False, "on CUDA, only kernels that repeat bit for bit, as a CPU always does")
-    flag("seed", 222, "of the initial weights and the training tasks")
-    flag("device", "cuda" if torch.cuda.is_available() else "cpu", "where to compute: cpu, cuda, cuda:1, ...")
+    group = parser.add_argument_group("measuring, validating, testing")
     flag("nc_every", 100, "meta-steps between two neural-collapse measurements on training tasks; 0: none at all")
     flag("nc_every_late", None, "as --nc_every, from meta-step 7,500 on; NC_EVERY if not given", type=int)
     flag("eval_every", 500, "meta-steps between two validations, with metrics on the same held-out tasks")
@@ -166,15 +163,26 @@ def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
     flag("test_tasks", 600, f"tasks of the test at the end; with --synthetic {fewer['test_tasks']}")
     flag("test_weights", "best", "test the weights of the best validation, or the last; with --test also weights-STEP, "
          "of --keep_every")
-    flag("keep_every", 0, "meta-steps between two copies of the weights that are kept, weights-STEP.pt; 0: none")
+    choice("transductive", True, "validate, and choose the best weights, with batch norm over the whole query set; "
+           "--no-transductive: over one query and the support set. A test reports both accuracies, the second of one "
+           "query per class, or of all with --no-transductive")
+    flag("test", None, f"test a finished run again, on its own settings; {_flags(MAY_CHANGE['test'])} may be changed",
+         metavar="RUN_FOLDER")
+    group = parser.add_argument_group("the run's folder")
+    flag("out", None, "folder of the run; runs/SCRIPT-<n>w<k>s-seed<seed>-<time>-<process> if not given")
     flag("save_every", 500, "meta-steps between two checkpoints; 0: only at the start, at the end and when stopped")
+    flag("keep_every", 0, "meta-steps between two copies of the weights that are kept, weights-STEP.pt; 0: none")
     choice("tensorboard", False, "also write loss, accuracy and relative within traces to OUT/tensorboard")
     flag("resume", None, f"resume a stopped run on its own settings; {_flags(MAY_CHANGE['resume'])} may be changed "
          "(EPOCH may end the run earlier or later)", metavar="RUN_FOLDER")
-    flag("test", None, f"test a finished run again, on its own settings; {_flags(MAY_CHANGE['test'])} may be changed",
-         metavar="RUN_FOLDER")
-    flag("from_args", None, "repeat a run in a new folder; other flags change its settings, and with --recipe paper "
-         "N_WAY and K_SPT also what the recipe sets", metavar="RUN_FOLDER/args.json")
+    group = parser.add_argument_group("machine")
+    flag("device", "cuda" if torch.cuda.is_available() else "cpu", "where to compute: cpu, cuda, cuda:1, ...")
+    flag("task_chunk", 0, "maximum tasks in memory at once; lower saves memory; a step is the same up to rounding; "
+         "0: all on a GPU, fewer on a CPU, by their size")
+    choice("cuda_graph", None, "on CUDA, capture the training step once and replay it: the same result, faster; if not "
+           "given, where it can be captured")
+    flag("precision", "float32", "of matrix products: tf32 (CUDA) is faster and coarser", choices=["float32", "tf32"])
+    choice("deterministic", False, "on CUDA, only kernels that repeat bit for bit, as a CPU always does")
     parser.set_defaults(script=defaults["script"], print_every=defaults["print_every"])
     return parser
 
