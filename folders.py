@@ -9,7 +9,7 @@ The images of a class may lie in CLASS/images/ instead, as in Tiny ImageNet.
 import argparse
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -23,6 +23,7 @@ SPLIT_SEED = 2015  # of the shuffle of the class names; fixed, so that --seed ne
 SHARES = {"val": 0.16, "test": 0.20}  # of the classes, as miniImageNet's; the others are for training
 REMEDY = "replace or convert them, or remove them"  # of images that can't be read
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp")
+BESIDE = (".txt", ".csv", ".json", ".xml", ".db", ".ini", ".npy")  # files that may lie beside images
 OTHER_EXTENSIONS = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".ppm", ".pgm",
                     ".pnm")  # refused, not silently left out
 NAMES = {"train": ("train", "training", "base", "meta_train"), "val": ("val", "valid", "validation", "meta_val"),
@@ -53,6 +54,8 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
         raise UserError(f"there is no folder {Path(root).absolute()} that can be read; name the folder of the class "
                         "folders with --data FOLDER")
     top = _around_classes(Path(root))
+    if top != Path(root) and (loose := _loose(Path(root))):
+        note(f"note: {loose:,} images directly in {root} are left out: they are in no class folder")
     if all((top / f"{split}.csv").exists() for split in NAMES):
         note(f"note: with --data the CSV files in {top} are not read; miniimagenet_train.py reads them with --root "
              f"{quoted(top)}")
@@ -60,6 +63,8 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
     parts = split_folders(top)
     if len(parts) == 3 or tests_only and "test" in parts and image_folders(parts["test"]):
         layout = f"folders {', '.join(path.name for path in parts.values())} of class folders"
+        if beside := [short(name) for name in image_folders(top) if top / name not in parts.values()]:
+            note(f"note: {len(beside):,} folders with images beside them in {top} are left out: {', '.join(beside)}")
         return ImageSet("folders", layout, split_classes(parts), resample, cache, REMEDY)
     if any(map(image_folders, parts.values())):
         missing = ", ".join(f"{split}/" for split in NAMES if split not in parts)
@@ -112,9 +117,9 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     """Class -> its images, both sorted by name, for each folder in `folder` that has images.
 
     Images that would be left out, because of their format or because they lie deeper, are refused. Those directly in
-    `folder`, and folders with other files alone, are left out with a note.
+    `folder`, and other files, are left out with a note.
     """
-    found, others, deeper, without = [], [], [], []
+    found, others, deeper, without, strange = [], [], [], [], []
     listed([short(entry.name) for entry in images.entries(folder)
             if entry.is_symlink() and not os.path.exists(entry) and not _is_image(entry)],
            f"links in {folder} lead nowhere, and their classes would be left out", "correct or remove them")
@@ -125,19 +130,24 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
         found += [(images.normal(entry.name), picture) for picture in pictures]
         without += [short(entry.name)] if files and not pictures else []
         others += [f"{entry.name}/{file.name}" for file in files if file.name.lower().endswith(OTHER_EXTENSIONS)]
-        deeper += [f"{entry.name}/{name}" for name in image_folders(entry)
-                   if not pictures or os.path.dirname(pictures[0].path) != os.path.join(entry.path, name)]
+        strange += [f"{entry.name}/{file.name}" for file in files if pictures and not _is_image(file)
+                    and not file.name.lower().endswith(BESIDE) and not os.path.isdir(file)]
+        deeper += [os.path.relpath(inner, folder) for inner in _deeper(entry)
+                   if not pictures or os.path.dirname(pictures[0].path) != inner]
     if deeper and not found:  # such as the characters of several alphabets
-        parents = {name.partition("/")[0] for name in deeper}
+        parents = {os.path.dirname(name) for name in deeper}
         remedy = f"give --data {quoted(folder / parents.pop())}" if len(parents) == 1 else (
             f"move them up into {folder}, each under a name of its own")
-        raise UserError(f"{folder} has {len(deeper):,} class folders one level too deep, such as {deeper[0]}; {remedy}")
+        raise UserError(f"{folder} has {len(deeper):,} class folders too deep in it, such as {deeper[0]}; {remedy}")
     listed(others, f"images in {folder} in other formats than {', '.join(FORMATS)}", "convert them, or remove them")
     listed(list(map(short, deeper)), f"folders in the class folders of {folder} have images that would be left out",
            "move these into the class folder itself, or remove them")
     if found and without:
         note(f"note: {len(without):,} folders in {folder} are left out, as no file there has an extension of an image "
              f"({', '.join(EXTENSIONS)}): {', '.join(without[:10])}")
+    if strange:
+        note(f"note: {len(strange):,} files in the class folders of {folder} are left out, as they have no extension "
+             f"of an image: {', '.join(map(short, strange[:10]))}")
     if found and (loose := _loose(folder)):
         note(f"note: {loose:,} images directly in {folder} are left out: they are in no class folder")
     return images.by_class(found)
@@ -152,6 +162,15 @@ def own_images(root: Path) -> str:
 def image_folders(folder: Path | os.DirEntry) -> list[str]:
     """Names of the folders in `folder` that have images."""
     return [entry.name for entry in images.subfolders(folder) if any(map(_is_image, _files(entry)))]
+
+
+def _deeper(folder: os.DirEntry) -> Iterator[str]:
+    """Paths of the folders below it, at any depth, that have images; links are not followed further."""
+    for inner in images.subfolders(folder):
+        if any(map(_is_image, images.entries(inner))):
+            yield inner.path
+        if not inner.is_symlink():
+            yield from _deeper(inner)
 
 
 def _files(folder: os.DirEntry) -> list[os.DirEntry]:

@@ -242,7 +242,8 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str, channels: int, img
     """One image -> uint8 [channels, imgsz, imgsz], and a hash of its pixels before the resize.
 
     The EXIF orientation is applied. Palette, CMYK and greyscale images are converted. Transparent ones get a white
-    background, so that black ink on a transparent one stays visible.
+    background, so that black ink on a transparent one stays visible. Greyscale of 16 bits is taken as one of 8, 12 or
+    16 bits, by its own largest value.
 
     Raises:
         UserError: it can't be decoded, is truncated, or has more pixels than PIL takes; the line begins with `name`.
@@ -255,6 +256,8 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str, channels: int, img
                 data = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError as error:
             raise UserError(f"{name} is none of {', '.join(FORMATS)}") from error
+        if isinstance(data, np.ndarray) and data.ndim != 2 and data.shape[2:] != (3,):
+            raise ValueError(f"its shape is {list(data.shape)}, not [h, w] or [h, w, 3]")
         image = data if isinstance(data, Image.Image) else Image.fromarray(data)
         if image.mode == "F":  # convert() would clip 0..1 to black
             raise ValueError("floats; give 8 bits in 0..255")

@@ -18,6 +18,7 @@ import os
 import pickle
 import re
 from collections.abc import Sequence
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -290,17 +291,18 @@ def _from_pickle(path: Path, split: str) -> dict[str, list[ImageFile]]:
             if len(content["labels"]) != len(pixels):
                 raise ValueError(f"{len(content['labels']):,} labels of {len(pixels):,} images")
             names = {number: name for name, number in content.get("catname2label", {}).items()}
-            labelled = [(names.get(label, f"{split} {label}") if isinstance(label, (int, np.integer)) else label, index)
-                        for index, label in enumerate(content["labels"])]  # another split's numbers are other classes
+            labelled = [(names.get(label, label), index) for index, label in enumerate(content["labels"])]
         else:
             raise ValueError(f"its keys are {', '.join(map(short, map(str, content)))}, and not image_data and "
                              "class_dict, or data and labels")
+        labelled = [(f"{split} {label}" if isinstance(label, Number) else normal(str(label)), index)
+                    for label, index in labelled]  # another split's numbers are other classes
         indices = {index for _, index in labelled}
         if len(indices) < len(labelled) or not indices <= set(range(len(pixels))):
             raise ValueError(f"class_dict names an image twice, or one of {len(pixels):,} that isn't there")
         return images.by_class(
-            (normal(str(label)), ImageFile(f"{path.name}/{index}", pixels[index].size, status.st_mtime_ns,
-                                           f"image {index} of {path}", functools.partial(pixels.__getitem__, index)))
+            (label, ImageFile(f"{path.name}/{index}", pixels[index].size, status.st_mtime_ns,
+                              f"image {index} of {path}", functools.partial(pixels.__getitem__, index)))
             for label, index in labelled)
 
 

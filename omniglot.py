@@ -69,8 +69,9 @@ def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffl
                             "folder with --root FOLDER")
         _download(root, missing)
     drawings, chosen, characters = functools.cache(_drawings), {}, {}  # one folder may have both parts
-    for part in PARTS:  # of several, the one with the most drawings: the zip file, not a half-unpacked folder
-        path = max(_candidates(root, part), key=lambda path: sum(map(len, drawings(path).values())))
+    for part in PARTS:  # of several, the one with the most complete characters: no half-unpacked folder
+        path = max(_candidates(root, part),
+                   key=lambda path: sum(len(files) == DRAWINGS for files in drawings(path).values()))
         chosen[path] = len(drawings(path))
         characters |= drawings(path)
     expected = sum(SPLITS.values())
@@ -118,8 +119,7 @@ def _candidates(root: Path, part: str) -> list[Path]:
 def _drawings(path: Path) -> dict[str, list[ImageFile]]:
     """Character -> its drawings, <part>/<alphabet>/<character>/*.png in a folder or a zip file.
 
-    The zip file stays open. It may have other folders around <part>. A folder of another name has the alphabets of both
-    parts.
+    The zip file stays open. It may have other folders around <part>. In a folder the alphabets say which part it is.
     """
     background, evaluation = PARTS
     if path.suffix == ".zip":
@@ -131,7 +131,7 @@ def _drawings(path: Path) -> dict[str, list[ImageFile]]:
     else:
         files = []
         for alphabet in images.subfolders(path):
-            part = path.name if path.name in PARTS else evaluation if alphabet.name in EVALUATION else background
+            part = evaluation if alphabet.name in EVALUATION else background
             files += [images.image_file(file, f"{part}/{alphabet.name}/{character.name}/{file.name}")
                       for character in images.subfolders(alphabet) for file in images.entries(character)]
     drawing = re.compile(rf"({background}|{evaluation})/[^/]+/[^/]+/[^/.][^/]*(?i:\.png)")

@@ -171,15 +171,19 @@ def other_images(run: Path, args: argparse.Namespace) -> str:
 def check_classes(run: Path, args: argparse.Namespace, dataset: Dataset) -> None:
     """Raise a UserError if the run's own folder of images has other training classes than the run was trained on.
 
-    Classes that it was trained on could be test classes now.
+    Classes that it was trained on could be test classes now. Of another folder's classes this is not known: a note.
     """
     with reading(args_file(run), wrong="is not what a run writes"):
         recorded = read_args(run)
         here = all(same_place(getattr(args, flag), recorded["settings"].get(flag)) for flag in ("root", "data"))
         then = recorded.get("data", {}).get("splits", {}).get("train", {}).get("classes_digest")
-    if here and then and "train" in dataset.counts() and dataset.digest("train") != then:
+    if not then or "train" not in dataset.counts() or dataset.digest("train") == then:
+        return
+    if here:
         raise UserError(f"{run} was trained on other classes than the training classes here now ({dataset.found()}), "
                         "and may know the test classes; restore the images, or name others with --data FOLDER")
+    if args.data:
+        say(f"note: whether {run} was trained on test classes of {args.data} is not known: its training classes differ")
 
 
 def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:

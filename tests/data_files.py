@@ -133,6 +133,8 @@ def cached(root: Path, form: str = "image_data", protocol: int = 4, pickler: typ
         content = {
             "image_data": {"image_data": pixels, "class_dict": {label: [i for i, other in enumerate(labels) if
                                                                         other == label] for label in numbers}},
+            "image_data by number": {"image_data": pixels, "class_dict": {number: [
+                i for i, other in enumerate(labels) if other == label] for label, number in numbers.items()}},
             "labels": {"data": pixels, "labels": [numbers[label] for label in labels]},
             "catname2label": {"data": pixels, "labels": [numbers[label] for label in labels], "catname2label": numbers},
             "list of arrays": {"data": list(pixels), "labels": labels}}[form] | (change if split == "train" else {})

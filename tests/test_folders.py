@@ -68,6 +68,21 @@ def test_decoded_images_are_no_class_and_hide_no_folder(tmp_path, top, cache):
     assert len(listing(tmp_path / (cache or ".cache"))) == 1
 
 
+def test_what_lies_beside_classes_and_images_is_noted(tmp_path, capsys):
+    """But not text, tables and what operating systems write."""
+    for first, split in enumerate(images.SPLITS):
+        write_classes(tmp_path / "top" / split, 3, first, name=split)
+    write_classes(tmp_path / "top", 1, name="beside")
+    for name in ("preview.png", "top/train/train 0/3", "top/train/train 0/boxes.txt", "top/train/train 0/Thumbs.db"):
+        shutil.copy(tmp_path / "top/train/train 0/0.png", tmp_path / name)
+    (tmp_path / "top/train/train 0/empty").mkdir()
+    find(tmp_path)
+    loose, beside, strange = capsys.readouterr().err.splitlines()
+    assert loose == f"note: 1 images directly in {tmp_path} are left out: they are in no class folder"
+    assert beside == f"note: 1 folders with images beside them in {tmp_path / 'top'} are left out: 'beside 0'"
+    assert strange.startswith("note: 1 files in the class folders of ") and strange.endswith(": 'train 0/3'")
+
+
 def test_copies_and_csv_files_are_noted(tmp_path, capsys):
     write_classes(tmp_path, 3)
     shutil.copytree(tmp_path / "class 0", tmp_path / "class 3")
@@ -114,14 +129,16 @@ def no_folders(root: Path) -> None:
      ["in other formats than JPEG, PNG", "class 0/a.TIF; convert"]),
     (lambda root: write_classes(root, 3) or write_classes(root / "class 0", 1, name="more"),
      ["folders in the class folders of", "mine have images that would be left out: 'class 0/more 0'; move"]),
+    (lambda root: write_classes(root, 3) or write_classes(root / "class 0/deep/er", 1),
+     ["mine have images that would be left out: 'class 0/deep/er/class 0'; move"]),
     (lambda root: write_classes(root, 3) or (root / "class 9").symlink_to("gone"),
      ["links in ", "mine lead nowhere, and their classes would be left out: 'class 9'; correct"]),
     (lambda root: write_classes(root, 3) or (root / "loop").symlink_to("loop"), ["lead nowhere", "'loop'; correct"]),
     (lambda root: write_classes(root, 2), ["holds 2 class folders", "at least 3 classes"]),
     (lambda root: [write_classes(root / alphabet, 3) for alphabet in ("Greek", "Latin")],
-     ["has 6 class folders one level too deep, such as Greek/class 0; move them up into"]),
+     ["has 6 class folders too deep in it, such as Greek/class 0; move them up into"]),
     (lambda root: write_classes(root / "data", 3) or (root / "splits/a").mkdir(parents=True),
-     ["has 3 class folders one level too deep, such as data/class 0; give --data ", "/mine/data"]),
+     ["has 3 class folders too deep in it, such as data/class 0; give --data ", "/mine/data"]),
     (no_folders, ["0 class folders (4 images outside class folders)"]),
     (split_folders("train", "test"), ["has train, test and no val/"]),
     (split_folders("train", "val", "valid", "test"), ["two folders of one split", "valid", "move one away"]),
@@ -177,7 +194,7 @@ def test_query_images_are_needed_where_they_are_drawn_alone(tmp_path):
     assert read_json(tmp_path / "run")["test"]["k_qry"] == 1
 
 
-def test_a_folder_test_is_enough_to_test_a_trained_model_on_all_its_classes(tmp_path):
+def test_a_folder_test_is_enough_to_test_a_trained_model_on_all_its_classes(tmp_path, capsys):
     write_classes(tmp_path / "pictures", 12)
     omniglot_train.main([*TINY, "--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run")])
     again = ["--test", str(tmp_path / "run"), "--data", str(tmp_path / "own")]
@@ -193,5 +210,9 @@ def test_a_folder_test_is_enough_to_test_a_trained_model_on_all_its_classes(tmp_
     omniglot_train.main(again)
     result, = (tmp_path / "run").glob("test-*.json")
     assert read_json(tmp_path / "run", result.name)["test_classes"] == 5
+    assert "is not known" not in capsys.readouterr().out
+    write_classes(tmp_path / "pictures again", 15)  # other classes become the test split
+    omniglot_train.main([*again[:3], str(tmp_path / "pictures again")])
+    assert f"test classes of {tmp_path / 'pictures again'} is not known" in capsys.readouterr().out
     with refused("own has test and no train/, val/; add what is missing, or put"):
         omniglot_train.main([*TINY, "--data", str(tmp_path / "own"), "--out", str(tmp_path / "other")])

@@ -90,6 +90,9 @@ def test_what_is_no_image_is_refused():
     for data, words in ((b"", "empty"), (encode(GREY, "EPS"), "none of JPEG"), (encode(GREY, "TIFF"), "none of JPEG")):
         with refused(f"some.png is {words}"):
             decode(data)
+    for pixels in (noise.reshape(64, -1)[0], noise.transpose(2, 0, 1)):  # as Image.fromarray takes them
+        with refused("some.png can't be decoded (its shape is ", "not [h, w] or [h, w, 3]"):
+            decode(pixels)
     small = encode(GREY, "GIF")
     with refused("some.png", "pixels"):
         decode(small[:6] + (20_000).to_bytes(2, "little") * 2 + small[10:])  # its header states 20,000 x 20,000

@@ -118,7 +118,7 @@ LAYOUTS = {  # and words of the line that says what was found
                                 moved(root, "*.csv", "csv"), "folders train/, val/"),
     "ImageFolder": (image_folder, "folders train/, val/ and test/: train 3 classes of 4 images"),
     **{f"cache, {form}": (lambda root, form=form: cached(root, form), "pickled caches (*.pkl): train 3 classes")
-       for form in ("image_data", "labels", "catname2label", "list of arrays")},
+       for form in ("image_data", "image_data by number", "labels", "catname2label", "list of arrays")},
     **{f"cache, protocol {number}": (lambda root, number=number: cached(root, protocol=number), "pickled caches")
        for number in (2, 5)},
     "cache, Python 2": (lambda root: cached(root, protocol=2, pickler=Python2), "pickled caches"),
@@ -134,7 +134,7 @@ def test_layouts(photos, layout):
     image_set = miniimagenet.find(photos)
     assert words in image_set.summary and "\n" not in image_set.summary
     assert reds(photos) == RED
-    classes = [f"train {number}" if layout == "cache, labels" else f"class{number + 1}" for number in range(3)]
+    classes = [f"train {number}" if layout.endswith(("labels", "by number")) else f"class{number + 1}" for number in range(3)]
     assert list(image_set.splits["train"]) == classes  # numbers alone mean nothing in another file
     assert image_set.counts() == dict.fromkeys(images.SPLITS, [4] * 3)
 

@@ -39,6 +39,9 @@ PLACES = {  # where people have it: how it is written, words of the line that sa
     "upper case, and files that a notebook made": (lambda root, entries: write_folders(
         root, {name.replace(".png", ".PNG"): data for name, data in entries.items()} | {
             "images_background/Greek/.ipynb_checkpoints/0001_01-checkpoint.png": b""}), "from images_background and"),
+    "all alphabets in one part's folder": (lambda root, entries: (root / "images_evaluation").mkdir(
+        parents=True) or write_folders(root, {f"images_background/{name.partition('/')[2]}": data for name, data
+                                              in entries.items()}), "from images_background and images_evaluation"),
     "all alphabets in one folder": (lambda root, entries: write_folders(root / "omniglot/data", {
         name.partition("/")[2]: data for name, data in entries.items()}), "from omniglot/data: train"),
     "zips with backslashes and macOS's files": (lambda root, entries: write_zips(root, {
@@ -80,6 +83,8 @@ def test_splits_are_pinned_and_disjoint():
 MISSING = {  # what is wrong: how to make it so, the words that the line must hold
     "a drawing": (lambda root: (root / "images_background/Greek/character01/0001_01.png").unlink(),
                   ["3 of images_background/Greek/character01", "drawings than Omniglot's 4"]),
+    "one too many": (lambda root: shutil.copy(*(root / f"images_background/Greek/character01/000{i}_01.png" for i in (
+        1, 9))), ["5 of images_background/Greek/character01", "drawings than Omniglot's 4"]),
     "a character": (lambda root: shutil.rmtree(root / "images_background/Greek/character01"),
                     ["5 characters (3 in images_background, 2 in images_evaluation)", "Omniglot has 6"]),
     "a part": (lambda root: shutil.rmtree(root / "images_evaluation"),
