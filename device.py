@@ -40,9 +40,13 @@ def select_device(name: str) -> torch.device:
         if device.type != "cuda" or str(device) != name:  # torch reads cuda:300 as cuda:44
             raise RuntimeError("the metrics need float64, which MPS doesn't have" if device.type == "mps" else
                                "there is no such device to train on")
+        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if processes_here > max(torch.cuda.device_count(), 1):
+            raise UserError(f"--device {name}: each process takes a GPU of its own; start at most "
+                            f"{torch.cuda.device_count()} here, not {processes_here}")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        elif int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        elif processes_here > 1:
             raise RuntimeError("several processes would share this GPU; with cuda each takes its own")
         torch.cuda.init()
         torch.cuda.set_device(device)  # streams and graphs are made on the current device
@@ -88,7 +92,7 @@ def memory_runs_out(remedy: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, MemoryError) as error:  # the CPU's allocators raise no MemoryError
-        words = "can't allocate memory", "bad_alloc", "out of memory"
+        words = "can't allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED"  # the last: CUDA's libraries
         if isinstance(error, MemoryError) or any(part in str(error) for part in words):
             raise UserError(f"out of memory; {remedy}") from error
         raise
@@ -213,7 +217,8 @@ class Signals:
 class GraphedStep:
     """A meta-step that is captured as a CUDA graph once, and replayed; a replay overwrites what the last one returned.
 
-    A step with every_step=True or with a measurement runs eagerly.
+    A step with every_step=True or with a measurement runs eagerly. After a failed capture older versions of torch can't
+    free what it had allocated.
 
     Args:
         maml: `state()` lists every tensor that later steps depend on, `step` counts the steps, and `measures_next`
@@ -271,8 +276,8 @@ class GraphedStep:
                 with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # the first is restored
                     return graph, self.step(), None
             except (RuntimeError, MemoryError) as error:
-                cause = error.__context__ or error  # the end of a failed capture is an error of its own
-                return None, None, str(cause).partition("\n")[0] or "out of memory"
+                # the end of a failed capture is an error of its own; a name for either would keep the step's tensors
+                return None, None, str(error.__context__ or error).partition("\n")[0] or "out of memory"
         finally:
             torch.cuda.synchronize()  # a failed warm-up may still be writing on its stream
             with torch.no_grad():

@@ -50,7 +50,9 @@ CHECK_EVERY = 10  # on CUDA, steps between two checks for signals and failed upd
 def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argparse.Namespace], Learner]) -> None:
     """Train, validate and test with these settings; with --resume continue a run, with --test test it again."""
     trains_classifier = args.learner == "classifier" and args.test is None  # takes all tasks of a step together
-    fewer = "" if trains_classifier else f"lower --task_chunk (now {args.task_chunk or 'not given'}), or "
+    graph = args.device.startswith("cuda") and args.cuda_graph is not False and args.test is None
+    fewer = "give --no-cuda_graph, whose graph keeps the memory of a step, or " if graph else ""
+    fewer += "" if trains_classifier else f"lower --task_chunk (now {args.task_chunk or 'not given'}), or "
     if args.resume:  # it keeps its --task_num and --device
         fewer += f"start again with a lower --task_num (now {args.task_num}): --from_args {quoted(args.resume)}"
     else:

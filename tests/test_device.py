@@ -38,6 +38,7 @@ def gpus(monkeypatch) -> list:
         chosen.append(str(device))
 
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     monkeypatch.setattr(torch, "ones", lambda *shape, device: ONES(*shape))
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
@@ -61,6 +62,9 @@ def test_the_gpu_becomes_the_current_one(gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with refused("--device cuda:1: several processes would share this GPU"):
         select_device("cuda:1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with refused("--device cuda: each process takes a GPU of its own; start at most 2 here, not 3"):
+        select_device("cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -92,6 +96,7 @@ def test_arithmetic(precision):
 
 @pytest.mark.parametrize("error", [MemoryError(), ValueError("layer 0: can't allocate memory"),
                                    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\n..."),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 2 bytes")])
 def test_out_of_memory_is_one_line(error):
     with pytest.raises(UserError, match="^out of memory; buy some$"), devices.memory_runs_out("buy some"):

@@ -4,12 +4,14 @@ import contextlib
 import errno
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from data_files import log_rows, read_json
 from test_resume import TINY, refused, resume, same, small, train, whole  # noqa: F401
 
 import checkpoint
+import training
 from tasks import Sampler, Tasks
 
 # ---- no space, no right, no memory
@@ -78,6 +80,13 @@ def test_out_of_memory_names_the_flags(large, flags, tmp_path):
     with limit("AS", used + 2**28):
         said = refused(*TINY, *large.split(), "--out", str(tmp_path / "big"))
     assert said == f"out of memory; {flags}, or take another --device than cpu"
+
+
+def test_out_of_memory_on_a_gpu_names_its_graph(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.devices, "select_device", Mock(side_effect=MemoryError()))
+    for flags, words in (["--device", "cuda"], "give --no-cuda_graph, whose"), (["--no-cuda_graph"], "lower --task_ch"):
+        assert refused(*TINY, "--device", "cuda", *flags, "--out", str(tmp_path / "run")).startswith(
+            f"out of memory; {words}")
 
 
 # ---- numbers
