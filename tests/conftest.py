@@ -6,14 +6,12 @@ import pytest
 import torch
 from data_files import largest, photos, small_omniglot  # noqa: F401
 
-import record
-
 
 @pytest.fixture(scope="session", autouse=True)
 def no_figures():
     """Runs draw none: a second each. What imports `draw_figure` by its name has it still."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(record, "draw_figure", lambda out: None)
+        patch.setattr("record.draw_figure", lambda out: None)
         yield
 
 

@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -187,6 +188,16 @@ def listing(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
+class Call:
+    """Pickled as a call of a function, perhaps with the state of its result."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
 @contextlib.contextmanager
 def refused(*words: str):
     """The block raises a UserError of one line that holds all `words`."""
@@ -195,3 +206,11 @@ def refused(*words: str):
     text = str(caught.value)
     assert all(word in text for word in words), text
     assert "\n" not in text and "object at 0x" not in text
+
+
+def refusal(main: Callable, *arguments: object) -> str:
+    """The line with which a program refuses these arguments."""
+    with refused() as caught:
+        main(list(map(str, arguments)))
+    assert len(text := str(caught.value)) < 1500
+    return text

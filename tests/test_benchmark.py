@@ -1,23 +1,18 @@
 """The benchmark: every implementation computes the same gradient, a wrong one is named, the table shows the report."""
 
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, count
-from pathlib import Path
 from types import SimpleNamespace
 
+import implementations
 import pytest
+import speed
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import implementations
-import speed
-
 CPU = torch.device("cpu")
 TORCH_ONLY = {name: make for name, make in speed.OTHERS.items() if name not in implementations.PACKAGES}
-
 
 # Every kind of layer that the benchmark's networks have, few channels.
 TINY_LAYERS = [("conv2d", [4, 2, 3, 3, 2, 1]), ("bn", [4]), ("relu", [True]), ("max_pool2d", [2, 1, 0]),

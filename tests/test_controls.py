@@ -1,18 +1,17 @@
 """controls.json against a plain recomputation, and as the study reads it."""
 
-import json
+from functools import partial
 from unittest.mock import Mock
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from data_files import refused, write_classes
+from data_files import read_json, refused, write_classes
 
 import nc_metrics
 import omniglot_train
 import predict
-import synthetic
 import training
 from study import controls, design, effects
 from study.logs import read_run
@@ -24,6 +23,7 @@ SIMILARITY = "similarity, final", "similarity, untrained"
 LINEAR = f"{controls.LINEAR}, final", f"{controls.LINEAR}, untrained"
 EQUAL = "similarity at equal steps, final", "similarity at equal steps, untrained"
 NORMS = "kernel norms changed, final"
+read = partial(read_json, name="controls.json")
 BY_BLOCKS = {"similarity of blocks 1-2, final": range(6), "similarity of blocks 3-5, final": range(6, 14)}  # its layers
 
 
@@ -57,10 +57,6 @@ def hsic(one, other):
 
 def similarity(one, other):
     return (hsic(one, other) / (hsic(one, one) * hsic(other, other)).sqrt()).item()
-
-
-def read(run):
-    return json.loads((run / "controls.json").read_text())
 
 
 def kept(net, tasks, rate, changes=bool):
@@ -236,7 +232,7 @@ def test_no_more_tasks_go_together_than_asked_for(tmp_path, monkeypatch, largest
 
 
 def test_classes_of_fewer_images_than_five_shots_and_the_usual_queries(tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "CHARACTER_IMAGES", 17)
+    monkeypatch.setattr("synthetic.CHARACTER_IMAGES", 17)
     run = tmp_path / "run"
     omniglot_train.main([*FLAGS, "--learner", "anil", "--out", str(run)])
     measure = [str(run), "--tasks", "2", "--only"]

@@ -1,7 +1,4 @@
-"""On a GPU: a replayed step and an eager one train the same, and both as on a CPU. Skipped where there is no GPU.
-
-test_device.py runs `take_steps` on a CPU, with a fake graph.
-"""
+"""On a GPU: replayed and eager steps train the same, and as on a CPU, where test_device.py runs a fake graph."""
 
 import json
 import os

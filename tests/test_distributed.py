@@ -1,7 +1,4 @@
-"""Two processes on a CPU take the steps that one process takes.
-
-torchrun starts this file as a program (`main`).
-"""
+"""Two processes on a CPU take the steps that one process takes. torchrun starts this file as a program (`main`)."""
 
 import os
 import subprocess
@@ -12,12 +9,11 @@ from pathlib import Path
 import kill
 import pytest
 import torch
-from data_files import log_rows, read_json, sampler
+from data_files import log_rows, read_json, refused, sampler
 
 import device as devices
 import omniglot_train
 import synthetic
-from files import UserError
 from meta import Meta
 
 HERE = Path(__file__).parent
@@ -85,10 +81,7 @@ def test_weights_and_results_of_each_step(tmp_path):
 
 @pytest.mark.slow
 def test_stopped_together_and_resumed_together(tmp_path):
-    """The launcher passes SIGTERM on; both processes stop at one step, and the run continues bit for bit.
-
-    Only the first process writes and speaks.
-    """
+    """SIGTERM stops both at one step, and the run continues bit for bit. Only the first process writes and speaks."""
     run = tmp_path / "run"
     process = start(PROGRAM, *TINY, "--out", str(run))  # 40,000 steps: it can't end by itself
     while not (run / "log.jsonl").exists() or '"train", "step": 50,' not in (run / "log.jsonl").read_text():
@@ -111,7 +104,7 @@ def test_stopped_together_and_resumed_together(tmp_path):
 
 def test_tasks_must_divide(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as the launcher does
-    with pytest.raises(UserError, match="--task_num 3: 2 processes need a multiple of 2"):
+    with refused("--task_num 3: 2 processes need a multiple of 2"):
         omniglot_train.main(["--synthetic", "--device", "cpu", "--task_num", "3", "--out", str(tmp_path / "run")])
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -71,6 +72,7 @@ def test_folders_that_can_be_none(out, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc has the process's size on Linux alone")
 @pytest.mark.parametrize("large, flags", [
     pytest.param("--task_num 50 --n_way 3 --k_spt 2 --update_step 50",
                  "lower --task_chunk (now not given), or lower --task_num (now 50)", marks=pytest.mark.slow),

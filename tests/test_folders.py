@@ -1,7 +1,7 @@
 """Your own images, in folders of class folders, with either script."""
 
 import shutil
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,12 +16,9 @@ import miniimagenet_train
 import omniglot_train
 
 BILINEAR = Image.Resampling.BILINEAR
+find = partial(folders.find, resample=BILINEAR)
 TINY = ("--device cpu --n_way 2 --k_spt 1 --k_qry 2 --task_num 1 --epoch 1 --update_step 1 --update_step_test 1 "
         "--eval_tasks 2 --test_tasks 2 --nc_every 0").split()
-
-
-def find(root: Path, cache: Path | None = None) -> images.ImageSet:
-    return folders.find(root, BILINEAR, cache)
 
 
 def test_classes_are_split_by_their_names_alone(tmp_path, capsys):
@@ -61,7 +58,7 @@ def test_decoded_images_are_no_class_and_hide_no_folder(tmp_path, top, cache):
     (tmp_path / top / "class 0").rename(tmp_path / top / "cache")
     (tmp_path / "__MACOSX" / "class 0").mkdir(parents=True)
     for _ in range(2):  # the second finds what the first has written
-        image_set = find(tmp_path, cache and tmp_path / cache)
+        image_set = find(tmp_path, cache=cache and tmp_path / cache)
         assert sorted(label for classes in image_set.splits.values() for label in classes) == [
             "cache", "class 1", "class 2"]
         image_set.load("val", 8, 3)
@@ -118,11 +115,6 @@ def split_folders(*splits: str):
     return lambda root: [write_classes(root / split, 3) for split in splits]
 
 
-def no_folders(root: Path) -> None:
-    write_classes(root.parent, 1)
-    (root.parent / "class 0").rename(root)
-
-
 @pytest.mark.parametrize("make, words", [
     (lambda root: None, ["there is no folder", "--data FOLDER"]),
     (lambda root: write_classes(root, 3) or (root / "class 0/a.TIF").write_text("image"),
@@ -139,15 +131,15 @@ def no_folders(root: Path) -> None:
      ["has 6 class folders too deep in it, such as Greek/class 0; move them up into"]),
     (lambda root: write_classes(root / "data", 3) or (root / "splits/a").mkdir(parents=True),
      ["has 3 class folders too deep in it, such as data/class 0; give --data ", "/mine/data"]),
-    (no_folders, ["0 class folders (4 images outside class folders)"]),
+    (lambda root: write_classes(root.parent, 1) or (root.parent / "class 0").rename(root),
+     ["0 class folders (4 images outside class folders)"]),
     (split_folders("train", "test"), ["has train, test and no val/"]),
     (split_folders("train", "val", "valid", "test"), ["two folders of one split", "valid", "move one away"]),
     (lambda root: split_folders("train")(root) and [(root / split).mkdir() for split in ("val", "test")],
      ["the val split has no class with images"]),
     (lambda root: write_classes(root, 5, count=1), ["'class 0' in", "at least 2 images"]),
     (split_folders("train", "val", "test"),
-     ["in both train and val", "'class 0'; 'class 1'; 'class 2'", "have the classes split with --data"]),
-])
+     ["in both train and val", "'class 0'; 'class 1'; 'class 2'", "have the classes split with --data"])])
 def test_faults_are_named_in_one_line(tmp_path, make, words):
     make(tmp_path / "mine")
     with refused(*words):

@@ -27,9 +27,7 @@ import miniimagenet_train
 import omniglot
 import omniglot_train
 import plot_nc
-import synthetic
 from meta import Meta
-from study import figures
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))  # of each test; 0: its own number
@@ -73,9 +71,9 @@ def small():
         patch.setattr(omniglot, "SPLITS", {"train": 3, "val": 1, "test": 2})
         patch.setattr(omniglot, "DRAWINGS", 2)
         patch.setattr(omniglot, "URL", "http://127.0.0.1:1")
-        patch.setattr(synthetic, "CHARACTER_SPLITS", {"train": (0, 4), "val": (4, 2), "test": (6, 2)})
-        patch.setattr(synthetic, "CHARACTER_IMAGES", 3)
-        patch.setattr(figures, "save", lambda figure, path: None)
+        patch.setattr("synthetic.CHARACTER_SPLITS", {"train": (0, 4), "val": (4, 2), "test": (6, 2)})
+        patch.setattr("synthetic.CHARACTER_IMAGES", 3)
+        patch.setattr("study.figures.save", lambda figure, path: None)
         yield
 
 

@@ -6,7 +6,6 @@ import os
 import numpy as np
 import pytest
 import torch
-import tqdm
 from data_files import drawing, encode, listing, load, refused, write_zips
 from PIL import Image
 
@@ -17,7 +16,6 @@ import miniimagenet
 import omniglot
 import synthetic
 import tasks
-from files import UserError
 from synthetic import CHARACTERS, PHOTOS, generate
 
 
@@ -50,8 +48,7 @@ LEFT = Image.fromarray(np.repeat(np.array([[255, 0]], np.uint8), 10, 0).repeat(5
     # what is transparent becomes white, so that ink on nothing isn't black on black
     (Image.merge("RGBA", [*RED.split(), LEFT]), "PNG", {}, (200, 40, 40), (255,) * 3),
     (Image.merge("LA", [Image.new("L", (10, 10)), LEFT]), "PNG", {}, (0,) * 3, (255,) * 3),
-    (LEFT.point(lambda value: value // 255).convert("P"), "PNG", {"transparency": 1}, (255,) * 3, (0,) * 3),
-])
+    (LEFT.point(lambda value: value // 255).convert("P"), "PNG", {"transparency": 1}, (255,) * 3, (0,) * 3)])
 def test_every_mode_becomes_rgb_and_grey(image, kind, options, left, right):
     data = encode(image, kind, **options)
     for column, expected in ((0, left), (7, right)):
@@ -101,7 +98,7 @@ def test_what_is_no_image_is_refused():
 def test_what_takes_over_two_seconds_says_how_far_it_is(monkeypatch, capfd):
     for items, seconds, reported in ((3, 0.0, []), (30, 1.0, [10, 19, 28, 30]), (28, 1.0, [10, 19, 28])):
         clock = iter(range(1000))
-        monkeypatch.setattr(tqdm.std, "time", lambda: next(clock) * seconds)
+        monkeypatch.setattr("tqdm.std.time", lambda: next(clock) * seconds)
         assert list(files.progress(range(items), "reading", items, "files")) == list(range(items))
         said = [line.partition(",")[0] for line in capfd.readouterr().err.splitlines() if line]
         assert said == [f"reading: {done}/{items} files" for done in reported]
@@ -216,15 +213,6 @@ def test_atomic_writes_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"whole" and listing(path.parent) == ["file"]
     with refused("can't write", "name another folder"), files.atomic(path / "below"):
         pass
-
-
-def test_run_prints_one_line_and_exits_with_2(capsys):
-    def main():
-        raise UserError("a name with\na line end and \x1b[31m colour")
-
-    with pytest.raises(SystemExit, match="2"):
-        files.run(main)
-    assert capsys.readouterr().err == "error: a name with\\na line end and \\x1b[31m colour\n"
 
 
 # Generated images: the same every time, and no class in two splits

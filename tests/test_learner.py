@@ -62,7 +62,9 @@ def test_every_layer_type_has_a_case():
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_one_set_of_weights_on_images_and_on_tasks(case, given):
+    """Evaluation is training, and no statistics are kept."""
     net, x = make(case)
+    assert torch.equal(net.eval()(x), net.train()(x)) and list(net.buffers()) == []
     weights = {name: (1.1 * w).detach().requires_grad_() for name, w in net.weights.items()} if given else net.weights
     own = weights if given else None
     inputs = [x.requires_grad_(), *weights.values()]
@@ -91,11 +93,6 @@ def test_tasks_with_weights_of_their_own(case, tasks):
         assert_close([net(images, weights, groups=2)], [torch.cat(halves, 1)])
 
 
-def test_evaluation_is_training_and_no_statistics_are_kept():
-    net, x = make("all")
-    assert torch.equal(net.eval()(x), net.train()(x)) and list(net.buffers()) == []
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_a_weight_is_of_the_first_block_whose_features_it_changes(case):
     net, x = make(case)
@@ -112,10 +109,10 @@ def test_a_weight_is_of_the_first_block_whose_features_it_changes(case):
 @pytest.mark.parametrize("net", ["conv_bn_relu", "original"])
 @pytest.mark.parametrize("script, weights, dims", [
     (omniglot_train, 91_781, [10816, 64 * 6 * 6, 64 * 2 * 2, 64, 5]),
-    (miniimagenet_train, 32_901, [53792, 32 * 19 * 19, 32 * 8 * 8, 800, 5]),
-])
+    (miniimagenet_train, 32_901, [53792, 32 * 19 * 19, 32 * 8 * 8, 800, 5])])
 def test_number_of_weights_and_features_of_the_blocks(script, weights, dims, net):
     """Features up to the order of values in a row: products of rows don't depend on it."""
+    torch.manual_seed(0)
     learner = script.network(script.arguments(["--net", net])).double()
     assert sum(w.numel() for w in learner.parameters()) == weights
     x = torch.randn(4, *learner.input_shape, dtype=torch.float64)
@@ -160,8 +157,7 @@ def test_initial_weights():
     ([("reshape", [3, 4, 16]), ("conv2d", [4, 3, 3, 3, 1, "same"])], r"layer 1, conv2d.*takes square images"),
     ([], "there are no layers"), ([("reshape", [3, 64])], r"layer 0, reshape.*takes \[features\] or \[c, h, w\]"),
     (["nope"], r"layer 0, 'nope': must be a pair \(name, params\)"), ([("tanh",)], r"layer 0, .*must be a pair"),
-    ([("upsample", ["x"])], r"layer 0, upsample.*invalid combination.*of:$"),
-])
+    ([("upsample", ["x"])], r"layer 0, upsample.*invalid combination.*of:$")])
 def test_layers_that_do_not_fit_are_refused_by_name(config, text):
     with pytest.raises(ValueError, match=text):
         Learner(config, imgc=3, imgsz=8)

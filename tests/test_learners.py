@@ -1,6 +1,7 @@
 """The paper's network, the learners that MAML is compared with, and answers without transduction, each recomputed."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import oracle
@@ -19,6 +20,7 @@ from measuring import accuracies, one_by_one
 from meta import Meta, adapt, meta_gradient
 
 RES = Path(__file__).parent.parent / "res"
+make_tasks = partial(test_meta.make_tasks, n_tasks=3, n_way=5, k_qry=3, imgsz=28)
 
 
 @pytest.fixture
@@ -29,10 +31,6 @@ def net():
         if name.endswith("bias"):
             torch.nn.init.normal_(weight)
     return net
-
-
-def make_tasks(k_spt=1, n_tasks=3):
-    return test_meta.make_tasks(n_tasks, 5, k_spt, 3, imgsz=28)
 
 
 def plain(net, x, weights):
@@ -160,7 +158,7 @@ def test_classifier_of_all_classes(net):
 
 @pytest.mark.parametrize("k_spt, every_query", [(1, True), (2, False)])
 def test_accuracies_with_transduction_and_without(net, k_spt, every_query):
-    tasks = make_tasks(k_spt)
+    tasks = make_tasks(k_spt=k_spt)
     trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, 2.0, 1)
     together, alone = accuracies(net, tasks, trajectory), one_by_one(net, tasks, trajectory, every_query)
     for k, weights in enumerate(trajectory):

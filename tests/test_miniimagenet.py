@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import cached, colour, encode, into_folders, load, real_data, refused, rows, write_classes
+from data_files import Call, cached, colour, encode, into_folders, load, real_data, refused, rows, write_classes
 from PIL import Image
 
 import images
@@ -196,7 +196,6 @@ def test_files_that_two_names_fit(photos):
 
 # Faults
 
-
 FAULTS = {  # what is wrong: how to make it so, the words that the line must hold
     "no root": (shutil.rmtree, ["no folder", "into /", "photos, or use --synthetic"]),
     "classes alone": (lambda root: image_folder(root, "{label}"),
@@ -226,16 +225,12 @@ FAULTS = {  # what is wrong: how to make it so, the words that the line must hol
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_named_in_one_line(photos, fault):
-    make, words = FAULTS[fault]
+@pytest.mark.parametrize("make, words", FAULTS.values(), ids=FAULTS)
+def test_faults_are_named_in_one_line(photos, make, words):
     make(photos)
     with refused(*words):
         load(miniimagenet, photos, "train", 12)
     assert not [path for path in photos.rglob("*") if path.suffix in (".npy", ".tmp", ".lock")]
-
-
-# Splits that share images, classes of unequal size
 
 
 def test_an_image_in_two_splits_is_found_by_its_pixels(photos, monkeypatch, capfd):
@@ -266,16 +261,6 @@ def test_classes_of_unequal_size(photos):
 
 
 # Pickles
-
-
-class Call:
-    """Pickled as a call of a function, perhaps with the state of its result."""
-
-    def __init__(self, *reduced):
-        self.reduced = reduced
-
-    def __reduce__(self):
-        return self.reduced
 
 
 CODE = Call(os.mkdir, ("run-by-a-pickle",))
@@ -327,9 +312,6 @@ def test_tasks_of_the_dataset_class_from_a_worker_that_is_not_forked(photos):
     data = miniimagenet.MiniImagenet(photos, "train", 6, 2, 1, 3, 12)
     batches = list(torch.utils.data.DataLoader(data, 3, num_workers=1, multiprocessing_context="spawn"))
     assert len(batches) == 2 and all(torch.equal(a, b[2]) for a, b in zip(data[5], batches[1]))
-
-
-# Real photographs
 
 
 @pytest.mark.slow

@@ -1,7 +1,4 @@
-"""nc_metrics against a brute-force oracle, and each of its traps.
-
-`oracle.metrics` shares nothing with the module.
-"""
+"""nc_metrics against a brute-force oracle, which shares nothing with it, and each of its traps."""
 
 import itertools
 import math
@@ -116,12 +113,8 @@ def test_measure_is_the_functions_layer_by_layer_for_labels_and_permuted_labels(
         traces = nc.original_traces(logits) if layer == 2 else (nan, nan)
         torch.testing.assert_close((table["within_original"][layer], table["between_original"][layer]), traces,
                                    equal_nan=True)
-
-
-def test_measure_of_the_logits_alone_has_no_self_duality():
-    a = arguments((2,))
-    a["features"], a["support_features"] = a["features"][-1:], a["support_features"][-1:]
-    assert nc.measure(**a)["self_duality"].isnan().all()
+    alone = nc.measure(**a | {name: a[name][-1:] for name in ("features", "support_features")})   # the logits
+    assert alone["self_duality"].isnan().all()
 
 
 # ---- precision ----

@@ -94,10 +94,9 @@ MISSING = {  # what is wrong: how to make it so, the words that the line must ho
 }
 
 
-@pytest.mark.parametrize("fault", MISSING)
-def test_what_is_there_and_what_is_missing_are_named_and_the_zips_lead_out(tmp_path, small_omniglot, fault):
+@pytest.mark.parametrize("make, words", MISSING.values(), ids=MISSING)
+def test_what_is_there_and_what_is_missing_are_named_and_the_zips_lead_out(tmp_path, small_omniglot, make, words):
     write_folders(tmp_path, small_omniglot)
-    make, words = MISSING[fault]
     make(tmp_path)
     with refused(*words, "put images_", "images_evaluation.zip from", "--synthetic"):
         load(omniglot, tmp_path, "train", 28)
@@ -185,9 +184,6 @@ def test_download_that_fails_leaves_nothing_half(tmp_path, official, monkeypatch
         with refused("images_background.zip", "images_evaluation.zip", str(root), "--synthetic", words):
             load(omniglot, root, "train", 28)
     assert listing(root) == [] and socket.getdefaulttimeout() is None
-
-
-# The real data
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ from PIL import Image
 import miniimagenet_train
 import omniglot_train
 import predict
-import synthetic
 from measuring import class_means, squared_distances
 
 FLAGS = ("--synthetic --device cpu --task_num 2 --epoch 2 --k_qry 3 --update_step 2 --update_step_test 3 "
@@ -24,7 +23,7 @@ FLAGS = ("--synthetic --device cpu --task_num 2 --epoch 2 --k_qry 3 --update_ste
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:  # few characters, drawn in no time
-        patch.setattr(synthetic, "CHARACTER_SPLITS", {"train": (0, 6), "val": (6, 4), "test": (10, 4)})
+        patch.setattr("synthetic.CHARACTER_SPLITS", {"train": (0, 6), "val": (6, 4), "test": (10, 4)})
         for name, flags in {"maml": ["--pixels", "inverted", "--test_weights", "last"],
                             "classifier": ["--learner", "classifier"]}.items():
             omniglot_train.main([*FLAGS, *flags, "--out", str(folder / name)])
@@ -36,14 +35,9 @@ def runs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def images():
-    """13 greyscale images of 40 x 30 pixels, the first four a support set."""
-    return list(np.random.default_rng(0).integers(0, 256, (13, 40, 30), dtype=np.uint8))
-
-
-LABELS = ["ka", 7, ("x",), 7]
-INDEX = torch.tensor([0, 1, 2, 1])
+IMAGES = list(np.random.default_rng(0).integers(0, 256, (13, 40, 30), dtype=np.uint8))  # greyscale
+SUPPORT, QUERIES = IMAGES[:4], IMAGES[4:]
+LABELS, NAMES, INDEX = ["ka", 7, ("x",), 7], ["ka", 7, ("x",)], torch.tensor([0, 1, 2, 1])
 
 
 def as_input(images, inverted=False):
@@ -71,46 +65,45 @@ def answers(model, support, queries, learner, index=INDEX):
 
 
 @pytest.mark.parametrize("learner", ["maml", "anil", "boil", "protonet", "classifier"])
-def test_each_query_is_answered_with_the_support_set_alone(runs, images, learner):
+def test_each_query_is_answered_with_the_support_set_alone(runs, learner):
     model = predict.load(runs / learner)
-    labels = model.predict(images[:4], LABELS, images[4:])
-    x = as_input(images, inverted=learner != "classifier")
-    names = ["ka", 7, ("x",)]
-    assert labels == [names[i] for i in answers(model, x[:4], x[4:], learner).argmax(1)]
-    assert labels == [model.predict(images[:4], LABELS, [image])[0] for image in images[4:]]
-    assert model.predict(images[:4], LABELS, []) == []
+    labels = model.predict(SUPPORT, LABELS, QUERIES)
+    x = as_input(IMAGES, inverted=learner != "classifier")
+    assert labels == [NAMES[i] for i in answers(model, x[:4], x[4:], learner).argmax(1)]
+    assert labels == [model.predict(SUPPORT, LABELS, [image])[0] for image in QUERIES]
+    assert model.predict(SUPPORT, LABELS, []) == []
 
 
-def test_features_after_adaptation(runs, images):
+def test_features_after_adaptation(runs):
     model = predict.load(runs / "maml")
-    weights, names, x, y = model.adapt(images[:4], LABELS)
-    assert names == ["ka", 7, ("x",)] and torch.equal(y[0], INDEX)
+    weights, names, x, y = model.adapt(SUPPORT, LABELS)
+    assert names == NAMES and torch.equal(y[0], INDEX)
     last = oracle.adapt(model.net.config, model.net.weights, x[0], INDEX, 0.4, 3)[-1]
-    _, layers = oracle.forward(model.net.config, last, as_input(images, inverted=True))
-    features = model.net(model.pixels(images), weights, features=True)[1][-2]
+    _, layers = oracle.forward(model.net.config, last, as_input(IMAGES, inverted=True))
+    features = model.net(model.pixels(IMAGES), weights, features=True)[1][-2]
     torch.testing.assert_close(features[0], layers[-2], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("learner, index", [("maml", [1, 0, 1, 0]), ("protonet", [1, 1, 0, 0]),
                                             ("protonet", [0, 1, 2, 3])])
-def test_other_numbers_of_classes_than_in_training(runs, images, learner, index):
+def test_other_numbers_of_classes_than_in_training(runs, learner, index):
     model = predict.load(runs / learner)
-    x = as_input(images, inverted=True)
+    x = as_input(IMAGES, inverted=True)
     order = torch.tensor([list(dict.fromkeys(index)).index(label) for label in index])
     expected = answers(model, x[:4], x[4:], learner, order).argmax(1)
-    assert model.predict(images[:4], index, images[4:]) == [list(dict.fromkeys(index))[i] for i in expected]
+    assert model.predict(SUPPORT, index, QUERIES) == [list(dict.fromkeys(index))[i] for i in expected]
     assert len(set(expected.tolist())) > 1
 
 
-def test_queries_together(runs, images, monkeypatch):
+def test_queries_together(runs, monkeypatch):
     """As MAML's tests: the logits of all queries in one batch."""
     monkeypatch.setattr(predict, "QUERIES_PER_PASS", 2)
     model = predict.load(runs / "maml")
     model.args.update_step_test = 0
-    expected = [["ka", 7, ("x",)][i] for i in model.net(as_input(images[4:], inverted=True)).argmax(1)]
-    assert model.predict(images[:4], LABELS, images[4:], transductive=True) == expected
+    expected = [NAMES[i] for i in model.net(as_input(QUERIES, inverted=True)).argmax(1)]
+    assert model.predict(SUPPORT, LABELS, QUERIES, transductive=True) == expected
     with pytest.warns(UserWarning, match="2 queries of 3 classes") as warned:
-        model.predict(images[:4], LABELS, images[4:6], transductive=True)
+        model.predict(SUPPORT, LABELS, QUERIES[:2], transductive=True)
     assert warned[0].filename == __file__
 
 
@@ -123,11 +116,11 @@ def test_which_weights(runs, name, weights, monkeypatch):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_files_arrays_and_pil_images_are_the_same(tmp_path, runs, images, channels, monkeypatch):
+def test_files_arrays_and_pil_images_are_the_same(tmp_path, runs, channels, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     model = predict.load(runs / "maml")
     model.args.imgc = channels
-    colour = [np.stack([image, image.T.reshape(image.shape), 255 - image], 2) for image in images]
+    colour = [np.stack([image, image.T.reshape(image.shape), 255 - image], 2) for image in IMAGES]
     files = [tmp_path / f"{i}.png" for i in range(len(colour))]
     for file, image in zip(files, colour):
         Image.fromarray(image).save(file)
@@ -136,7 +129,7 @@ def test_files_arrays_and_pil_images_are_the_same(tmp_path, runs, images, channe
     named = [f"~/{file.name}" for file in files]
     for pictures in (named, map(Image.open, files), colour, np.stack(colour), torch.tensor(np.stack(colour))):
         assert torch.equal(model.pixels(pictures), expected)
-    drawn = [Image.fromarray(image > 99) for image in images]  # of mode "1", as Omniglot's files
+    drawn = [Image.fromarray(image > 99) for image in IMAGES]  # of mode "1", as Omniglot's files
     assert torch.equal(model.pixels(drawn), model.pixels([np.array(one) for one in drawn]))
 
 
@@ -183,6 +176,6 @@ def test_layers_other_than_the_run_s_are_refused_or_taken_from_it(tmp_path, runs
     (lambda run, model, four: model.predict(four, LABELS, [Image.fromarray(four[0] / np.float32(255))]), "floats"),
     (lambda run, model, four: [setattr(model.args, "update_lr", 1e38), model.predict(four, LABELS, four)],
      "answers are not finite")])
-def test_errors(runs, images, wrong, said):
+def test_errors(runs, wrong, said):
     with refused(said):
-        wrong(runs / "maml", predict.load(runs / "maml"), images[:4])
+        wrong(runs / "maml", predict.load(runs / "maml"), SUPPORT)

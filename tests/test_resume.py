@@ -7,19 +7,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
 import kill
 import pytest
 import torch
-from data_files import read_json
+from data_files import Call, read_json, refusal
 
 import checkpoint
 import omniglot_train
 import predict
-import record
-import synthetic
 import training
 from device import Signals, Stopped
 from files import UserError, locked, quoted
@@ -28,6 +27,8 @@ from meta import Meta
 TINY = ("--synthetic --device cpu --task_num 2 --n_way 2 --k_qry 2 --update_step 1 --update_step_test 1 --epoch 8 "
         "--eval_every 3 --eval_tasks 6 --test_tasks 6 --nc_every 2 --save_every 2").split()
 CPU = torch.device("cpu")
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+refused = partial(refusal, omniglot_train.main)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,21 +36,14 @@ def small():
     """Few characters, drawn in no time; an evaluation still takes three batches."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "DRAWN", 4)
-        patch.setattr(synthetic, "CHARACTER_SPLITS", {"train": (0, 4), "val": (4, 3), "test": (7, 3)})
-        patch.setattr(synthetic, "CHARACTER_IMAGES", 4)
+        patch.setattr("synthetic.CHARACTER_SPLITS", {"train": (0, 4), "val": (4, 3), "test": (7, 3)})
+        patch.setattr("synthetic.CHARACTER_IMAGES", 4)
         yield
 
 
 def train(out: Path, *flags: str) -> Path:
     omniglot_train.main([*TINY, "--out", str(out), *flags])
     return out
-
-
-def refused(*arguments: str) -> str:
-    with pytest.raises(UserError) as error:
-        omniglot_train.main(list(arguments))
-    assert "\n" not in str(error.value) and len(str(error.value)) < 1500
-    return str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +106,7 @@ def test_thirty_kills_lose_nothing():
     ("__call__", 5, 5, signal.SIGTERM),  # within a step: at the next one's top
     ("finetune", 5, 3, signal.SIGINT),  # in a validation: as at that step's top
     pytest.param("__call__", 8, 8, signal.SIGTERM, marks=pytest.mark.slow),  # in the last step
-    pytest.param("finetune", 13, 8, signal.SIGHUP, marks=pytest.mark.slow),  # in the test
-])
+    pytest.param("finetune", 13, 8, HANGUP, marks=pytest.mark.slow)])  # in the test
 def test_a_signal_anywhere_and_resumed(method, call, step, number, whole, tmp_path, monkeypatch, capsys):
     run = stop_at(monkeypatch, tmp_path / "a run", method, call, number)
     assert checkpoint.read(run / "checkpoint.pt", "")["step"] == step
@@ -127,11 +120,11 @@ def test_a_signal_anywhere_and_resumed(method, call, step, number, whole, tmp_pa
 
 def test_a_signal_waits_for_the_check_and_a_second_one_does_not():
     """A hangup that is ignored, as with nohup, stays ignored."""
-    before, hangup = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before, hangup = signal.getsignal(signal.SIGINT), signal.signal(HANGUP, signal.SIG_IGN)
     with Signals() as signals:
-        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), HANGUP)
         signals.check(CPU)
-        signal.signal(signal.SIGHUP, hangup)
+        signal.signal(HANGUP, hangup)
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Stopped, match="130"):
             signals.check(CPU)
@@ -149,7 +142,7 @@ def test_killed_before_its_first_step(whole, tmp_path, monkeypatch):
     """Before args.json there is no run, and the same command starts it."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(record, "write_args", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr("record.write_args", Mock(side_effect=KeyboardInterrupt))
         train(run)
     (run / ".checkpoint.pt.abcd1234.tmp").write_bytes(b"half")
     train(run)
@@ -237,8 +230,7 @@ def test_from_args_repeats_a_run_and_so_does_a_file_of_an_older_version(whole, t
     ("test", {"script": "miniimagenet_train", "colour": 1}, "and version (script miniimagenet_train); use that script"),
     ("from_args", {"net": "resnet"}, "argument --net: invalid choice"),
     ("test", {"seed": [1]}, "argument --seed: invalid int value"),
-    ("from_args", {"synthetic": "yes"}, "ignored explicit argument"),
-])
+    ("from_args", {"synthetic": "yes"}, "ignored explicit argument")])
 def test_a_file_that_is_wrong(mode, settings, line, whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run")
     path = rewrite(run, **settings)
@@ -266,22 +258,16 @@ def test_every_damage_to_a_checkpoint_is_refused(stopped):
     assert accepted < 20
 
 
-class Code:
-    def __reduce__(self):
-        return os.mkdir, ("made by a checkpoint",)
-
-
 @pytest.mark.parametrize("change, line", [
     (lambda saved: {"weights": saved["weights"], "step": 3, "val_accuracy": 0.5}, "is damaged, or belongs to another"),
-    (lambda saved: saved | {"best": Code()}, "is damaged, or belongs to another"),
+    (lambda saved: saved | {"best": Call(os.mkdir, ("made by a checkpoint",))}, "is damaged, or belongs to another"),
     (lambda saved: saved | {"step": -1}, "is damaged, or belongs to another"),
     (lambda saved: saved | {"experiment": saved["experiment"] | {"device": "cuda"}},
      f"with device cuda, and here it is cpu; restore that, or start again: python {quoted(omniglot_train.__file__)}"),
     (lambda saved: saved | {"weights": {name: weight[:1] for name, weight in saved["weights"].items()}}, "is damaged"),
     (lambda saved: saved | {"adam": {"state": {i: values | {"exp_avg": torch.zeros(3)} for i, values in
                                                saved["adam"]["state"].items()}}}, "is damaged"),
-    (lambda saved: saved | {"tasks": torch.zeros(3)}, "is damaged"),
-])
+    (lambda saved: saved | {"tasks": torch.zeros(3)}, "is damaged")])
 def test_a_foreign_checkpoint_is_refused(change, line, stopped, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, log = stopped / "checkpoint.pt", (stopped / "log.jsonl").read_bytes()
@@ -291,12 +277,14 @@ def test_a_foreign_checkpoint_is_refused(change, line, stopped, tmp_path, monkey
     assert (stopped / "log.jsonl").read_bytes() == log
 
 
-def test_a_complete_run_is_named_without_its_data(whole, tmp_path, capsys):
-    shutil.copytree(whole, tmp_path / "run")
-    path = tmp_path / "run/args.json"
-    path.write_text(path.read_text().replace('"synthetic": true', '"synthetic": false', 1))
-    omniglot_train.main(["--resume", str(tmp_path / "run"), "--root", str(tmp_path / "absent")])
+def test_a_complete_run_is_named_without_its_data_and_not_overwritten(whole, tmp_path, capsys):
+    run = shutil.copytree(whole, tmp_path / "run")
+    rewrite(run, synthetic=False)
+    resume(run, "--root", str(tmp_path / "absent"))
     assert "is complete; a larger --epoch adds steps" in capsys.readouterr().out
+    before = kill.state(run)
+    assert "there is a run already" in refused(*TINY, "--out", str(run))
+    assert not kill.differences(kill.state(run), before)
 
 
 def test_a_run_without_its_log_checkpoint_or_weights_stays_as_it_is(whole, tmp_path):
@@ -312,9 +300,6 @@ def test_a_run_without_its_log_checkpoint_or_weights_stays_as_it_is(whole, tmp_p
     assert "checkpoint.pt: No such file or directory; put it back, or start again" in said
     (run / "best.pt").unlink()
     assert "best.pt: No such file or directory; the weights here are " in refused("--test", str(run))
-
-
-# ---- two at once
 
 
 def test_a_folder_in_use_is_refused(stopped, tmp_path, monkeypatch):

@@ -1,7 +1,4 @@
-"""The study's numbers against a plain recomputation, its tables against the logs, the program that trains its runs.
-
-The recomputation shares nothing with the study: it reads JSON lines and uses Python's statistics module.
-"""
+"""The study's numbers against a plain recomputation from JSON lines, its tables, the program that trains its runs."""
 
 import gzip
 import json
@@ -22,7 +19,6 @@ from data_files import refused
 
 import miniimagenet_train
 import omniglot_train
-from files import UserError
 from study import effects, run, tables
 from study.design import MAIN, SETTINGS
 from study.logs import HOME, Study, read_groups, read_run
@@ -92,8 +88,7 @@ def test_the_etf_error_of_random_directions_and_the_dimension_that_matches_it(tm
 
 @pytest.mark.parametrize("x, y, expected", [
     ([1, 2, 3, 4], [10, 20, 30, 4000], 1.0), ([1, 2, 3], [3, 2, 1], -1.0), ([0, 1.5, 1.5, 3], [0, 1, 2, 3], 0.9**0.5),
-    ([1, 1, 1], [1, 2, 3], math.nan), ([1, 2], [1, 2], math.nan), ([1, 2, math.nan], [1, 2, 3], math.nan),
-])
+    ([1, 1, 1], [1, 2, 3], math.nan), ([1, 2], [1, 2], math.nan), ([1, 2, math.nan], [1, 2, 3], math.nan)])
 def test_spearman(x, y, expected):
     assert effects.spearman(x, y) == pytest.approx(expected, nan_ok=True)
 
@@ -101,8 +96,7 @@ def test_spearman(x, y, expected):
 @pytest.mark.parametrize("mean, half, text", [
     (0.3812, 0.02, "0.381 ± 0.020"), (0.3812, 0.06, "0.38 ± 0.06"), (-12.3, 3.4, "−12.3 ± 3.4"), (93.1, 4.1, "93 ± 4"),
     (-0.001, 0.199, "0.00 ± 0.20"), (0.34, math.nan, "0.34"), (7.0, 0.0, "7.0"), (48.2, math.nan, "48.2"),
-    (math.nan, math.nan, "–"),
-])
+    (math.nan, math.nan, "–")])
 def test_a_number_has_the_digits_that_its_interval_carries(mean, half, text):
     assert written(mean, half) == text
 
@@ -142,16 +136,15 @@ def test_check_names_the_first_row_that_differs_and_writes_nothing(home):
     page = home / "study" / "README.md"
     text = page.read_text()
     page.write_text(changed := text.replace("| seeds | 3 |", "| seeds | 4 |", 1))
-    words = r"study/README.md, table collapse: '\| seeds \| 4 \| 3 .*', and the logs give '\| seeds \| 3 \| 3 "
-    with pytest.raises(UserError, match=words):
+    with refused("study/README.md, table collapse: '| seeds | 4 | 3 ", "', and the logs give '| seeds | 3 | 3 "):
         tables.main(["--check"], home)
     assert page.read_text() == changed
     page.write_text(text.replace("table: runs", "table: none"))
-    with pytest.raises(UserError, match="there is no table 'none'"):
+    with refused("there is no table 'none'"):
         tables.main([], home)
     page.write_text(text)
     shutil.rmtree(home / "res" / "omniglot-5w5s-seed2")
-    with pytest.raises(UserError, match=r"README.md, table collapse: '.* 3 \| 3 \| 3 \|', .* '.* 3 \| 2 \| 3 \|'"):
+    with refused("README.md, table collapse: '", " 3 | 3 | 3 |', and the logs give '", " 3 | 2 | 3 |'; run python"):
         tables.main(["--check"], home)
 
 
@@ -205,8 +198,7 @@ def test_the_error_of_the_unbiased_cdnv_is_that_of_cdnv_times_its_slope(tmp_path
 
 @pytest.mark.parametrize("options, expected", [
     ({}, "98.7 ± 0.4 / 98.3 ± 0.5"), ({"first_order": True, "k_spt": 5}, "99.9 ± 0.1 / 99.2 ± 0.2"),
-    ({"learner": "anil"}, ""), ({"random_labels": True}, ""), ({"name": "my photographs"}, ""),
-])
+    ({"learner": "anil"}, ""), ({"random_labels": True}, ""), ({"name": "my photographs"}, "")])
 def test_published_is_maml_with_true_labels(options, expected, tmp_path):
     nc_logs.write_run(tmp_path / "paper-omniglot-5w1s-seed1", **options)
     (row,) = rows_of_table(tables.accuracies(Study(tmp_path)))
@@ -214,7 +206,6 @@ def test_published_is_maml_with_true_labels(options, expected, tmp_path):
 
 
 # ---- the program that trains the runs, with a stand-in for the training scripts
-
 
 # A run with the seed 2 waits to be stopped until it is resumed; seed 3 fails.
 STAND_IN = '''
@@ -265,7 +256,7 @@ def test_finished_runs_are_skipped_and_failures_named(place, capsys):
     assert "no luck" in (place / "runs" / "study" / f"{SETTING}-seed3.txt").read_text()
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, -2)])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (1, 129), (signal.SIGINT, -2)])  # 1: SIGHUP
 def test_stopped_it_stops_its_runs_and_then_resumes_them(number, status, place, capsys):
     """By SIGTERM, by a terminal that is closed, or by Ctrl-C, which a terminal sends to the whole group."""
     code = ("import pathlib, signal; from study import run; "  # the tests may have been started with signals ignored

@@ -83,8 +83,7 @@ def test_normalisation_and_nothing_else_changes():
     ({"n_way": 13}, "13-way tasks need 13 classes, here are 12"),
     ({"turns": 4}, "5-way tasks need 5 classes, here are 3"),
     ({"k_spt": 3, "k_qry": 5}, "support and query images need 8 per class, and one class has 7"),
-    ({"counts": [7, 4] * 6}, "support and query images need 5 per class, and one class has 4"),
-])
+    ({"counts": [7, 4] * 6}, "support and query images need 5 per class, and one class has 4")])
 def test_what_a_sampler_refuses(options, text):
     with pytest.raises(ValueError, match=text):
         sampler(**options)

@@ -52,20 +52,18 @@ def conv(kernel, stride, padding, size):
                                    random(tasks, 4, seed=2)]
 
 
-def native_max_pool2d(x):
-    return F.max_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), 3, 2, 1).permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
-
-
-LAYERS = {f"conv2d-{'-'.join(map(str, geometry))}": conv(*geometry) for geometry in GEOMETRIES}
 BATCH_NORMS = taskwise.batch_norm, elementary_batch_norm
-LAYERS |= {
+LAYERS = {
+    **{f"conv2d-{'-'.join(map(str, geometry))}": conv(*geometry) for geometry in GEOMETRIES},
     "batch_norm": (*BATCH_NORMS, lambda tasks: batch_norm_inputs(tasks, 4, 3, 2)),
     "batch_norm-no_scale": (*(lambda x, bias, norm=norm: norm(x, None, bias) for norm in BATCH_NORMS),
                             lambda tasks: batch_norm_inputs(tasks, 4, 3, 2)[::2]),
     "batch_norm-flat": (*BATCH_NORMS, lambda tasks: batch_norm_inputs(tasks, 5)),
     "batch_norm-dead_channel": (*BATCH_NORMS, dead_channel),
-    "max_pool2d": (lambda x: taskwise.max_pool2d(x, 3, 2, 1), native_max_pool2d,
-                   lambda tasks: [random(tasks, 2, 7, 7, 3)])}
+    "max_pool2d": (
+        lambda x: taskwise.max_pool2d(x, 3, 2, 1), lambda x: F.max_pool2d(
+            x.movedim(-1, 2).flatten(0, 1), 3, 2, 1).unflatten(0, x.shape[:2]).movedim(2, -1),
+        lambda tasks: [random(tasks, 2, 7, 7, 3)])}
 
 
 def derivatives(layer, inputs, wrt, then_wrt):
@@ -124,10 +122,7 @@ SOME = [some for count in (1, 2, 3) for some in itertools.combinations(range(3),
 @pytest.mark.parametrize("tasks", TASKS)
 @pytest.mark.parametrize("name", ["conv2d-3-2-(1, 1)-6", "batch_norm"])
 def test_second_derivative_of_some_first_ones_with_respect_to_some_inputs(name, tasks):
-    """Every combination: which first derivatives are used, and which inputs are differentiated then.
-
-    So also images that ask for no gradient, as in the first layer of the inner loop.
-    """
+    """Every combination; so also images that ask for no gradient, as in the first layer of the inner loop."""
     ours, native, make = LAYERS[name]
     for first, second in itertools.product(SOME, SOME):
         inputs = make(tasks)
