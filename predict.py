@@ -49,7 +49,7 @@ def load(run: str | os.PathLike, weights: str | None = None, device: str = "cpu"
 
     Args:
         weights: "best", "last" or "weights-STEP"; None: those that the run tests (--test_weights).
-        device: where to compute, as --device.
+        device: where to compute, as --device. On CUDA convolutions are in tf32 unless you switch it off in torch.
     Raises:
         UserError: the folder, the weights or the device can't be used.
     """

@@ -3,7 +3,8 @@
 MAML's inner loop gives every task its own fast weights, and its outer gradient differentiates through the inner
 gradients. These layers have a leading task axis T on inputs and weights, channels last, and a closed form for the
 second derivative: the double backward is a few matrix products and a few passes over memory instead of a graph of
-small operations. They have no third derivative: a second one with create_graph raises an error.
+small operations. A second derivative with create_graph raises an error, except of `conv_bn`: a network's first
+convolution with its batch norm.
 
 `torch.vmap` over `F.conv2d` is a grouped convolution, which is slow for small maps, and over `F.batch_norm` its double
 backward is wrong (pytorch/functorch#534).
