@@ -41,7 +41,7 @@ def select_device(name: str) -> torch.device:
             raise RuntimeError("the metrics need float64, which MPS doesn't have" if device.type == "mps" else
                                "there is no such device to train on")
         processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if processes_here > max(torch.cuda.device_count(), 1):
+        if 0 < torch.cuda.device_count() < processes_here:
             raise UserError(f"--device {name}: each process takes a GPU of its own; start at most "
                             f"{torch.cuda.device_count()} here, not {processes_here}")
         if device.index is None:
@@ -193,9 +193,11 @@ class Signals:
         self.number = 0  # of the signal that was received
 
     def __enter__(self) -> "Signals":
-        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
-        self.before = {number: signal.signal(number, self._note) for number in numbers
-                       if signal.getsignal(number) is not signal.SIG_IGN}  # nohup ignores it
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:  # nohup ignores it
+            numbers.append(hangup)
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_) -> None:

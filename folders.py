@@ -117,7 +117,7 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     """Class -> its images, both sorted by name, for each folder in `folder` that has images.
 
     Images that would be left out, because of their format or because they lie deeper, are refused. Those directly in
-    `folder`, and other files, are left out with a note.
+    `folder`, folders without images, and other files are left out with a note; those of BESIDE without one.
     """
     found, others, deeper, without, strange = [], [], [], [], []
     listed([short(entry.name) for entry in images.entries(folder)
@@ -132,13 +132,13 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
         others += [f"{entry.name}/{file.name}" for file in files if file.name.lower().endswith(OTHER_EXTENSIONS)]
         strange += [f"{entry.name}/{file.name}" for file in files if pictures and not _is_image(file)
                     and not file.name.lower().endswith(BESIDE) and not os.path.isdir(file)]
-        deeper += [os.path.relpath(inner, folder) for inner in _deeper(entry)
+        deeper += [Path(inner).relative_to(folder).as_posix() for inner in _deeper(entry)
                    if not pictures or os.path.dirname(pictures[0].path) != inner]
     if deeper and not found:  # such as the characters of several alphabets
         parents = {os.path.dirname(name) for name in deeper}
         remedy = f"give --data {quoted(folder / parents.pop())}" if len(parents) == 1 else (
             f"move them up into {folder}, each under a name of its own")
-        raise UserError(f"{folder} has {len(deeper):,} class folders too deep in it, such as {deeper[0]}; {remedy}")
+        raise UserError(f"{len(deeper):,} class folders lie too deep in {folder}, such as {deeper[0]}; {remedy}")
     listed(others, f"images in {folder} in other formats than {', '.join(FORMATS)}", "convert them, or remove them")
     listed(list(map(short, deeper)), f"folders in the class folders of {folder} have images that would be left out",
            "move these into the class folder itself, or remove them")
@@ -169,7 +169,7 @@ def _deeper(folder: os.DirEntry) -> Iterator[str]:
     for inner in images.subfolders(folder):
         if any(map(_is_image, images.entries(inner))):
             yield inner.path
-        if not inner.is_symlink():
+        if os.path.realpath(inner) == os.path.join(os.path.realpath(folder), inner.name):  # no link, no junction
             yield from _deeper(inner)
 
 

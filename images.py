@@ -256,8 +256,8 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str, channels: int, img
                 data = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError as error:
             raise UserError(f"{name} is none of {', '.join(FORMATS)}") from error
-        if isinstance(data, np.ndarray) and data.ndim != 2 and data.shape[2:] != (3,):
-            raise ValueError(f"its shape is {list(data.shape)}, not [h, w] or [h, w, 3]")
+        if isinstance(data, np.ndarray) and data.ndim != 2 and data.shape[2:] not in ((2,), (3,), (4,)):
+            raise ValueError(f"its shape is {list(data.shape)}, not [h, w] or [h, w, 2 to 4]")
         image = data if isinstance(data, Image.Image) else Image.fromarray(data)
         if image.mode == "F":  # convert() would clip 0..1 to black
             raise ValueError("floats; give 8 bits in 0..255")

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -338,9 +339,14 @@ def numbers(values, digits: int = 6):
 
 def say(text: str) -> None:
     """Print a line, above the progress bar if there is one; of several processes, only the first prints."""
-    if devices.rank() == 0:
+    if devices.rank() > 0:
+        return
+    try:
         (tqdm.write if sys.stderr.isatty() else print)(text)
         sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.EIO:  # the terminal is closed
+            raise
 
 
 def percent(values: Tensor) -> str:

@@ -119,7 +119,7 @@ def _refuse_a_third_derivative() -> None:
     `once_differentiable` is not enough: its error is skipped by `torch.autograd.grad`, whose result is then wrong.
     """
     if torch.is_grad_enabled():
-        raise RuntimeError("taskwise has no third derivatives; its layers can be differentiated twice")
+        raise RuntimeError("taskwise has no third derivatives; take the second without create_graph")
 
 
 # A convolution is bilinear in image and kernel. Its gradients are its two adjoints, and the gradients of those are

@@ -51,7 +51,7 @@ def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     """Train, validate and test with these settings; with --resume continue a run, with --test test it again."""
     trains_classifier = args.learner == "classifier" and args.test is None  # takes all tasks of a step together
     graph = args.device.startswith("cuda") and args.cuda_graph is not False and args.test is None
-    fewer = "give --no-cuda_graph, whose graph keeps the memory of a step, or " if graph else ""
+    fewer = "give --no-cuda_graph (a graph keeps the memory of a step), or " if graph else ""
     fewer += "" if trains_classifier else f"lower --task_chunk (now {args.task_chunk or 'not given'}), or "
     if args.resume:  # it keeps its --task_num and --device
         fewer += f"start again with a lower --task_num (now {args.task_num}): --from_args {quoted(args.resume)}"

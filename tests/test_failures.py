@@ -86,7 +86,7 @@ def test_out_of_memory_names_the_flags(large, flags, tmp_path):
 
 def test_out_of_memory_on_a_gpu_names_its_graph(tmp_path, monkeypatch):
     monkeypatch.setattr(training.devices, "select_device", Mock(side_effect=MemoryError()))
-    for flags, words in (["--device", "cuda"], "give --no-cuda_graph, whose"), (["--no-cuda_graph"], "lower --task_ch"):
+    for flags, words in ([], "give --no-cuda_graph (a graph"), (["--no-cuda_graph"], "lower --task_ch"):
         assert refused(*TINY, "--device", "cuda", *flags, "--out", str(tmp_path / "run")).startswith(
             f"out of memory; {words}")
 

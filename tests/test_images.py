@@ -88,7 +88,7 @@ def test_what_is_no_image_is_refused():
         with refused(f"some.png is {words}"):
             decode(data)
     for pixels in (noise.reshape(64, -1)[0], noise.transpose(2, 0, 1)):  # as Image.fromarray takes them
-        with refused("some.png can't be decoded (its shape is ", "not [h, w] or [h, w, 3]"):
+        with refused("some.png can't be decoded (its shape is ", "not [h, w] or [h, w, 2 to 4]"):
             decode(pixels)
     small = encode(GREY, "GIF")
     with refused("some.png", "pixels"):

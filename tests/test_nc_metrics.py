@@ -113,7 +113,7 @@ def test_measure_is_the_functions_layer_by_layer_for_labels_and_permuted_labels(
         traces = nc.original_traces(logits) if layer == 2 else (nan, nan)
         torch.testing.assert_close((table["within_original"][layer], table["between_original"][layer]), traces,
                                    equal_nan=True)
-    alone = nc.measure(**a | {name: a[name][-1:] for name in ("features", "support_features")})   # the logits
+    alone = nc.measure(**a | {name: a[name][-1:] for name in ("features", "support_features")})  # the logits
     assert alone["self_duality"].isnan().all()
 
 

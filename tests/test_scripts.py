@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -319,6 +321,14 @@ def test_an_error_is_one_line_and_status_2(script, monkeypatch, capsys):
     out, error = capsys.readouterr()
     assert out == "" and error.startswith("error: ") and error.count("\n") == 1
     assert r"a line end\nand \x1b[31m colour" in error or script == "predict"  # which takes no arguments
+
+
+def test_a_closed_terminal_is_no_error(monkeypatch):
+    """A run that stops then still writes its checkpoint."""
+    for number, kind in ((errno.EIO, contextlib.nullcontext()), (errno.ENOSPC, pytest.raises(OSError, match="full"))):
+        monkeypatch.setattr("builtins.print", Mock(side_effect=OSError(number, "full")))
+        with kind:
+            record.say("stopped at step 1")
 
 
 def test_a_pipe_whose_reader_has_ended_is_no_error():
