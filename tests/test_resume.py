@@ -68,6 +68,7 @@ def stop_at(monkeypatch, out: Path, method: str, call: int, number: int = signal
             flags: list[str] = TINY) -> Path:
     """Train, or resume, with a signal in the given call of one of Meta's methods."""
     calls, original, trained, runs = iter(range(1, 1000)), getattr(Meta, method), training._Run.train, []
+    handler = signal.signal(number, signal.SIG_DFL)  # nohup, and a shell's &, may have it ignored
 
     def signalled(*args, **kwargs):
         if next(calls) == call:
@@ -78,6 +79,7 @@ def stop_at(monkeypatch, out: Path, method: str, call: int, number: int = signal
         patch.setattr(Meta, method, signalled)
         patch.setattr(training._Run, "train", lambda run: runs.append(run) or trained(run))
         omniglot_train.main([*flags, *(["--out", str(out)] if "--resume" not in flags else [])])
+    signal.signal(number, handler)
     assert ended.value.code == 128 + number
     assert [run.meta_step for run in runs] == [None], "NCCL would wait for the step's graph"
     return out
