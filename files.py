@@ -92,6 +92,12 @@ def same_place(one: str | Path | None, other: str | Path | None) -> bool:
     return one == other or None not in (one, other) and os.path.realpath(one) == os.path.realpath(other)
 
 
+def program(name: str) -> str:
+    """The command that starts a script of this project: by the script's name in its folder, by its path elsewhere."""
+    path = Path(__file__).with_name(f"{name}.py")
+    return f"python {quoted(path.name if same_place(Path.cwd(), path.parent) else path)}"
+
+
 def listed(faults: Sequence[str], what: str, remedy: str) -> None:
     """Raise a UserError if there are any `faults`: `what`, the first ten and the number of others, `remedy`."""
     if faults:

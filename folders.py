@@ -23,7 +23,7 @@ SPLIT_SEED = 2015  # of the shuffle of the class names; fixed, so that --seed ne
 SHARES = {"val": 0.16, "test": 0.20}  # of the classes, as miniImageNet's; the others are for training
 REMEDY = "replace or convert them, or remove them"  # of images that can't be read
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp")
-BESIDE = (".txt", ".csv", ".json", ".xml", ".db", ".ini", ".npy")  # files that may lie beside images
+NO_IMAGES = (".txt", ".csv", ".json", ".xml", ".db", ".ini", ".npy")  # left out without a note
 OTHER_EXTENSIONS = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".ppm", ".pgm",
                     ".pnm")  # refused, not silently left out
 NAMES = {"train": ("train", "training", "base", "meta_train"), "val": ("val", "valid", "validation", "meta_val"),
@@ -54,8 +54,8 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
         raise UserError(f"there is no folder {Path(root).absolute()} that can be read; name the folder of the class "
                         "folders with --data FOLDER")
     top = _around_classes(Path(root))
-    if top != Path(root) and (loose := _loose(Path(root))):
-        note(f"note: {loose:,} images directly in {root} are left out: they are in no class folder")
+    if top != Path(root):
+        _note_loose(Path(root))
     if all((top / f"{split}.csv").exists() for split in NAMES):
         note(f"note: with --data the CSV files in {top} are not read; miniimagenet_train.py reads them with --root "
              f"{quoted(top)}")
@@ -63,8 +63,8 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
     parts = split_folders(top)
     if len(parts) == 3 or tests_only and "test" in parts and image_folders(parts["test"]):
         layout = f"folders {', '.join(path.name for path in parts.values())} of class folders"
-        if beside := [short(name) for name in image_folders(top) if top / name not in parts.values()]:
-            note(f"note: {len(beside):,} folders with images beside them in {top} are left out: {', '.join(beside)}")
+        if others := [short(name) for name in image_folders(top) if top / name not in parts.values()]:
+            note(f"note: {len(others):,} folders with images next to them in {top} are left out: {', '.join(others)}")
         return ImageSet("folders", layout, split_classes(parts), resample, cache, REMEDY)
     if any(map(image_folders, parts.values())):
         missing = ", ".join(f"{split}/" for split in NAMES if split not in parts)
@@ -117,7 +117,7 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     """Class -> its images, both sorted by name, for each folder in `folder` that has images.
 
     Images that would be left out, because of their format or because they lie deeper, are refused. Those directly in
-    `folder`, folders without images, and other files are left out with a note; those of BESIDE without one.
+    `folder`, folders without images, and other files are left out with a note; those of NO_IMAGES without one.
     """
     found, others, deeper, without, strange = [], [], [], [], []
     listed([short(entry.name) for entry in images.entries(folder)
@@ -131,7 +131,7 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
         without += [short(entry.name)] if files and not pictures else []
         others += [f"{entry.name}/{file.name}" for file in files if file.name.lower().endswith(OTHER_EXTENSIONS)]
         strange += [f"{entry.name}/{file.name}" for file in files if pictures and not _is_image(file)
-                    and not file.name.lower().endswith(BESIDE) and not os.path.isdir(file)]
+                    and not file.name.lower().endswith(NO_IMAGES) and not os.path.isdir(file)]
         deeper += [Path(inner).relative_to(folder).as_posix() for inner in _deeper(entry)
                    if not pictures or os.path.dirname(pictures[0].path) != inner]
     if deeper and not found:  # such as the characters of several alphabets
@@ -148,8 +148,8 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     if strange:
         note(f"note: {len(strange):,} files in the class folders of {folder} are left out, as they have no extension "
              f"of an image: {', '.join(map(short, strange[:10]))}")
-    if found and (loose := _loose(folder)):
-        note(f"note: {loose:,} images directly in {folder} are left out: they are in no class folder")
+    if found:
+        _note_loose(folder)
     return images.by_class(found)
 
 
@@ -177,6 +177,11 @@ def _files(folder: os.DirEntry) -> list[os.DirEntry]:
     """What is in a class folder; if that has no images itself, in its folder images/."""
     files, inner = images.entries(folder), os.path.join(folder, "images")
     return images.entries(inner) if os.path.isdir(inner) and not any(map(_is_image, files)) else files
+
+
+def _note_loose(folder: Path) -> None:
+    if loose := _loose(folder):
+        note(f"note: {loose:,} images directly in {folder} are left out: they are in no class folder")
 
 
 def _loose(folder: Path) -> int:

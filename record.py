@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import device as devices
 import nc_metrics
-from files import UserError, atomic, locked, quoted, reading, remove_stale, same_place, writing
+from files import UserError, atomic, locked, program, quoted, reading, remove_stale, same_place, writing
 from learner import Learner
 from tasks import Dataset
 
@@ -213,7 +213,7 @@ def draw_figure(out: Path) -> None:
         plot_nc.main(["--", str(out)])
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        say(f"result.png was not drawn: {reason}; python plot_nc.py {quoted(out)} draws it")
+        say(f"result.png was not drawn: {reason}; {program('plot_nc')} {quoted(out)} draws it")
 
 
 # ---- the log

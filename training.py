@@ -34,7 +34,7 @@ import nc_metrics
 import record
 from baselines import BASELINES
 from device import GraphedStep, Signals, Stopped
-from files import UserError, progress, quoted, same_place
+from files import UserError, program, progress, quoted
 from images import check_images
 from learner import Learner
 from meta import Adapted, Meta, Step
@@ -99,14 +99,8 @@ def _train(maml: Meta, data: "Data") -> None:
                 run.train()
                 run.test()
             except Stopped:
-                say(f"stopped at step {maml.step}; resume with: python {program(args)} --resume {quoted(out)}")
+                say(f"stopped at step {maml.step}; resume with: {program(args.script)} --resume {quoted(out)}")
                 raise
-
-
-def program(args: argparse.Namespace) -> str:
-    """The training script for a shell: by its name in its own folder, by its path elsewhere."""
-    path = Path(__file__).with_name(f"{args.script}.py")
-    return quoted(path.name if same_place(Path.cwd(), path.parent) else path)
 
 
 def meta_of(net: Learner, args: argparse.Namespace) -> Meta:
@@ -171,7 +165,7 @@ class _Run:
         self.best: dict | None = None  # what best.pt holds
         self.log: Log | None = None
         self.minutes, self.log_bytes = 0.0, 0  # of the processes before this one
-        path, self.repeat = out / "checkpoint.pt", f"python {program(args)} --from_args {quoted(out / 'args.json')}"
+        path, self.repeat = out / "checkpoint.pt", f"{program(args.script)} --from_args {quoted(out / 'args.json')}"
         remedy = f"start again: {self.repeat}"
         saved = None if args.resume is None else checkpoint.read(path, f"put it back, or {remedy}")
         train_images, self.held_out = data.load("train"), data.load("val")

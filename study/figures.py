@@ -234,15 +234,16 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
     for axes, (metric, title) in zip(panels.flat, LABELS.items()):
         curves(axes, groups, [(of_metric(split, model, metric, layer), style) for model, style in STYLES.items()
                               if model == "finetuned" or metric not in BY_CONSTRUCTION])
-        for run, colour in references if metric != "etf_error" else ():
-            null = of_metric(split, "finetuned", f"{metric}_null", layer)
-            draw(axes, [run], lambda run, null=null: null(run)[:2], colour, ":")  # without a band
-        for n_way, colour in directions.items() if metric == "etf_error" else ():
-            for dimension in (16, 64):
+        if metric == "etf_error":
+            for (n_way, colour), dimension in itertools.product(directions.items(), (16, 64)):
                 error = effects.random_etf_errors(n_way)[dimension - 1]
                 axes.axhline(error, color=colour, linestyle=":", linewidth=1)
                 axes.text(1.01, error, f"d = {dimension}", transform=axes.get_yaxis_transform(), va="center",
                           fontsize=7, color=colour)
+        else:
+            null = of_metric(split, "finetuned", f"{metric}_null", layer)
+            for run, colour in references:
+                draw(axes, [run], lambda run, null=null: null(run)[:2], colour, ":")  # without a band
         axes.set_title(title)
         fit(axes, metric in LOGARITHMIC)
     return figure

@@ -65,18 +65,18 @@ def test_decoded_images_are_no_class_and_hide_no_folder(tmp_path, top, cache):
     assert len(listing(tmp_path / (cache or ".cache"))) == 1
 
 
-def test_what_lies_beside_classes_and_images_is_noted(tmp_path, capsys):
+def test_what_lies_next_to_classes_and_images_is_noted(tmp_path, capsys):
     """But not text, tables and what operating systems write."""
     for first, split in enumerate(images.SPLITS):
         write_classes(tmp_path / "top" / split, 3, first, name=split)
-    write_classes(tmp_path / "top", 1, name="beside")
+    write_classes(tmp_path / "top", 1, name="extra")
     for name in ("preview.png", "top/train/train 0/3", "top/train/train 0/boxes.txt", "top/train/train 0/Thumbs.db"):
         shutil.copy(tmp_path / "top/train/train 0/0.png", tmp_path / name)
     (tmp_path / "top/train/train 0/empty").mkdir()
     find(tmp_path)
-    loose, beside, strange = capsys.readouterr().err.splitlines()
+    loose, extra, strange = capsys.readouterr().err.splitlines()
     assert loose == f"note: 1 images directly in {tmp_path} are left out: they are in no class folder"
-    assert beside == f"note: 1 folders with images beside them in {tmp_path / 'top'} are left out: 'beside 0'"
+    assert extra == f"note: 1 folders with images next to them in {tmp_path / 'top'} are left out: 'extra 0'"
     assert strange.startswith("note: 1 files in the class folders of ") and strange.endswith(": 'train 0/3'")
 
 
