@@ -21,13 +21,14 @@ class GuardedAdam:
         clip: each value of the gradient is clipped to -clip..clip; 0: none.
         skip_nonfinite: continue after a step that is not finite; else `halted` is set, and no later step changes
             anything.
+        keep_norms: scale every convolution's kernel back to the norm that it began with, in each step.
 
     `adam` is torch's optimiser. `updates` counts the steps that changed the weights. All tensors are on the weights'
     device.
     """
 
     def __init__(self, weights: Iterable[nn.Parameter], rate: float, cosine_steps: int, clip: float,
-                 skip_nonfinite: bool):
+                 skip_nonfinite: bool, keep_norms: bool):
         self.weights, self.rate, self.cosine_steps = list(weights), rate, cosine_steps
         self.clip, self.skip_nonfinite = clip, skip_nonfinite
         device = self.weights[0].device
@@ -38,6 +39,8 @@ class GuardedAdam:
                                        "exp_avg_sq": torch.zeros_like(weight)}
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
         self.halted = torch.zeros((), dtype=torch.bool, device=device)
+        kernels = [weight for weight in self.weights if keep_norms and weight.dim() == 4]
+        self.norms = [(kernel, torch.linalg.vector_norm(kernel.detach())) for kernel in kernels]
 
     def state(self) -> list[Tensor]:
         """Every tensor that later steps depend on."""
@@ -55,6 +58,8 @@ class GuardedAdam:
             cosine = torch.cos(self.updates.clamp(max=self.cosine_steps) * (math.pi / self.cosine_steps))
             self.adam.param_groups[0]["lr"].copy_(self.rate * (1 + cosine) / 2)
         self.adam.step()
+        for kernel, norm in self.norms:
+            kernel *= norm / torch.linalg.vector_norm(kernel)
         squares = [self.adam.state[weight]["exp_avg_sq"] for weight in self.weights]
         finite = torch.cat([values.flatten() for values in (losses, *gradients, *squares)]).isfinite().all()
         keep = finite & ~self.halted

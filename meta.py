@@ -126,13 +126,15 @@ class Meta:
     freeze_head: bool = False  # the last layer's weights in theta are not trained; the inner loop still adapts them
     adapt_blocks: Collection[int] | None = None  # the only blocks that MAML's inner loop adapts (`Learner.block`)
     cosine_steps: int = 0  # Adam's rate falls to 0 as half a cosine over this many updates; 0: it is constant
+    keep_norms: bool = False  # each update scales the convolutions' kernels back to the norms that they began with
 
     def __post_init__(self) -> None:
         if not all(weight.requires_grad for weight in self.net.parameters()):
             raise ValueError("Meta trains all weights; the last layer's can be kept with freeze_head")
         self.step = 0
         self.rates = inner_rates(self.net, self.learner, self.update_lr, self.head_lr, self.adapt_blocks)
-        self.outer = GuardedAdam(self.net.parameters(), self.meta_lr, self.cosine_steps, self.clip, self.skip_nonfinite)
+        self.outer = GuardedAdam(self.net.parameters(), self.meta_lr, self.cosine_steps, self.clip, self.skip_nonfinite,
+                                 self.keep_norms)
         self.optimizer, self.updates, self.state = self.outer.adam, self.outer.updates, self.outer.state
 
     @property

@@ -153,6 +153,8 @@ def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
     flag("lr_schedule", "constant", "of the outer learning rate: constant, or half a cosine that ends at 0",
          choices=["constant", "cosine"])
     flag("clip", 0.0, "clip each value of the outer gradient to -CLIP..CLIP; 0: none")
+    choice("keep_norms", False, "scale every convolution's kernel back to its initial norm after each meta-step; where "
+           "batch norm follows, a kernel's norm only decides how large its inner steps are")
     choice("skip_nonfinite", False, "skip an update whose loss or gradient is not finite, and count it, instead of "
            "stopping there")
     group = parser.add_argument_group("measuring, validating, testing")

@@ -109,7 +109,7 @@ def meta_of(net: Learner, args: argparse.Namespace) -> Meta:
                 update_step_test=args.update_step_test, first_order=args.first_order, nc_every=args.nc_every,
                 nc_every_late=args.nc_every_late if args.nc_every else 0, task_chunk=args.task_chunk, seed=args.seed,
                 clip=args.clip, skip_nonfinite=args.skip_nonfinite, learner=args.learner, head_lr=args.head_lr,
-                freeze_head=args.freeze_head, adapt_blocks=args.adapt_blocks,
+                freeze_head=args.freeze_head, adapt_blocks=args.adapt_blocks, keep_norms=args.keep_norms,
                 cosine_steps=meta_steps(args) if args.lr_schedule == "cosine" else 0)
 
 

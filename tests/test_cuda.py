@@ -77,7 +77,7 @@ def train(out: Path, *flags: str, launcher: tuple[str, ...] = (), steps: int = 1
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-cuda_graph"], ["--precision", "tf32"], ["--task_chunk", "2"],
-                                   ["--clip", "10"], ["--freeze_head"], ["--lr_schedule", "cosine"],
+                                   ["--clip", "10"], ["--freeze_head"], ["--lr_schedule", "cosine"], ["--keep_norms"],
                                    ["--learner", "anil"], ["--learner", "boil"], ["--k_spt", "5"],
                                    ["--learner", "protonet"], ["--learner", "classifier"]])
 def test_script(flags, tmp_path):

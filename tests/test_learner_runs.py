@@ -24,7 +24,8 @@ from tasks import with_rotations
 from training import Data
 
 FLAGS = {**{name: ["--learner", name] for name in ("anil", "boil", "protonet", "classifier")},
-         "cosine": ["--lr_schedule", "cosine"], "not transductive": ["--no-transductive", "--keep_every", "3"]}
+         "cosine": ["--lr_schedule", "cosine"], "kept norms": ["--keep_norms"],
+         "not transductive": ["--no-transductive", "--keep_every", "3"]}
 
 
 @pytest.mark.slow

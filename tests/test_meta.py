@@ -123,11 +123,12 @@ def test_gradient_of_the_scripts_networks(script, imgsz, n_way, net, k_spt, step
     assert losses.mean().item() == pytest.approx(loss.item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("first_order, clip, cosine_steps", [(False, 0, 0), (True, 0.01, 0), (False, 0, 3)])
-def test_meta_steps_are_adams_on_the_plain_loops_gradient(first_order, clip, cosine_steps):
+@pytest.mark.parametrize("first_order, clip, cosine_steps, keep_norms", [
+    (False, 0, 0, False), (True, 0.01, 0, False), (False, 0, 3, False), (False, 0, 0, True)])
+def test_meta_steps_are_adams_on_the_plain_loops_gradient(first_order, clip, cosine_steps, keep_norms):
     net = small_net()
     maml = Meta(copy.deepcopy(net), update_lr=0.3, meta_lr=0.01, update_step=2, first_order=first_order, clip=clip,
-                cosine_steps=cosine_steps)
+                cosine_steps=cosine_steps, keep_norms=keep_norms)
     theta = {name: w.detach().clone().requires_grad_() for name, w in net.weights.items()}
     optimizer = torch.optim.Adam(theta.values(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: (
@@ -140,6 +141,8 @@ def test_meta_steps_are_adams_on_the_plain_loops_gradient(first_order, clip, cos
             weight.grad = gradient[name].clip(-clip or None, clip or None) if clip else gradient[name]
         optimizer.step()
         schedule.step()
+        for name in ("0_conv2d_weight", "4_conv2d_weight") if keep_norms else ():
+            theta[name].data *= net.weights[name].norm() / theta[name].norm()
     assert maml.step == maml.updates == 5
     # Adam divides by the gradient's size, so a gradient that is 0 but for rounding still moves a weight
     for name in set(theta) - {"0_conv2d_bias", "4_conv2d_bias"}:
