@@ -99,7 +99,7 @@ SETTINGS = {setting.name: setting for setting in (
          "--update_lr 0.2 --head_lr 2 --adapt_blocks 4 5"))),
     Setting("small-body-step-10000", "MAML, inner rate 0.2, the classifier's 2",
             f"{_CONTRAST} --update_lr 0.2 --head_lr 2"),
-    Setting("kept-norms", "MAML, kernels of constant norm", f"{_CONTRAST} --keep_norms", 3),
+    Setting("kept-norms", "MAML, kernels of constant norm", f"{_CONTRAST} --keep_norms"),
     Setting("small-step", "1 inner step at rate 0.4", f"{_ONE_CHANGE} --update_lr 0.4"),
     Setting("frozen-head", "classifier kept as drawn", f"{_ONE_CHANGE} --freeze_head"),
     Setting("small-head", "classifier from N(0, 0.18²)", _SMALL_HEAD),
@@ -195,8 +195,8 @@ BLOCKS = ("blocks-4-5", "blocks-3-4-5", "blocks-1-2-3-5", "blocks-1-2-3")  # MAM
 # that move the body less
 SMALLER_STEPS = ("small-body-step-10000", "blocks-4-5-small-body-step", "small-step", "small-head")
 # MAML by its inner loop in training
-OTHER_LOOPS = ("contrast-maml", "maml-3000", "contrast-zero-head", *BLOCKS, *SMALLER_STEPS, "paper-omniglot-5w1s",
-               "paper-omniglot-5w1s-blocks-4-5")
+OTHER_LOOPS = ("contrast-maml", "maml-3000", "contrast-zero-head", *BLOCKS, *SMALLER_STEPS, "kept-norms",
+               "paper-omniglot-5w1s", "paper-omniglot-5w1s-blocks-4-5")
 CONTROL_QUERIES, CONTROL_SHOTS = 15, 5  # per class in study/controls.py; the shots of its control "5-shot"
 STEP_SIZES = (0.08, 0.03, 0.09, 0.6)  # about MAML's in blocks 1 to 4 (TABLES.md), to which other learners' are scaled
 # whose features are compared before and after MAML's inner loop, layer by layer

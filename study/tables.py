@@ -193,7 +193,7 @@ pace = partial(compared, names=(*OTHER_LOOPS, *design.TWENTY_WAY), columns={
     "test after": lambda runs: f"{runs[0].last_step:,}", "test, %": (own_accuracy,)} | OWN_RULE)
 
 # How far MAML's inner loop moves the kernels of each block; similarity, also after steps as large as MAML's.
-moved = partial(compared, names=(*LEARNERS, "maml-3000", *design.BLOCKS), references=("untrained",))
+moved = partial(compared, names=(*LEARNERS, "maml-3000", "kept-norms", *design.BLOCKS), references=("untrained",))
 steps = partial(moved, columns={
     f"{NAMED_LAYERS[layer]}, step": (in_control, "similarity, final", "step", layer) for layer in range(-5, -1)} | {
     f"{NAMED_LAYERS[layer]}, CKA{sizes}": (in_control, f"similarity{control}, final", "cka", layer)
