@@ -1,4 +1,4 @@
-"""The outer optimiser: Adam, whose step changes nothing if a loss or gradient is not finite.
+"""The outer optimiser: Adam, whose step changes nothing if a loss, gradient or weight is not finite.
 
 Nothing here waits for the device, so a CUDA graph can hold the step.
 """
@@ -49,7 +49,8 @@ class GuardedAdam:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], losses: Tensor) -> None:
-        """One Adam step; undone on the device, without a sync, if a loss, a gradient or its square is not finite."""
+        """One Adam step; undone on the device, without a sync, if a loss, a gradient, its square or a weight
+        is then not finite."""
         for weight, gradient in zip(self.weights, gradients, strict=True):
             weight.grad = gradient.clamp(-self.clip, self.clip) if self.clip else gradient
         changed = self.state()[:-2]  # all but the two counters
@@ -61,7 +62,8 @@ class GuardedAdam:
         for kernel, norm in self.norms:
             kernel *= norm / torch.linalg.vector_norm(kernel)
         squares = [self.adam.state[weight]["exp_avg_sq"] for weight in self.weights]
-        finite = torch.cat([values.flatten() for values in (losses, *gradients, *squares)]).isfinite().all()
+        values = losses, *gradients, *squares, *self.weights
+        finite = torch.cat([value.flatten() for value in values]).isfinite().all()
         keep = finite & ~self.halted
         for tensor, old in zip(changed, before):
             torch.where(keep, tensor, old, out=tensor)

@@ -2,7 +2,7 @@
 
 Several processes share a meta-step (`torchrun --nproc_per_node=N omniglot_train.py`). All draw the same tasks, each
 adapts its share, and the gradients are summed, so all take the same Adam step. Only rank 0 writes. With one process the
-functions for several change nothing, but `gather_lists` returns tensors on the CPU. T tasks, P processes.
+functions for several return their input; `gather_lists` moves its tensors to the CPU. T tasks, P processes.
 """
 
 import contextlib
@@ -227,8 +227,8 @@ class GraphedStep:
             says whether the next one measures.
         step: step(every_step=False) draws tasks and takes one meta-step, all on the current CUDA device.
         generator: the CUDA generator that `step` draws tasks from.
-        required: a step that can't be captured is a UserError, and nothing has changed. Otherwise a line says so, and
-            all steps run eagerly.
+        required: if the capture fails, all state is restored and a UserError raised. Otherwise a line says so, and all
+            steps run eagerly.
     """
 
     def __init__(self, maml, step: Callable, generator: torch.Generator, required: bool = True):

@@ -26,21 +26,21 @@ Weights = Mapping[str, Tensor]
 
 # name: what its params mean
 LAYERS = {
-    "conv2d": "[out, in, kernel, kernel, stride, padding]",  # padding: zeros on each side, or "same" (TensorFlow's)
-    "convt2d": "[in, out, kernel, kernel, stride, padding]",
-    "linear": "[out, in]",
-    "bn": "[channels]",
-    "bn_shift": "[channels]",  # batch norm without a scale, whose shift the inner loop doesn't adapt
-    "relu": "[inplace]",
-    "leakyrelu": "[slope, inplace]",
-    "tanh": "[]",
-    "sigmoid": "[]",
-    "upsample": "[scale]",
-    "max_pool2d": "[kernel, stride, padding]",
-    "avg_pool2d": "[kernel, stride, padding]",
-    "flatten": "[]",
-    "mean": "[]",  # over height and width
-    "reshape": "[shape without the batch]",
+    "conv2d": ["out", "in", "kernel", "kernel", "stride", "padding"],  # zeros on each side, or "same" (TensorFlow's)
+    "convt2d": ["in", "out", "kernel", "kernel", "stride", "padding"],
+    "linear": ["out", "in"],
+    "bn": ["channels"],
+    "bn_shift": ["channels"],  # batch norm without a scale, whose shift the inner loop doesn't adapt
+    "relu": ["inplace"],
+    "leakyrelu": ["slope", "inplace"],
+    "tanh": [],
+    "sigmoid": [],
+    "upsample": ["scale"],
+    "max_pool2d": ["kernel", "stride", "padding"],
+    "avg_pool2d": ["kernel", "stride", "padding"],
+    "flatten": [],
+    "mean": [],  # over height and width
+    "reshape": ["shape without the batch"],
 }
 LEAST = {"in": 1, "out": 1, "channels": 1, "kernel": 1, "stride": 1, "padding": 0}  # of params, all whole numbers
 SHIFT_EPS = 1e-3  # of bn_shift, added to the variance
@@ -93,7 +93,7 @@ class Learner(nn.Module):
             self.keys.append([f"{i}_{name}_{kind}" for kind in own])
             self.shapes.append(shape)
         if head_std is not None:
-            if [name for name, _ in self.config[-1:]] != ["linear"]:
+            if self.config[-1][0] != "linear":
                 raise ValueError("head_std: the last layer is not linear")
             nn.init.normal_(self.weights[self.classifier], std=head_std)
 
@@ -109,14 +109,14 @@ class Learner(nn.Module):
         return 1 + sum(name in BLOCK_STARTS for name, _ in self.config[1:index + 1])
 
     @property
-    def classifier(self) -> str:
-        """Name of the last linear layer's weight, [n_way, features]."""
-        return [name for name in self.weights if name.endswith("_linear_weight")][-1]
+    def head(self) -> list[str]:
+        """Names of the last layer's weights."""
+        return self.keys[-1]
 
     @property
-    def head(self) -> list[str]:
-        """Names of the last linear layer's weights."""
-        return [self.classifier, self.classifier.removesuffix("weight") + "bias"]
+    def classifier(self) -> str:
+        """Name of the last linear layer's weight, [n_way, features]."""
+        return self.head[0]
 
     @property
     def adaptable(self) -> list[str]:
@@ -124,10 +124,10 @@ class Learner(nn.Module):
         return [name for name in self.weights if "_bn_shift_" not in name]
 
     def patches(self, x: Tensor, groups: int = 1) -> Tensor | Patches:
-        """What `forward` computes of images of tasks [T, N, c, h, w] without weights; it takes the result as x, too.
+        """The part of `forward` that needs no weights, of images of tasks [T, N, c, h, w]: pass the result as x.
 
-        x itself if it needs a gradient, or if the network doesn't start with a convolution of few values per patch and
-        batch norm.
+        This is x itself if it needs a gradient, or if the network doesn't start with a convolution of few values per
+        patch and batch norm.
         """
         if x.requires_grad or not _starts_with_conv_bn(self.config):
             return x
@@ -230,9 +230,9 @@ def _check(name: str, params: Sequence, shape: list[int]) -> None:
     """Raise a ValueError for mistakes that torch accepts, or reports unhelpfully."""
     if name not in LAYERS:
         raise ValueError(f"unknown layer {name!r}; there are {', '.join(LAYERS)}")
-    if name != "reshape" and len(params) != len(LAYERS[name].strip("[]").split()):
-        raise ValueError(f"params must be {LAYERS[name]}")
-    for what, value in zip(LAYERS[name].strip("[]").split(", "), params):
+    if name != "reshape" and len(params) != len(LAYERS[name]):
+        raise ValueError(f"params must be [{', '.join(LAYERS[name])}]")
+    for what, value in zip(LAYERS[name], params):
         least, choice = LEAST.get(what), ', or "same"' if (name, what) == ("conv2d", "padding") else ""
         if least is not None and not (isinstance(value, int) and value >= least) and not (choice and value == "same"):
             raise ValueError(f"{what} must be an integer >= {least}{choice}, not {value!r}")

@@ -87,7 +87,10 @@ def meta_gradient(net: Learner, tasks: Tasks, lr: float | Mapping[str, float], s
     """Gradient of the sum of the adapted weights' query losses with respect to theta (algorithm 2, line 10).
 
     The gradient with respect to the adapted weights, `query_chunk` tasks at a time, is pulled back through the inner
-    loop. Returns a gradient per weight of theta, losses [T], accuracies [T], the inner loop's weights (detached).
+    loop. `lr` and `steps` are those of `adapt`; `first_order` takes the inner gradients as constants.
+
+    Returns:
+        A gradient per weight of theta, losses [T], accuracies [T], the inner loop's weights (detached).
     """
     trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, lr, steps, not first_order)
     last = trajectory[-1]
@@ -104,9 +107,13 @@ def meta_gradient(net: Learner, tasks: Tasks, lr: float | Mapping[str, float], s
 class Meta:
     """MAML around a Learner: its weights are theta, Adam is the outer optimiser.
 
-    `step` counts meta-steps, and `updates`, on the device, those that changed the weights. If a loss, a gradient or
-    Adam's state is not finite, the update is skipped, and all later ones too unless `skip_nonfinite` is set: nothing is
-    raised, so compare `updates` with `step`. Of several processes (device.py), each takes an equal share of the tasks.
+    `step` counts meta-steps, and `updates`, on the device, those that changed the weights. If a loss, a gradient,
+    Adam's state or a new weight is not finite, the update is skipped, and all later ones too unless `skip_nonfinite` is
+    set: nothing is raised, so compare `updates` with `step`. Of several processes (device.py), each takes an equal
+    share of the tasks. Give rates, learner, clip and keep_norms here: later changes of these have no effect.
+
+    Raises:
+        ValueError: an unknown learner or block, or a weight that doesn't require a gradient.
     """
 
     net: Learner  # on the device and in the dtype of training; its last layer is linear, with one output per class
@@ -116,7 +123,7 @@ class Meta:
     update_step_test: int = 10  # inner steps in `finetune`
     first_order: bool = False  # take the inner gradients as constants
     nc_every: int = 0  # measure at meta-steps 0, nc_every, 2 nc_every, ...; 0: never
-    task_chunk: int = 0  # maximum tasks in memory at once; the same up to rounding; 0: as `_chunk_sizes` says
+    task_chunk: int = 0  # maximum tasks in memory at once; the same up to rounding; 0: as `_together` says
     seed: int = 222  # of the permuted labels (the metrics' null)
     nc_every_late: int | None = None  # nc_every from meta-step LATE on; None: the same
     clip: float = 0.0  # each value of the outer gradient is clipped to -clip..clip, as in the paper's code; 0: none
@@ -141,7 +148,7 @@ class Meta:
     def measures_next(self) -> bool:
         """Whether the next meta-step measures."""
         every = self.nc_every if self.step < LATE or self.nc_every_late is None else self.nc_every_late
-        return every > 0 and self.step % every == 0
+        return self.nc_every > 0 and every > 0 and self.step % every == 0
 
     def __call__(self, tasks: Tasks, every_step: bool = False, measured: Tasks | None = None,
                  classes: Tensor | None = None) -> Step:
@@ -156,19 +163,26 @@ class Meta:
         measured = (measured or tasks) if self.measures_next else None
         null = permuted_labels(measured, self.seed + self.step)
         local = tree_map(devices.local_tasks, (tasks, measured, null, classes))
-        inner, query = self._chunk_sizes(tasks, trains=True)
-        gradients, steps = [], []
+        baseline, gradients, steps = BASELINES.get(self.learner), [], []
+        inner, query = self._together(tasks.x_spt), self._together(tasks.x_qry)
+        if baseline:  # one pass: classifier's batch norm is over all images of the step
+            inner = NO_LIMIT if self.learner == "classifier" else min(inner, query)
         for tasks, measured, null, classes in chunks(inner, len(local[0].y_spt), *local):
-            gradient, losses, correct, trajectory = self._gradient(tasks, classes, query)
-            along = every_step and trajectory is not None
+            if baseline:
+                gradient, losses, correct = baseline(self.net, tasks, classes)
+                trajectory = measured and self.adapt(tasks, self.update_step)
+            else:
+                gradient, losses, correct, trajectory = meta_gradient(
+                    self.net, tasks, self.rates, self.update_step, self.first_order, query)
+            along = every_step and not baseline
             correct = self._chunked(accuracies, tasks, trajectory)["accuracy"] if along else correct[:, None]
-            if trajectory is None and measured:
-                trajectory = self.adapt(tasks, self.update_step)
-            gradients.append(gradient)
             metrics = measured and self._chunked(collapse_metrics, measured, trajectory, null)
+            gradients.append(gradient)
             steps.append(Step(losses, correct, metrics))
         step = tree_map(devices.gather, cat(steps))
         total = devices.all_reduce([sum(parts) for parts in zip(*gradients)])
+        if self.freeze_head and not baseline:  # Adam leaves a weight whose gradient is always 0 as it is
+            total = [g * (name not in self.net.head) for name, g in zip(self.net.weights, total)]
         self.outer.step([gradient / len(step.losses) for gradient in total], step.losses)
         self.step += 1
         return step
@@ -186,7 +200,7 @@ class Meta:
             every_query: for all queries, or only the first of each class; each needs its own support-set pass.
         """
         steps = max(self.update_step_test, self.update_step if measured else 0)
-        inner, _ = self._chunk_sizes(tasks)
+        inner = self._together(tasks.x_spt)
         given, results = (tasks, measured, permuted_labels(measured, null_seed)), []
         for tasks, measured, null in chunks(inner, len(given[0].y_spt), *given):
             trajectory = self.adapt(tasks, steps)
@@ -196,34 +210,18 @@ class Meta:
             results.append(Adapted(**answers, metrics=metrics, nontransductive=alone))
         return cat(results)
 
-    def _gradient(self, tasks: Tasks, classes: Tensor | None, query_chunk: int) -> tuple:
-        """What `meta_gradient` returns; without an inner loop there is no trajectory."""
-        if self.learner in BASELINES:
-            return *BASELINES[self.learner](self.net, tasks, classes), None
-        gradient, *rest = meta_gradient(self.net, tasks, self.rates, self.update_step, self.first_order, query_chunk)
-        if self.freeze_head:  # Adam leaves a weight whose gradient is always 0 as it is
-            gradient = [g * (name not in self.net.head) for name, g in zip(self.net.weights, gradient)]
-        return gradient, *rest
-
     def adapt(self, tasks: Tasks, steps: int) -> list[Weights]:
         """The inner loop from theta, without its graph: K+1 sets of weights, as `adapt`."""
         return adapt(self.net, self.net.weights, tasks.x_spt, tasks.y_spt, self.rates, steps)
 
-    def _chunk_sizes(self, tasks: Tasks, trains: bool = False) -> tuple[int, int]:
-        """The largest number of tasks that go through the inner loop together, and through the query pass.
+    def _together(self, x: Tensor) -> int:
+        """The largest number of tasks with images x [T, N, c, h, w] that go through the network together.
 
         On a GPU all; on a CPU several small tasks, and large ones one at a time (benchmarks/README.md).
         """
-        def size(x: Tensor) -> int:
-            values = x.shape[1] * max(map(math.prod, self.net.shapes))
-            fitting = TOGETHER // values if values <= SMALL else 1
-            return min(fitting if x.device.type == "cpu" else NO_LIMIT, self.task_chunk or NO_LIMIT)
-
-        inner, query = size(tasks.x_spt), size(tasks.x_qry)
-        if trains and self.learner in BASELINES:  # one pass: classifier's batch norm is over all images of the step
-            inner = NO_LIMIT if self.learner == "classifier" else min(inner, query)
-        return inner, query
+        values = x.shape[1] * max(map(math.prod, self.net.shapes))
+        fitting = TOGETHER // values if values <= SMALL else 1
+        return min(fitting if x.device.type == "cpu" else NO_LIMIT, self.task_chunk or NO_LIMIT)
 
     def _chunked(self, function: Callable, tasks: Tasks, *trees):
-        _, size = self._chunk_sizes(tasks)
-        return chunked(partial(function, self.net), size, len(tasks.y_qry), tasks, *trees)
+        return chunked(partial(function, self.net), self._together(tasks.x_qry), len(tasks.y_qry), tasks, *trees)

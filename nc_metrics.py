@@ -35,7 +35,6 @@ from torch import Tensor
 
 Array = Tensor | np.ndarray | Sequence
 EPS = torch.finfo(torch.float64).eps
-CHUNK = 2**20   # feature values projected per call on a CPU: 8 MB in float64, so that repeated passes stay in its cache
 
 
 class _Group(NamedTuple):
@@ -349,17 +348,10 @@ def measure(features: list[Tensor], labels: Tensor, support_features: list[Tenso
     ncc_mismatch compares the nearest mean at each layer with the logits of the network. self_duality is nan except
     for the last hidden layer, within_original and between_original (`original_traces`) except for the logits.
     """
-    layers = []
-    for layer, (query, support) in enumerate(zip(features, support_features, strict=True)):
-        per_task = [query, labels, null_labels, support, support_labels, null_support_labels]
-        if layer == len(features) - 2:
-            per_task.append(classifier_weight.expand(*labels.shape[:-1], *classifier_weight.shape[-2:]))
-        if query.ndim == 3 and query.device.type == "cpu":
-            size = max(1, CHUNK // query[0].numel())
-            parts = [_project(n_way, *chunk) for chunk in zip(*(x.split(size) for x in per_task))]
-            layers.append([torch.cat(values) for values in zip(*parts)])
-        else:
-            layers.append(_project(n_way, *per_task))
+    weight = classifier_weight.expand(*labels.shape[:-1], *classifier_weight.shape[-2:])
+    layers = [_project(n_way, query, labels, null_labels, support, support_labels, null_support_labels,
+                       weight if layer == len(features) - 2 else None)
+              for layer, (query, support) in enumerate(zip(features, support_features, strict=True))]
     samples, off_span, references, tolerance = map(torch.stack, zip(*layers))
     *_, support_means, null_support_means, weight = references.split(n_way, -2)
     means = torch.stack([support_means, null_support_means])
@@ -393,11 +385,11 @@ def _project(n_way: int, features: Tensor, labels: Tensor, null_labels: Tensor, 
                   *(_means(support, _one_hot(y, n_way)) - origin for y in (support_labels, null_support_labels)),
                   *([] if weight is None else [weight.double()])]
     basis, references = torch.linalg.qr(torch.cat(references, -2).mT)      # [..., D, R], [..., R, 4 or 5 C]
-    within, references = group.residual @ basis, references.mT             # [..., N, R]
-    absent, missing = (5 * n_way - size for size in references.shape[-2:])   # all layers get the same size
-    samples = F.pad(within + one_hot @ references[..., :n_way, :], (0, missing))
-    off_span = (group.spread - _square_length(within)).clamp_min(0)
-    return samples, off_span, F.pad(references, (0, missing, 0, absent)), group.tolerance
+    residual, references = group.residual @ basis, references.mT           # [..., N, R]
+    rows, columns = (5 * n_way - size for size in references.shape[-2:])     # missing: all layers get the same size
+    samples = F.pad(residual + one_hot @ references[..., :n_way, :], (0, columns))
+    off_span = (group.spread - _square_length(residual)).clamp_min(0)
+    return samples, off_span, F.pad(references, (0, columns, 0, rows)), group.tolerance
 
 
 @torch.no_grad()

@@ -145,7 +145,7 @@ def args_file(run: Path) -> Path:
 
 def read_args(run: Path) -> dict:
     """What the args.json of a run's folder holds, or the file itself; "layers" is missing in older ones."""
-    return json.loads(args_file(run).read_text(encoding="utf-8"))
+    return json.loads(args_file(run).read_bytes())
 
 
 def write_json(path: Path, value: dict, remedy: str = REMEDY) -> None:

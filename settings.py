@@ -5,7 +5,6 @@
 """
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import device as devices
 from baselines import BASELINES, inner_rates
 from files import Parser, UserError, quoted, reading, same_place
 from learner import Learner
-from record import args_file
+from record import args_file, read_args
 from tasks import Dataset
 
 MODES = ("resume", "test", "from_args")  # flags that name the run whose settings hold; not settings themselves
@@ -28,6 +27,7 @@ LEAST = {"n_way": 2, "eval_tasks": 2, "test_tasks": 2, "nc_every": 0, "nc_every_
          "save_every": 0, "task_chunk": 0, "seed": 0}  # smallest value of an integer flag, if not 1
 NC_QRY = 15  # --nc_qry where it is not given and the classes have enough images
 RATES = ("meta_lr", "update_lr", "head_lr")  # may not be 0
+LARGEST = 1e37  # value of a float flag; Adam's first step size is ten times its rate, and must fit into a float32
 MAY_CHANGE = {  # flags that may change a run's settings
     "resume": ("epoch", *PLACE, "save_every", "task_chunk", "cuda_graph", "tensorboard"),
     "test": ("k_spt", "k_qry", "k_qry_test", "update_step_test", "test_tasks", "test_weights", "transductive",
@@ -155,8 +155,8 @@ def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
     flag("clip", 0.0, "clip each value of the outer gradient to -CLIP..CLIP; 0: none")
     choice("keep_norms", False, "scale every convolution's kernel back to its initial norm after each meta-step; where "
            "batch norm follows, a kernel's norm only decides how large its inner steps are")
-    choice("skip_nonfinite", False, "skip an update whose loss or gradient is not finite, and count it, instead of "
-           "stopping there")
+    choice("skip_nonfinite", False, "skip and count updates that are not finite, or whose loss or gradient is not, "
+           "instead of stopping there")
     group = parser.add_argument_group("measuring, validating, testing")
     flag("nc_every", 100, "meta-steps between two neural-collapse measurements on training tasks; 0: none at all")
     flag("nc_every_late", None, "as --nc_every, from meta-step 7,500 on; NC_EVERY if not given", type=int)
@@ -272,7 +272,7 @@ def _recorded(path: Path, mode: str, parser: argparse.ArgumentParser) -> dict:
 def read_settings(path: Path, takes: str) -> dict:
     """What a run's args.json holds under "settings"."""
     with reading(path, takes, "is not what a run writes"):
-        return dict(json.loads(path.read_bytes())["settings"].items())
+        return dict(read_args(path)["settings"].items())
 
 
 def _as_flags(settings: dict, defaults: dict) -> list[str]:
@@ -312,8 +312,8 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
             raise UserError(f"--{name} {value}: must be a whole number from {least} to {2**31 - 1}")
         if isinstance(value, float):
             bound = "above" if name in RATES else "from"
-            if not 0 <= value <= torch.finfo(torch.float32).max or bound == "above" and value == 0:
-                raise UserError(f"--{name} {value}: must be a number {bound} 0 that fits into a float32")
+            if not 0 <= value <= LARGEST or bound == "above" and value == 0:
+                raise UserError(f"--{name} {value}: must be a number {bound} 0, at most {LARGEST:g}")
     for name in ("data", "data_name"):
         if args.synthetic and (value := getattr(args, name)) is not None:
             raise UserError(f"--{name} {value}: with --synthetic the images are generated; leave --{name} out, "

@@ -181,7 +181,7 @@ def _convolve(x, operand, weight, bias, stride, padding):
     tasks, o, _, k, _ = weight.shape
     if operand.dim() == 4:
         bias = None if bias is None else bias.flatten()
-        return _apart(F.conv2d(operand, _kernels(weight), bias, stride, padding, groups=tasks), tasks)
+        return _from_groups(F.conv2d(operand, _kernels(weight), bias, stride, padding, groups=tasks), tasks)
     matrix = _matrix(weight).transpose(1, 2)
     y = torch.bmm(operand, matrix) if bias is None else torch.baddbmm(bias[:, None], operand, matrix)
     return y.view(*x.shape[:2], *_output_sides(x.shape, k, stride), o)
@@ -195,7 +195,7 @@ def _adjoints(x, operand, weight, g, stride, padding, wanted):
         gx, gw, gb = torch.ops.aten.convolution_backward(
             _as_groups(g), operand, _kernels(weight), [tasks * o], [stride] * 2, [padding] * 2, [1, 1], False, [0, 0],
             tasks, wanted)
-        return (_apart(gx, tasks) if for_x else None, gw.unflatten(0, (tasks, o)) if for_weight else None,
+        return (_from_groups(gx, tasks) if for_x else None, gw.unflatten(0, (tasks, o)) if for_weight else None,
                 gb.view(tasks, o) if for_bias else None)
     rows = g.reshape(tasks, -1, o)
     gx = _col2im(torch.bmm(rows, _matrix(weight)), x.shape, k, stride) if for_x else None
@@ -233,7 +233,7 @@ def _as_groups(x):  # [T, N, h, w, c] -> [N, T*c, h, w], in channels-last memory
     return x.permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
 
 
-def _apart(y, tasks):  # the inverse
+def _from_groups(y, tasks):  # the inverse
     return y.permute(0, 2, 3, 1).unflatten(3, (tasks, -1)).permute(3, 0, 1, 2, 4)
 
 

@@ -107,7 +107,7 @@ def meta_of(net: Learner, args: argparse.Namespace) -> Meta:
     """MAML with a run's settings."""
     return Meta(net, update_lr=args.update_lr, meta_lr=args.meta_lr, update_step=args.update_step,
                 update_step_test=args.update_step_test, first_order=args.first_order, nc_every=args.nc_every,
-                nc_every_late=args.nc_every_late if args.nc_every else 0, task_chunk=args.task_chunk, seed=args.seed,
+                nc_every_late=args.nc_every_late, task_chunk=args.task_chunk, seed=args.seed,
                 clip=args.clip, skip_nonfinite=args.skip_nonfinite, learner=args.learner, head_lr=args.head_lr,
                 freeze_head=args.freeze_head, adapt_blocks=args.adapt_blocks, keep_norms=args.keep_norms,
                 cosine_steps=meta_steps(args) if args.lr_schedule == "cosine" else 0)
@@ -265,7 +265,7 @@ class _Run:
         if not args.skip_nonfinite and self.skipped():
             step = int(self.maml.updates)  # the first whose update was skipped: none was made after it
             inner = "" if args.learner in BASELINES else f"--update_lr ({args.update_lr}) or "
-            raise UserError(f"step {step}: a loss or the gradient is not finite. Lower {inner}--meta_lr "
+            raise UserError(f"step {step}: a loss, the gradient or the update is not finite. Lower {inner}--meta_lr "
                             f"({args.meta_lr}), or skip such updates, if they are rare: {self.repeat} --skip_nonfinite")
 
     def skipped(self) -> int:

@@ -13,6 +13,7 @@ import meta
 import miniimagenet_train
 import nc_metrics
 import omniglot_train
+from baselines import BASELINES
 from learner import Learner
 from meta import Meta, adapt
 from tasks import Tasks, tree_map
@@ -180,6 +181,14 @@ def test_a_gradient_too_large_for_adam_changes_nothing(value, clip):
     assert equal(before, maml.state()[:-1]) == (not fits) and maml.outer.halted.item() == (not fits)
 
 
+def test_an_update_that_would_make_a_weight_infinite_changes_nothing():
+    maml = Meta(small_net(dtype=torch.float32), meta_lr=1e37)
+    maml.net.weights["0_conv2d_weight"].data.fill_(3.4e38)
+    before = copies(maml.state()[:-1])
+    maml.outer.step([torch.full_like(weight, -1) for weight in maml.net.parameters()], torch.ones(4))
+    assert equal(before, maml.state()[:-1]) and maml.outer.halted
+
+
 # ---- what is measured ----
 
 def expected_results(net, tasks, lr, steps, nulls):
@@ -216,7 +225,8 @@ def test_whatever_the_chunks_a_step_and_an_adaptation_are_the_plain_loops(monkey
     net, tasks, lr, steps = small_net(), make_tasks(k_spt=k_spt), 0.3, 2
     other = make_tasks(k_spt=k_spt, k_qry=2, seed=5)
     other = tasks._replace(x_qry=other.x_qry, y_qry=other.y_qry) if k_spt > 1 else None  # to measure on
-    monkeypatch.setattr(Meta, "_chunk_sizes", lambda *_, **__: chunks)
+    inner, query = chunks
+    monkeypatch.setattr(Meta, "_together", lambda _, x: inner if x is tasks.x_spt else query)
     maml = Meta(copy.deepcopy(net), update_lr=lr, update_step=steps, update_step_test=test_steps, nc_every=2,
                 first_order=first_order)
     measured = maml.finetune(tasks, other or tasks), maml(tasks, True, other)
@@ -257,7 +267,8 @@ def test_null_labels_are_the_tasks_labels_permuted_by_the_seed_the_step_and_noth
 
 
 @pytest.mark.parametrize("every, late, expected", [
-    (0, None, []), (1, None, range(13)), (2, None, range(0, 13, 2)), (2, 4, [0, 2, 4, 8, 12]), (2, 0, [0, 2, 4])])
+    (0, None, []), (0, 2, []), (1, None, range(13)), (2, None, range(0, 13, 2)), (2, 4, [0, 2, 4, 8, 12]),
+    (2, 0, [0, 2, 4])])
 def test_steps_that_measure(monkeypatch, every, late, expected):
     monkeypatch.setattr(meta, "LATE", 6)
     maml = Meta(small_net(), nc_every=every, nc_every_late=late)
@@ -290,12 +301,15 @@ def test_finetune_leaves_everything_as_it_was_and_results_hold_no_graph():
 def test_a_cpu_takes_small_tasks_together(script, k_spt, k_qry, together):
     maml = Meta(script.network(script.arguments([])))
     tasks = Tasks(*(torch.empty(2, 5 * k, 0) for k in (k_spt, k_spt, k_qry, k_qry)))
-    for got, about in zip(maml._chunk_sizes(tasks), together, strict=True):
-        assert about <= got < 2 * about
-    maml.task_chunk = 1
-    assert maml._chunk_sizes(tasks) == (1, 1)
-    maml.task_chunk = 0
-    inner, query = maml._chunk_sizes(tasks)
-    for maml.learner, expected in (("protonet", (min(inner, query), query)), ("maml", (inner, query))):
-        assert maml._chunk_sizes(tasks, trains=True) == expected  # a prototypical network has one pass
-    assert min(maml._chunk_sizes(tree_map(lambda values: values.to("meta"), tasks))) >= 1000  # as on a GPU
+    for images, about in zip((tasks.x_spt, tasks.x_qry), together, strict=True):
+        assert about <= maml._together(images) < 2 * about
+        assert maml._together(images.to("meta")) >= 1000  # as on a GPU
+        assert Meta(maml.net, task_chunk=1)._together(images) == 1
+
+
+def test_a_prototypical_network_has_one_pass(monkeypatch):
+    tasks, sizes, gradient = make_tasks(), [], BASELINES["protonet"]
+    monkeypatch.setattr(Meta, "_together", lambda _, x: 4 if x is tasks.x_spt else 2)
+    monkeypatch.setitem(BASELINES, "protonet", lambda *args: sizes.append(len(args[1].y_qry)) or gradient(*args))
+    Meta(small_net(), learner="protonet")(tasks)
+    assert sizes == [2, 2]
