@@ -186,7 +186,7 @@ def _note_loose(folder: Path) -> None:
 
 def _loose(folder: Path) -> int:
     """The number of images directly in the folder."""
-    return sum(map(_is_image, images.entries(folder)))
+    return sum(_is_image(entry) and not os.path.isdir(entry) for entry in images.entries(folder))
 
 
 def _is_image(file: os.DirEntry) -> bool:

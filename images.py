@@ -196,7 +196,7 @@ def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int)
         raise UserError(f"{where}: load gives the shape {list(images.shape)}; counts, channels and --imgsz say "
                         f"{list(expected)}; make them agree")
     if images.max() <= 1:
-        raise UserError(f"{where}: load gives only pixels 0 and 1 and must give 0..255; multiply them by 255")
+        raise UserError(f"{where} has only pixels 0 and 1, and they must be 0..255; multiply them by 255")
     return images
 
 
@@ -216,7 +216,9 @@ def entries(folder: Path | str) -> list[os.DirEntry]:
 
 
 def subfolders(folder: Path | str) -> list[os.DirEntry]:
-    return [entry for entry in entries(folder) if os.path.isdir(entry)]  # is_dir() raises on a link to itself
+    """The folders in `folder`, but for those of training runs, which have args.json and figures."""
+    return [entry for entry in entries(folder) if os.path.isdir(entry)  # is_dir() raises on a link to itself
+            and not os.path.exists(os.path.join(entry, "args.json"))]
 
 
 def by_class(files: Iterable[tuple[str, ImageFile]]) -> dict[str, list[ImageFile]]:
@@ -246,7 +248,8 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str, channels: int, img
     16 bits, by its own largest value.
 
     Raises:
-        UserError: it can't be decoded, is truncated, or has more pixels than PIL takes; the line begins with `name`.
+        UserError: it can't be decoded, is truncated, has more pixels than PIL takes, or is of 16-bit colours that are
+            black in 8 bits; the line begins with `name`.
     """
     if not isinstance(data, Image.Image) and not len(data):
         raise UserError(f"{name} is empty")
@@ -254,6 +257,9 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str, channels: int, img
         try:
             if isinstance(data, bytes):
                 data = Image.open(io.BytesIO(data), formats=FORMATS)
+                of_16_bits = any("16" in str(tile[-1]) for tile in data.tile) and not data.mode.startswith("I")
+                if of_16_bits and max(high for _, high in data.convert("RGB").getextrema()) < 16:
+                    raise ValueError("16 bits per channel, of which only the lower are used; convert it to 8 bits")
         except UnidentifiedImageError as error:
             raise UserError(f"{name} is none of {', '.join(FORMATS)}") from error
         if isinstance(data, np.ndarray) and data.ndim != 2 and data.shape[2:] not in ((2,), (3,), (4,)):

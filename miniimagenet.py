@@ -83,6 +83,9 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
         remedy += " from the CSV file"
     elif layout == FOLDERS:
         splits = folders.split_classes(parts)
+        if tables := _layouts(top)[CSV]:
+            note(f"note: {', '.join(path.name for path in tables.values())} in {top} are not read: the folders say the "
+                 "splits")
     elif layout == PICKLES:
         splits = {split: _from_pickle(parts[split], split) for split in SPLITS}
     elif splits := _from_wnids(root, cache):
@@ -371,11 +374,13 @@ class MiniImagenet(torch.utils.data.Dataset):
         startidx: the number of the first task; `startidx=batchsz` gives the next `batchsz` tasks.
     Raises:
         UserError: as `find` and `ImageSet.load`.
-        ValueError: the split has too few classes, or too few images per class.
+        ValueError: there is no such split, or it has too few classes, or too few images per class.
     """
 
     def __init__(self, root: str | Path, mode: str, batchsz: int, n_way: int, k_shot: int, k_query: int, resize: int,
                  startidx: int = 0, cache: str | Path | None = None):
+        if mode not in SPLITS:
+            raise ValueError(f"mode {mode!r}: must be one of {', '.join(SPLITS)}")
         dataset = images.dataset(functools.partial(find, root, cache), str, CHANNELS, MEAN, STD, resize)
         self.batchsz, self.startidx = batchsz, startidx
         self.sampler = Sampler(dataset.load(mode), dataset, torch.device("cpu"), 0, n_way, k_shot, k_query,

@@ -32,12 +32,12 @@ def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
                     epilog="With no RUN: redraw result.png and the report's figures from the logs under res/.")
     parser.add_argument("runs", nargs="*", type=home_path, metavar="RUN",
                         help="run folder or log; several: seeds, settings")
-    parser.add_argument("--figure", choices=figures.ANY, default="traces", help="of the RUNs (default: traces)")
+    parser.add_argument("--figure", choices=figures.ANY, help="of the RUNs (default: traces)")
     parser.add_argument("-o", "--output", type=home_path, metavar="FILE",
                         help="PNG, PDF or SVG to write (default: a PNG in the first RUN)")
     parser.add_argument("--layer", metavar="NAME", help="not of --figure layers (default: the classifier's input)")
     options = parser.parse_args(arguments)
-    if not options.runs and (options.output or options.layer or options.figure != parser.get_default("figure")):
+    if not options.runs and (options.output or options.layer or options.figure):
         raise UserError("name a RUN: without one, all figures are redrawn, and -o, --layer and --figure have no effect")
     if options.layer and options.figure == "layers":
         raise UserError("--figure layers draws all layers; leave --layer out")
@@ -49,10 +49,10 @@ def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
             for run, *_ in groups:
                 if options.layer and options.layer not in run.layers:
                     raise UserError(f"no layer {options.layer!r} in {run.path}; there are: {', '.join(run.layers)}")
-            name = f"{options.figure}-{options.layer}" if options.layer else options.figure
-            name = "result" if name == "traces" else name
+            figure = options.figure or "traces"
+            name = f"{figure}-{options.layer}" if options.layer else "result" if figure == "traces" else figure
             path = options.output or groups[0][0].path / f"{name}.png"
-            figure_of_path = {path: figures.ANY[options.figure](groups, options.layer)}
+            figure_of_path = {path: figures.ANY[figure](groups, options.layer)}
         else:
             figure_of_path = {home / name: figure for name, figure in report.all_figures(Study(home / "res")).items()}
         for path, figure in figure_of_path.items():

@@ -178,13 +178,14 @@ def check_classes(run: Path, args: argparse.Namespace, dataset: Dataset) -> None
         recorded = read_args(run)
         here = all(same_place(getattr(args, flag), recorded["settings"].get(flag)) for flag in ("root", "data"))
         then = recorded.get("data", {}).get("splits", {}).get("train", {}).get("classes_digest")
-    if not then or "train" not in dataset.counts() or dataset.digest("train") == then:
+    if not then or "train" in dataset.counts() and dataset.digest("train") == then:
         return
-    if here:
+    if here and "train" in dataset.counts():
         raise UserError(f"{run} was trained on other classes than the training classes here now ({dataset.found()}), "
                         "and may know the test classes; restore the images, or name others with --data FOLDER")
-    if args.data:
-        say(f"note: whether {run} was trained on test classes of {args.data} is not known: its training classes differ")
+    if args.data and not here:
+        say(f"note: whether {run} was trained on test classes of {args.data} is not known: its training classes are "
+            "not those of the run")
 
 
 def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:

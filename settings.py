@@ -325,6 +325,9 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
             raise UserError(f"--{name}: --learner {args.learner} trains without an inner loop; give --no-{name}")
     if getattr(args, "split", "shuffled") != "shuffled" and (args.synthetic or args.data is not None):
         raise UserError(f"--split {args.split}: these images are not Omniglot's; give --split shuffled")
+    if not len(dataset.mean) == len(dataset.std) == dataset.channels or 0 in dataset.std:
+        raise UserError(f"{dataset.name()}: mean and std must have a value per channel ({dataset.channels}), no std "
+                        f"may be 0; they are {tuple(dataset.mean)} and {tuple(dataset.std)}")
     if args.imgc != dataset.channels:
         raise UserError(f"--imgc {args.imgc}: {dataset.name()} has {dataset.channels}; give --imgc {dataset.channels}")
     if meta_steps(args) < 1:
@@ -347,7 +350,8 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     sizes = {split: size for split, size in dataset.sizes().items() if split == "test" or not tests_only}
     for split, (classes, images) in sizes.items():
         if args.n_way > classes:
-            divided = " or divide them into train/, val/ and test/ yourself" if args.data else ""
+            folders = "put them into test/" if tests_only else "divide them into train/, val/ and test/ yourself"
+            divided = f" or {folders}" if args.data else ""
             raise UserError(f"--n_way {args.n_way}: {dataset.name()} has {classes} classes in its {split} split; lower "
                             f"it, or add classes{divided}")
         for name in ("k_qry" if split == "train" or args.k_qry_test in (None, args.k_qry) else "k_qry_test", "nc_qry"):

@@ -79,6 +79,8 @@ def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
                 if devices.rank() == 0:  # it may download them
                     say(f"Data: {dataset.described()}")
                     record.check_classes(run, args, dataset)
+                    if not (run / "result.json").exists():
+                        say(f"note: {run} is not finished")
                 record.write_test(run, _test(maml, data, run, Signals()), args)
 
 

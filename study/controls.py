@@ -30,7 +30,7 @@ import nc_metrics
 import predict
 from baselines import inner_rates
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
-from files import Parser, UserError, atomic, progress, quoted, reading
+from files import Parser, UserError, atomic, listed, progress, quoted, reading
 from learner import Learner, Weights
 from measuring import accuracies, accuracy, class_means, collapse_metrics, cross_entropy, permuted_labels, scores
 from meta import Meta, adapt
@@ -64,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if path.exists():
         with reading(path, "remove it, and measure all controls again", "is damaged"):
             kept = dict(json.loads(path.read_bytes()))
+            larger = [name for name in only or kept if kept.get(name, {"tasks": 0})["tasks"] > n_tasks]
+        listed(larger, f"{path} has controls of more than {n_tasks} tasks", "give as many --tasks, or move it away")
     with memory_runs_out("lower --task_chunk or take another --device"):
         for name, control in measure(folder, args, script, only):
             kept[name] = control

@@ -230,6 +230,8 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
     note = key("permuted labels, adapted; NC2: random directions", GREY, linestyle=":")
     rows = math.ceil(len(LABELS) / 3)
     figure, panels = frame(rows, 3, 2.2 * rows, keys(groups, note, models=True))
+    for axes in panels.flat[len(LABELS):]:
+        axes.remove()
     headline(figure, groups, TASKS[split], layer or distinct(groups, "hidden"))
     for axes, (metric, title) in zip(panels.flat, LABELS.items()):
         curves(axes, groups, [(of_metric(split, model, metric, layer), style) for model, style in STYLES.items()

@@ -42,10 +42,17 @@ class Job(NamedTuple):
     def finished(self) -> bool:
         return all((self.folder / name).exists() for name in RESULTS)
 
-    def command(self, root: str) -> list[str]:
+    def command(self, roots: dict[str, str]) -> list[str]:
+        """`roots` are the folders of the data that the settings look for in omniglot/ and in miniimagenet/."""
+        root = ["--root", roots[ROOTS[self.script]]]
         if (self.folder / "args.json").exists():
-            return [self.script, "--resume", str(self.folder), "--root", root]
-        return [self.script, *self.flags, "--out", str(self.folder), "--root", root]
+            return [self.script, "--resume", str(self.folder), *root]
+        flags = list(self.flags)
+        for i, flag in enumerate(flags):
+            for name, folder in roots.items():
+                if flag.startswith(name):
+                    flags[i] = os.path.join(folder, flag.removeprefix(name))
+        return [self.script, *flags, "--out", str(self.folder), *root]
 
 
 def jobs_of(names: Sequence[str], seeds: Sequence[int] | None) -> list[Job]:
@@ -79,7 +86,7 @@ def run_all(jobs: Sequence[Job], at_once: int, roots: dict[str, str]) -> None:
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.pop(0)
-                script, *flags = job.command(roots[job.script])
+                script, *flags = job.command(roots)
                 print(f"python {shlex.join([script, *flags])}", flush=True)
                 with open(f"{job.folder}.txt", "ab") as output:
                     process = subprocess.Popen([sys.executable, HOME / script, *flags], stdin=subprocess.DEVNULL,
@@ -125,7 +132,8 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
             arguments = json.loads((job.folder / "args.json").read_bytes())
             if different := other_flags(job, arguments["settings"]):
                 raise UserError(f"{job.folder} has another {', '.join(different)} than the study; rename it")
-            arguments["settings"] |= {"root": ROOTS[job.script], "cache": None, "out": None}
+            data = dict(zip(job.flags, job.flags[1:])).get("--data")
+            arguments["settings"] |= {"root": ROOTS[job.script], "data": data, "cache": None, "out": None}
             log = (job.folder / "log.jsonl").read_bytes()
         weights = contents(job.folder, ["last.pt", f"{arguments['settings'].get('test_weights', 'best')}.pt"])
         copies = contents(job.folder, RESULTS) | weights | {
@@ -159,8 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no SIGHUP
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
                 signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the runs are stopped too
-        run_all(jobs, options.jobs,
-                {"omniglot_train.py": options.omniglot, "miniimagenet_train.py": options.photographs})
+        run_all(jobs, options.jobs, dict(zip(ROOTS.values(), (options.omniglot, options.photographs))))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def made(folder: Path) -> Path:
 def main() -> None:
     Parser(prog="python -m study.variants", description=__doc__.partition("\n")[0]).parse_args()
     for make, root in ((omniglot, Path("omniglot")), (photographs, Path("miniimagenet"))):
-        with reading(root, "put the data set there, or make that folder a link to it"):
+        with reading(root, "put the data set there (Omniglot's two zip files), or make that folder a link to it"):
             make(root)
 
 

@@ -207,9 +207,11 @@ def test_controls(tmp_path):
 
     # the file, and how the study reads it
     assert len(found["final"]["per_task"]["finetuned"]["nc1"]) == found["final"]["tasks"] == 4
-    controls.main([str(run), "--tasks", "2", "--only", "untrained"])  # the others stay
+    with refused("controls.json has controls of more than 2 tasks: untrained; give as many --tasks"):
+        controls.main([str(run), "--tasks", "2", "--only", "untrained"])
+    controls.main([str(run), "--tasks", "5", "--only", "untrained"])  # the others stay
     again = read(run)
-    assert list(again) == list(found) and again["untrained"]["tasks"] == 2 and again["final"] == found["final"]
+    assert list(again) == list(found) and again["untrained"]["tasks"] == 5 and again["final"] == found["final"]
     assert effects.measured(one, "meta", "relative_within") == shares("final")[0]
     assert effects.measured(one, "meta", "nc1", "pixels") == found["pixels"]["meta"]["nc1"]["mean"][0]
     assert effects.in_control(one, "final", "effective_dimension", "meta") > 1

@@ -80,6 +80,15 @@ def test_what_lies_next_to_classes_and_images_is_noted(tmp_path, capsys):
     assert strange.startswith("note: 1 files in the class folders of ") and strange.endswith(": 'train 0/3'")
 
 
+def test_folders_of_runs_among_the_classes_are_not_classes(tmp_path):
+    write_classes(tmp_path, 6)
+    for run in ("run", "runs/omniglot_train-1", "class 0/run"):
+        shutil.copytree(tmp_path / "class 5", tmp_path / run)  # its figures
+        (tmp_path / run / "args.json").touch()
+    classes = [label for labels in find(tmp_path).splits.values() for label in labels]
+    assert sorted(classes) == [f"class {label}" for label in range(6)]
+
+
 def test_copies_and_csv_files_are_noted(tmp_path, capsys):
     write_classes(tmp_path, 3)
     shutil.copytree(tmp_path / "class 0", tmp_path / "class 3")
@@ -195,14 +204,14 @@ def test_a_folder_test_is_enough_to_test_a_trained_model_on_all_its_classes(tmp_
         omniglot_train.main(again)
     write_classes(tmp_path / "own", 3, name="more")  # one of them becomes the test split
     (tmp_path / "own/more 2").rename(tmp_path / "own/novel")  # a class
-    with refused("--n_way 2: images in own has 1 classes in its test split; lower it, or add classes"):
+    with refused("--n_way 2: images in own has 1 classes in its test split; lower it, or add classes or put"):
         omniglot_train.main(again)
     shutil.rmtree(tmp_path / "own")
     write_classes(tmp_path / "own/test", 5)
     omniglot_train.main(again)
     result, = (tmp_path / "run").glob("test-*.json")
     assert read_json(tmp_path / "run", result.name)["test_classes"] == 5
-    assert "is not known" not in capsys.readouterr().out
+    assert f"test classes of {tmp_path / 'own'} is not known" in capsys.readouterr().out
     write_classes(tmp_path / "pictures again", 15)  # other classes become the test split
     omniglot_train.main([*again[:3], str(tmp_path / "pictures again")])
     assert f"test classes of {tmp_path / 'pictures again'} is not known" in capsys.readouterr().out

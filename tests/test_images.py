@@ -2,6 +2,8 @@
 
 import io
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -65,6 +67,19 @@ def test_16_bit_images_keep_their_range(bits, value):
     for channels in (1, 3):
         decoded = decode(encode(pixels), channels)
         assert decoded[:, 0, 0].tolist() == [value >> bits - 8] * channels and decoded[0, 7, 0] == 0
+
+
+def test_colours_of_16_bits_are_read_but_not_if_they_would_be_black():
+    def png(value):  # PIL writes none
+        rows = (b"\0" + np.full(8 * 3, value, ">u2").tobytes()) * 8
+        header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+        return b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")))
+
+    assert decode(png(40_000))[:, 0, 0].tolist() == [40_000 >> 8] * 3
+    with refused("16 bits per channel, of which only the lower are used; convert it to 8 bits"):
+        decode(png(3000))
 
 
 def test_exif_orientation_is_applied():

@@ -127,12 +127,13 @@ LAYOUTS = {  # and words of the line that says what was found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(photos, layout):
+def test_layouts(photos, layout, capsys):
     """One layout gives the same images as every other, and one line says which it was."""
     change, words = LAYOUTS[layout]
     change(photos)
     image_set = miniimagenet.find(photos)
     assert words in image_set.summary and "\n" not in image_set.summary
+    assert ("are not read" in capsys.readouterr().err) == (layout == "ImageFolder with tables without images")
     assert reds(photos) == RED
     numbered = layout in ("cache, labels", "cache, image_data by number")
     classes = [f"train {number}" if numbered else f"class{number + 1}" for number in range(3)]

@@ -25,6 +25,7 @@ import record
 import settings
 import training
 from record import draw_figure
+from tasks import Dataset
 
 PROJECT = Path(training.__file__).parent
 FINISHED = PROJECT / "res/contrast-maml-seed1"
@@ -203,6 +204,12 @@ def test_settings_that_are_refused(script, flags, line, tmp_path, monkeypatch):
     with refused(line):
         script.main(flags.split())
     assert not list(tmp_path.iterdir())  # nothing read, downloaded or made
+
+
+@pytest.mark.parametrize("mean, std", [((0.0,) * 3, (1.0,)), ((0.0,), (1.0,) * 2), ((0.0,), (0.0,))])
+def test_a_mean_or_std_that_fits_no_image_is_refused(mean, std):
+    with refused("mine: mean and std must have a value per channel (1)"):
+        settings.check(omniglot_train.arguments([]), Dataset(lambda: "mine", 1, mean, std, dict, None), None)
 
 
 def test_data_that_cannot_be_read_leaves_no_run(tmp_path, monkeypatch):

@@ -283,7 +283,7 @@ def test_collected_files_name_no_place_and_no_time(place, capsys):
         assert collected.keys() == {"log.jsonl.gz", "args.json", "result.json", "timing.json", "last.pt"}
         assert gzip.decompress(collected["log.jsonl.gz"]) == b"begun\n" and collected["log.jsonl.gz"][4:8] == bytes(4)
         assert json.loads(collected["args.json"])["settings"] == {
-            "seed": 1, "epoch": 6000, "task_num": 8, "root": "omniglot/", "cache": None, "out": None}
+            "seed": 1, "epoch": 6000, "task_num": 8, "root": "omniglot/", "data": None, "cache": None, "out": None}
     assert f"{SETTING}-seed2: not finished, left out" in capsys.readouterr().out
     folder, results = (place / parent / f"{SETTING}-seed1" for parent in ("runs/study", "res"))
     settings = {"seed": 1, "epoch": 6000, "task_num": 8}
@@ -311,10 +311,11 @@ def test_collected_files_name_no_place_and_no_time(place, capsys):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_command_is_one_that_its_script_takes(name):
     (job, *_) = run.jobs_of([name], None)
-    script, *flags = job.command("data")
+    script, *flags = job.command({"omniglot/": "data", "miniimagenet/": "data"})
     module = {"omniglot_train.py": omniglot_train, "miniimagenet_train.py": miniimagenet_train}[script]
     args = module.arguments(flags)
     assert args.out == str(job.folder) and args.root == "data" and args.seed == 1
+    assert args.data is None or Path(args.data).parts[:1] == ("data",) and len(Path(args.data).parts) == 2
 
 
 def test_flags_that_a_run_does_not_have():
