@@ -116,7 +116,10 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
                    "similarity of blocks 3-5, final": (final, partial(similarity, blocks=(3, 4, 5))),
                    "similarity at equal steps, final": (final, partial(similarity, sizes=STEP_SIZES)),
                    "similarity at equal steps, untrained": (untrained, partial(similarity, sizes=STEP_SIZES))}
-    sizes |= dict.fromkeys((f"{LINEAR}, final", f"{LINEAR}, untrained"), sizes.get("5-shot", usual))
+    five_shot = sizes.get("5-shot", usual)
+    sizes |= dict.fromkeys((f"{LINEAR}, final", f"{LINEAR}, untrained"), five_shot)
+    if five_shot[0] != CONTROL_SHOTS:  # classes of too few images
+        wanted = {name: control for name, control in wanted.items() if not name.startswith(LINEAR)}
     if not wanted.keys() >= set(only or ()):
         raise UserError(f"--only {' '.join(only)}: the controls are {', '.join(map(quoted, wanted))}")
     wanted = {name: wanted[name] for name in only or wanted}
@@ -248,7 +251,7 @@ def changed_norms(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dic
     kernels = [(name, weight) for name, weight in theta.items() if weight.dim() > 2]
     return {"loss": loss({})[:, None]} | {
         name: torch.stack([loss({kernel: factor * weight}) for kernel, weight in kernels], 1)
-        for name, factor in (("longer", 2**0.5), ("shorter", 0.5**0.5))}
+        for name, factor in (("longer", 2**0.5), ("shorter", 0.5**0.5)) if kernels}
 
 
 def kernel_norms(weights: Weights) -> Tensor:

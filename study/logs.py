@@ -37,7 +37,7 @@ class Run:
     def settings(self) -> dict:
         """The settings, with defaults for those that older runs lack."""
         older = {"learner": "maml", "recipe": "original", "first_order": False, "nc_qry": None, "split": "shuffled",
-                 "random_labels": False, "freeze_head": False}
+                 "random_labels": False, "freeze_head": False, "keep_norms": False}
         return older | self.arguments["settings"]
 
     @property

@@ -131,13 +131,12 @@ def cached(root: Path, form: str = "image_data", protocol: int = 4, pickler: typ
         names, labels = zip(*rows(root, split))
         pixels = np.stack([np.asarray(Image.open(root / "images" / name)) for name in names])
         numbers = {label: number for number, label in enumerate(sorted(set(labels)))}
+        numbered = {"data": pixels, "labels": [numbers[label] for label in labels]}
+        class_dict = {label: [i for i, other in enumerate(labels) if other == label] for label in numbers}
         content = {
-            "image_data": {"image_data": pixels, "class_dict": {label: [i for i, other in enumerate(labels) if
-                                                                        other == label] for label in numbers}},
-            "image_data by number": {"image_data": pixels, "class_dict": {number: [
-                i for i, other in enumerate(labels) if other == label] for label, number in numbers.items()}},
-            "labels": {"data": pixels, "labels": [numbers[label] for label in labels]},
-            "catname2label": {"data": pixels, "labels": [numbers[label] for label in labels], "catname2label": numbers},
+            "image_data": {"image_data": pixels, "class_dict": class_dict},
+            "image_data by number": {"image_data": pixels, "class_dict": dict(enumerate(class_dict.values()))},
+            "labels": numbered, "catname2label": numbered | {"catname2label": numbers},
             "list of arrays": {"data": list(pixels), "labels": labels}}[form] | (change if split == "train" else {})
         with open(root / f"mini-imagenet-cache-{split}.pkl", "wb") as file:
             pickler(file, protocol).dump(content)

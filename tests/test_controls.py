@@ -6,7 +6,6 @@ from unittest.mock import Mock
 import oracle
 import pytest
 import torch
-import torch.nn.functional as F
 from data_files import read_json, refused, write_classes
 
 import nc_metrics
@@ -59,15 +58,20 @@ def similarity(one, other):
     return (hsic(one, other) / (hsic(one, one) * hsic(other, other)).sqrt()).item()
 
 
-def kept(net, tasks, rate, changes=bool):
-    """Of one inner step of the weights in `changes`: each layer's similarity before and after it, accuracy; means."""
-    alike, right = [], []
+def one_step(net, rate, changes=bool):
+    """The inner loop of one task: its weights before and after one step, which changes the weights named so."""
+    return lambda x, y: oracle.adapt(net.config, net.weights, x, y, rate, 1, changes=changes)
+
+
+def kept(net, tasks, loop):
+    """Means over tasks: each layer's similarity before and after this inner loop; accuracy and share after it."""
+    alike, right, adapted = [], [], []
     for x, y, x_qry, y_qry in zip(*tasks):
-        before, after = (oracle.forward(net.config, weights, x_qry)[1]
-                         for weights in oracle.adapt(net.config, net.weights, x, y, rate, 1, changes=changes))
+        before, after = (oracle.forward(net.config, weights, x_qry)[1] for weights in loop(x, y))
         alike.append([similarity(*features) for features in zip(before, after)])
         right.append((after[-1].argmax(1) == y_qry).double().mean().item())
-    return torch.tensor(alike).mean(0).tolist(), sum(right) / len(right)
+        adapted.append(after[-2])
+    return torch.tensor(alike).mean(0).tolist(), sum(right) / len(right), share(torch.stack(adapted), tasks.y_qry)
 
 
 def test_cka():
@@ -121,8 +125,7 @@ def test_controls(tmp_path):
     for name, similar, net in zip(PARTS, SIMILARITY, nets.values()):
         right, moved, steps = [], [], []
         for x, y, x_qry, y_qry in zip(*tasks):
-            parts = [net.weights, *(oracle.adapt(net.config, net.weights, x, y, args.update_lr, 1, changes=changes)[-1]
-                                    for changes in (head, body, bool))]
+            parts = [net.weights, *(one_step(net, args.update_lr, changes)(x, y)[-1] for changes in (head, body, bool))]
             logits = [oracle.forward(net.config, weights, x_qry)[0] for weights in parts]
             right.append([(one.argmax(1) == y_qry).double().mean() for one in logits])
             start, end = (torch.cat([weights[key].flatten() for key in filter(body, weights)])
@@ -137,39 +140,33 @@ def test_controls(tmp_path):
         assert found[similar]["step"] == pytest.approx(torch.tensor(steps).mean(0).tolist(), 1e-3)
         norms = [weight.norm().item() for weight in net.weights.values() if weight.dim() > 1]
         assert found[similar]["norm"] == pytest.approx(norms, 1e-4)
-        alike, accuracy = kept(net, tasks, args.update_lr)
+        alike, accuracy, _ = kept(net, tasks, one_step(net, args.update_lr))
         assert found[similar]["cka"] == pytest.approx(alike, 1e-4)
         assert found[similar]["accuracy"] == pytest.approx([accuracy], abs=1e-5)
     assert found[SIMILARITY[0]]["cka"] != found[SIMILARITY[1]]["cka"] and max(found[SIMILARITY[1]]["cka"]) < 1
     for name, adapted in BY_BLOCKS.items():
-        alike, accuracy = kept(final, tasks, args.update_lr, lambda weight: int(weight.split("_")[0]) in adapted)
+        loop = one_step(final, args.update_lr, lambda weight: int(weight.split("_")[0]) in adapted)
+        alike, accuracy, _ = kept(final, tasks, loop)
         assert found[name]["cka"] == pytest.approx(alike, 1e-4)
         assert found[name]["accuracy"] == pytest.approx([accuracy], abs=1e-5)
     assert found[name]["cka"][0] == pytest.approx(1) != found["similarity, final"]["cka"][0]
 
     kernels = [key for key, weight in final.weights.items() if weight.dim() > 2]
     for name, factor, changed in ("loss", 1, kernels[:1]), ("longer", 2**0.5, kernels), ("shorter", 0.5**0.5, kernels):
-        losses = []
-        for kernel in changed:
-            start = dict(final.weights.items()) | {kernel: factor * final.weights[kernel]}
-            ends = [oracle.adapt(final.config, start, x, y, args.update_lr, 1)[-1] for x, y, *_ in zip(*tasks)]
-            losses.append(sum(F.cross_entropy(oracle.forward(final.config, weights, x)[0], y).item()
-                              for weights, x, y in zip(ends, tasks.x_qry, tasks.y_qry)) / 4)
+        starts = [dict(final.weights.items()) | {kernel: factor * final.weights[kernel]} for kernel in changed]
+        losses = [oracle.meta_loss(final.config, start, tasks, args.update_lr, 1).item() for start in starts]
         assert found[NORMS][name] == pytest.approx(losses, 1e-5)
 
     for name, net in zip(EQUAL, nets.values()):
-        alike, adapted = [], []
-        for x, y, x_qry, _ in zip(*tasks):
-            before, after = oracle.adapt(net.config, net.weights, x, y, args.update_lr, 1)
-            rates = {net.block(key): args.update_lr * weight.norm() / (after[key] - weight).norm() * size
-                     for (key, weight), size in zip(((k, w) for k, w in before.items() if w.dim() > 1),
-                                                    design.STEP_SIZES)} | {5: args.update_lr}
-            ends = oracle.adapt(net.config, net.weights, x, y, lambda key, r=rates, n=net: r[n.block(key)], 1)
-            before, after = (oracle.forward(net.config, weights, x_qry)[1] for weights in ends)
-            alike.append([similarity(*pair) for pair in zip(before, after)])
-            adapted.append(after[-2])
-        assert found[name]["cka"] == pytest.approx(torch.tensor(alike).mean(0).tolist(), 1e-3)
-        within = share(torch.stack(adapted), tasks.y_qry)
+        def equal_steps(x, y):
+            before, after = one_step(net, args.update_lr)(x, y)
+            kernels = [key for key, weight in before.items() if weight.dim() > 2]
+            rates = {net.block(key): args.update_lr * size * before[key].norm() / (after[key] - before[key]).norm()
+                     for key, size in zip(kernels, design.STEP_SIZES)} | {5: args.update_lr}
+            return one_step(net, lambda key: rates[net.block(key)])(x, y)
+
+        alike, _, within = kept(net, tasks, equal_steps)
+        assert found[name]["cka"] == pytest.approx(alike, 1e-3)
         assert found[name]["finetuned"]["relative_within"]["mean"][-2] == pytest.approx(within, 1e-4)
         assert found[name]["step"][:4] == pytest.approx(design.STEP_SIZES, 1e-4)
 
@@ -197,13 +194,21 @@ def test_controls(tmp_path):
         assert traces[name]["mean"][0][-2] == pytest.approx(within.mean().item(), 1e-4)
         within, between = (trace.mean().item() for trace in nc_metrics.unbiased_traces(features, y, 3))
         assert effects.five_shot_share(one, samples, 0) == pytest.approx(within / (within + between), 1e-4)
-    layers = [final(torch.cat([tasks.x_spt, query[:, None]], 1), features=True)[1] for query in tasks.x_qry.unbind(1)]
-    each, logits = (torch.stack([layer[place] for layer in layers], 1) for place in (-2, -1))  # [T, 45, 4, D or 3]
-    classified = logits[:, :, 3].argmax(-1) == tasks.y_qry
-    assert found[controls.ALONE]["accuracy"][0] == pytest.approx(classified.double().mean().item(), abs=1e-5)
-    right = torch.cdist(each[:, :, 3:], each[:, :, :3])[:, :, 0].argmin(-1) == tasks.y_qry
-    assert shares(controls.ALONE) == pytest.approx([share(each[:, :, 3], tasks.y_qry)], 1e-4)
-    assert found[controls.ALONE]["nearest_mean"][0] == pytest.approx(right.double().mean().item(), abs=1e-5)
+    trajectories = [oracle.adapt(final.config, final.weights, x, y, args.update_lr, 2) for x, y, *_ in zip(*tasks)]
+    for k, model, place in ((0, "meta", 0), (1, "finetuned", None), (2, None, 1)):  # 1 step in training, 2 in the test
+        weights = {name: torch.stack([steps[k][name] for steps in trajectories]) for name in final.weights}
+        layers = [final(torch.cat([tasks.x_spt, query[:, None]], 1), weights, features=True)[1]
+                  for query in tasks.x_qry.unbind(1)]
+        each, logits = (torch.stack([layer[i] for layer in layers], 1) for i in (-2, -1))  # [T, 45, 4, D or 3]
+        if model:
+            (within,) = found[controls.ALONE][model]["relative_within"]["mean"]
+            assert within == pytest.approx(share(each[:, :, 3], tasks.y_qry), 1e-4)
+        if place is not None:
+            answers = {"accuracy": logits[:, :, 3].argmax(-1),
+                       "nearest_mean": torch.cdist(each[:, :, 3:], each[:, :, :3])[:, :, 0].argmin(-1)}
+            for name, given in answers.items():
+                right = (given == tasks.y_qry).double().mean().item()
+                assert found[controls.ALONE][name][place] == pytest.approx(right, abs=1e-5)
 
     # the file, and how the study reads it
     assert len(found["final"]["per_task"]["finetuned"]["nc1"]) == found["final"]["tasks"] == 4

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import omniglot_train
 import synthetic
 from device import GraphedStep
 from meta import Meta
-from tasks import Tasks, with_rotations
+from tasks import Sampler, Tasks, with_rotations
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -29,14 +30,16 @@ def maml_on(device: str, first_order: bool = False, dtype: torch.dtype = torch.f
     return Meta(net.to(device, dtype), update_step=2, first_order=first_order, nc_every=nc_every)
 
 
+def steps_of(device: str, **options) -> tuple[Meta, Sampler, Callable]:
+    """MAML, its sampler, and a meta-step of two tasks."""
+    images = with_rotations(synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0))
+    maml, sample = maml_on(device, **options), sampler(images.to(device))
+    return maml, sample, lambda every_step=False: maml(sample(2), every_step)
+
+
 def take_steps(device: str, graphed: bool, first_order: bool) -> tuple[list[float], list[torch.Tensor]]:
     """Nine meta-steps, of which steps 0, 4 and 8 measure: the losses, and all that the steps changed."""
-    sample = sampler(with_rotations(synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0)).to(device))
-    maml = maml_on(device, first_order, nc_every=4)
-
-    def step(every_step: bool = False):
-        return maml(sample(2), every_step)
-
+    maml, sample, step = steps_of(device, first_order=first_order, nc_every=4)
     take = GraphedStep(maml, step, sample.generator) if graphed else step
     losses = [take().losses.mean().item() for _ in range(9)]
     assert maml.step == 9
@@ -110,14 +113,14 @@ def test_two_gpus_together(tmp_path):
 
 def test_after_a_failed_capture_steps_are_eager():
     """The last test: before torch 2.14 no other capture succeeds in this process after it."""
-    sample, maml = sampler(synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0).cuda()), maml_on("cuda")
+    maml, sample, step = steps_of("cuda")
 
-    def step(every_step: bool = False):
-        result = maml(sample(2), every_step)
+    def breaking(every_step: bool = False):
+        result = step(every_step)
         if torch.cuda.is_current_stream_capturing():
             result.losses.sum().item()  # invalidates the capture
         return result
 
-    take = GraphedStep(maml, step, sample.generator, required=False)
+    take = GraphedStep(maml, breaking, sample.generator, required=False)
     losses = [take().losses.mean().item() for _ in range(3)]
     assert take.eager and maml.step == 3 and len(set(losses)) == 3

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from data_files import refused, sampler
-from test_cuda import maml_on, take_steps
+from test_cuda import steps_of, take_steps
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 import device as devices
 import omniglot_train
-import synthetic
 from device import GraphedStep, Stopped, select_device
 from files import UserError
 from meta import Meta
@@ -172,12 +171,7 @@ class FakeGraphs:
 def test_a_failed_capture_is_one_line_and_leaves_the_run_as_it_was(in_step, error, reason, monkeypatch, capsys):
     """A step whose accuracy is asked for after every inner step is not captured."""
     error.__context__ = in_step
-    maml, cuda = maml_on("cpu"), FakeGraphs(monkeypatch)
-    sample = sampler(synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0))
-
-    def step(every_step: bool = False):
-        return maml(sample(2), every_step)
-
+    (maml, sample, step), cuda = steps_of("cpu"), FakeGraphs(monkeypatch)
     graphed, cuda.fails = cuda.graphed(maml, step, sample.generator), error
     assert graphed(every_step=True).accuracy.shape == (2, 3)
     before = [tensor.clone() for tensor in (*maml.state(), sample.generator.get_state())]

@@ -19,7 +19,7 @@ import pytest
 from data_files import cached, load, omniglot_entries, write_folders, write_photos, write_zips
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_plot_nc import write_run
+from nc_logs import write_run
 
 import files
 import miniimagenet
@@ -87,7 +87,7 @@ def sound(small, tmp_path_factory) -> Path:
     cached(folder / "pickles/data")
     write_folders(folder / "drawings/data", drawings)
     write_zips(folder / "zips/data", drawings)
-    write_run(folder / "log/run", update_step_test=10, first_order=False, net="conv_bn_relu")
+    write_run(folder / "log/run")
     omniglot_train.main([*TINY, "--out", str(folder / "run/run")])
     return folder
 

@@ -23,8 +23,8 @@ from PIL import Image
 import omniglot
 
 PLACES = {  # where people have it: how it is written, words of the line that says what was found
-    "folders": (lambda root, entries: write_folders(root, entries), "from images_background and images_evaluation"),
-    "zips": (lambda root, entries: write_zips(root, entries), "from images_background.zip and images_evaluation.zip"),
+    "folders": (write_folders, "from images_background and images_evaluation"),
+    "zips": (write_zips, "from images_background.zip and images_evaluation.zip"),
     "zip and folder": (lambda root, entries: (
         write_zips(root, entries), (root / "images_evaluation.zip").unlink(), write_folders(
             root, {name: entries[name] for name in entries if "evaluation" in name})), "background.zip and images"),

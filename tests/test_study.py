@@ -1,6 +1,7 @@
 """The study's numbers against a plain recomputation from JSON lines, its tables, the program that trains its runs."""
 
 import gzip
+import importlib
 import json
 import math
 import os
@@ -17,11 +18,12 @@ import numpy as np
 import pytest
 from data_files import refused
 
-import miniimagenet_train
-import omniglot_train
+from checkpoint import load_weights
+from record import check_network
+from settings import recorded_settings
 from study import effects, run, tables
 from study.design import MAIN, SETTINGS
-from study.logs import HOME, Study, read_groups, read_run
+from study.logs import HOME, Run, Study, differing, read_groups, read_run
 from study.markdown import over, written
 
 
@@ -312,10 +314,17 @@ def test_collected_files_name_no_place_and_no_time(place, capsys):
 def test_every_command_is_one_that_its_script_takes(name):
     (job, *_) = run.jobs_of([name], None)
     script, *flags = job.command({"omniglot/": "data", "miniimagenet/": "data"})
-    module = {"omniglot_train.py": omniglot_train, "miniimagenet_train.py": miniimagenet_train}[script]
+    module = importlib.import_module(Path(script).stem)
     args = module.arguments(flags)
+    net = module.network(args)
     assert args.out == str(job.folder) and args.root == "data" and args.seed == 1
     assert args.data is None or Path(args.data).parts[:1] == ("data",) and len(Path(args.data).parts) == 2
+    for path in (HOME / "res").glob(f"{name}-seed*/args.json"):  # a seed that is trained today is of the same setting
+        then = json.loads(path.read_bytes())
+        now = then | {"settings": recorded_settings(args) | {"nc_qry": then["settings"]["nc_qry"]}}
+        assert not differing(*(Run(path.parent, arguments, {}) for arguments in (then, now)))
+        check_network(path, net)  # of runs that recorded it
+        load_weights(path.parent, args.test_weights, net)
 
 
 def test_flags_that_a_run_does_not_have():
