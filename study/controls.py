@@ -5,8 +5,8 @@
     python -m study.controls res/RUN --data FOLDER                      on other images: writes controls-..._FOLDER.json
 
 The tasks are those of the run's test. `measure` lists the controls, and each one's function says what it measures.
-"effective_dimension" is that of the means of all test classes at the classifier's input. For it, one image of every
-class goes through the network together, upright, in all controls. Metrics that are undefined are null.
+"effective_dimension" is that of the test classes' means at the classifier's input; for it, in every control, one
+upright image of every class goes through the network as one batch. Metrics that are undefined are null.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from training import Data, held_out_tasks, meta_of
 CLASSIFIER_METRICS = ("self_duality", "ncc_mismatch", "within_original", "between_original")
 BY_PARTS, LINEAR = "first step by parts", "linear classifiers, 5-shot"
 RIDGE = 0.1  # penalty of the ridge regression, as a multiple of the mean squared norm of the centred features
-ALONE = "batch norm by one query and the support set"
+NOT_TRANSDUCTIVE = "batch norm by one query and the support set"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -110,7 +110,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
         "similarity, final": (final, similarity),
         "similarity, untrained": (untrained, similarity),
         "kernel norms changed, final": (final, changed_norms),
-        ALONE: (final, not_transductive)}
+        NOT_TRANSDUCTIVE: (final, not_transductive)}
     if len(final.blocks) == len(STEP_SIZES) + 1:  # the study's networks
         wanted |= {"similarity of blocks 1-2, final": (final, partial(similarity, blocks=(1, 2))),
                    "similarity of blocks 3-5, final": (final, partial(similarity, blocks=(3, 4, 5))),

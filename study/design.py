@@ -188,18 +188,18 @@ FIRST_ORDER = {
 ONE_STEP = (*(name for names in CHANGES.values() for name in names if not name.startswith("five-steps")),
             "contrast-anil", "contrast-boil", "blocks-4-5", "small-body-step-10000")
 IMAGES = tuple(name for name in itertools.chain(*DIFFICULTY.values()) if name != "photographs-20-images")
-# whose inner loop is also run from a random classifier and from one at 0
+# settings whose inner loop is also run from a random classifier and from one at 0
 OTHER_CLASSIFIERS = ("contrast-maml", "contrast-first-order", "paper-omniglot-5w1s", "paper-omniglot-5w5s")
 TWENTY_WAY = ("paper-omniglot-20w1s", "blocks-4-5-20-way")
 BLOCKS = ("blocks-4-5", "blocks-3-4-5", "blocks-1-2-3-5", "blocks-1-2-3")  # MAML whose inner loop adapts only these
-# that move the body less
+# MAML whose inner steps move the body less
 SMALLER_STEPS = ("small-body-step-10000", "blocks-4-5-small-body-step", "small-step", "small-head")
-# MAML by its inner loop in training
+# MAML with different inner loops in training, or other steps
 OTHER_LOOPS = ("contrast-maml", "maml-3000", "contrast-zero-head", *BLOCKS, *SMALLER_STEPS, "kept-norms",
                "paper-omniglot-5w1s", "paper-omniglot-5w1s-blocks-4-5")
 CONTROL_QUERIES, CONTROL_SHOTS = 15, 5  # per class in study/controls.py; the shots of its control "5-shot"
 STEP_SIZES = (0.08, 0.03, 0.09, 0.6)  # about MAML's in blocks 1 to 4 (TABLES.md), to which other learners' are scaled
-# whose features are compared before and after MAML's inner loop, layer by layer
+# settings whose features are compared before and after MAML's inner loop, layer by layer
 SIMILARITY = (*LEARNERS, *OTHER_LOOPS, *itertools.chain(*DIFFICULTY.values()))
 
 TASKS = {"train": "training tasks", "heldout": "held-out tasks"}

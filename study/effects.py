@@ -159,7 +159,7 @@ def last_block_adds(run: Run, step: int | None = None) -> float:
 
 
 def fall(run: Run, step: int | None = None) -> float:
-    """How far the inner loop lowers the share; as `measured_at`."""
+    """How far the inner loop lowers the share; `step` as in `measured_at`."""
     return measured_at(run, "meta", "relative_within", step) - measured_at(run, "finetuned", "relative_within", step)
 
 

@@ -168,7 +168,7 @@ separation = partial(compared, names=(*LEARNERS, "paper-omniglot-5w1s"), referen
     f"5-shot, {name}, block {place + 1}, %": (in_control, "linear classifiers, 5-shot, final", key, place)
     for name, key in (("nearest support mean", "nearest_mean"), ("ridge", "ridge")) for place in (2, 3)})
 
-# These columns for networks trained on photographs; also the classifier's rows, and the inner loop's step.
+# `contrast`'s columns for section 5's settings, with the spread of the classifier's rows and the first inner step.
 photographs = partial(compared, names=design.SMALL_PHOTOGRAPHS, references=REFERENCES, columns=NARROW | PARTS)
 
 # One inner loop on images whose classes are hard or easy to tell apart.

@@ -172,7 +172,7 @@ def read_json(run: Path, name: str = "result.json") -> dict:
 
 @pytest.fixture
 def largest(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Its last number is of the tasks that a network saw at once, at most; a test appends 0 to begin again."""
+    """The last number is the most tasks that a network has taken at once; append 0 to count from the start."""
     found, forward = [0], Learner.forward
 
     def watched(net: Learner, x: torch.Tensor, *args, **options):

@@ -37,7 +37,7 @@ CHANGES = {"open", "write", "fsync", "replace", "unlink", "truncate", "mkdir", "
 
 
 def start(arguments: list[str], said: Path, change: int | None = None) -> int:
-    """Fork a process that runs miniimagenet_train.py, to be killed at its `change`-th change of a file; its id."""
+    """Fork a process that runs miniimagenet_train.py and kills itself at its `change`-th change of a file; its id."""
     if child := os.fork():
         return child
 

@@ -57,7 +57,7 @@ def forward(config, weights, x):
 
 
 def adapt(config, theta, x, y, lr, steps, second_order=False, changes=bool):
-    """The weights of one task before the inner loop and after each of its steps, which change those named so."""
+    """One task's weights before the inner loop and after each step, which changes those that `changes` takes."""
     trajectory = [dict(theta)]
     for _ in range(steps):
         weights = trajectory[-1]

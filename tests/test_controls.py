@@ -92,7 +92,7 @@ def test_controls(tmp_path):
     found = read(run)
     assert list(found) == ["final", "untrained", "classifier at zero", "classifier at random", "pixels", "queries 1",
                            "queries 5", "queries 19", "5-shot", *LINEAR, *PARTS, *SIMILARITY, NORMS,
-                           controls.ALONE, *BY_BLOCKS, *EQUAL]
+                           controls.NOT_TRANSDUCTIVE, *BY_BLOCKS, *EQUAL]
     args, images, tasks = tasks_of(run)
     final = predict.load(run, "last").net
     torch.manual_seed(args.seed)
@@ -201,14 +201,14 @@ def test_controls(tmp_path):
                   for query in tasks.x_qry.unbind(1)]
         each, logits = (torch.stack([layer[i] for layer in layers], 1) for i in (-2, -1))  # [T, 45, 4, D or 3]
         if model:
-            (within,) = found[controls.ALONE][model]["relative_within"]["mean"]
+            (within,) = found[controls.NOT_TRANSDUCTIVE][model]["relative_within"]["mean"]
             assert within == pytest.approx(share(each[:, :, 3], tasks.y_qry), 1e-4)
         if place is not None:
             answers = {"accuracy": logits[:, :, 3].argmax(-1),
                        "nearest_mean": torch.cdist(each[:, :, 3:], each[:, :, :3])[:, :, 0].argmin(-1)}
             for name, given in answers.items():
                 right = (given == tasks.y_qry).double().mean().item()
-                assert found[controls.ALONE][name][place] == pytest.approx(right, abs=1e-5)
+                assert found[controls.NOT_TRANSDUCTIVE][name][place] == pytest.approx(right, abs=1e-5)
 
     # the file, and how the study reads it
     assert len(found["final"]["per_task"]["finetuned"]["nc1"]) == found["final"]["tasks"] == 4
@@ -225,7 +225,7 @@ def test_controls(tmp_path):
 @pytest.mark.slow
 def test_no_more_tasks_go_together_than_asked_for(tmp_path, monkeypatch, largest):
     """The permuted labels don't depend on it."""
-    run, found, kinds = tmp_path / "run", [], ("pixels", controls.ALONE)
+    run, found, kinds = tmp_path / "run", [], ("pixels", controls.NOT_TRANSDUCTIVE)
     omniglot_train.main([*FLAGS, "--adapt_blocks", "4", "5", "--out", str(run)])
     monkeypatch.setattr(controls, "dimension", lambda *_: torch.zeros(1))  # of all test classes together
     for chunk, most in ((0, 3), (2, 2)):
