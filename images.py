@@ -216,9 +216,9 @@ def entries(folder: Path | str) -> list[os.DirEntry]:
 
 
 def subfolders(folder: Path | str) -> list[os.DirEntry]:
-    """The folders in `folder`, but for those of training runs, which have args.json and figures."""
+    """The folders in `folder`, without those of training runs, whose figures are no data."""
     return [entry for entry in entries(folder) if os.path.isdir(entry)  # is_dir() raises on a link to itself
-            and not os.path.exists(os.path.join(entry, "args.json"))]
+            and not all(os.path.exists(os.path.join(entry, name)) for name in ("args.json", "log.jsonl"))]
 
 
 def by_class(files: Iterable[tuple[str, ImageFile]]) -> dict[str, list[ImageFile]]:

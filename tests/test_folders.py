@@ -84,7 +84,9 @@ def test_folders_of_runs_among_the_classes_are_not_classes(tmp_path):
     write_classes(tmp_path, 6)
     for run in ("run", "runs/omniglot_train-1", "class 0/run"):
         shutil.copytree(tmp_path / "class 5", tmp_path / run)  # its figures
-        (tmp_path / run / "args.json").touch()
+        for name in ("args.json", "log.jsonl"):
+            (tmp_path / run / name).touch()
+    (tmp_path / "class 1/args.json").touch()
     classes = [label for labels in find(tmp_path).splits.values() for label in labels]
     assert sorted(classes) == [f"class {label}" for label in range(6)]
 
