@@ -17,7 +17,7 @@ from tasks import Tasks
 def protonet_gradient(net: Learner, tasks: Tasks, classes: Tensor | None = None) -> tuple[list[Tensor], Tensor, Tensor]:
     """A prototypical network (Snell, Swersky, Zemel 2017): logits are minus the squared distances to support means.
 
-    Features are the input of the net's last linear layer, which gets no gradient.
+    Features are the input of the net's last linear layer, which gets no gradient. `classes` is not used.
 
     Returns:
         The gradient of the sum of the tasks' losses per parameter of `net`, losses [T], accuracies [T].

@@ -67,7 +67,7 @@ def device_name(device: torch.device) -> str:
 
 
 def set_arithmetic(precision: str, deterministic: bool) -> None:
-    """Set matrix products to float32 or tf32; if `deterministic`, use only CUDA kernels that repeat bit for bit.
+    """Set CUDA's matrix products to "float32" or "tf32"; if `deterministic`, use only kernels that repeat bit for bit.
 
     Call it before the first matrix product: cuBLAS reads its setting once.
     """

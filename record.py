@@ -253,6 +253,7 @@ class Log:
                     self.board.close()
 
     def add(self, kind: str, step: int, **values) -> None:
+        """Append a line; values are tensors, numbers, text, or nested. A UserError if the disk is full."""
         line = {"kind": kind, "step": step} | {name: numbers(value) for name, value in values.items()}
         rest = json.dumps(line).encode() + b"\n"
         with writing(self.path, REMEDY):
@@ -351,4 +352,5 @@ def say(text: str) -> None:
 
 
 def percent(values: Tensor) -> str:
+    """Shares as "[12.34 56.78]"."""
     return "[" + " ".join(f"{100 * value:.2f}" for value in values.tolist()) + "]"

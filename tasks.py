@@ -70,7 +70,7 @@ def tree_map(function: Callable, tree: Any, *others: Any) -> Any:
 
 
 def chunks(size: int, total: int, *trees: Any) -> Iterator[tuple]:
-    """Split the trees into even chunks of at most `size` of their `total` tasks (axis 0)."""
+    """Split the trees into even chunks of at most `size` of their `total` tasks (axis 0), both 1 or more."""
     size = math.ceil(total / math.ceil(total / size))
     for start in range(0, total, size):
         yield tree_map(lambda values, start=start: values[start:start + size], trees)
