@@ -257,8 +257,8 @@ def decode(data: bytes | np.ndarray | Image.Image, name: str, channels: int, img
         try:
             if isinstance(data, bytes):
                 data = Image.open(io.BytesIO(data), formats=FORMATS)
-                of_16_bits = any("16" in str(tile[-1]) for tile in data.tile) and not data.mode.startswith("I")
-                if of_16_bits and max(high for _, high in data.convert("RGB").getextrema()) < 16:
+                colours_of_16_bits = any(";16B" in str(tile[-1]) for tile in data.tile) and data.mode[0] != "I"
+                if colours_of_16_bits and max(high for _, high in data.convert("RGB").getextrema()) < 16:
                     raise ValueError("16 bits per channel, of which only the lower are used; convert it to 8 bits")
         except UnidentifiedImageError as error:
             raise UserError(f"{name} is none of {', '.join(FORMATS)}") from error

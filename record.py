@@ -184,8 +184,8 @@ def check_classes(run: Path, args: argparse.Namespace, dataset: Dataset) -> None
         raise UserError(f"{run} was trained on other classes than the training classes here now ({dataset.found()}), "
                         "and may know the test classes; restore the images, or name others with --data FOLDER")
     if args.data and not here:
-        say(f"note: whether {run} was trained on test classes of {args.data} is not known: its training classes are "
-            "not those of the run")
+        say(f"note: whether {run} was trained on test classes of {args.data} is not known: these images are not "
+            "those of the run")
 
 
 def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
