@@ -27,7 +27,6 @@ LEAST = {"n_way": 2, "eval_tasks": 2, "test_tasks": 2, "nc_every": 0, "nc_every_
          "save_every": 0, "task_chunk": 0, "seed": 0}  # smallest value of an integer flag, if not 1
 NC_QRY = 15  # --nc_qry where it is not given and the classes have enough images
 RATES = ("meta_lr", "update_lr", "head_lr")  # may not be 0
-LARGEST = 1e37  # value of a float flag; Adam's first step size is ten times its rate, and must fit into a float32
 MAY_CHANGE = {  # flags that may change a run's settings
     "resume": ("epoch", *PLACE, "save_every", "task_chunk", "cuda_graph", "tensorboard"),
     "test": ("k_spt", "k_qry", "k_qry_test", "update_step_test", "test_tasks", "test_weights", "transductive",
@@ -312,8 +311,9 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
             raise UserError(f"--{name} {value}: must be a whole number from {least} to {2**31 - 1}")
         if isinstance(value, float):
             bound = "above" if name in RATES else "from"
-            if not 0 <= value <= LARGEST or bound == "above" and value == 0:
-                raise UserError(f"--{name} {value}: must be a number {bound} 0, at most {LARGEST:g}")
+            largest = torch.finfo(torch.float32).max / (11 if name == "meta_lr" else 1)  # Adam takes up to 10 times it
+            if not 0 <= value <= largest or bound == "above" and value == 0:
+                raise UserError(f"--{name} {value}: must be a number {bound} 0, at most {largest:.1e}")
     for name in ("data", "data_name"):
         if args.synthetic and (value := getattr(args, name)) is not None:
             raise UserError(f"--{name} {value}: with --synthetic the images are generated; leave --{name} out, "

@@ -42,17 +42,19 @@ class Job(NamedTuple):
     def finished(self) -> bool:
         return all((self.folder / name).exists() for name in RESULTS)
 
+    @property
+    def data(self) -> str | None:
+        """The folder that the setting names with --data."""
+        return dict(zip(self.flags, self.flags[1:])).get("--data")
+
     def command(self, roots: dict[str, str]) -> list[str]:
         """`roots` are the folders of the data that the settings look for in omniglot/ and in miniimagenet/."""
         root = ["--root", roots[ROOTS[self.script]]]
         if (self.folder / "args.json").exists():
             return [self.script, "--resume", str(self.folder), *root]
-        flags = list(self.flags)
-        for i, flag in enumerate(flags):
-            for name, folder in roots.items():
-                if flag.startswith(name):
-                    flags[i] = os.path.join(folder, flag.removeprefix(name))
-        return [self.script, *flags, "--out", str(self.folder), *root]
+        top, _, inner = (self.data or "").partition("/")
+        data = ["--data", os.path.join(roots[f"{top}/"], inner)] if inner else []  # overrides the setting's
+        return [self.script, *self.flags, *data, "--out", str(self.folder), *root]
 
 
 def jobs_of(names: Sequence[str], seeds: Sequence[int] | None) -> list[Job]:
@@ -132,8 +134,7 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
             arguments = json.loads((job.folder / "args.json").read_bytes())
             if different := other_flags(job, arguments["settings"]):
                 raise UserError(f"{job.folder} has another {', '.join(different)} than the study; rename it")
-            data = dict(zip(job.flags, job.flags[1:])).get("--data")
-            arguments["settings"] |= {"root": ROOTS[job.script], "data": data, "cache": None, "out": None}
+            arguments["settings"] |= {"root": ROOTS[job.script], "data": job.data, "cache": None, "out": None}
             log = (job.folder / "log.jsonl").read_bytes()
         weights = contents(job.folder, ["last.pt", f"{arguments['settings'].get('test_weights', 'best')}.pt"])
         copies = contents(job.folder, RESULTS) | weights | {

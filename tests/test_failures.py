@@ -131,6 +131,6 @@ def test_skipping_continues_and_counts(tmp_path, monkeypatch, capsys):
 
 
 def test_a_learning_rate_that_is_too_high(tmp_path):
-    said = refused(*TINY, "--update_lr", "1e37", "--out", str(tmp_path / "run"))
-    assert said.startswith("step 0: ") and "is not finite" in said and "--update_lr (1e+37)" in said
+    said = refused(*TINY, "--update_lr", "1e38", "--out", str(tmp_path / "run"))
+    assert said.startswith("step 0: ") and "is not finite" in said and "--update_lr (1e+38)" in said
     assert said in refused("--resume", str(tmp_path / "run"))  # again and again

@@ -143,11 +143,16 @@ def test_flags_reach_meta_and_torch(tmp_path, monkeypatch, whole):
     assert log_rows(other, "train")[0] != log_rows(whole, "train")[0]
 
 
-def test_recipes_of_which_no_run_is_committed():
-    """The paper's settings, as shared by its appendix and its code; test_study.py compares those of committed runs."""
-    twenty = omniglot_train.arguments("--recipe paper --n_way 20 --k_spt 5".split())
+def test_recipes():
+    """The paper's settings, case by case, as shared by its appendix and its code; a flag given overrides them."""
+    paper, parsed = "--recipe paper".split(), omniglot_train.arguments
+    five, twenty = parsed(paper), parsed([*paper, "--n_way", "20", "--k_spt", "5"])
+    assert (five.update_lr, five.update_step, five.update_step_test, five.task_num, five.k_qry) == (2.0, 1, 3, 32, 1)
     assert (twenty.update_lr, twenty.update_step, twenty.task_num, twenty.k_qry, twenty.net) == (2.0, 5, 16, 5, "paper")
-    assert settings.meta_steps(miniimagenet_train.arguments(["--recipe", "paper"])) == 60_000
+    mini = miniimagenet_train.arguments(paper)
+    assert (mini.update_lr, mini.clip, mini.k_qry, mini.k_qry_test, mini.pixels) == (0.05, 0.667, 15, 5, "unit")
+    assert settings.meta_steps(mini) == settings.meta_steps(five) == 60_000
+    assert parsed([]).net == "conv_bn_relu" and parsed([]).recipe == "original"
 
 
 # ---- --tensorboard; the package is not among the requirements

@@ -35,11 +35,15 @@ def plain(net, x, weights):
     return features[-2], logits
 
 
-@pytest.mark.parametrize("flags, layer", [("--net paper --bn_scale", "bn"), ("--no-bn_scale", "bn_shift")])
-def test_scale_of_batch_norm_in_miniimagenets_networks(flags, layer):
-    """test_study.py compares the other networks with those of committed runs."""
-    config = miniimagenet_train.layers(miniimagenet_train.arguments(flags.split()))
-    assert {name for name, _ in config} & {"bn", "bn_shift"} == {layer}
+@pytest.mark.parametrize("script", [omniglot_train, miniimagenet_train])
+@pytest.mark.parametrize("flags, layer", [
+    ("--net paper", "bn_shift"), ("--net paper --bn_scale", "bn"), ("--net conv_bn_relu --no-bn_scale", "bn_shift"),
+    ("--net original", "bn"), ("--net conv_bn_relu --spatial_mean", "mean"),
+    ("--net paper --no-spatial_mean", "flatten")])
+def test_flags_that_change_one_layer_of_a_network(script, flags, layer):
+    config = script.layers(script.arguments(flags.split()))
+    kind = ("bn", "bn_shift") if layer.startswith("bn") else ("mean", "flatten")
+    assert {name for name, _ in config} & set(kind) == {layer}
 
 
 def test_the_papers_sizes_and_initial_weights():
