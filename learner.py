@@ -132,7 +132,7 @@ class Learner(nn.Module):
         if x.requires_grad or not _starts_with_conv_bn(self.config):
             return x
         _, _, _, kernel, stride, padding = self.config[0][1]
-        padding = _before_and_after(x.shape[-1], kernel, stride, padding)
+        padding = before_and_after(x.shape[-1], kernel, stride, padding)
         return taskwise.patches(x, kernel, stride, padding, groups)
 
     def forward(self, x: Tensor | Patches, weights: Weights | None = None, features: bool = False, groups: int = 1):
@@ -280,7 +280,7 @@ def apply_layer(name: str, params: Sequence, h: Tensor, own: list[Tensor], group
     """
     match name:
         case "conv2d":
-            return taskwise.conv2d(h, *own, params[4], _before_and_after(h.shape[2], *params[3:]))
+            return taskwise.conv2d(h, *own, params[4], before_and_after(h.shape[2], *params[3:]))
         case "convt2d":
             return _conv_transpose(h, *own, stride=params[4], padding=params[5])
         case "linear":
@@ -316,7 +316,7 @@ def _scale_shift_eps(name: str, own: list[Tensor]) -> tuple[Tensor | None, Tenso
     return (*own, taskwise.EPS) if name == "bn" else (None, *own, SHIFT_EPS)
 
 
-def _before_and_after(size: int, kernel: int, stride: int, padding: int | str) -> tuple[int, int]:
+def before_and_after(size: int, kernel: int, stride: int, padding: int | str) -> tuple[int, int]:
     """Padding before and after. "same" is TensorFlow's: ceil(size / stride) outputs, the larger half comes after."""
     if padding != "same":
         return padding, padding

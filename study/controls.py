@@ -31,7 +31,7 @@ import predict
 from baselines import inner_rates
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
 from files import Parser, UserError, atomic, listed, progress, quoted, reading
-from learner import Learner, Weights
+from learner import BLOCK_STARTS, Learner, Weights, apply_layer, before_and_after
 from measuring import accuracies, accuracy, class_means, collapse_metrics, cross_entropy, permuted_labels, scores
 from meta import Meta, adapt
 from record import check_classes, check_network, numbers, other_images, say, summary
@@ -109,7 +109,8 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
         f"{BY_PARTS}, untrained": (untrained, by_parts),
         "similarity, final": (final, similarity),
         "similarity, untrained": (untrained, similarity),
-        "kernel norms changed, final": (final, changed_norms),
+        "gradients, final": (final, gradients),
+        "gradients, untrained": (untrained, gradients),
         NOT_TRANSDUCTIVE: (final, not_transductive)}
     if len(final.blocks) == len(STEP_SIZES) + 1:  # the study's networks
         wanted |= {"similarity of blocks 1-2, final": (final, partial(similarity, blocks=(1, 2))),
@@ -235,23 +236,45 @@ def similarity(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], blocks: Se
             "norm": kernel_norms(before), "accuracy": accuracy(layers[1][-1], tasks.y_qry)[:, None]} | metrics
 
 
-def changed_norms(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Query "loss" [T, 1] after MAML's inner loop, with as many steps as in training.
+def gradients(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """What the support set's images and gradient are in each layer before adaptation.
 
-    With it that with the kernel of one convolution sqrt(2) times as long, "longer" [T, L-1], or shorter by as much,
-    "shorter". If batch norm follows, this halves or doubles the kernel's relative inner step, and changes nothing else.
+    "gradient" [T, L]: the norm of the support loss's gradient with respect to the layer's features. "variance" [T, L]:
+    `variance_ratio` of each convolution. Batch norm divides its output by the root of the variance, and thus also the
+    gradient that reaches its kernel and the layers below.
     """
-    net, rates = maml.net, inner_rates(maml.net, "maml", maml.update_lr, maml.head_lr)
-    theta = dict(net.weights.items())
+    net, outputs, ratios = maml.net, [], []
+    h = tasks.x_spt.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format).requires_grad_()
+    with torch.enable_grad():
+        weights = net.per_task(net.weights, len(h))
+        for i, name, params in net.order:
+            own = [weights[key] for key in net.keys[i]]
+            outputs += [h] if name in BLOCK_STARTS and i > 0 else []
+            if name == "conv2d":
+                ratios.append(variance_ratio(h.detach(), own[0].detach(), *params[3:]))
+            h = apply_layer(name, params, h, own)
+        loss = cross_entropy(h, tasks.y_spt).sum()
+    norms = [g.flatten(1).norm(dim=1) for g in torch.autograd.grad(loss, [*outputs, h])]
+    return {"gradient": torch.stack(norms, 1)} | ({"variance": torch.stack(ratios, 1)} if ratios else {})
 
-    def loss(changed: Weights) -> Tensor:
-        *_, last = adapt(net, theta | changed, tasks.x_spt, tasks.y_spt, rates, maml.update_step)
-        return cross_entropy(net(tasks.x_qry, last), tasks.y_qry)
 
-    kernels = [(name, weight) for name, weight in theta.items() if weight.dim() > 2]
-    return {"loss": loss({})[:, None]} | {
-        name: torch.stack([loss({kernel: factor * weight}) for kernel, weight in kernels], 1)
-        for name, factor in (("longer", 2**0.5), ("shorter", 0.5**0.5)) if kernels}
+def variance_ratio(h: Tensor, weight: Tensor, kernel: int, stride: int, padding: int | str) -> Tensor:
+    """The variance of a convolution's output as a multiple of that of a random kernel of the same norm, [T].
+
+    Summed over channels: tr(W S W^T) / (||W||^2 tr S / p), where S is the covariance of patches of p values. It is near
+    p if all kernels lie along the direction in which patches vary most, and that is the only one.
+
+    Args:
+        h: images [T, N, h, w, c].
+        weight: [T, o, c, k, k].
+    """
+    images = h.permute(0, 1, 4, 2, 3).flatten(0, 1)
+    images = F.pad(images, 2 * before_and_after(h.shape[2], kernel, stride, padding))
+    patches = F.unfold(images, kernel, stride=stride).unflatten(0, h.shape[:2])  # [T, N, p, h'*w']
+    patches = patches - patches.mean((1, 3), keepdim=True)
+    matrix = weight[:, None].flatten(3)  # [T, 1, o, p]
+    variance = (matrix @ patches).square().mean((1, 3)).sum(1)
+    return variance / matrix.square().sum((1, 2, 3)) / patches.square().mean((1, 2, 3))
 
 
 def kernel_norms(weights: Weights) -> Tensor:

@@ -182,18 +182,6 @@ def adapted_ratio(run: Run, metric: str, kind: str = "final") -> float:
     return measured(run, "finetuned", metric, kind) / measured(run, "meta", metric, kind)
 
 
-def loss_ratio(run: Run, change: str, block: int) -> float:
-    """Query loss after the inner loop with one kernel "longer" or "shorter", as a multiple of the usual."""
-    control = "kernel norms changed, final"
-    return in_control(run, control, change, block - 1) / in_control(run, control, "loss", 0)
-
-
-def step_at_norm_one(run: Run, layer: int) -> float:
-    """The relative inner step of a layer's kernel scaled to norm 1, where batch norm's output is the same."""
-    step, norm = (in_control(run, "similarity, final", name, layer) for name in ("step", "norm"))
-    return step * norm**2
-
-
 def five_shot_share(run: Run, samples: str, inner_step: int) -> float:
     """Unbiased relative within trace of "query" or "support" features after `inner_step` steps, of the mean traces.
 

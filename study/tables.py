@@ -199,10 +199,14 @@ steps = partial(moved, columns={
     f"{NAMED_LAYERS[layer]}, CKA{sizes}": (in_control, f"similarity{control}, final", "cka", layer)
     for sizes, control in (("", ""), (", equal steps", " at equal steps")) for layer in (-3, HIDDEN)})
 
-# What makes these steps small: a kernel's norm, or its gradient at norm 1.
-norms = partial(moved, columns={
-    f"{NAMED_LAYERS[layer]}, norm": (in_control, "similarity, final", "norm", layer) for layer in range(-5, -1)} | {
-    f"{NAMED_LAYERS[layer]}, step at norm 1": (effects.step_at_norm_one, layer) for layer in range(-5, -1)})
+# What makes these steps small: each block's kernel norm, gradient and variance of the convolution.
+VARIANCE = in_control, "gradients, final", "variance"
+gradients = partial(moved, columns={
+    f"{NAMED_LAYERS[layer]}, {name}": (in_control, control, key, layer)
+    for name, control, key in (("kernel's norm", "similarity, final", "norm"),
+                               ("gradient", "gradients, final", "gradient"))
+    for layer in range(-5, -1)} | {
+    f"block {block}, variance ratio": (*VARIANCE, block - 1) for block in (1, 2, 3, 4)})
 
 # What a step of MAML's size in each block does to features.
 EQUAL, MOVING = "similarity at equal steps, final", [name for name in LEARNERS if name != "contrast-zero-head"]
@@ -214,13 +218,6 @@ equal = partial(compared, names=MOVING, references=("untrained",), columns={
     f"{trace} trace, adapted / before": (effects.adapted_ratio, trace, EQUAL) for trace in ("between", "within")} | {
     "nearest support mean, %": (measured, "meta", "ncc_accuracy", EQUAL),
     "nearest support mean, adapted, %": (measured, "finetuned", "ncc_accuracy", EQUAL)})
-
-# Query loss after the inner loop, if the step of one block is halved or doubled by the norm of its kernel.
-LOOPED = "contrast-maml", "contrast-first-order", "contrast-boil", "maml-3000", "paper-omniglot-5w1s"
-half_steps = partial(compared, names=LOOPED, columns={
-    "query loss": (in_control, "kernel norms changed, final", "loss", 0)} | {
-    f"{size} step in block {block}": (effects.loss_ratio, change, block)
-    for size, change in (("half the", "longer"), ("twice the", "shorter")) for block in (1, 2, 3, 4)})
 
 NEAREST, ADDS = "nearest support mean before adaptation", "the same minus that of block 3"
 
@@ -246,26 +243,35 @@ def ranking(study: Study) -> str:
 
 
 def falls(study: Study) -> str:
-    """Spearman correlation over settings of the fall in the share with other numbers.
+    """Spearman correlations over settings: of the fall in the share, and of block 4's variance ratio.
 
     Changed settings on validation tasks, settings of section 5 on test tasks.
     """
     step = design.CHANGED_AT
     on_test = {NEAREST: (tested, "nearest_mean", 0), ADDS: (effects.last_block_adds,)}
     on_validation = {NEAREST: (at, "meta", "ncc_accuracy", step), ADDS: (effects.last_block_adds, step)}
+    changed = {design.ONE_STEP: "settings in second order, one inner step",
+               tuple(itertools.chain(*design.FIRST_ORDER.values())): "settings in first order"}
     rows = []
+
+    def correlate(groups: Sequence[list[Run]], kind: str, one: dict, others: dict) -> None:
+        for (name, column), (other, other_column) in itertools.product(one.items(), others.items()):
+            correlation = effects.spearman(means(groups, *column), means(groups, *other_column))
+            rows.append({"": f"{len(groups)} {kind}", "of": name, "and": other,
+                         "Spearman correlation": fixed(correlation, 2)})
+
     for names, kind, when, others in (
-            (design.ONE_STEP, "settings in second order, one inner step", (step,), on_validation),
-            (itertools.chain(*design.FIRST_ORDER.values()), "settings in first order", (step,), on_validation),
+            *((names, kind, (step,), on_validation) for names, kind in changed.items()),
             (design.LOOPS, "settings of section 5 trained with an inner loop", (), on_test),
             (design.IMAGES, "kinds of images (section 5)", (), {"test accuracy": (own_accuracy,)})):
         groups = study.groups(names)
         with_fall = [runs for runs in groups if means([runs], effects.fall, *when)[0] > 0.01]
         for shown, which in ((groups, kind), (with_fall, "of these, with a fall above 0.01")) if groups else ():
-            fall = means(shown, effects.fall, *when)
-            rows += [{"": f"{len(shown)} {which}", "the fall against": name,
-                      "Spearman correlation": fixed(effects.spearman(fall, means(shown, *column)), 2)}
-                     for name, column in others.items()]
+            correlate(shown, which, {"the fall": (effects.fall, *when)}, others)
+    gain = {f"{ADDS}, at the end": (minus, ("meta", "ncc_accuracy"), ("meta", "ncc_accuracy", -3))}
+    for names, kind in changed.items():
+        if groups := study.groups(names):
+            correlate(groups, kind, {"block 4's variance ratio": (*VARIANCE, 3)}, gain)
     return table(rows)
 
 
@@ -359,8 +365,8 @@ accuracies = partial(compared, names=(*LONG, *MAIN), head=NAME, columns={
 TABLES: dict[str, Callable[[Study], str]] = dict(
     contrast=contrast, accuracies=accuracies, collapse=collapse, accuracy=accuracy, layers=layers, original=original,
     cells=cells, learners=learners, separation=separation, photographs=photographs, difficulty=difficulty,
-    ranking=ranking, similarity=similarity, blocks=blocks, pace=pace, steps=steps, equal=equal, norms=norms,
-    half_steps=half_steps, adaptation=adaptation, changes=changes, falls=falls, length=length,
+    ranking=ranking, similarity=similarity, blocks=blocks, pace=pace, steps=steps, equal=equal,
+    gradients=gradients, adaptation=adaptation, changes=changes, falls=falls, length=length,
     controls=controls, runs=runs)
 
 PAGES = "README.md", "study/README.md", "study/TABLES.md", "study/ORIGINAL.md"

@@ -6,6 +6,7 @@ from unittest.mock import Mock
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from data_files import read_json, refused, write_classes
 
 import nc_metrics
@@ -21,7 +22,7 @@ PARTS = controls.BY_PARTS, f"{controls.BY_PARTS}, untrained"
 SIMILARITY = "similarity, final", "similarity, untrained"
 LINEAR = f"{controls.LINEAR}, final", f"{controls.LINEAR}, untrained"
 EQUAL = "similarity at equal steps, final", "similarity at equal steps, untrained"
-NORMS = "kernel norms changed, final"
+GRADIENTS = "gradients, final", "gradients, untrained"
 read = partial(read_json, name="controls.json")
 BY_BLOCKS = {"similarity of blocks 1-2, final": range(6), "similarity of blocks 3-5, final": range(6, 14)}  # its layers
 
@@ -84,6 +85,44 @@ def test_cka():
     assert controls.cka(one[:3], one[3:]).mean().abs() < 0.05  # independent: the biased estimate has 0.4
 
 
+def in_parts(net, x, y):
+    """Of one task: norms of the loss's gradient with respect to each layer's features; ratios of variances."""
+    norms, ratios = [], []
+    for i, (name, params) in enumerate([*net.config, ("conv2d", None)]):  # the last: after the logits
+        below = {key: weight.detach() for key, weight in net.weights.items() if int(key.split("_")[0]) < i}
+        above = {key: weight.detach() for key, weight in net.weights.items() if key not in below}
+        features = oracle.forward(net.config[:i], below, x)[0].requires_grad_()
+        if name in ("conv2d", "linear") and i > 0:
+            loss = F.cross_entropy(oracle.forward(net.config[i:], above, features)[0], y)
+            norms.append(torch.autograd.grad(loss, features)[0].norm().item())
+        if name == "conv2d" and params:
+            ratios.append(variance_ratio(params, above[f"{i}_conv2d_weight"], features.detach()))
+    return norms, ratios
+
+
+def variance_ratio(params, weight, x):
+    """That of the kernels over the mean of that of kernels with a single one."""
+    with torch.device("meta"):
+        conv = oracle.module("conv2d", params, x)
+
+    def variances(kernels):
+        own = zip([name for name, _ in conv.named_parameters()], (kernels, torch.zeros(len(kernels))))
+        return torch.func.functional_call(conv, dict(own), x).var((0, 2, 3), unbiased=False)
+
+    units = torch.eye(weight[0].numel()).view(-1, *weight[0].shape)
+    return (variances(weight).sum() / weight.square().sum() / variances(units).mean()).item()
+
+
+@pytest.mark.parametrize(("padding", "stride"), [(0, 1), (1, 2), ("same", 2)])
+def test_the_variance_of_a_convolution_against_that_of_a_random_kernel(padding, stride):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator) for shape in ((2, 4, 9, 9, 5), (2, 7, 5, 3, 3)))
+    x = x.cumsum(2) + 3
+    expected = [variance_ratio([7, 5, 3, 3, stride, padding], kernels, images.permute(0, 3, 1, 2))
+                for kernels, images in zip(weight, x)]
+    assert controls.variance_ratio(x, weight, 3, stride, padding).tolist() == pytest.approx(expected, 1e-4)
+
+
 @pytest.mark.slow
 def test_controls(tmp_path):
     run = tmp_path / "run-seed222"
@@ -91,7 +130,7 @@ def test_controls(tmp_path):
     controls.main([str(run), "--tasks", "4"])
     found = read(run)
     assert list(found) == ["final", "untrained", "classifier at zero", "classifier at random", "pixels", "queries 1",
-                           "queries 5", "queries 19", "5-shot", *LINEAR, *PARTS, *SIMILARITY, NORMS,
+                           "queries 5", "queries 19", "5-shot", *LINEAR, *PARTS, *SIMILARITY, *GRADIENTS,
                            controls.NOT_TRANSDUCTIVE, *BY_BLOCKS, *EQUAL]
     args, images, tasks = tasks_of(run)
     final = predict.load(run, "last").net
@@ -151,11 +190,11 @@ def test_controls(tmp_path):
         assert found[name]["accuracy"] == pytest.approx([accuracy], abs=1e-5)
     assert found[name]["cka"][0] == pytest.approx(1) != found["similarity, final"]["cka"][0]
 
-    kernels = [key for key, weight in final.weights.items() if weight.dim() > 2]
-    for name, factor, changed in ("loss", 1, kernels[:1]), ("longer", 2**0.5, kernels), ("shorter", 0.5**0.5, kernels):
-        starts = [dict(final.weights.items()) | {kernel: factor * final.weights[kernel]} for kernel in changed]
-        losses = [oracle.meta_loss(final.config, start, tasks, args.update_lr, 1).item() for start in starts]
-        assert found[NORMS][name] == pytest.approx(losses, 1e-5)
+    for name, net in zip(GRADIENTS, nets.values()):
+        parts = [in_parts(net, x, y) for x, y, *_ in zip(*tasks)]
+        norms, ratios = (torch.tensor(values).mean(0).tolist() for values in zip(*parts))
+        assert found[name]["gradient"] == pytest.approx(norms, 1e-3)
+        assert found[name]["variance"] == pytest.approx(ratios, 1e-3)
 
     for name, net in zip(EQUAL, nets.values()):
         def equal_steps(x, y):
