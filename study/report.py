@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from files import UserError
 from study import effects, figures, tables
-from study.design import BLOCKS, CHANGED_AT, DIFFICULTY, FIRST_ORDER, LEARNERS, LONG, LOOPS, MAIN, ONE_STEP, label
+from study.design import CHANGED_AT, DIFFICULTY, FIRST_ORDER, LEARNERS, LONG, LOOPS, MAIN, ONE_STEP, label
 from study.logs import Run, Study
 
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
@@ -106,45 +106,52 @@ def difficulty(study: Study) -> Figure:
 
 
 def changes(study: Study) -> Figure:
-    """The fall in the share against what block 4 adds to block 3 before adaptation: a point per setting."""
-    figure, (left, right) = one_row(2, 3.2, sharey=True, w_pad=0.05)
-    first_order = tuple(itertools.chain(*FIRST_ORDER.values()))
-    for axes, kind, names, when, colour in (
-            (left, "second order", ONE_STEP, (CHANGED_AT,), figures.PALETTE[0]),
-            (left, "first order", first_order, (CHANGED_AT,), figures.PALETTE[1]),
-            (right, "photographs", [name for name in LOOPS if name.startswith("photographs")], (), figures.PALETTE[2]),
-            (right, "other images", [name for name in LOOPS if not name.startswith("photographs")], (),
-             figures.PALETTE[3])):
-        groups = study.groups(names)
-        fall, gain = (np.array(tables.means(groups, value, *when)) for value in (effects.fall, effects.last_block_adds))
-        gain *= 100
-        axes.scatter(fall, gain, s=26, color=colour, label=kind)
-        for group, x, y in zip(groups, fall, gain):
-            if label(group[0]) in ("MAML, second order", "MAML, first order"):
-                axes.annotate("MAML", (x, y), (6, 0), textcoords="offset points", va="center", fontsize=7.5)
-    for axes in (left, right):
+    """What block 4 adds to block 3 before adaptation, against the fall in the share and block 4's variance ratio.
+
+    A point per setting, MAML's ringed.
+    """
+    figure, (left, middle, right) = one_row(3, 3.2, sharey=True, w_pad=0.05)
+    changed = {"second order": ONE_STEP, "first order": itertools.chain.from_iterable(FIRST_ORDER.values())}
+    changed = {kind: study.groups(names) for kind, names in changed.items()}
+    loops = {kind: study.groups(name for name in LOOPS if name.startswith("photographs") == photographs)
+             for kind, photographs in (("photographs", True), ("other images", False))}
+    for axes, kinds, x, y in (
+            (left, changed, (effects.fall, CHANGED_AT), (effects.last_block_adds, CHANGED_AT)),
+            (middle, changed, tables.VARIANCE_4, tables.ADDS_AT_END),
+            (right, loops, (effects.fall,), (effects.last_block_adds,))):
+        for (kind, groups), colour in zip(kinds.items(), figures.PALETTE[2 if axes is right else 0:]):
+            values, gain = np.array(tables.means(groups, *x)), 100 * np.array(tables.means(groups, *y))
+            axes.scatter(values, gain, s=26, color=colour, label=kind)
+            maml = [label(run) in ("MAML, second order", "MAML, first order") for run, *_ in groups]
+            axes.scatter(values[maml], gain[maml], s=26, facecolors="none", edgecolors="black")
         axes.axhline(0, color=figures.GREY, linewidth=0.8)
         axes.set(xlabel="fall in the share by the inner loop")
-        axes.legend(loc="upper right")
+    left.legend(loc="upper right")
+    right.legend(loc="upper right")
+    middle.set(title="B  The same settings", xlabel="variance ratio of block 4", xscale="log")
+    middle.set_xticks((2, 5, 10, 20, 50), (2, 5, 10, 20, 50))
+    middle.minorticks_off()
     left.set(title="A  Omniglot, changed settings", ylabel="block 4's gain over block 3, points")
-    right.set(title="B  Section 5's images and inner loops")
+    right.set(title="C  Section 5's images and inner loops")
     return figure
 
 
 def similarity(study: Study) -> Figure:
-    """CKA of each layer's features before and after the inner loop: learners, and MAML with other inner loops."""
-    figure, (left, right) = one_row(2, 3.1, sharey=True, w_pad=0.05)
-    for axes, names in ((left, LEARNERS), (right, ("contrast-maml", *BLOCKS))):
-        groups = figures.colours(study.groups(names))
-        lines = [*(("final", *group) for group in groups),
-                 *(("untrained", group, figures.GREY, "untrained") for group, *_ in groups[:1])]
-        for kind, group, colour, name in lines:
-            values = [[effects.in_control(run, f"similarity, {kind}", "cka", i) for i in range(len(run.layers))]
+    """Which layers the inner loop changes, and the norm of the gradient that reaches each block."""
+    groups = figures.colours(study.groups(LEARNERS))
+    lines = [*(("final", *group) for group in groups),
+             *(("untrained", group, figures.GREY, "untrained") for group, *_ in groups[:1])]
+    legend = [figures.key(name, colour, linewidth=2.2) for *_, colour, name in lines]
+    figure, ((left, right),) = figures.frame(1, 2, 2.9, legend)
+    for kind, group, colour, _ in lines:
+        for axes, control, key, shown in ((left, "similarity", "cka", group[0].layers),
+                                          (right, "gradients", "gradient", group[0].layers[:-1])):
+            values = [[effects.in_control(run, f"{control}, {kind}", key, i) for i in range(len(shown))]
                       for run in group]
-            axes.plot(group[0].layers, np.mean(values, 0), "o-", color=colour, markersize=3, label=name)
-        axes.legend(handles=axes.get_lines(), loc="lower left", fontsize=7.5)
-    left.set(title="A  Learners", ylabel="CKA, before and after the inner loop", ylim=(0, 1.03))
-    right.set(title="B  MAML trained with an inner loop of some blocks")
+            axes.plot(shown, np.mean(values, 0), "o-", color=colour, markersize=3)
+    left.set(title="A  CKA, before and after the inner loop", ylim=(0, 1.03))
+    right.set(title="B  Gradient of the support loss, norm")
+    figures.fit(right, log=True)
     return figure
 
 

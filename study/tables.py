@@ -193,7 +193,8 @@ pace = partial(compared, names=(*OTHER_LOOPS, *design.TWENTY_WAY), columns={
     "test after": lambda runs: f"{runs[0].last_step:,}", "test, %": (own_accuracy,)} | OWN_RULE)
 
 # How far MAML's inner loop moves the kernels of each block; similarity, also after steps as large as MAML's.
-moved = partial(compared, names=(*LEARNERS, "maml-3000", "kept-norms", *design.BLOCKS), references=("untrained",))
+moved = partial(compared, names=(*LEARNERS, "maml-3000", "kept-norms", *design.BLOCKS, "paper-omniglot-5w1s"),
+                references=("untrained",))
 steps = partial(moved, columns={
     f"{NAMED_LAYERS[layer]}, step": (in_control, "similarity, final", "step", layer) for layer in range(-5, -1)} | {
     f"{NAMED_LAYERS[layer]}, CKA{sizes}": (in_control, f"similarity{control}, final", "cka", layer)
@@ -220,6 +221,8 @@ equal = partial(compared, names=MOVING, references=("untrained",), columns={
     "nearest support mean, adapted, %": (measured, "finetuned", "ncc_accuracy", EQUAL)})
 
 NEAREST, ADDS = "nearest support mean before adaptation", "the same minus that of block 3"
+VARIANCE_4 = (*VARIANCE, 3)
+ADDS_AT_END = minus, ("meta", "ncc_accuracy"), ("meta", "ncc_accuracy", HIDDEN - 1)
 
 
 def means(groups: Sequence[list[Run]], value: Callable[..., float], *arguments) -> list[float]:
@@ -268,10 +271,9 @@ def falls(study: Study) -> str:
         with_fall = [runs for runs in groups if means([runs], effects.fall, *when)[0] > 0.01]
         for shown, which in ((groups, kind), (with_fall, "of these, with a fall above 0.01")) if groups else ():
             correlate(shown, which, {"the fall": (effects.fall, *when)}, others)
-    gain = {f"{ADDS}, at the end": (minus, ("meta", "ncc_accuracy"), ("meta", "ncc_accuracy", -3))}
     for names, kind in changed.items():
         if groups := study.groups(names):
-            correlate(groups, kind, {"block 4's variance ratio": (*VARIANCE, 3)}, gain)
+            correlate(groups, kind, {"block 4's variance ratio": VARIANCE_4}, {f"{ADDS}, at the end": ADDS_AT_END})
     return table(rows)
 
 
