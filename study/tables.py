@@ -118,6 +118,7 @@ RULES = {"nearest support mean": ("nearest_mean", 0), "nearest support mean, ada
 STARTS = {"": "final", ", from a random classifier": "classifier at random",
           ", from a zero classifier": "classifier at zero"}  # where the inner loop starts: the control
 OWN_RULE: Columns = {"by its own rule, not transductive, %": (own_accuracy, False)}
+VARIANCE_4 = in_control, "gradients, final", "variance", 3
 TRACES: Columns = {f"{trace} trace, adapted / before": (effects.adapted_ratio, trace)
                    for trace in ("between", "within")}
 PARTS: Columns = {
@@ -169,7 +170,9 @@ separation = partial(compared, names=(*LEARNERS, "paper-omniglot-5w1s"), referen
     for name, key in (("nearest support mean", "nearest_mean"), ("ridge", "ridge")) for place in (2, 3)})
 
 # `contrast`'s columns for section 5's settings, with the spread of the classifier's rows and the first inner step.
-photographs = partial(compared, names=design.SMALL_PHOTOGRAPHS, references=REFERENCES, columns=NARROW | PARTS)
+photographs = partial(compared, names=design.SMALL_PHOTOGRAPHS, references=REFERENCES, columns=NARROW | PARTS | {
+    "gradient, block 4": (in_control, "gradients, final", "gradient", 3),
+    "variance ratio, block 4": VARIANCE_4})
 
 # One inner loop on images whose classes are hard or easy to tell apart.
 difficulty = partial(compared, names=tuple(itertools.chain(*DIFFICULTY.values())), columns=SHARES | {
@@ -201,13 +204,12 @@ steps = partial(moved, columns={
     for sizes, control in (("", ""), (", equal steps", " at equal steps")) for layer in (-3, HIDDEN)})
 
 # What makes these steps small: each block's kernel norm, gradient and variance of the convolution.
-VARIANCE = in_control, "gradients, final", "variance"
 gradients = partial(moved, columns={
     f"{NAMED_LAYERS[layer]}, {name}": (in_control, control, key, layer)
     for name, control, key in (("kernel's norm", "similarity, final", "norm"),
                                ("gradient", "gradients, final", "gradient"))
     for layer in range(-5, -1)} | {
-    f"block {block}, variance ratio": (*VARIANCE, block - 1) for block in (1, 2, 3, 4)})
+    f"block {place + 1}, variance ratio": (in_control, "gradients, final", "variance", place) for place in range(4)})
 
 # What a step of MAML's size in each block does to features.
 EQUAL, MOVING = "similarity at equal steps, final", [name for name in LEARNERS if name != "contrast-zero-head"]
@@ -221,7 +223,6 @@ equal = partial(compared, names=MOVING, references=("untrained",), columns={
     "nearest support mean, adapted, %": (measured, "finetuned", "ncc_accuracy", EQUAL)})
 
 NEAREST, ADDS = "nearest support mean before adaptation", "the same minus that of block 3"
-VARIANCE_4 = (*VARIANCE, 3)
 ADDS_AT_END = minus, ("meta", "ncc_accuracy"), ("meta", "ncc_accuracy", HIDDEN - 1)
 
 
@@ -248,32 +249,29 @@ def ranking(study: Study) -> str:
 def falls(study: Study) -> str:
     """Spearman correlations over settings: of the fall in the share, and of block 4's variance ratio.
 
-    Changed settings on validation tasks, settings of section 5 on test tasks.
+    The fall of changed settings is on validation tasks, of settings of section 5 on test tasks.
     """
     step = design.CHANGED_AT
     on_test = {NEAREST: (tested, "nearest_mean", 0), ADDS: (effects.last_block_adds,)}
     on_validation = {NEAREST: (at, "meta", "ncc_accuracy", step), ADDS: (effects.last_block_adds, step)}
-    changed = {design.ONE_STEP: "settings in second order, one inner step",
-               tuple(itertools.chain(*design.FIRST_ORDER.values())): "settings in first order"}
     rows = []
 
-    def correlate(groups: Sequence[list[Run]], kind: str, one: dict, others: dict) -> None:
-        for (name, column), (other, other_column) in itertools.product(one.items(), others.items()):
+    def correlate(groups: Sequence[list[Run]], kind: str, one: str, column: tuple, others: dict[str, tuple]) -> None:
+        for other, other_column in others.items() if groups else ():
             correlation = effects.spearman(means(groups, *column), means(groups, *other_column))
-            rows.append({"": f"{len(groups)} {kind}", "of": name, "and": other,
+            rows.append({"": f"{len(groups)} {kind}", "of": one, "and": other,
                          "Spearman correlation": fixed(correlation, 2)})
 
     for names, kind, when, others in (
-            *((names, kind, (step,), on_validation) for names, kind in changed.items()),
+            (design.ONE_STEP, "settings in second order, one inner step", (step,), on_validation),
+            (itertools.chain(*design.FIRST_ORDER.values()), "settings in first order", (step,), on_validation),
             (design.LOOPS, "settings of section 5 trained with an inner loop", (), on_test),
             (design.IMAGES, "kinds of images (section 5)", (), {"test accuracy": (own_accuracy,)})):
-        groups = study.groups(names)
-        with_fall = [runs for runs in groups if means([runs], effects.fall, *when)[0] > 0.01]
-        for shown, which in ((groups, kind), (with_fall, "of these, with a fall above 0.01")) if groups else ():
-            correlate(shown, which, {"the fall": (effects.fall, *when)}, others)
-    for names, kind in changed.items():
-        if groups := study.groups(names):
-            correlate(groups, kind, {"block 4's variance ratio": VARIANCE_4}, {f"{ADDS}, at the end": ADDS_AT_END})
+        groups, fall = study.groups(names), (effects.fall, *when)
+        with_fall = [runs for runs in groups if means([runs], *fall)[0] > 0.01]
+        correlate(groups, kind, "the fall", fall, others)
+        correlate(with_fall, "of these, with a fall above 0.01", "the fall", fall, others)
+        correlate(groups, kind, "block 4's variance ratio", VARIANCE_4, {f"{ADDS}, at the end": ADDS_AT_END})
     return table(rows)
 
 
