@@ -36,10 +36,11 @@ def classifier_gradient(net: Learner, tasks: Tasks, classes: Tensor) -> tuple[li
     Returns:
         As `protonet_gradient`; a task's loss and accuracy are the means over its images.
     Raises:
-        ValueError: `net.classes` is not set.
+        ValueError: `net.classes` is not set, or `classes` is None.
     """
-    if net.classes is None:
-        raise ValueError("set net.classes before Meta takes the net: a linear layer over all training classes")
+    if net.classes is None or classes is None:
+        raise ValueError("set net.classes before Meta takes the net, a linear layer over all training classes, and "
+                         "give each step the tasks' classes")
     images, labels = torch.cat([tasks.x_spt, tasks.x_qry], 1), torch.cat([tasks.y_spt, tasks.y_qry], 1)
     _, features = net(images.flatten(0, 1), features=True)
     logits = net.classes(features[-2]).unflatten(0, labels.shape)
@@ -63,7 +64,7 @@ def inner_rates(net: Learner, learner: str, lr: float, head_lr: float | None = N
     with these numbers (`Learner.block`), or all if None.
 
     Raises:
-        ValueError: an unknown learner, or a block that `net` doesn't have.
+        ValueError: an unknown learner, a block that `net` doesn't have, or nothing to adapt.
     """
     if not set(blocks or ()) <= set(range(1, len(net.blocks) + 1)):
         raise ValueError(f"adapt_blocks {' '.join(map(str, blocks))}: the blocks are 1 to {len(net.blocks)}, which is "
@@ -71,9 +72,10 @@ def inner_rates(net: Learner, learner: str, lr: float, head_lr: float | None = N
     head = dict.fromkeys(net.head, lr if head_lr is None else head_lr)
     body = {name: lr for name in net.adaptable if name not in head}
     chosen = {name: rate for name, rate in (body | head).items() if blocks is None or net.block(name) in blocks}
-    if blocks is not None and not chosen:
-        raise ValueError("adapt_blocks: these blocks have no weights that an inner loop adapts")
     rates = {"maml": chosen, "anil": head, "boil": body} | dict.fromkeys(BASELINES, body | head)
     if learner not in rates:
         raise ValueError(f"learner {learner!r}: must be one of {', '.join(rates)}")
+    if not rates[learner]:
+        raise ValueError(f"learner {learner}: there are no weights that its inner loop adapts; change the layers"
+                         f"{' or adapt_blocks' if blocks else ''}")
     return rates[learner]

@@ -142,7 +142,7 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     listed(others, f"images in {folder} in other formats than {', '.join(FORMATS)}", "convert them, or remove them")
     listed(list(map(short, deeper)), f"folders in the class folders of {folder} have images that would be left out",
            "move these into the class folder itself, or remove them")
-    if found and without:
+    if without:
         note(f"note: {len(without):,} folders in {folder} are left out, as no file there has an extension of an image "
              f"({', '.join(EXTENSIONS)}): {', '.join(without[:10])}")
     if strange:

@@ -190,8 +190,9 @@ def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int)
     counts = dataset.counts()[split]
     expected = (len(counts), max(counts), dataset.channels, imgsz, imgsz)
     if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
-        raise UserError(f"{where}: load gives {getattr(images, 'dtype', type(images).__name__)} and must give uint8 in "
-                        "0..255, which is scaled and normalised later: (255 * images).round().to(torch.uint8) of 0..1")
+        given = images.dtype if isinstance(images, torch.Tensor) else type(images)
+        raise UserError(f"{where}: load gives {given} and must give a tensor of uint8 in 0..255, which is scaled and "
+                        "normalised later: (255 * images).round().to(torch.uint8) of 0..1")
     if images.shape != expected:
         raise UserError(f"{where}: load gives the shape {list(images.shape)}; counts, channels and --imgsz say "
                         f"{list(expected)}; make them agree")
@@ -204,8 +205,9 @@ def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int)
 
 
 def normal(text: str) -> str:
-    """A label or name in the form in which it is compared: composed Unicode, without surrounding blanks."""
-    return unicodedata.normalize("NFC", text).strip()
+    """A label or name in the form in which it is compared: composed Unicode, without invisible or outer blanks."""
+    visible = (char for char in unicodedata.normalize("NFC", text) if unicodedata.category(char) != "Cf")
+    return "".join(visible).strip()
 
 
 def entries(folder: Path | str) -> list[os.DirEntry]:
@@ -230,10 +232,10 @@ def by_class(files: Iterable[tuple[str, ImageFile]]) -> dict[str, list[ImageFile
 
 
 def image_file(file: os.DirEntry | Path, name: str) -> ImageFile:
-    """The file, or what it links to, as an image named `name`."""
-    with reading(os.fspath(file), "put the image there"):
-        status = os.stat(file)
-    return ImageFile(name, status.st_size, status.st_mtime_ns, os.fspath(file), Path(file).read_bytes)
+    """The file, or what it links to, as an image named `name`. A dead link is refused when the images are read."""
+    status = os.stat(file) if os.path.exists(file) else None
+    size, stamp = (status.st_size, status.st_mtime_ns) if status else (0, 0)
+    return ImageFile(name, size, stamp, os.fspath(file), Path(file).read_bytes)
 
 
 # ---- decoding

@@ -53,7 +53,7 @@ class Learner(nn.Module):
 
     Conv and linear weights start Kaiming-normal (He et al. 2015: variance 2 / fan in), biases 0, batch norm's scale 1
     and shift 0. Batch norm always uses the statistics of the batch it is given, task by task (transductive, as in
-    MAML); it keeps no running average.
+    MAML); it keeps no running average. A weight is named after the number and name of its layer: 0_conv2d_weight.
 
     Args:
         config: the layers in order, as (name, params); LAYERS says what the params of each mean.
@@ -246,9 +246,10 @@ def _check(name: str, params: Sequence, shape: list[int]) -> None:
         raise ValueError('padding "same" takes square images')
     if name == "linear" and shape != [params[1]]:
         raise ValueError(f"takes [{params[1]}], not {shape}")
-    channels = {"conv2d": params[1:2], "convt2d": params[:1], "bn": params[:1], "bn_shift": params[:1]}.get(name)
-    if channels and channels != shape[:1]:
-        raise ValueError(f"takes {channels[0]} channels, not {shape[0]}")
+    takes = dict(zip(LAYERS[name], params))
+    channels = takes.get("in", takes.get("channels", shape[0]))
+    if channels != shape[0]:
+        raise ValueError(f"takes {channels} channels, not {shape[0]}")
 
 
 def _output_shape(name: str, params: Sequence, shape: list[int], own: Iterable[Tensor]) -> list[int]:

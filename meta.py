@@ -67,8 +67,7 @@ def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapp
         for _ in range(steps):
             weights = trajectory[-1] if second_order else leaves(trajectory[-1])
             loss = cross_entropy(net(x, weights), y).sum()  # tasks share nothing: each gets its own gradient
-            adapted = [weights[name] for name in lr]  # none: BOIL of a network without a body
-            gradients = torch.autograd.grad(loss, adapted, create_graph=second_order) if adapted else []
+            gradients = torch.autograd.grad(loss, [weights[name] for name in lr], create_graph=second_order)
             trajectory.append(weights | {name: weights[name].add(g, alpha=-lr[name]) for name, g in zip(lr, gradients)})
     return trajectory
 

@@ -137,13 +137,15 @@ def _missing(root: Path) -> str:
         return (f"{root} has {len(CLASSES & labels)} of miniImageNet's {len(CLASSES)} classes (missing: "
                 f"{', '.join(sorted(CLASSES - labels)[:10]) or 'none'}; not of it: "
                 f"{', '.join(map(short, sorted(labels - CLASSES)[:10])) or 'none'})")
-    return f"{root} has no CSV files, no folders train/, val/ and test/ and no caches{folders.own_images(root)}"
+    there = ", ".join(short(entry.name) for entry in images.entries(root)[:10]) or "nothing"
+    return (f"{root} has no CSV files, no folders train/, val/ and test/ and no caches{folders.own_images(root)}; it "
+            f"has {there}")
 
 
 def _where(root: Path) -> str:
     return ("put images/ with train.csv, val.csv and test.csv (filename,label), or train/, val/ and test/ of class "
             "folders, or the folders of all 100 classes, or the caches *-train.pkl, *-val.pkl and *-test.pkl into "
-            f"{root}, or use --synthetic, which needs no data")
+            f"{root}, or train with --synthetic, which needs no data")
 
 
 def _from_wnids(root: Path, cache: Path) -> Splits | None:
@@ -216,11 +218,12 @@ def _parts(filename: str) -> tuple[str, str, str]:
 
 
 class _Files:
-    """The files in `folder` and its folders, by stem. In `root` itself, those in folders with the labels' names."""
+    """The files in `folder` and its folders, by stem. In `root` itself, in folders with names of labels or splits."""
 
     def __init__(self, root: Path, folder: Path, labels: set[str]):
         self.labels, self.folder = labels, folder
-        inside = [entry for entry in images.subfolders(folder) if folder != root or normal(entry.name) in labels]
+        inside = [entry for entry in images.subfolders(folder)
+                  if folder != root or normal(entry.name) in {*labels, *SPLITS}]
         self.paths: dict[str, list[Path]] = {}
         for place in (folder, *inside):
             for entry in images.entries(place):
@@ -286,6 +289,7 @@ def _from_pickle(path: Path, split: str) -> dict[str, list[ImageFile]]:
                 content = _plain(_Unpickler(file, encoding="latin1").load())  # of text from Python 2
         except MemoryError as error:  # a damaged file may give sizes that fit into no memory
             raise ValueError("it doesn't fit into memory") from error
+        content = content if isinstance(content, dict) else {}
         if content.keys() >= {"image_data", "class_dict"}:
             pixels = content["image_data"]
             labelled = [(label, index) for label, indices in content["class_dict"].items() for index in indices]
@@ -298,6 +302,8 @@ def _from_pickle(path: Path, split: str) -> dict[str, list[ImageFile]]:
         else:
             raise ValueError(f"its keys are {', '.join(map(short, map(str, content)))}, and not image_data and "
                              "class_dict, or data and labels")
+        if others := {getattr(image, "dtype", type(image)) for image in pixels} - {np.dtype(np.uint8)}:
+            raise ValueError(f"its images are of {', '.join(map(str, others))}, not of uint8")
         labelled = [(f"{split} {label}" if isinstance(label, Number) else normal(str(label)), index)
                     for label, index in labelled]  # another split's numbers are other classes
         indices = {index for _, index in labelled}

@@ -322,6 +322,10 @@ def mean_and_se(values: Tensor) -> tuple[Tensor, Tensor]:
     return values.mean(0), error
 
 
+METRICS = {"nc1": nc1, "cdnv": cdnv, "cdnv_unbiased": unbiased_cdnv, "directional_cdnv": directional_cdnv,
+           "equinorm": equinorm, "equiangularity": equiangularity, "etf_error": etf_error}
+
+
 def _metrics_of_group(group: _Group) -> dict[str, Tensor]:
     """All metrics of features and labels alone; `_Group` says what of a residual a metric may use."""
     values = {}
@@ -329,9 +333,7 @@ def _metrics_of_group(group: _Group) -> dict[str, Tensor]:
         within, between = traces.of_group(group)
         values |= {f"within{suffix}": within, f"between{suffix}": between,
                    f"relative_within{suffix}": relative_within(within, between)}
-    metrics = {"nc1": nc1, "cdnv": cdnv, "cdnv_unbiased": unbiased_cdnv, "directional_cdnv": directional_cdnv,
-               "equinorm": equinorm, "equiangularity": equiangularity, "etf_error": etf_error}
-    return values | {name: metric.of_group(group) for name, metric in metrics.items()}
+    return values | {name: metric.of_group(group) for name, metric in METRICS.items()}
 
 
 @torch.no_grad()

@@ -106,13 +106,13 @@ def split_names(names: Iterable[str], split: str = "shuffled") -> dict[str, list
 
 
 def _candidates(root: Path, part: str) -> list[Path]:
-    """The folders and zip files of a part, in `root` or up to two folders below it, nearest first.
+    """The zip files of a part, in `root` or up to two folders below it, nearest first; if there is none, its folders.
 
-    If there is none, the folders there with the alphabets of both parts.
+    If there is none either, the folders there with the alphabets of both parts.
     """
-    found = [path for depth in ("", "*/", "*/*/") for name in (part, f"{part}.zip")
-             for path in sorted(root.glob(depth + name))]
-    return found or [path for path in (root, *sorted(root.glob("*")), *sorted(root.glob("*/*")))
+    zips, parts = ([path for depth in ("", "*/", "*/*/") for path in sorted(root.glob(depth + name))]
+                   for name in (f"{part}.zip", part))
+    return zips or parts or [path for path in (root, *sorted(root.glob("*")), *sorted(root.glob("*/*")))
                      if path.name not in PARTS and all((path / alphabet).is_dir() for alphabet in EVALUATION)]
 
 
@@ -150,8 +150,8 @@ def _described(path: Path, count: int) -> str:
 
 def _where(root: Path, parts: Iterable[str] = PARTS) -> str:
     zips = " and ".join(f"{part}.zip" for part in parts)
-    return (f"put {zips} from {URL} into {root.absolute()}, name their folder with --root, or try --synthetic, which "
-            "needs no data")
+    return (f"put {zips} from {URL} into {root.absolute()}, name their folder with --root, or train with --synthetic, "
+            "which needs no data")
 
 
 def _download(root: Path, missing: list[str]) -> None:

@@ -359,7 +359,7 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
                 unequal = args.data and images < max(dataset.counts()[split])
                 remedy = f", or remove the smallest classes ({dataset.found()})" if unequal else ""
                 raise UserError(f"--k_spt {args.k_spt} --{name} {getattr(args, name)}: {dataset.name()} has {images} "
-                                f"images per class in its {split} split; lower them to that sum{remedy}")
+                                f"images per class in its {split} split; lower their sum to {images}{remedy}")
     if args.nc_qry is None:
         args.nc_qry = min(NC_QRY, min(images for _, images in sizes.values()) - args.k_spt)
     if args.nc_every and args.nc_qry < 2 and not tests_only:
@@ -375,6 +375,8 @@ def _check_network(args: argparse.Namespace, network: Callable[[argparse.Namespa
         too_small = any(text in str(error) for text in ("Kernel size can't be greater", "Output size is too small"))
         hint = "; a larger --imgsz or --net paper may fit" if too_small else ""
         raise UserError(f"layers at --imgsz {args.imgsz}: {error}{hint}") from error
+    if not isinstance(net, Learner):
+        raise UserError(f"network: it must return a Learner, and returns {type(net)}")
     name, params = net.config[-1]
     if name != "linear" or net.shapes[-1] != [args.n_way]:
         raise UserError(f"layers: the last layer is {name}{params}; with --n_way {args.n_way} it must be "

@@ -34,7 +34,7 @@ class Tasks(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Where a script's images come from."""
+    """Where a script's images come from. `predict` and --test of a run know only the data sets of the two scripts."""
 
     name: Callable[[], str]  # in logs and figures; may depend on the counts
     channels: int
@@ -145,7 +145,7 @@ class Sampler:
         self.k_qry, self.nc_qry = k_qry, k_qry if nc_qry is None else nc_qry
         self.k = k_spt + max(self.k_qry, self.nc_qry)
         classes, per_class = len(images) // turns, images.shape[1]
-        least = min(counts or [per_class])
+        least = per_class if counts is None else min(counts)
         if images.dtype != torch.uint8:
             raise ValueError(f"images are {images.dtype} and must be uint8 in 0..255, which is scaled to 0..1 later")
         if n_way > classes:
@@ -154,7 +154,7 @@ class Sampler:
             raise ValueError(f"support and query images need {self.k} per class, and one class has {least}")
         self.mean, self.std = (torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
         self.generator = torch.Generator(images.device if on_device else "cpu").manual_seed(seed)
-        self.counts = torch.tensor(counts, device=self.generator.device) if least < per_class else None
+        self.counts = torch.as_tensor(counts, device=self.generator.device) if least < per_class else None
 
     def __call__(self, n_tasks: int) -> Tasks:
         return self.gather(self.draw(n_tasks))

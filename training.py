@@ -51,14 +51,14 @@ def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
     """Train, validate and test with these settings; with --resume continue a run, with --test test it again."""
     trains_classifier = args.learner == "classifier" and args.test is None  # takes all tasks of a step together
     graph = args.device.startswith("cuda") and args.cuda_graph is not False and args.test is None
-    fewer = "give --no-cuda_graph (a graph keeps the memory of a step), or " if graph else ""
-    fewer += "" if trains_classifier else f"lower --task_chunk (now {args.task_chunk or 'not given'}), or "
-    if args.resume:  # it keeps its --task_num and --device
-        fewer += f"start again with a lower --task_num (now {args.task_num}): --from_args {quoted(args.resume)}"
-    else:
-        fewer += "" if args.test else f"lower --task_num (now {args.task_num}), or "
-        fewer += f"take another --device than {args.device}"
-    with devices.memory_runs_out(fewer):
+    again = f"start again with a lower --task_num (now {args.task_num}): --from_args {quoted(args.resume or '')}"
+    remedies = {"give --no-cuda_graph (a graph keeps the memory of a step)": graph,
+                f"lower --task_chunk (now {args.task_chunk or 'not given'})":
+                not trains_classifier and args.task_chunk != 1,
+                again: args.resume,  # it keeps its --task_num and --device
+                f"lower --task_num (now {args.task_num})": not args.resume and not args.test and args.task_num > 1,
+                f"take another --device than {args.device}": not args.resume}
+    with devices.memory_runs_out(", or ".join(remedy for remedy, helps in remedies.items() if helps)):
         device = devices.select_device(args.device)
         check(args, dataset, network)
         with devices.processes(device):
@@ -89,7 +89,8 @@ def _train(maml: Meta, data: "Data") -> None:
     with record.lock_run(args) as out:
         finished = args.resume is not None and (out / "result.json").exists()
         if finished and record.read_args(out)["settings"]["epoch"] == args.epoch:
-            return say(f"{out} is complete; a larger --epoch adds steps, --test {quoted(out)} tests it again")
+            longer = "" if args.lr_schedule == "cosine" else "a larger --epoch adds steps, "
+            return say(f"{out} is complete; {longer}--test {quoted(out)} tests it again")
         run = _Run(maml, data, out)
         flags = ", ".join(f"{name}={value}" for name, value in recorded_settings(args).items())
         kept = [net.weights[name] for name in net.head] if args.freeze_head else []

@@ -131,7 +131,8 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
     for name, (net, function) in wanted.items():
         data.args.k_spt, data.args.k_qry_test = sizes.get(name, usual)
         data.args.nc_qry = data.args.k_qry_test  # or more are drawn than a class may have
-        own = argparse.Namespace(**vars(args) | {"adapt_blocks": None}) if net is pixels else args  # it has one block
+        one_layer = {"learner": "maml", "adapt_blocks": None}  # no body for BOIL, and one block
+        own = argparse.Namespace(**vars(args) | one_layer) if net is pixels else args
         parts = in_batches(meta_of(net, own), data, images, function)
         results = cat(list(progress(parts, name, math.ceil(args.test_tasks / args.task_num), "batches")))
         metrics = results.pop("metrics", None)

@@ -228,12 +228,16 @@ def metrics(groups: Sequence[Group], layer: str | None = None) -> Figure:
     ways = {run.settings["n_way"]: colour for run, colour in references}
     directions = {n_way: colour if len(ways) > 1 else GREY for n_way, colour in ways.items()}
     note = key("permuted labels, adapted; NC2: random directions", GREY, linestyle=":")
-    rows = math.ceil(len(LABELS) / 3)
+    shown = layer or distinct(groups, "hidden")
+    logged = set.intersection(*(set(next(iter(run.rows[split].values())).get("finetuned", ()))
+                                for run in itertools.chain(*groups)))  # older runs lack newer metrics
+    titles = {metric: title for metric, title in LABELS.items() if metric in logged} or LABELS
+    rows = math.ceil(len(titles) / 3)
     figure, panels = frame(rows, 3, 2.2 * rows, keys(groups, note, models=True))
-    for axes in panels.flat[len(LABELS):]:
+    for axes in panels.flat[len(titles):]:
         axes.remove()
-    headline(figure, groups, TASKS[split], layer or distinct(groups, "hidden"))
-    for axes, (metric, title) in zip(panels.flat, LABELS.items()):
+    headline(figure, groups, TASKS[split], shown)
+    for axes, (metric, title) in zip(panels.flat, titles.items()):
         curves(axes, groups, [(of_metric(split, model, metric, layer), style) for model, style in STYLES.items()
                               if model == "finetuned" or metric not in BY_CONSTRUCTION])
         if metric == "etf_error":

@@ -4,7 +4,8 @@
     python -m study.run omniglot-5w1s --seeds 1  one setting, one seed
     python -m study.run --collect                copy finished runs to res/
 
-After --collect, `python plot_nc.py` redraws the figures and `python -m study.tables` rewrites the tables.
+After --collect, `python -m study.controls res/RUN` measures a run's controls, `python plot_nc.py` redraws the figures
+and `python -m study.tables` rewrites the tables.
 """
 
 import gzip
@@ -143,7 +144,7 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
         if contents(folder, weights) != weights:
             for path in folder.glob("controls*.json"):
                 path.unlink()  # measured with other weights
-                print(f"{path} is of other weights and removed")
+                print(f"{path} is of other weights and removed; measure again: python -m study.controls {folder}")
         for name, content in copies.items():
             with atomic(folder / name) as file:
                 file.write(content)

@@ -190,7 +190,7 @@ def test_query_images_are_needed_where_they_are_drawn_alone(tmp_path):
     for split, count in (("train", 6), ("val", 3), ("test", 3)):
         write_classes(tmp_path / "pictures" / split, 3, len(split), count, name=split)
     flags = [*TINY, "--data", str(tmp_path / "pictures"), "--k_qry", "4", "--nc_qry", "2"]
-    with refused("--k_spt 1 --k_qry 4", "3 images per class in its val split; lower them to that sum, or remove the "
+    with refused("--k_spt 1 --k_qry 4", "3 images per class in its val split; lower their sum to 3, or remove the "
                  "smallest classes (folders train, val, test", "val 3 classes of 3 ('val 0') to 5 images"):
         omniglot_train.main([*flags, "--out", str(tmp_path / "run")])
     omniglot_train.main([*flags, "--k_qry_test", "1", "--out", str(tmp_path / "run")])

@@ -127,8 +127,9 @@ def promising(counts: list[int]) -> tasks.Dataset:
 
 
 @pytest.mark.parametrize("loaded, counts, words", [
-    (PROMISED / 255, [4] * 3, ["torch.float32", "must give uint8", "(255 * images)"]),
-    (PROMISED.numpy(), [4] * 3, ["uint8"]), (PROMISED // 255, [4] * 3, ["only pixels 0 and 1", "multiply them by 255"]),
+    (PROMISED / 255, [4] * 3, ["torch.float32", "must give a tensor of uint8", "(255 * images)"]),
+    (PROMISED.numpy(), [4] * 3, ["gives <class 'numpy.ndarray'> and"]),
+    (PROMISED // 255, [4] * 3, ["only pixels 0 and 1", "multiply them by 255"]),
     (PROMISED[:2], [4] * 3, ["[2, 4, 1, 8, 8]", "[3, 4, 1, 8, 8]", "make them agree"]),
     (PROMISED.expand(3, 4, 3, 8, 8), [4] * 3, ["channels"]), (PROMISED, [4, 5, 3], ["counts"])])
 def test_a_dataset_that_breaks_its_promise(loaded, counts, words):

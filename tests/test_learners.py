@@ -109,11 +109,14 @@ def test_which_weights_the_inner_loop_adapts(net, learner, blocks, changes, head
 def test_networks_that_are_refused(net):
     with pytest.raises(ValueError, match="set net.classes before Meta"):
         Meta(net, learner="classifier")(make_tasks())
+    net.classes = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="give each step the tasks' classes"):
+        Meta(net, learner="classifier")(make_tasks())
     net.weights["0_conv2d_bias"].requires_grad_(False)
     with pytest.raises(ValueError, match="Meta trains all weights"):
         Meta(net)
     without = Learner([("flatten", []), ("linear", [5, 784]), ("linear", [5, 5])], imgc=1, imgsz=28)
-    with pytest.raises(ValueError, match="adapt_blocks: these blocks have no weights"):
+    with pytest.raises(ValueError, match="maml: there are no weights that its inner loop adapts; .* or adapt"):
         Meta(without, adapt_blocks=[1])
 
 

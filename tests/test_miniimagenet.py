@@ -98,12 +98,13 @@ LAYOUTS = {  # and words of the line that says what was found
     "images/": (lambda root: None, "train.csv, val.csv and test.csv with images/: train 3 classes of 4 images, val 3"),
     "images/CLASS/": (into_folders, "with images/CLASS/"),
     "CLASS/": (lambda root: without_images(root, "{label}"), "with ./CLASS/"),
+    "a folder per split": (lambda root: without_images(root, "{split}"), "with ./CLASS/"),
     "another extension": (lambda root: edit(root, r"\.png", ".jpg"), "images/: train"),
     "the same names in each class": (lambda root: same_names(root, "images/{label}", r"\1.png,\2"), "CLASS"),
     "the same names in folders that only the CSV files name": (
         lambda root: same_names(root, "images/of {label}", r"of \2/\1.png,\2"), "CLASS"),
     "backslashes": (lambda root: edit(root, "([pvt]..[.])", r"images\\\1"), "images/:"),
-    "blanks and quotes": (lambda root: edit(root, r"(class\d)\n(.*)\n", "\\1 \r\n \\2\r\n  \r\n") or edit(
+    "blanks and quotes": (lambda root: edit(root, r"(class\d)\n(.*)\n", "\\1 \u200b\r\n \\2\r\n  \r\n") or edit(
         root, "filename,label", '\ufeff Filename , "label "'), "train 3 classes of 4 images"),
     "Train.csv": (lambda root: (root / "train.csv").rename(root / "Train.csv"), "images/:"),
     "validation.csv, one folder down": (lambda root: (root / "val.csv").rename(root / "validation.csv") and
@@ -198,9 +199,9 @@ def test_files_that_two_names_fit(photos):
 # Faults
 
 FAULTS = {  # what is wrong: how to make it so, the words that the line must hold
-    "no root": (shutil.rmtree, ["no folder", "into /", "photos, or use --synthetic"]),
+    "no root": (shutil.rmtree, ["no folder", "into /", "photos, or train with --synthetic"]),
     "classes alone": (lambda root: image_folder(root, "{label}"),
-                      ["no CSV files", "*-train.pkl", "9 folders with images", "--data"]),
+                      ["no CSV files", "*-train.pkl", "9 folders with images", "--data", "it has 'class1', 'class2'"]),
     "no csv": (lambda root: (root / "train.csv").unlink(), ["val.csv but none for train (needed: train.csv"]),
     "no images folder": (lambda root: shutil.rmtree(root / "images"), ["images", "missing"]),
     "two caches": (lambda root: cached(root) or shutil.copy(root / "mini-imagenet-cache-val.pkl", root / "val.pickle"),
@@ -215,6 +216,9 @@ FAULTS = {  # what is wrong: how to make it so, the words that the line must hol
                       for path in root.glob(f"images/{pattern}.png")],
         ["11 images can't be used", "p02.png is none of", "p12.png is empty", "v11.png is empty",
          "and 1 more; replace or convert them, or remove them from the"]),
+    "links that lead nowhere": (
+        lambda root: [path.unlink() or path.symlink_to("nowhere") for path in sorted(root.glob("images/p[01]0.png"))],
+        ["2 images can't be used: can't read", "p00.png: No such file or directory; can't read", "p10.png: No such"]),
     "no label": (lambda root: edit(root, r"p10\.png,\w+", "p10.png,"), ["train.csv lacks filename or label: line 3"]),
     "two tables of one split": (lambda root: shutil.copy(root / "val.csv", root / "validation.csv"),
                                 ["val.csv and ", "validation.csv are both of the val split; move one away"]),
@@ -275,6 +279,8 @@ FORGED = Call(np.empty(0).__reduce__()[0], (np.ndarray, (0,), b"b"), (1, (12,), 
     ({"image_data": FORGED}, "as a cache"),  # bytes that NumPy would follow as pointers, and crash
     ({"class_dict": {"a": [0, 99]}}, "one of 12 that isn't there"),
     ({"class_dict": {"a": [0, 1, 0]}}, "an image twice"),
+    ({"image_data": np.zeros((12, 4, 4, 3), np.float32)}, "its images are of float32, not of uint8"),
+    (pickle.dumps([1, 2]), "its keys are , and not image_data"),
     ({"form": "labels", "labels": [99] * 13}, "13 labels of 12 images"),
     ({"form": "labels", "labels": [1]}, "1 labels of 12 images"),
     (b"<!DOCTYPE html>", "as a cache"), (pickle.dumps({"data": []}), "its keys are 'data', and not image_data"),

@@ -31,7 +31,7 @@ PLACES = {  # where people have it: how it is written, words of the line that sa
     "zips with a top folder": (lambda root, entries: write_zips(
         root, dict(reversed(entries.items())), "omniglot-master/python/"), ".zip"),
     "raw/ and processed/": (lambda root, entries: (write_zips(root / "omniglot/raw", entries),
-                            write_folders(root / "omniglot/processed", entries)), "processed/images_background and"),
+                            write_folders(root / "omniglot/processed", entries)), "raw/images_background.zip and"),
     "folders in themselves": (lambda root, entries: write_folders(root, {
         f"{name.split('/')[0]}/{name}": data for name, data in entries.items()}), "evaluation/images_ev"),
     "half unpacked, next to the zips": (lambda root, entries: (write_zips(root, entries), write_folders(
@@ -85,6 +85,10 @@ MISSING = {  # what is wrong: how to make it so, the words that the line must ho
                   ["3 of images_background/Greek/character01", "drawings than Omniglot's 4"]),
     "one too many": (lambda root: shutil.copy(*(root / f"images_background/Greek/character01/000{i}_01.png" for i in (
         1, 9))), ["5 of images_background/Greek/character01", "drawings than Omniglot's 4"]),
+    "an empty one": (lambda root: (root / "images_background/Greek/character01/0001_01.png").write_bytes(b""),
+                     ["0001_01.png is empty"]),
+    "a character too many": (lambda root: shutil.copytree(*(root / f"images_background/Greek/character{i}" for i in (
+        "01", "99"))), ["7 characters (5 in images_background, 2 in images_evaluation)", "Omniglot has 6"]),
     "a character": (lambda root: shutil.rmtree(root / "images_background/Greek/character01"),
                     ["5 characters (3 in images_background, 2 in images_evaluation)", "Omniglot has 6"]),
     "a part": (lambda root: shutil.rmtree(root / "images_evaluation"),
@@ -99,9 +103,9 @@ def test_what_is_there_and_what_is_missing_are_named_and_the_zips_lead_out(tmp_p
     write_folders(tmp_path, small_omniglot)
     make(tmp_path)
     with refused(*words, "put images_", "images_evaluation.zip from", "--synthetic"):
-        load(omniglot, tmp_path, "train", 28)
+        [load(omniglot, tmp_path, split, 28) for split in omniglot.SPLITS]
     write_zips(tmp_path, small_omniglot)  # as advised
-    assert load(omniglot, tmp_path, "train", 28).shape[0] == 3
+    assert [len(load(omniglot, tmp_path, split, 28)) for split in omniglot.SPLITS] == list(omniglot.SPLITS.values())
 
 
 @pytest.mark.parametrize("split", ["", "train"])

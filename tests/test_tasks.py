@@ -90,7 +90,7 @@ def test_what_a_sampler_refuses(options, text):
 
 
 def test_classes_of_unequal_size():
-    counts = [5, 7] * 6
+    counts = torch.tensor([5, 7] * 6)
     tasks = sampler(counts=counts)(400)
     classes, images, _ = decoded(torch.cat([tasks.x_spt, tasks.x_qry], 1))
     for klass, count in enumerate(counts):
