@@ -289,7 +289,8 @@ def _from_pickle(path: Path, split: str) -> dict[str, list[ImageFile]]:
                 content = _plain(_Unpickler(file, encoding="latin1").load())  # of text from Python 2
         except MemoryError as error:  # a damaged file may give sizes that fit into no memory
             raise ValueError("it doesn't fit into memory") from error
-        content = content if isinstance(content, dict) else {}
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not a dict")
         if content.keys() >= {"image_data", "class_dict"}:
             pixels = content["image_data"]
             labelled = [(label, index) for label, indices in content["class_dict"].items() for index in indices]

@@ -114,8 +114,8 @@ class Model:
         if x.shape[1] != len(labels):
             raise UserError(f"there are {x.shape[1]} support images and {len(labels)} labels; give one label per image")
         if len(labels) < self.args.n_way:
-            warnings.warn(f"{len(labels)} support images, in training {self.args.n_way} or more: batch norm's statistics "
-                          "of so few mean little; give more per class", stacklevel=3)
+            warnings.warn(f"{len(labels)} support images, in training {self.args.n_way} or more: batch norm's "
+                          "statistics of so few mean little; give more per class", stacklevel=3)
         y = torch.tensor([[classes[label] for label in labels]], device=x.device)
         theta = dict(self.net.weights)
         for name in self.net.head:  # a row per class; nearest means need none
