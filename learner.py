@@ -51,9 +51,10 @@ CONV_INIT = {"kaiming": nn.init.kaiming_normal_, "xavier": nn.init.xavier_unifor
 class Learner(nn.Module):
     """A network whose weights can be passed in.
 
-    Conv and linear weights start Kaiming-normal (He et al. 2015: variance 2 / fan in), biases 0, batch norm's scale 1
-    and shift 0. Batch norm always uses the statistics of the batch it is given, task by task (transductive, as in
-    MAML); it keeps no running average. A weight is named after the number and name of its layer: 0_conv2d_weight.
+    Conv and linear weights start Kaiming-normal (He et al. 2015: variance 2 / fan in; convt2d's fan is torch's, its out
+    * kernel^2), biases 0, batch norm's scale 1 and shift 0. Batch norm always uses the statistics of the batch it is
+    given, task by task (transductive, as in MAML); it keeps no running average. A weight is named after the number and
+    name of its layer: 0_conv2d_weight.
 
     Args:
         config: the layers in order, as (name, params); LAYERS says what the params of each mean.

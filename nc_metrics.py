@@ -192,7 +192,8 @@ def unbiased_cdnv(group: _Group) -> Tensor:
     positive, as about half are on noise.
     """
     distances = group.distances - group.errors.unsqueeze(-1) - group.errors.unsqueeze(-2)
-    return _off_diagonal_mean((group.variances + group.errors).unsqueeze(-1) / distances.where(distances > 0, math.nan))
+    positive = distances > group.one_hot.shape[-2] * EPS * group.distances  # beyond rounding
+    return _off_diagonal_mean((group.variances + group.errors).unsqueeze(-1) / distances.where(positive, math.nan))
 
 
 @_of_features

@@ -268,22 +268,16 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
         ctx.save_for_backward(x, weight)
-        ctx.eps = eps
         rows, weight = _rows(x), weight[:, None]  # [T, R, c], [T, 1, c]
-        if len(x) == 1:
-            y, mean, r = torch.native_batch_norm(rows[0], weight[0, 0], bias[0], None, None, True, 0.0, eps)
-            ctx.statistics = None, mean.view(1, 1, -1), r.view(1, 1, -1)
-        else:
-            xhat = rows - rows.mean(1, keepdim=True)
-            r = xhat.square().mean(1, keepdim=True).add_(eps).rsqrt_()
-            ctx.statistics = xhat.mul_(r), None, r
-            y = torch.addcmul(bias[:, None], xhat, weight)
-        return y.view(x.shape)
+        xhat = rows - rows.mean(1, keepdim=True)  # a CPU's native kernel has up to 2,000 times the rounding errors
+        r = xhat.square().mean(1, keepdim=True).add_(eps).rsqrt_()
+        ctx.statistics = xhat.mul_(r), r
+        return torch.addcmul(bias[:, None], xhat, weight).view(x.shape)
 
     @staticmethod
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
-        return *_BatchNormGradients.apply(g, x, weight, ctx.statistics, ctx.eps), None
+        return *_BatchNormGradients.apply(g, x, weight, ctx.statistics), None
 
 
 class _BatchNormGradients(torch.autograd.Function):
@@ -294,23 +288,13 @@ class _BatchNormGradients(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, g, x, weight, statistics, eps):
-        ctx.save_for_backward(g, x, weight)
-        xhat, mean, r = statistics
-        rows, weight = _rows(g), weight[:, None]
-        n = rows.shape[1]
-        if xhat is None:
-            gx, gw, gb = torch.ops.aten.native_batch_norm_backward(
-                rows[0], _rows(x)[0], weight[0, 0], None, None, mean[0, 0], r[0, 0], True, eps, [True] * 3)
-            gw, gb = gw[None], gb[None]
-            s1, s2 = gb[:, None] / n, gw[:, None] / n
-        else:
-            s1, s2 = rows.mean(1, keepdim=True), (rows * xhat).mean(1, keepdim=True)
-            scale = weight * r
-            gx = torch.addcmul(-scale * s1, rows, scale).addcmul_(xhat, -scale * s2)
-            gw, gb = (s2 * n)[:, 0], (s1 * n)[:, 0]
-        ctx.statistics = *statistics, s1, s2
-        return gx.view(x.shape), gw, gb
+    def forward(ctx, g, x, weight, statistics):
+        ctx.save_for_backward(g, weight)
+        (xhat, r), rows = statistics, _rows(g)
+        s1, s2, scale = rows.mean(1, keepdim=True), (rows * xhat).mean(1, keepdim=True), weight[:, None] * r
+        ctx.statistics = xhat, r, s1, s2
+        gx = torch.addcmul(-scale * s1, rows, scale).addcmul_(xhat, -scale * s2)
+        return gx.view(g.shape), s2[:, 0] * rows.shape[1], s1[:, 0] * rows.shape[1]
 
     @staticmethod
     def backward(ctx, v, vw, vb):
@@ -318,10 +302,7 @@ class _BatchNormGradients(torch.autograd.Function):
         # Differentiate L = <v, for x> + <vw, for weight> + <vb, for bias>. xhat depends on x through the mean and r,
         # and dr/dx = -r^2 xhat / R. With a = dL/dxhat = -scale s2 v + e g, and q = mean of v (g - s1 - xhat s2):
         #   for x: r (a - <a> - xhat <a xhat>) - scale r q xhat
-        g, x, weight = ctx.saved_tensors
-        xhat, mean, r, s1, s2 = ctx.statistics
-        if xhat is None:
-            xhat = torch.addcmul(-mean * r, _rows(x), r)
+        (g, weight), (xhat, r, s1, s2), shape = ctx.saved_tensors, ctx.statistics, v.shape
         g, v, weight, vw, vb = _rows(g), _rows(v), weight[:, None], vw[:, None], vb[:, None]
         t1, t2 = v.mean(1, keepdim=True), (v * xhat).mean(1, keepdim=True)
         q = (v * g).mean(1, keepdim=True) - t1 * s1 - t2 * s2
@@ -331,7 +312,7 @@ class _BatchNormGradients(torch.autograd.Function):
         d = -scale * s2
         mean_a, mean_a_xhat = d * t1 + e * s1, d * t2 + e * s2
         to_x = torch.addcmul(-r * mean_a, v, r * d).addcmul_(g, r * e).addcmul_(xhat, -r * (mean_a_xhat + scale * q))
-        return to_g.view(x.shape), to_x.view(x.shape), (r * q)[:, 0] * g.shape[1], None, None
+        return to_g.view(shape), to_x.view(shape), (r * q)[:, 0] * g.shape[1], None
 
 
 class _MaxPool(torch.autograd.Function):

@@ -332,6 +332,9 @@ def test_measure_features_says_what_it_cannot_measure(change, message):
 
 
 def test_measure_features_on_noise_warns_and_its_example_runs(tmp_path, monkeypatch, capsys):
+    for low in (0.1, 0.3):  # the unbiased distance is 0, or 1e-17 by rounding
+        with pytest.warns(UserWarning, match="cdnv_unbiased is nan"):
+            nc.measure_features([[low], [low + 0.3], [low + 0.3], [low + 0.3]], [0, 0, 1, 1])
     with pytest.warns(UserWarning, match="cdnv_unbiased is nan") as warned:
         values = nc.measure_features(random(75, 800), np.repeat(np.arange(5), 15))
     assert warned[0].filename == __file__
