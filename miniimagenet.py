@@ -137,9 +137,8 @@ def _missing(root: Path) -> str:
         return (f"{root} has {len(CLASSES & labels)} of miniImageNet's {len(CLASSES)} classes (missing: "
                 f"{', '.join(sorted(CLASSES - labels)[:10]) or 'none'}; not of it: "
                 f"{', '.join(map(short, sorted(labels - CLASSES)[:10])) or 'none'})")
-    there = ", ".join(short(entry.name) for entry in images.entries(root)[:10]) or "nothing"
-    return (f"{root} has no CSV files, no folders train/, val/ and test/ and no caches{folders.own_images(root)}; it "
-            f"has {there}")
+    there = folders.own_images(root) or f"; it has {', '.join(map(short, sorted(os.listdir(root))[:10])) or 'nothing'}"
+    return f"{root} has no CSV files, no folders train/, val/ and test/ and no caches{there}"
 
 
 def _where(root: Path) -> str:
@@ -244,9 +243,8 @@ class _Files:
     def imagenet(self, names: list[str]) -> tuple[dict[str, list[Path]], str]:
         """Files with ImageNet's names, nXXXXXXXX_NUMBER.JPEG, for names nXXXXXXXXNNNNNNNN.
 
-        In the CSV files of Ravi and Larochelle NNNNNNNN is a rank, from 1, among the numbers of the class's images. The
-        tools that make miniImageNet from ImageNet read it so. Other CSV files give the file's own NUMBER. Whichever of
-        the two finds all images is used; if both do, they must be the same images.
+        In the CSV files of Ravi and Larochelle NNNNNNNN is a rank, from 1, among the numbers of the class's images.
+        Other CSV files give the file's own NUMBER. The one that finds all images is used, or both if they agree.
 
         Returns:
             nXXXXXXXXNNNNNNNN -> files, and which of the two it was, in words.
@@ -289,8 +287,6 @@ def _from_pickle(path: Path, split: str) -> dict[str, list[ImageFile]]:
                 content = _plain(_Unpickler(file, encoding="latin1").load())  # of text from Python 2
         except MemoryError as error:  # a damaged file may give sizes that fit into no memory
             raise ValueError("it doesn't fit into memory") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, not a dict")
         if content.keys() >= {"image_data", "class_dict"}:
             pixels = content["image_data"]
             labelled = [(label, index) for label, indices in content["class_dict"].items() for index in indices]
