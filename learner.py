@@ -150,7 +150,13 @@ class Learner(nn.Module):
             Logits [N, n_way] or [T, N, n_way]; with features, (logits, list).
         """
         one_set = isinstance(x, Tensor) and x.dim() == 4
-        x = x[None] if one_set else x
+        layers = [h.flatten(2) for h in self.outputs(x[None] if one_set else x, weights, groups)]
+        if one_set:
+            layers = [values[0] for values in layers]
+        return (layers[-1], layers) if features else layers[-1]
+
+    def outputs(self, x: Tensor | Patches, weights: Weights | None = None, groups: int = 1) -> list[Tensor]:
+        """What `forward` returns as features of tasks, before it is flattened: [T, N, h, w, c] or [T, N, features]."""
         weights = self.per_task(self.weights if weights is None else weights, len(x))
         if any(len(weight) != len(x) for weight in weights.values()):
             raise ValueError(f"x is of {len(x)} tasks, and the weights are of another number")
@@ -162,15 +168,12 @@ class Learner(nn.Module):
         else:  # a copy: torch can't tell the layout of a one-channel view, and the layers need channels last
             h = x.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format)  # [T, N, h, w, c]
             order = self.order
-        layers = []
+        outputs = []
         for i, name, params in order:
             if name in BLOCK_STARTS and i > 0:
-                layers.append(h.flatten(2))
+                outputs.append(h)
             h = apply_layer(name, params, h, own[i], groups)
-        layers.append(h.flatten(2))
-        if one_set:
-            layers = [values[0] for values in layers]
-        return (layers[-1], layers) if features else layers[-1]
+        return [*outputs, h]
 
     def per_task(self, weights: Weights, tasks: int) -> dict[str, Tensor]:
         """The weights with a leading task axis [T, ...]: one set is shared by all tasks, without a copy."""

@@ -31,7 +31,7 @@ import predict
 from baselines import inner_rates
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
 from files import Parser, UserError, atomic, listed, progress, quoted, reading
-from learner import BLOCK_STARTS, Learner, Weights, apply_layer, before_and_after
+from learner import BLOCK_STARTS, Learner, Weights, before_and_after
 from measuring import accuracies, accuracy, class_means, collapse_metrics, cross_entropy, permuted_labels, scores
 from meta import Meta, adapt
 from record import check_classes, check_network, numbers, other_images, say, summary
@@ -244,18 +244,16 @@ def gradients(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[st
     `variance_ratio` of each convolution. Batch norm divides its output by the root of the variance, and thus also the
     gradient that reaches its kernel and the layers below.
     """
-    net, outputs, ratios = maml.net, [], []
-    h = tasks.x_spt.permute(0, 1, 3, 4, 2).clone(memory_format=torch.contiguous_format).requires_grad_()
+    net, x = maml.net, tasks.x_spt.detach().requires_grad_()
     with torch.enable_grad():
-        weights = net.per_task(net.weights, len(h))
-        for i, name, params in net.order:
-            own = [weights[key] for key in net.keys[i]]
-            outputs += [h] if name in BLOCK_STARTS and i > 0 else []
-            if name == "conv2d":
-                ratios.append(variance_ratio(h.detach(), own[0].detach(), *params[3:]))
-            h = apply_layer(name, params, h, own)
-        loss = cross_entropy(h, tasks.y_spt).sum()
-    norms = [g.flatten(1).norm(dim=1) for g in torch.autograd.grad(loss, [*outputs, h])]
+        outputs = net.outputs(x)
+        loss = cross_entropy(outputs[-1], tasks.y_spt).sum()
+    norms = [g.flatten(1).norm(dim=1) for g in torch.autograd.grad(loss, outputs)]
+    weights = net.per_task(net.weights, len(x))
+    starts = [i for i, (name, _) in enumerate(net.config) if name in BLOCK_STARTS]
+    inputs = [x.permute(0, 1, 3, 4, 2), *outputs[:-1]][-len(starts):]  # of the layers that begin a block
+    ratios = [variance_ratio(h, weights[net.keys[i][0]], *net.config[i][1][3:])
+              for i, h in zip(starts, inputs) if net.config[i][0] == "conv2d"]
     return {"gradient": torch.stack(norms, 1)} | ({"variance": torch.stack(ratios, 1)} if ratios else {})
 
 
