@@ -206,8 +206,9 @@ def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int)
 
 def normal(text: str) -> str:
     """A label or name in the form in which it is compared: composed Unicode, without invisible or outer blanks."""
-    visible = (char for char in unicodedata.normalize("NFC", text) if unicodedata.category(char) != "Cf")
-    return "".join(visible).strip()
+    if not text.isascii():  # in ASCII nothing is composed, and nothing invisible of this kind
+        text = "".join(char for char in unicodedata.normalize("NFC", text) if unicodedata.category(char) != "Cf")
+    return text.strip()
 
 
 def entries(folder: Path | str) -> list[os.DirEntry]:
@@ -233,8 +234,10 @@ def by_class(files: Iterable[tuple[str, ImageFile]]) -> dict[str, list[ImageFile
 
 def image_file(file: os.DirEntry | Path, name: str) -> ImageFile:
     """The file, or what it links to, as an image named `name`. A dead link is refused when the images are read."""
-    status = os.stat(file) if os.path.exists(file) else None
-    size, stamp = (status.st_size, status.st_mtime_ns) if status else (0, 0)
+    size = stamp = 0
+    with contextlib.suppress(OSError):
+        status = os.stat(file)
+        size, stamp = status.st_size, status.st_mtime_ns
     return ImageFile(name, size, stamp, os.fspath(file), Path(file).read_bytes)
 
 

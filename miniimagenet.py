@@ -220,9 +220,8 @@ class _Files:
     """The files in `folder` and its folders, by stem. In `root` itself, in folders with names of labels or splits."""
 
     def __init__(self, root: Path, folder: Path, labels: set[str]):
-        self.labels, self.folder = labels, folder
-        inside = [entry for entry in images.subfolders(folder)
-                  if folder != root or normal(entry.name) in {*labels, *SPLITS}]
+        self.labels, self.folder, named = labels, folder, {*labels, *SPLITS}
+        inside = [entry for entry in images.subfolders(folder) if folder != root or normal(entry.name) in named]
         self.paths: dict[str, list[Path]] = {}
         for place in (folder, *inside):
             for entry in images.entries(place):

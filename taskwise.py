@@ -281,7 +281,7 @@ class _BatchNorm(torch.autograd.Function):
 
 
 class _BatchNormGradients(torch.autograd.Function):
-    """(g, x, weight) -> gradients for (x, weight, bias).
+    """(g, x, weight) -> gradients for (x, weight, bias); x is an input only so that it gets a gradient itself.
 
     With the means over rows s1 = <g>, s2 = <g xhat> and scale = weight * r:
         for x: scale (g - s1 - xhat s2);  for weight: R s2;  for bias: R s1.
