@@ -1,8 +1,4 @@
-"""The settings of a training run: its flags, the settings of an earlier run, and checks.
-
-    parse_args(...)   the command line; with --resume, --test and --from_args the settings of the run named there
-    check(...)        refuses settings that can't work, before any image is read
-"""
+"""The settings of a training run: its flags, the settings of an earlier run, and checks."""
 
 import argparse
 import os
@@ -35,7 +31,7 @@ MAY_CHANGE = {  # flags that may change a run's settings
 
 
 def parse_args(usage: str, defaults: dict, paper: dict, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line of a training script.
+    """The command line of a training script; with --resume, --test and --from_args the settings of the run named there.
 
     Args:
         usage: the script's docstring, at the top of --help.
