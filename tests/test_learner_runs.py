@@ -103,8 +103,7 @@ def test_weights_that_are_kept_and_tested(tmp_path):
     omniglot_train.main(["--test", str(run), "--test_weights", "weights-3"])
     kept = read_json(run, "test-6tasks-2qry-1steps-weights-3.json")
     assert (kept["weights-3_step"], kept["val_accuracy"]) == (3, None)
-    for flags in (["--synthetic"], ["--test", str(run)]):
-        weights = "weights-3" if "--synthetic" in flags else "../weights-3"
+    for flags, weights in (["--synthetic"], "weights-3"), (["--test", str(run)], "../weights-3"):
         assert f"--test_weights {weights}: must be best or last" in refused(*flags, "--test_weights", weights)
     assert "weights-4.pt: No such file" in refused("--test", str(run), "--test_weights", "weights-4")
 
