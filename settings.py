@@ -17,7 +17,6 @@ from tasks import Dataset
 
 MODES = ("resume", "test", "from_args")  # flags that name the run whose settings hold; not settings themselves
 PLACE = ("root", "data", "cache", "device")  # where a run happens; not part of the experiment
-UNSET = object()  # the value of a flag that is not on the command line
 PATHS = (*MODES, "root", "data", "cache", "out")  # ~ is the home folder, as in a shell
 LEAST = {"n_way": 2, "eval_tasks": 2, "test_tasks": 2, "nc_every": 0, "nc_every_late": 0, "keep_every": 0,
          "save_every": 0, "task_chunk": 0, "seed": 0}  # smallest value of an integer flag, if not 1
@@ -42,9 +41,9 @@ def parse_args(usage: str, defaults: dict, paper: dict, argv: Sequence[str] | No
         UserError: unknown or malformed flags; a run that can't be read, or isn't of this script.
     """
     parser = _parser(usage, defaults, paper)
-    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), UNSET))
-    flags = {name: value for name, value in vars(parser.parse_args(argv, unset)).items() if value is not UNSET}
-    modes = [mode for mode in MODES if flags.get(mode) is not None]
+    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # None: not on the command line
+    flags = {name: value for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
+    modes = [mode for mode in MODES if mode in flags]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other; give one")
     if modes:
