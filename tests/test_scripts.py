@@ -31,8 +31,7 @@ PROJECT = Path(training.__file__).parent
 FINISHED = PROJECT / "res/contrast-maml-seed1"
 SCRIPTS = ("omniglot_train", "miniimagenet_train", "plot_nc", "predict")
 TINY = ("--synthetic --device cpu --task_num 2 --k_qry 3 --update_step 2 --update_step_test 3 "
-        "--eval_every 3 --eval_tasks 2 --test_tasks 3 --nc_every 2").split()
-OMNIGLOT = [*TINY, "--epoch", "5"]
+        "--eval_every 3 --eval_tasks 2 --test_tasks 3 --nc_every 2 --epoch 5").split()
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def omniglot_run(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch, (out.parent / "said").open("w", encoding="ascii") as stream, \
             contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
         patch.setattr(record, "draw_figure", draw_figure)
-        files.run(lambda: omniglot_train.main([*OMNIGLOT, "--out", str(out)]))
+        files.run(lambda: omniglot_train.main([*TINY, "--out", str(out)]))
     return out
 
 
@@ -124,7 +123,7 @@ def test_no_more_tasks_go_together_than_asked_for(tmp_path, largest):
     """--task_num, or --task_chunk, which a run that was out of memory is told to lower."""
     run = tmp_path / "run"
     flags = "--epoch 1 --task_num 4 --eval_tasks 10 --test_tasks 9 --nc_qry 3".split()
-    omniglot_train.main([*OMNIGLOT, *flags, "--out", str(run)])
+    omniglot_train.main([*TINY, *flags, "--out", str(run)])
     largest.append(0)
     omniglot_train.main(["--resume", str(run), "--epoch", "2", "--task_chunk", "2"])
     assert largest == [4, 2]
@@ -222,7 +221,7 @@ def test_data_that_cannot_be_read_leaves_no_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training.Data, "read", broken)
     with refused("one image is broken"):
-        omniglot_train.main([*OMNIGLOT, "--out", str(tmp_path / "run")])
+        omniglot_train.main([*TINY, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
 
