@@ -19,6 +19,7 @@ import omniglot_train
 from device import GraphedStep, Stopped, select_device
 from files import UserError
 from meta import Meta
+from tasks import tree_map
 
 CPU, ONES = torch.device("cpu"), torch.ones
 
@@ -138,9 +139,7 @@ class FakeGraphs:
         class Graph(Mock):
             def replay(self):
                 step = fake.maml.step
-                for old, new in zip(tree_leaves(fake.captured), tree_leaves(fake.take())):
-                    if isinstance(old, Tensor):
-                        old.copy_(new)
+                tree_map(Tensor.copy_, fake.captured, fake.take())
                 fake.maml.step = step  # a replay runs no Python
 
         @contextlib.contextmanager
