@@ -127,14 +127,15 @@ class Learner(nn.Module):
     def patches(self, x: Tensor, groups: int = 1) -> Tensor | Patches:
         """The part of `forward` that needs no weights, of images of tasks [T, N, c, h, w]: pass the result as x.
 
-        This is x itself if it needs a gradient, or if the network doesn't start with a convolution of few values per
-        patch and batch norm.
+        This is x itself if it needs a gradient, or if the network doesn't start with a convolution, of no more values
+        per patch than it has kernels, and batch norm.
         """
-        if x.requires_grad or not _starts_with_conv_bn(self.config):
-            return x
-        _, _, _, kernel, stride, padding = self.config[0][1]
-        padding = before_and_after(x.shape[-1], kernel, stride, padding)
-        return taskwise.patches(x, kernel, stride, padding, groups)
+        match self.config:
+            case [("conv2d", [out, channels, kernel, _, stride, padding]), ("bn" | "bn_shift", _), *_]:
+                if channels * kernel**2 <= out and not x.requires_grad:
+                    padding = before_and_after(x.shape[-1], kernel, stride, padding)
+                    return taskwise.patches(x, kernel, stride, padding, groups)
+        return x
 
     def forward(self, x: Tensor | Patches, weights: Weights | None = None, features: bool = False, groups: int = 1):
         """Logits of a batch of images, or of a batch of tasks.
@@ -220,14 +221,6 @@ def _pools_before_relus(config: Config) -> list[tuple[int, str, Sequence]]:
         if (order[i - 1][1], order[i][1]) == ("relu", "max_pool2d"):
             order[i - 1:i + 1] = order[i], order[i - 1]
     return order
-
-
-def _starts_with_conv_bn(config: Config) -> bool:
-    """Whether the first two layers can be `taskwise.conv_bn`, and a patch has no more values than there are kernels."""
-    if [name for name, _ in config[:2]] not in (["conv2d", "bn"], ["conv2d", "bn_shift"]):
-        return False
-    kernels, channels, side, *_ = config[0][1]
-    return channels * side**2 <= kernels
 
 
 def _check(name: str, params: Sequence, shape: list[int]) -> None:
