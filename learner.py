@@ -279,8 +279,11 @@ def apply_layer(name: str, params: Sequence, h: Tensor, own: list[Tensor], group
     match name:
         case "conv2d":
             return taskwise.conv2d(h, *own, params[4], before_and_after(h.shape[2], *params[3:]))
-        case "convt2d":
-            return _conv_transpose(h, *own, stride=params[4], padding=params[5])
+        case "convt2d":  # tasks as groups of one native call
+            weight, bias = own  # [T, in, out, k, k], [T, out]
+            x = h.permute(1, 0, 4, 2, 3).flatten(1, 2)  # [N, T*in, h, w]
+            y = F.conv_transpose2d(x, weight.flatten(0, 1), bias.flatten(), *params[4:], groups=len(h))
+            return y.unflatten(1, (len(h), -1)).permute(1, 0, 3, 4, 2)
         case "linear":
             weight, bias = own
             return torch.baddbmm(bias[:, None], h, weight.transpose(1, 2))
@@ -325,11 +328,3 @@ def before_and_after(size: int, kernel: int, stride: int, padding: int | str) ->
 def _per_image(h: Tensor, layer: Callable) -> Tensor:
     """Apply a layer without weights, which takes [images, c, h, w]."""
     return layer(h.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, h.shape[:2])
-
-
-def _conv_transpose(h: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
-    """Tasks as groups of one native call; weight is [T, in, out, k, k]."""
-    tasks = len(h)
-    x = h.permute(1, 0, 4, 2, 3).flatten(1, 2)  # [N, T*in, h, w]
-    y = F.conv_transpose2d(x, weight.flatten(0, 1), bias.flatten(), stride, padding, groups=tasks)
-    return y.unflatten(1, (tasks, -1)).permute(1, 0, 3, 4, 2)
