@@ -13,18 +13,10 @@ from torch import Tensor, nn
 class GuardedAdam:
     """Adam with a clipped gradient, an optional cosine schedule, and steps that are skipped if they are not finite.
 
-    Args:
-        weights: all on one device.
-        rate: learning rate.
-        cosine_steps: the rate falls from `rate` to 0 as half a cosine over this many updates, and stays 0; 0: it is
-            constant.
-        clip: each value of the gradient is clipped to -clip..clip; 0: none.
-        skip_nonfinite: continue after a step that is not finite; else `halted` is set, and no later step changes
-            anything.
-        keep_norms: scale every convolution's kernel back to the norm that it began with, in each step.
+    The settings are those of `meta.Meta`; `rate` is its meta_lr. `weights` are all on one device.
 
-    `adam` is torch's optimiser. `updates` counts the steps that changed the weights. All tensors are on the weights'
-    device.
+    `adam` is torch's optimiser. `updates` counts the steps that changed the weights. `halted` is set by a step that is
+    not finite, unless skip_nonfinite is: no later step then changes anything. All tensors are on the weights' device.
     """
 
     def __init__(self, weights: Iterable[nn.Parameter], rate: float, cosine_steps: int, clip: float,

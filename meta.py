@@ -131,7 +131,7 @@ class Meta:
     head_lr: float | None = None  # inner learning rate of the last layer; None: update_lr
     freeze_head: bool = False  # the last layer's weights in theta are not trained; the inner loop still adapts them
     adapt_blocks: Collection[int] | None = None  # the only blocks that MAML's inner loop adapts (`Learner.block`)
-    cosine_steps: int = 0  # Adam's rate falls to 0 as half a cosine over this many updates; 0: it is constant
+    cosine_steps: int = 0  # Adam's rate falls to 0 as half a cosine over so many updates, and stays 0; 0: constant
     keep_norms: bool = False  # each update scales the convolutions' kernels back to the norms that they began with
 
     def __post_init__(self) -> None:
