@@ -77,5 +77,5 @@ def inner_rates(net: Learner, learner: str, lr: float, head_lr: float | None = N
         raise ValueError(f"learner {learner!r}: must be one of {', '.join(rates)}")
     if not rates[learner]:
         raise ValueError(f"learner {learner}: there are no weights that its inner loop adapts; change the layers"
-                         f"{' or adapt_blocks' if blocks else ''}")
+                         f"{'' if blocks is None else ' or adapt_blocks'}")
     return rates[learner]

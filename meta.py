@@ -60,7 +60,7 @@ def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapp
     Returns:
         `steps` + 1 sets of weights, each [T, ...]: the start, and after each step.
     """
-    lr = dict.fromkeys(net.adaptable, lr) if isinstance(lr, (int, float)) else lr
+    lr = lr if isinstance(lr, Mapping) else dict.fromkeys(net.adaptable, lr)
     with torch.enable_grad():
         x = net.patches(x)
         trajectory = [net.per_task(weights, len(x))]
