@@ -283,7 +283,7 @@ def _from_pickle(path: Path, split: str) -> dict[str, list[ImageFile]]:
             note(f"reading {path}, {status.st_size / 10**6:,.0f} MB")
         try:
             with open(path, "rb") as file:
-                content = _plain(_Unpickler(file, encoding="latin1").load())  # of text from Python 2
+                content = _Unpickler(file, encoding="latin1").load()  # of text from Python 2
         except MemoryError as error:  # a damaged file may give sizes that fit into no memory
             raise ValueError("it doesn't fit into memory") from error
         if content.keys() >= {"image_data", "class_dict"}:
@@ -298,7 +298,8 @@ def _from_pickle(path: Path, split: str) -> dict[str, list[ImageFile]]:
         else:
             raise ValueError(f"its keys are {', '.join(map(short, map(str, content)))}, and not image_data and "
                              "class_dict, or data and labels")
-        if others := {getattr(image, "dtype", type(image)) for image in pixels} - {np.dtype(np.uint8)}:
+        pixels = list(map(np.asarray, pixels))
+        if others := {image.dtype for image in pixels} - {np.dtype(np.uint8)}:
             raise ValueError(f"its images are of {', '.join(map(str, others))}, not of uint8")
         labelled = [(f"{split} {label}" if isinstance(label, Number) else normal(str(label)), index)
                     for label, index in labelled]  # another split's numbers are other classes
@@ -321,29 +322,20 @@ class _Type:
         self.type = self.type.newbyteorder(state[1])
 
 
-class _Array:
-    """Stands in for numpy.ndarray; `value` is the array, or the list in an array of objects."""
+class _Array(list):
+    """Stands in for numpy.ndarray: a list of its rows, or of the objects in it."""
 
-    def __init__(self, *_):
-        self.value = []
+    def __init__(self, *_):  # a type and an empty shape; the state has them
+        super().__init__()
 
     def __setstate__(self, state: tuple) -> None:
         *_, shape, dtype, fortran, data = state
-        self.value = data if dtype.type.hasobject else _array(data, dtype, shape, "F" if fortran else "C")
+        self[:] = data if dtype.type.hasobject else _array(data, dtype, shape, "F" if fortran else "C")
 
 
 def _array(data: bytes | str, dtype: _Type, shape: Sequence[int] = (-1,), order: str = "C") -> np.ndarray:
     data = data.encode("latin1") if isinstance(data, str) else data  # from Python 2
     return np.frombuffer(data, dtype.type).reshape(shape, order=order)
-
-
-def _plain(value: Any) -> Any:
-    """What the pickle holds, with arrays in place of their stand-ins."""
-    if isinstance(value, _Array):
-        value = value.value
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 REPLACED = {  # all functions that a pickle may name, and what is called in their place
