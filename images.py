@@ -287,9 +287,7 @@ def _opaque(image: Image.Image) -> Image.Image:
         return Image.fromarray((pixels >> bits - 8).clip(0, 255).astype(np.uint8))
     if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
         return image
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image.convert("RGBA"))
-    return white
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
 
 
 def _read_cache(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
