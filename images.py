@@ -285,7 +285,7 @@ def _opaque(image: Image.Image) -> Image.Image:
         pixels = np.asarray(image).astype(np.int64)
         bits = next((bits for bits in (8, 12) if pixels.max() < 2**bits), 16)
         return Image.fromarray((pixels >> bits - 8).clip(0, 255).astype(np.uint8))
-    if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
+    if not image.has_transparency_data:
         return image
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
 
