@@ -189,8 +189,8 @@ def check_images(images: torch.Tensor, dataset: Dataset, split: str, imgsz: int)
     where = f"the {split} split of {dataset.name()}"
     counts = dataset.counts()[split]
     expected = (len(counts), max(counts), dataset.channels, imgsz, imgsz)
-    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
-        given = images.dtype if isinstance(images, torch.Tensor) else type(images)
+    given = images.dtype if isinstance(images, torch.Tensor) else type(images)
+    if given != torch.uint8:
         raise UserError(f"{where}: load gives {given} and must give a tensor of uint8 in 0..255, which is scaled and "
                         "normalised later: (255 * images).round().to(torch.uint8) of 0..1")
     if images.shape != expected:
