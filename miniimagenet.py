@@ -301,14 +301,13 @@ def _from_pickle(path: Path, split: str) -> dict[str, list[ImageFile]]:
         pixels = list(map(np.asarray, pixels))
         if others := {image.dtype for image in pixels} - {np.dtype(np.uint8)}:
             raise ValueError(f"its images are of {', '.join(map(str, others))}, not of uint8")
-        labelled = [(f"{split} {label}" if isinstance(label, Number) else normal(str(label)), index)
-                    for label, index in labelled]  # another split's numbers are other classes
         indices = {index for _, index in labelled}
         if len(indices) < len(labelled) or not indices <= set(range(len(pixels))):
             raise ValueError(f"class_dict names an image twice, or one of {len(pixels):,} that isn't there")
         return images.by_class(
-            (label, ImageFile(f"{path.name}/{index}", pixels[index].size, status.st_mtime_ns,
-                              f"image {index} of {path}", functools.partial(pixels.__getitem__, index)))
+            (f"{split} {label}" if isinstance(label, Number) else normal(str(label)),  # each cache counts from 0
+             ImageFile(f"{path.name}/{index}", pixels[index].size, status.st_mtime_ns, f"image {index} of {path}",
+                       functools.partial(pixels.__getitem__, index)))
             for label, index in labelled)
 
 
