@@ -97,16 +97,15 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
 
 def _layouts(root: Path) -> dict[str, dict[str, Path]]:
     """Layout -> split -> its file or folder, for the splits that have one."""
-    parts = folders.split_folders(root)
-    tables, caches = {}, {}
+    parts = {split: folder for split, folder in folders.split_folders(root).items() if images.subfolders(folder)}
+    layouts = {CSV: {}, FOLDERS: parts, PICKLES: {}}
     for entry in images.entries(root):
-        for pattern, files in (TABLE, tables), (PICKLE, caches):
+        for layout, pattern in (CSV, TABLE), (PICKLES, PICKLE):
             if match := re.fullmatch(pattern, entry.name):
-                other = files.setdefault(match[1].lower(), Path(entry))
+                other = layouts[layout].setdefault(match[1].lower(), Path(entry))
                 if other != Path(entry):
                     raise UserError(f"{other} and {entry.path} are both of the {match[1].lower()} split; move one away")
-    return {CSV: tables, FOLDERS: {split: parts[split] for split in parts if images.subfolders(parts[split])},
-            PICKLES: caches}
+    return layouts
 
 
 def _complete(root: Path) -> dict[str, dict[str, Path]]:
