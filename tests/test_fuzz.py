@@ -64,32 +64,25 @@ def outcome(call, around: Path, trains: bool = False) -> str:
     return "refused" if status else "accepted"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small():
-    """Small data sets, no network, and figures are drawn but not saved."""
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """Sound inputs of each kind, small, in a folder of its own; no network, and figures are drawn but not saved."""
+    folder = tmp_path_factory.mktemp("sound")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(omniglot, "SPLITS", {"train": 3, "val": 1, "test": 2})
-        patch.setattr(omniglot, "DRAWINGS", 2)
+        patch.setattr(omniglot, "DRAWINGS", 4)
         patch.setattr(omniglot, "URL", "http://127.0.0.1:1")
         patch.setattr("synthetic.CHARACTER_SPLITS", {"train": (0, 4), "val": (4, 2), "test": (6, 2)})
         patch.setattr("synthetic.CHARACTER_IMAGES", 3)
         patch.setattr("study.figures.save", lambda figure, path: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def sound(small, tmp_path_factory) -> Path:
-    """Sound inputs of each kind, in a folder of its own."""
-    folder = tmp_path_factory.mktemp("sound")
-    drawings = {name: data for name, data in omniglot_entries().items() if name.endswith(("_01.png", "_02.png"))}
-    for kind in ("photos", "pickles"):
-        write_photos(folder / kind / "data", 2, 3, 8)
-    cached(folder / "pickles/data")
-    write_folders(folder / "drawings/data", drawings)
-    write_zips(folder / "zips/data", drawings)
-    write_run(folder / "log/run")
-    omniglot_train.main([*TINY, "--out", str(folder / "run/run")])
-    return folder
+        for kind in ("photos", "pickles"):
+            write_photos(folder / kind / "data", 2, 3, 8)
+        cached(folder / "pickles/data")
+        write_folders(folder / "drawings/data", omniglot_entries())
+        write_zips(folder / "zips/data", omniglot_entries())
+        write_run(folder / "log/run")
+        omniglot_train.main([*TINY, "--out", str(folder / "run/run")])
+        yield folder
 
 
 PROGRAMS = {
