@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +43,11 @@ class Python2(pickle._Pickler):
 
 
 def rename_images(root: Path, name) -> None:
-    """Give image i of each class (from 0, in the CSV's order) the name that `name` (class, i) gives, in a folder."""
+    """Give image i of each class (p<i><label>.png) the name that `name` (class, i) gives, in images/ and in the CSV."""
     for split in images.SPLITS:
-        lines, counts = ["filename,label"], Counter()
+        lines = ["filename,label"]
         for old, label in rows(root, split):
-            new, listed = name(f"n0{sum(map(ord, label)):07}", counts[label])
-            counts[label] += 1
+            new, listed = name(f"n0{sum(map(ord, label)):07}", int(old[1]))
             (root / "images" / old).rename(root / "images" / new)
             lines.append(f"{listed},{label}")
         (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
