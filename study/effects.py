@@ -148,21 +148,6 @@ def in_control(run: Run, kind: str, *keys: str | int) -> float:
         return math.nan
 
 
-def measured_at(run: Run, model: str, metric: str, step: int | None, layer: int = HIDDEN) -> float:
-    """A metric on the validation tasks at a meta-step; if that is None, on the test tasks."""
-    return measured(run, model, metric, layer=layer) if step is None else at(run, model, metric, step, layer)
-
-
-def last_block_adds(run: Run, step: int | None = None) -> float:
-    """What the last block adds to the accuracy of the nearest support mean before adaptation; as `measured_at`."""
-    return measured_at(run, "meta", "ncc_accuracy", step) - measured_at(run, "meta", "ncc_accuracy", step, HIDDEN - 1)
-
-
-def fall(run: Run, step: int | None = None) -> float:
-    """How far the inner loop lowers the share; `step` as in `measured_at`."""
-    return measured_at(run, "meta", "relative_within", step) - measured_at(run, "finetuned", "relative_within", step)
-
-
 def measured(run: Run, model: str, metric: str, kind: str = "final", layer: int = HIDDEN) -> float:
     """A metric on the test tasks, from the control `kind` in controls.json; nan without it."""
     if metric == "cdnv_unbiased":

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from files import UserError
 from study import effects, figures, tables
-from study.design import CHANGED_AT, DIFFICULTY, FIRST_ORDER, LEARNERS, LONG, LOOPS, MAIN, ONE_STEP, label
+from study.design import DIFFICULTY, FIRST_ORDER, LEARNERS, LONG, LOOPS, MAIN, ONE_STEP, label
 from study.logs import Run, Study
 
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
@@ -116,9 +116,9 @@ def changes(study: Study) -> Figure:
     loops = {kind: study.groups(name for name in LOOPS if name.startswith("photographs") == photographs)
              for kind, photographs in (("photographs", True), ("other images", False))}
     for axes, kinds, x, y in (
-            (left, changed, (effects.fall, CHANGED_AT), (effects.last_block_adds, CHANGED_AT)),
-            (middle, changed, tables.VARIANCE_4, tables.ADDS_AT_END),
-            (right, loops, (effects.fall,), (effects.last_block_adds,))):
+            (left, changed, tables.CHANGED_FALL, tables.CHANGED_GAIN),
+            (middle, changed, tables.VARIANCE_4, tables.GAIN_AT_END),
+            (right, loops, tables.FALL, tables.GAIN)):
         for (kind, groups), colour in zip(kinds.items(), figures.PALETTE[2 if axes is right else 0:]):
             values, gain = np.array(tables.means(groups, *x)), 100 * np.array(tables.means(groups, *y))
             axes.scatter(values, gain, s=26, color=colour, label=kind)

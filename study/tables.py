@@ -53,13 +53,14 @@ def from_untrained(metric: str, layer: int = HIDDEN, model: str = "finetuned") -
 
 
 def minus(run: Run, one: tuple, other: tuple) -> float:
-    """The difference of two values at the end; each is the arguments of `effects.end` after the run."""
-    return end(run, *one) - end(run, *other)
+    """The difference of two columns."""
+    one, other = (value(run, *arguments) for value, *arguments in (one, other))
+    return one - other
 
 
 def heldout_gap(runs: list[Run]) -> str:
     """Held-out minus training tasks; the interval over seeds, over tasks, and both together."""
-    share = "finetuned", "relative_within", HIDDEN
+    share = end, "finetuned", "relative_within", HIDDEN
     mean, seeds = effects.over_seeds([minus(run, share, (*share, "train")) for run in runs])
     tasks = float(np.mean([effects.share_over_tasks(run) for run in runs]))
     halves = {"seeds": seeds, "tasks": tasks, "both": math.hypot(seeds, tasks)}
@@ -88,13 +89,13 @@ accuracy = partial(compared, names=MAIN, transposed=True, columns={
     "nearest support mean before adaptation, %": (end, "meta", "ncc_accuracy"),
     "nearest support mean, adapted, %": (end, "finetuned", "ncc_accuracy"),
     "classifier, adapted, %": (end, "finetuned", "accuracy"),
-    "difference, points": (minus, ("meta", "ncc_accuracy"), ("finetuned", "accuracy")),
+    "difference, points": (minus, (end, "meta", "ncc_accuracy"), (end, "finetuned", "accuracy")),
     "classifier, adapted, training tasks, %": (end, "finetuned", "accuracy", HIDDEN, "train")})
 
 layers = partial(compared, names=MAIN, transposed=True, columns={
     f"adapted, {name}": from_untrained("relative_within", layer) for layer, name in NAMED_LAYERS.items()} | {
     f"adapted minus before, {name}":
-    (minus, ("finetuned", "relative_within", layer), ("meta", "relative_within", layer))
+    (minus, (end, "finetuned", "relative_within", layer), (end, "meta", "relative_within", layer))
     for layer, name in NAMED_LAYERS.items()})
 
 # Change of the relative within trace of the logits on training tasks: by label and as the original took it.
@@ -106,7 +107,8 @@ original = partial(compared, names=(*MAIN, *design.PHOTOGRAPHS), transposed=True
 cells = partial(compared, names=design.CELLS, transposed=True, columns={
     "test accuracy, %": (own_accuracy,),
     "relative within trace, adapted": from_untrained("relative_within"),
-    "the same minus before adaptation": (minus, ("finetuned", "relative_within"), ("meta", "relative_within")),
+    "the same minus before adaptation":
+    (minus, (end, "finetuned", "relative_within"), (end, "meta", "relative_within")),
 } | GROWTH | {
     "CDNV, unbiased, adapted": from_untrained("cdnv_unbiased"),
     "tr(S_W S_B⁺)/C, adapted": from_untrained("nc1"),
@@ -153,6 +155,7 @@ learners = partial(compared, names=(*LEARNERS, "random-labels"), references=REFE
 # Fewer columns of the same settings, for README.md.
 SHARES: Columns = {"relative within trace": (measured, "meta", "relative_within"),
                    "the same, adapted": (measured, "finetuned", "relative_within")}
+FALL = minus, *SHARES.values()  # how far the inner loop lowers the share
 ADAPTED: Columns = {"adapted classifier, %": (tested, "accuracy", -1)}
 NARROW = SHARES | {"relative tr(S_W S_B⁺)/C": (effects.relative, "meta", "nc1"),
                    "adapted": (effects.relative, "finetuned", "nc1"),
@@ -176,7 +179,7 @@ photographs = partial(compared, names=design.SMALL_PHOTOGRAPHS, references=REFER
 
 # One inner loop on images whose classes are hard or easy to tell apart.
 difficulty = partial(compared, names=tuple(itertools.chain(*DIFFICULTY.values())), columns=SHARES | {
-    "fall": (effects.fall,)} | TRACES | ADAPTED)
+    "fall": FALL} | TRACES | ADAPTED)
 
 # How similar features are before and after the inner loop, layer by layer.
 similarity = partial(compared, names=design.SIMILARITY, columns={
@@ -223,7 +226,11 @@ equal = partial(compared, names=MOVING, references=("untrained",), columns={
     "nearest support mean, adapted, %": (measured, "finetuned", "ncc_accuracy", EQUAL)})
 
 NEAREST, ADDS = "nearest support mean before adaptation", "the same minus that of block 3"
-ADDS_AT_END = minus, ("meta", "ncc_accuracy"), ("meta", "ncc_accuracy", HIDDEN - 1)
+# What block 4 adds to block 3: on test tasks; on validation tasks at the end, and where changed settings are compared.
+GAIN = minus, (measured, "meta", "ncc_accuracy"), (measured, "meta", "ncc_accuracy", "final", HIDDEN - 1)
+GAIN_AT_END = minus, (end, "meta", "ncc_accuracy"), (end, "meta", "ncc_accuracy", HIDDEN - 1)
+CHANGED_GAIN = minus, *((at, "meta", "ncc_accuracy", design.CHANGED_AT, layer) for layer in (HIDDEN, HIDDEN - 1))
+CHANGED_FALL = minus, *((at, model, "relative_within", design.CHANGED_AT) for model in MODELS)
 
 
 def means(groups: Sequence[list[Run]], value: Callable[..., float], *arguments) -> list[float]:
@@ -251,9 +258,8 @@ def falls(study: Study) -> str:
 
     The fall of changed settings is on validation tasks, of settings of section 5 on test tasks.
     """
-    step = design.CHANGED_AT
-    on_test = {NEAREST: (tested, "nearest_mean", 0), ADDS: (effects.last_block_adds,)}
-    on_validation = {NEAREST: (at, "meta", "ncc_accuracy", step), ADDS: (effects.last_block_adds, step)}
+    on_test = {NEAREST: (tested, "nearest_mean", 0), ADDS: GAIN}
+    on_validation = {NEAREST: (at, "meta", "ncc_accuracy", design.CHANGED_AT), ADDS: CHANGED_GAIN}
     rows = []
 
     def correlate(groups: Sequence[list[Run]], kind: str, one: str, column: tuple, others: dict[str, tuple]) -> None:
@@ -262,16 +268,16 @@ def falls(study: Study) -> str:
             rows.append({"": f"{len(groups)} {kind}", "of": one, "and": other,
                          "Spearman correlation": fixed(correlation, 2)})
 
-    for names, kind, when, others in (
-            (design.ONE_STEP, "settings in second order, one inner step", (step,), on_validation),
-            (itertools.chain(*design.FIRST_ORDER.values()), "settings in first order", (step,), on_validation),
-            (design.LOOPS, "settings of section 5 trained with an inner loop", (), on_test),
-            (design.IMAGES, "kinds of images (section 5)", (), {"test accuracy": (own_accuracy,)})):
-        groups, fall = study.groups(names), (effects.fall, *when)
+    for names, kind, fall, others in (
+            (design.ONE_STEP, "settings in second order, one inner step", CHANGED_FALL, on_validation),
+            (itertools.chain(*design.FIRST_ORDER.values()), "settings in first order", CHANGED_FALL, on_validation),
+            (design.LOOPS, "settings of section 5 trained with an inner loop", FALL, on_test),
+            (design.IMAGES, "kinds of images (section 5)", FALL, {"test accuracy": (own_accuracy,)})):
+        groups = study.groups(names)
         with_fall = [runs for runs in groups if means([runs], *fall)[0] > 0.01]
         correlate(groups, kind, "the fall", fall, others)
         correlate(with_fall, "of these, with a fall above 0.01", "the fall", fall, others)
-        correlate(groups, kind, "block 4's variance ratio", VARIANCE_4, {f"{ADDS}, at the end": ADDS_AT_END})
+        correlate(groups, kind, "block 4's variance ratio", VARIANCE_4, {f"{ADDS}, at the end": GAIN_AT_END})
     return table(rows)
 
 

@@ -71,10 +71,12 @@ def test_what_the_last_block_adds(tmp_path):
     log = nc_logs.log()
     log[-1]["meta"]["ncc_accuracy"]["mean"][-3:] = 0.7, 0.4, 0.9
     run = read_run(nc_logs.write_run(tmp_path, log))
-    assert effects.last_block_adds(run, 10**6) == pytest.approx(0.4 - 0.7)
+    for value, *arguments in (tables.CHANGED_GAIN, tables.GAIN_AT_END):  # both at the last measurement
+        assert value(run, *arguments) == pytest.approx(0.4 - 0.7)
     control = {"final": {"meta": {"ncc_accuracy": {"mean": [0.1, 0.2, 0.5, 0.8, 0.9]}}}}
     (tmp_path / "controls.json").write_text(json.dumps(control))
-    assert effects.last_block_adds(run) == pytest.approx(0.8 - 0.5)
+    value, *arguments = tables.GAIN
+    assert value(run, *arguments) == pytest.approx(0.8 - 0.5)
 
 
 def test_the_etf_error_of_random_directions_and_the_dimension_that_matches_it(tmp_path):
