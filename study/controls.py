@@ -314,18 +314,17 @@ def not_transductive(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor]) -> d
     """Each query apart from the others; accuracies before adaptation and after the last inner step."""
     net, steps = maml.net, (0, maml.update_step, maml.update_step_test)
     trajectory = maml.adapt(tasks, max(steps))
-    results = {k: scores(net, tasks, trajectory[k], transductive=False) for k in set(steps)}
-    correct = {k: [accuracy(answers, tasks.y_qry) for answers in results[k][:2]] for k in results}
+    results = [scores(net, tasks, trajectory[k], transductive=False) for k in steps]
+    by_classifier, by_mean = ([accuracy(result[i], tasks.y_qry) for result in results] for i in (0, 1))
     _, null_qry = null
     metrics = {}
-    for model, k in zip(("meta", "finetuned"), steps):
-        logits, _, query = results[k]
+    for model, k, (logits, _, query), nearest in zip(("meta", "finetuned"), steps, results, by_mean):
         queries, weight = ([query, logits], tasks.y_qry), trajectory[k][net.classifier]
         values = nc_metrics.measure(*queries, *queries, logits.shape[-1], weight, null_qry, null_qry)
         metrics[model] = {name: value[:1].T for name, value in values.items() if not name.startswith("ncc_")}
-        metrics[model]["ncc_accuracy"] = correct[k][1][:, None]  # by support means of its own for every query
-    by_classifier, by_mean = (torch.stack(pair, 1) for pair in zip(correct[0], correct[maml.update_step_test]))
-    return {"metrics": metrics, "accuracy": by_classifier, "nearest_mean": by_mean}
+        metrics[model]["ncc_accuracy"] = nearest[:, None]  # by support means of its own for every query
+    return {"metrics": metrics, "accuracy": torch.stack(by_classifier[::2], 1),
+            "nearest_mean": torch.stack(by_mean[::2], 1)}
 
 
 def dimension(net: Learner, images: Tensor, dataset: Dataset) -> Tensor:
