@@ -139,8 +139,7 @@ def changes(study: Study) -> Figure:
 def similarity(study: Study) -> Figure:
     """Which layers the inner loop changes, and the norm of the gradient that reaches each block."""
     groups = figures.colours(study.groups(LEARNERS))
-    lines = [*(("final", *group) for group in groups),
-             *(("untrained", group, figures.GREY, "untrained") for group, *_ in groups[:1])]
+    lines = [*(("final", *group) for group in groups), ("untrained", groups[0][0], figures.GREY, "untrained")]
     legend = [figures.key(name, colour, linewidth=2.2) for *_, colour, name in lines]
     figure, ((left, right),) = figures.frame(1, 2, 2.9, legend)
     for kind, group, colour, _ in lines:
