@@ -12,7 +12,6 @@ upright image of every class goes through the network as one batch. Metrics that
 import argparse
 import copy
 import functools
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -25,14 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import files
-import measuring
 import nc_metrics
 import predict
 from baselines import inner_rates
 from device import keep_memory, memory_runs_out, select_device, set_arithmetic
 from files import Parser, UserError, atomic, listed, progress, quoted, reading
 from learner import BLOCK_STARTS, Learner, Weights, before_and_after
-from measuring import accuracies, accuracy, class_means, collapse_metrics, cross_entropy, permuted_labels, scores
+from measuring import accuracies, accuracy, collapse_metrics, cross_entropy, permuted_labels, scores
 from meta import Meta, adapt
 from record import check_classes, check_network, numbers, other_images, say, summary
 from settings import check
@@ -41,8 +39,6 @@ from tasks import Dataset, Tasks, as_tasks, cat, chunked
 from training import Data, held_out_tasks, meta_of
 
 CLASSIFIER_METRICS = ("self_duality", "ncc_mismatch", "within_original", "between_original")
-BY_PARTS, LINEAR = "first step by parts", "linear classifiers, 5-shot"
-RIDGE = 0.1  # penalty of the ridge regression, as a multiple of the mean squared norm of the centred features
 NOT_TRANSDUCTIVE = "batch norm by one query and the support set"
 
 
@@ -103,10 +99,6 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
         "classifier at random": (redrawn, Meta.finetune),  # a newly drawn classifier, as training starts with
         "pixels": (pixels, not_adapted),  # the input itself
         **dict.fromkeys(sizes, (final, Meta.finetune)),  # other numbers of queries and support images
-        f"{LINEAR}, final": (final, linear_classifiers),
-        f"{LINEAR}, untrained": (untrained, linear_classifiers),
-        BY_PARTS: (final, by_parts),
-        f"{BY_PARTS}, untrained": (untrained, by_parts),
         "similarity, final": (final, similarity),
         "similarity, untrained": (untrained, similarity),
         "gradients, final": (final, gradients),
@@ -117,10 +109,6 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
                    "similarity of blocks 3-5, final": (final, partial(similarity, blocks=(3, 4, 5))),
                    "similarity at equal steps, final": (final, partial(similarity, sizes=STEP_SIZES)),
                    "similarity at equal steps, untrained": (untrained, partial(similarity, sizes=STEP_SIZES))}
-    five_shot = sizes.get("5-shot", usual)
-    sizes |= dict.fromkeys((f"{LINEAR}, final", f"{LINEAR}, untrained"), five_shot)
-    if five_shot[0] != CONTROL_SHOTS:  # classes of too few images
-        wanted = {name: control for name, control in wanted.items() if not name.startswith(LINEAR)}
     if not wanted.keys() >= set(only or ()):
         raise UserError(f"--only {' '.join(only)}: the controls are {', '.join(map(quoted, wanted))}")
     wanted = {name: wanted[name] for name in only or wanted}
@@ -179,42 +167,6 @@ def not_adapted(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor]) -> dict:
     metrics = {name: values[:, :1] for name, values in collapse_metrics(maml.net, tasks, start, null)["meta"].items()
                if name.removesuffix("_null") not in CLASSIFIER_METRICS}
     return {"metrics": {"meta": metrics}, "nearest_mean": accuracies(maml.net, tasks, start)["nearest_mean"]}
-
-
-def linear_classifiers(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Accuracy of the queries before adaptation, from the features of each layer but the logits, [T, L-1].
-
-    "nearest_mean" is that of the nearest support mean; "ridge" that of a ridge regression of one-hot labels on the
-    support features (as in Bertinetto et al. 2019, arXiv:1805.08136), which can weigh directions.
-    """
-    n_way, correct = maml.net.shapes[-1][0], {"ridge": [], "nearest_mean": []}
-    targets = F.one_hot(tasks.y_spt, n_way).double() - 1 / n_way
-    for support, query in zip(*(maml.net(x, features=True)[1][:-1] for x in (tasks.x_spt, tasks.x_qry))):
-        means = class_means(support, tasks.y_spt, n_way)
-        correct["nearest_mean"].append(accuracy(-measuring.squared_distances(query, means), tasks.y_qry))
-        centre = support.double().mean(1, keepdim=True)
-        support, query = support - centre, query - centre
-        gram = support @ support.mT
-        penalty = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(gram.shape[-1]).to(gram)
-        correct["ridge"].append(accuracy(query @ support.mT @ torch.linalg.solve(gram + penalty, targets), tasks.y_qry))
-    return {name: torch.stack(values, 1) for name, values in correct.items()}
-
-
-def by_parts(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Accuracy [T, 4]: before adaptation, after the first step of the classifier, of the body, of both.
-
-    With it "rows" [T, 1], the norm of the classifier's rows minus their mean before adaptation, and "body" [T, 1], the
-    norm of the body's step as a multiple of that of the weights that it changes.
-    """
-    net, (before, after) = maml.net, maml.adapt(tasks, 1)
-    parts = [body | {name: classifier[name] for name in net.head}
-             for body, classifier in itertools.product((before, after), repeat=2)]
-    correct = torch.stack([accuracy(net(tasks.x_qry, weights), tasks.y_qry) for weights in parts], 1)
-    rows = before[net.classifier] - before[net.classifier].mean(1, keepdim=True)
-    body = [name for name in net.adaptable if name not in net.head]
-    start, end = (torch.cat([weights[name].flatten(1) for name in body], 1) for weights in (before, after))
-    return {"accuracy": correct, "rows": rows.flatten(1).norm(dim=1, keepdim=True),
-            "body": (end - start).norm(dim=1, keepdim=True) / start.norm(dim=1, keepdim=True)}
 
 
 def similarity(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], blocks: Sequence[int] | None = None,

@@ -29,7 +29,6 @@ _TWENTY_WAY = f"{_LONG} --n_way 20 --nc_every 100 --nc_every_late 300"
 _CONTRAST, _ONE_CHANGE = f"{_SHORT} --epoch 10000", f"{_SHORT} --epoch 5000"
 _SMALL_HEAD = f"{_ONE_CHANGE} --head_std 0.177"
 _SMALL_IMAGES, _OTHER_NETWORK = f"{_SMALL_HEAD} --imgsz 16", f"{_ONE_CHANGE} --net conv_bn_relu"
-_FIVE_STEPS = f"{_SHORT} --epoch 3000 --imgsz 16 --update_step 5 --update_lr 0.4 --update_step_test 5"
 _IN_LAYOUT = "tinyimagenet-in-miniimagenet-layout-5w5s"
 SETTINGS = {setting.name: setting for setting in (
     Setting("omniglot-5w1s", "1-shot, second order", _ORIGINAL, 3),
@@ -87,16 +86,9 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("random-labels", "MAML, labels at random",
             "--recipe paper --epoch 2000 --nc_every 100 --eval_every 1000 --save_every 500 --random_labels"),
     Setting("cosine", "MAML, second order, cosine schedule", f"{_CONTRAST} --lr_schedule cosine"),
-    Setting("maml-3000", "MAML after 3,000 meta-steps", f"{_SHORT} --learner maml --epoch 3000"),
     Setting("blocks-4-5", "MAML, inner loop of block 4 and the classifier", f"{_CONTRAST} --adapt_blocks 4 5", 3),
     Setting("blocks-4-5-20-way", "20-way, MAML, inner loop of block 4 and the classifier",
             f"{_TWENTY_WAY} --epoch 6000 --adapt_blocks 4 5", 1),
-    *(Setting(name, f"MAML, inner {label}", f"{_SHORT} --epoch 3000 {flags}") for name, label, flags in (
-        ("blocks-3-4-5", "loop of blocks 3 and 4 and the classifier", "--adapt_blocks 3 4 5"),
-        ("blocks-1-2-3-5", "loop of blocks 1 to 3 and the classifier", "--adapt_blocks 1 2 3 5"),
-        ("blocks-1-2-3", "loop of blocks 1 to 3", "--adapt_blocks 1 2 3"),
-        ("blocks-4-5-small-body-step", "loop of block 4 at 0.2 and the classifier at 2",
-         "--update_lr 0.2 --head_lr 2 --adapt_blocks 4 5"))),
     Setting("small-body-step-10000", "MAML, inner rate 0.2, the classifier's 2",
             f"{_CONTRAST} --update_lr 0.2 --head_lr 2"),
     Setting("kept-norms", "MAML, kernels of constant norm", f"{_CONTRAST} --keep_norms", 3),
@@ -125,12 +117,6 @@ SETTINGS = {setting.name: setting for setting in (
           ("slower-head-first-order", ", its inner rate 0.125, first order", "--head_lr 0.125 --first_order"))),
     Setting("first-order-zero-head", "classifier kept at 0, first order",
             f"{_ONE_CHANGE} --head_std 0 --freeze_head --first_order"),
-    *(Setting(f"five-steps{name}", f"images of 16 x 16, classifier {change}", f"{_FIVE_STEPS} {flags}")
-      for name, change, flags in (
-          ("", "from N(0, 0.18²), 5 inner steps at rate 0.4", "--head_std 0.177"),
-          ("-slow-head", "from N(0, 0.18²), 5 inner steps at rate 0.4, the classifier's 0.1",
-           "--head_std 0.177 --head_lr 0.1"),
-          ("-zero-head", "kept at 0, 5 inner steps at rate 0.4", "--head_std 0 --freeze_head"))),
     Setting("fast-head", "classifier from N(0, 0.18²), its inner rate 8", f"{_SMALL_HEAD} --head_lr 8"),
     Setting("flat-slow-head", "classifier from N(0, 0.18²), its inner rate 0.5, no spatial mean",
             f"{_SMALL_HEAD} --no-spatial_mean --head_lr 0.5"),
@@ -177,26 +163,23 @@ CHANGES = {  # in second order, by what the classifier takes from the last map; 
                       "fast-head", "small-head-with-scale", "other-network-mean"),
     "all of 2 x 2": ("small-head-flat", "flat-slow-head", "smaller-head-flat", "other-network-larger-head",
                      "other-network-large-images"),
-    "1 x 1": (*(name for name in _named("small-images") if not name.endswith("first-order")), *_named("five-steps"),
+    "1 x 1": (*(name for name in _named("small-images") if not name.endswith("first-order")),
               "other-network", "other-network-xavier", "other-network-no-scale", "other-network-large-head")}
 FIRST_ORDER = {
     "mean of 2 x 2": ("contrast-first-order", *(f"first-order-{name}" for name in (
         "frozen-head", "zero-head", "small-step", "small-head", "slow-head", "fast-head"))),
     "1 x 1": ("first-order-small-images", *(name for name in _named("small-images") if name.endswith("first-order")),
               "first-order-other-network")}
-# second-order settings whose inner loop takes one step in training
-ONE_STEP = (*(name for names in CHANGES.values() for name in names if not name.startswith("five-steps")),
-            "contrast-anil", "contrast-boil", "blocks-4-5", "small-body-step-10000")
+# settings in second order, those above and a few
+SECOND_ORDER = (*itertools.chain(*CHANGES.values()), "contrast-anil", "contrast-boil", "blocks-4-5",
+                "small-body-step-10000")
 IMAGES = tuple(name for name in itertools.chain(*DIFFICULTY.values()) if name != "photographs-20-images")
 # settings whose inner loop is also run from a random classifier and from one at 0
 OTHER_CLASSIFIERS = ("contrast-maml", "contrast-first-order", "paper-omniglot-5w1s", "paper-omniglot-5w5s")
 TWENTY_WAY = ("paper-omniglot-20w1s", "blocks-4-5-20-way")
-BLOCKS = ("blocks-4-5", "blocks-3-4-5", "blocks-1-2-3-5", "blocks-1-2-3")  # MAML whose inner loop adapts only these
-# MAML whose inner steps move the body less
-SMALLER_STEPS = ("small-body-step-10000", "blocks-4-5-small-body-step", "small-step", "small-head")
 # MAML with different inner loops in training, or other steps
-OTHER_LOOPS = ("contrast-maml", "maml-3000", "contrast-zero-head", *BLOCKS, *SMALLER_STEPS, "kept-norms",
-               "paper-omniglot-5w1s", "paper-omniglot-5w1s-blocks-4-5")
+OTHER_LOOPS = ("contrast-maml", "contrast-zero-head", "blocks-4-5", "small-body-step-10000", "small-step", "small-head",
+               "kept-norms", "paper-omniglot-5w1s", "paper-omniglot-5w1s-blocks-4-5")
 CONTROL_QUERIES, CONTROL_SHOTS = 15, 5  # per class in study/controls.py; the shots of its control "5-shot"
 STEP_SIZES = (0.08, 0.03, 0.09, 0.6)  # about MAML's in blocks 1 to 4 (TABLES.md), to which other learners' are scaled
 # settings whose features are compared before and after MAML's inner loop, layer by layer

@@ -11,18 +11,18 @@ from matplotlib.figure import Figure
 
 from files import UserError
 from study import effects, figures, tables
-from study.design import DIFFICULTY, FIRST_ORDER, LEARNERS, LONG, LOOPS, MAIN, ONE_STEP, label
+from study.design import DIFFICULTY, FIRST_ORDER, LEARNERS, LONG, MAIN, SECOND_ORDER, label
 from study.logs import Run, Study
 
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
           for name, style in (("before adaptation", {"markerfacecolor": "white"}), ("adapted", {}))]
 
 
-def one_row(columns: int, height: float, sharey: bool = False, **pads: float) -> tuple[Figure, Sequence[Axes]]:
+def one_row(columns: int, height: float, **pads: float) -> tuple[Figure, Sequence[Axes]]:
     """A figure of one row, without a legend below it."""
     figure = Figure(figsize=(figures.WIDTH, height))
     figure.set_layout_engine("constrained", **pads)
-    return figure, figure.subplots(1, columns, sharey=sharey)
+    return figure, figure.subplots(1, columns)
 
 
 def result(study: Study) -> Figure:
@@ -106,33 +106,21 @@ def difficulty(study: Study) -> Figure:
 
 
 def changes(study: Study) -> Figure:
-    """What block 4 adds to block 3 before adaptation, against the fall in the share and block 4's variance ratio.
-
-    A point per setting, MAML's ringed.
-    """
-    figure, (left, middle, right) = one_row(3, 3.2, sharey=True, w_pad=0.05)
-    changed = {"second order": ONE_STEP, "first order": itertools.chain.from_iterable(FIRST_ORDER.values())}
-    changed = {kind: study.groups(names) for kind, names in changed.items()}
-    loops = {kind: study.groups(name for name in LOOPS if name.startswith("photographs") == photographs)
-             for kind, photographs in (("photographs", True), ("other images", False))}
-    for axes, kinds, x, y in (
-            (left, changed, tables.CHANGED_FALL, tables.CHANGED_GAIN),
-            (middle, changed, tables.VARIANCE_4, tables.GAIN_AT_END),
-            (right, loops, tables.FALL, tables.GAIN)):
-        for (kind, groups), colour in zip(kinds.items(), figures.PALETTE[2 if axes is right else 0:]):
-            values, gain = np.array(tables.means(groups, *x)), 100 * np.array(tables.means(groups, *y))
-            axes.scatter(values, gain, s=26, color=colour, label=kind)
-            maml = [label(run) in ("MAML, second order", "MAML, first order") for run, *_ in groups]
-            axes.scatter(values[maml], gain[maml], s=26, facecolors="none", edgecolors="black")
-        axes.axhline(0, color=figures.GREY, linewidth=0.8)
-        axes.set(xlabel="fall in the share by the inner loop")
-    left.legend(loc="upper right")
-    right.legend(loc="upper right")
-    middle.set(title="B  The same settings", xlabel="variance ratio of block 4", xscale="log")
-    middle.set_xticks((2, 5, 10, 20, 50), (2, 5, 10, 20, 50))
-    middle.minorticks_off()
-    left.set(title="A  Omniglot, changed settings", ylabel="block 4's gain over block 3, points")
-    right.set(title="C  Section 5's images and inner loops")
+    """What block 4 adds to block 3 before adaptation against its variance ratio: a point per setting, MAML's ringed."""
+    kinds = {"second order": (SECOND_ORDER, figures.PALETTE[0]),
+             "first order": (itertools.chain(*FIRST_ORDER.values()), figures.PALETTE[1])}
+    legend = [figures.key(kind, colour, marker="o", linestyle="") for kind, (_, colour) in kinds.items()]
+    figure, ((axes,),) = figures.frame(1, 1, 2.6, legend)
+    for names, colour in kinds.values():
+        groups = study.groups(names)
+        ratios, gains = (np.array(tables.means(groups, *column)) for column in (tables.VARIANCE_4, tables.GAIN))
+        axes.scatter(ratios, 100 * gains, s=26, color=colour)
+        maml = [label(run) in ("MAML, second order", "MAML, first order") for run, *_ in groups]
+        axes.scatter(ratios[maml], 100 * gains[maml], s=26, facecolors="none", edgecolors="black")
+    axes.axhline(0, color=figures.GREY, linewidth=0.8)
+    axes.set(xlabel="variance ratio of block 4", ylabel="block 4's gain over block 3, points", xscale="log")
+    axes.set_xticks((2, 5, 10, 20, 50), (2, 5, 10, 20, 50))
+    axes.minorticks_off()
     return figure
 
 
@@ -173,7 +161,7 @@ def all_figures(study: Study) -> dict[str, Figure]:
     """Every figure of README.md and study/*.md whose runs are there, by its file."""
     every = {"result.png": (MAIN, result),
              "res/metrics.png": (MAIN, lambda study: figures.metrics(study.groups(MAIN))),
-             "res/learners.png": (LEARNERS, learners), "res/changes.png": (ONE_STEP, changes),
+             "res/learners.png": (LEARNERS, learners), "res/changes.png": (SECOND_ORDER, changes),
              "res/difficulty.png": (DIFFICULTY["photographs"], difficulty),
              "res/similarity.png": (LEARNERS, similarity), "res/length.png": (LONG, length)}
     drawn = {path: draw(study) for path, (names, draw) in every.items() if study.groups(names)}

@@ -115,65 +115,50 @@ cells = partial(compared, names=design.CELLS, transposed=True, columns={
     "dimension of random directions with the adapted ETF error": (effects.matching_dimension,),
     "nearest support mean before adaptation, %": (end, "meta", "ncc_accuracy")})
 
+RELATIVE = f"relative {METRICS['nc1']}"  # divided by its value for permuted labels
 RULES = {"nearest support mean": ("nearest_mean", 0), "nearest support mean, adapted": ("nearest_mean", -1),
          "classifier, adapted": ("accuracy", -1)}  # key and inner step in a test's results
 STARTS = {"": "final", ", from a random classifier": "classifier at random",
           ", from a zero classifier": "classifier at zero"}  # where the inner loop starts: the control
-OWN_RULE: Columns = {"by its own rule, not transductive, %": (own_accuracy, False)}
+OWN_RULE: Columns = {"own rule, not transductive, %": (own_accuracy, False)}
 VARIANCE_4 = in_control, "gradients, final", "variance", 3
 TRACES: Columns = {f"{trace} trace, adapted / before": (effects.adapted_ratio, trace)
                    for trace in ("between", "within")}
-PARTS: Columns = {
-    "spread of the classifier's rows, untrained": (in_control, "first step by parts, untrained", "rows", 0),
-    "the same, trained": (in_control, "first step by parts", "rows", 0),
-    "body's step, relative": (in_control, "first step by parts", "body", 0),
-    "after the classifier's first step alone, %": (in_control, "first step by parts", "accuracy", 1),
-    "after the body's alone, %": (in_control, "first step by parts", "accuracy", 2)}
 
 
 def metrics_of(model: str = "meta", kind: str = "final") -> Columns:
-    """Metrics as this control measured them; "final": of the trained weights.
-
-    Relative ones are divided by their value for permuted labels.
-    """
-    relative = {METRICS[metric]: (effects.relative, model, metric, kind) for metric in ("nc1", "directional_cdnv")}
-    dimension = {"dimension": (in_control, kind, "effective_dimension", "meta")} if model == "meta" else {}
+    """Metrics as this control measured them; "final": of the trained weights."""
     return {name: (measured, model, metric, kind) for metric, name in METRICS.items()} | {
-        f"relative {name}": column for name, column in relative.items()} | dimension
+        RELATIVE: (effects.relative, model, "nc1", kind)}
 
 
 # Raw pixels, the untrained network and every learner, before adaptation if nothing else is said.
 learners = partial(compared, names=(*LEARNERS, "random-labels"), references=REFERENCES, transposed=True,
-                   columns=metrics_of() | {
+                   columns=metrics_of() | {"dimension": (in_control, "final", "effective_dimension", "meta")} | {
     f"{name}, adapted": column for name, column in metrics_of("finetuned").items()} | {
     f"{trace} trace": (measured, "meta", trace) for trace in ("between", "within")} | TRACES | {
-    "NC3: self-duality, adapted": (measured, "finetuned", "self_duality"),
-    "NC4: mismatch with the nearest support mean, adapted": (measured, "finetuned", "ncc_mismatch")} | {
+    "NC3: self-duality, adapted": (measured, "finetuned", "self_duality")} | {
     f"{name}, %": (tested, *place) for name, place in RULES.items()} | {
     f"{name}, %, not transductive": (tested, *place, False) for name, place in RULES.items()})
 
 # Fewer columns of the same settings, for README.md.
-SHARES: Columns = {"relative within trace": (measured, "meta", "relative_within"),
-                   "the same, adapted": (measured, "finetuned", "relative_within")}
+SHARES: Columns = {"share within classes": (measured, "meta", "relative_within"),
+                   "share, adapted": (measured, "finetuned", "relative_within")}
 FALL = minus, *SHARES.values()  # how far the inner loop lowers the share
 ADAPTED: Columns = {"adapted classifier, %": (tested, "accuracy", -1)}
-NARROW = SHARES | {"relative tr(S_W S_B⁺)/C": (effects.relative, "meta", "nc1"),
-                   "adapted": (effects.relative, "finetuned", "nc1"),
-                   "nearest support mean, %": (tested, "nearest_mean", 0)} | ADAPTED | OWN_RULE
+NARROW = SHARES | {"nearest support mean, %": (tested, "nearest_mean", 0)} | ADAPTED | OWN_RULE
 contrast = partial(compared, names=LEARNERS, references=REFERENCES, columns=NARROW)
 
-# How well blocks 3 and 4 separate a task's classes before adaptation, for the nearest mean and a ridge regression.
+# How well blocks 3 and 4 separate a task's classes before adaptation.
 separation = partial(compared, names=(*LEARNERS, "paper-omniglot-5w1s"), references=("untrained",), columns={
-    f"relative tr(S_W S_B⁺)/C, {NAMED_LAYERS[layer]}": (effects.relative, "meta", "nc1", "final", layer)
+    f"{RELATIVE}, {NAMED_LAYERS[layer]}": (effects.relative, "meta", "nc1", "final", layer)
     for layer in (-3, HIDDEN)} | {
     f"nearest support mean, {NAMED_LAYERS[layer]}, %": (measured, "meta", "ncc_accuracy", "final", layer)
     for layer in (-3, HIDDEN)} | {
-    "the same, adapted, %": (measured, "finetuned", "ncc_accuracy")} | {
-    f"5-shot, {name}, block {place + 1}, %": (in_control, "linear classifiers, 5-shot, final", key, place)
-    for name, key in (("nearest support mean", "nearest_mean"), ("ridge", "ridge")) for place in (2, 3)})
+    "the same, adapted, %": (measured, "finetuned", "ncc_accuracy")})
 
-# `contrast`'s columns for section 5's settings, with the spread of the classifier's rows and the first inner step.
-photographs = partial(compared, names=design.SMALL_PHOTOGRAPHS, references=REFERENCES, columns=NARROW | PARTS | {
+# `contrast`'s columns for section 5's settings.
+photographs = partial(compared, names=design.SMALL_PHOTOGRAPHS, references=REFERENCES, columns=NARROW | {
     "gradient, block 4": (in_control, "gradients, final", "gradient", 3),
     "variance ratio, block 4": VARIANCE_4})
 
@@ -199,7 +184,7 @@ pace = partial(compared, names=(*OTHER_LOOPS, *design.TWENTY_WAY), columns={
     "test after": lambda runs: f"{runs[0].last_step:,}", "test, %": (own_accuracy,)} | OWN_RULE)
 
 # How far MAML's inner loop moves the kernels of each block; similarity, also after steps as large as MAML's.
-moved = partial(compared, names=(*LEARNERS, "maml-3000", "kept-norms", *design.BLOCKS, "paper-omniglot-5w1s"),
+moved = partial(compared, names=(*LEARNERS, "kept-norms", "blocks-4-5", "paper-omniglot-5w1s"),
                 references=("untrained",))
 steps = partial(moved, columns={
     f"{NAMED_LAYERS[layer]}, step": (in_control, "similarity, final", "step", layer) for layer in range(-5, -1)} | {
@@ -217,20 +202,12 @@ gradients = partial(moved, columns={
 # What a step of MAML's size in each block does to features.
 EQUAL, MOVING = "similarity at equal steps, final", [name for name in LEARNERS if name != "contrast-zero-head"]
 equal = partial(compared, names=MOVING, references=("untrained",), columns={
-    "relative within trace": (measured, "meta", "relative_within", EQUAL),
-    "adapted": (measured, "finetuned", "relative_within", EQUAL),
-    "relative tr(S_W S_B⁺)/C": (effects.relative, "meta", "nc1", EQUAL),
-    "the same, adapted": (effects.relative, "finetuned", "nc1", EQUAL)} | {
-    f"{trace} trace, adapted / before": (effects.adapted_ratio, trace, EQUAL) for trace in ("between", "within")} | {
+    name: (*column, EQUAL) for name, column in SHARES.items()} | {
     "nearest support mean, %": (measured, "meta", "ncc_accuracy", EQUAL),
     "nearest support mean, adapted, %": (measured, "finetuned", "ncc_accuracy", EQUAL)})
 
-NEAREST, ADDS = "nearest support mean before adaptation", "the same minus that of block 3"
-# What block 4 adds to block 3: on test tasks; on validation tasks at the end, and where changed settings are compared.
-GAIN = minus, (measured, "meta", "ncc_accuracy"), (measured, "meta", "ncc_accuracy", "final", HIDDEN - 1)
-GAIN_AT_END = minus, (end, "meta", "ncc_accuracy"), (end, "meta", "ncc_accuracy", HIDDEN - 1)
-CHANGED_GAIN = minus, *((at, "meta", "ncc_accuracy", design.CHANGED_AT, layer) for layer in (HIDDEN, HIDDEN - 1))
-CHANGED_FALL = minus, *((at, model, "relative_within", design.CHANGED_AT) for model in MODELS)
+# what block 4 adds to block 3 before adaptation, on validation tasks
+GAIN = minus, (end, "meta", "ncc_accuracy"), (end, "meta", "ncc_accuracy", HIDDEN - 1)
 
 
 def means(groups: Sequence[list[Run]], value: Callable[..., float], *arguments) -> list[float]:
@@ -238,46 +215,39 @@ def means(groups: Sequence[list[Run]], value: Callable[..., float], *arguments) 
     return [np.mean([value(run, *arguments) for run in runs]) for runs in groups]
 
 
+def as_used(run: Run, value: Callable[..., float], metric: str) -> float:
+    """A value of the features that the run's learner classifies by: adapted, or a baseline's as they are."""
+    return value(run, "meta" if run.settings["learner"] in ("protonet", "classifier") else "finetuned", metric)
+
+
 def ranking(study: Study) -> str:
-    """Spearman correlation of each metric before adaptation with accuracy, over learners or settings (seeds' means)."""
+    """Spearman correlation of each metric with the accuracy of the nearest support mean of the same features."""
     learners, photographs = study.groups(LEARNERS), study.groups(design.SMALL_PHOTOGRAPHS)
-    accuracies = {NEAREST: (learners, tested, "nearest_mean", 0),
-                  "the learner's own rule, transductive": (learners, own_accuracy),
-                  f"{NEAREST}, {len(photographs)} settings of section 5": (photographs, tested, "nearest_mean", 0)}
+    before, nearest = (lambda run, value, metric: value(run, "meta", metric)), (measured, "ncc_accuracy")
+    points = {"learners, before adaptation": (learners, before), "learners, as they are used": (learners, as_used),
+              f"{len(photographs)} settings of section 5, before adaptation": (photographs, before)}
+    return table([{"": f"smaller {name}"} | {
+        kind: fixed(-effects.spearman(means(groups, features, value, metric), means(groups, features, *nearest)), 2)
+        for kind, (groups, features) in points.items()}
+        for name, (value, _, metric, _) in metrics_of().items()] if learners else [])
+
+
+def correlations(study: Study) -> str:
+    """Spearman correlations over settings."""
+    ratio = "block 4's variance ratio", VARIANCE_4, "block 4's nearest support mean minus block 3's", GAIN
+    fall = "fall in the share", FALL, "test accuracy", (own_accuracy,)
+    first_order, images = itertools.chain(*design.FIRST_ORDER.values()), itertools.chain(*DIFFICULTY.values())
     rows = []
-    for name, column in metrics_of().items() if learners else ():
-        better, sign = ("larger", 1) if name == "dimension" else ("smaller", -1)
-        rows.append({"Spearman correlation with higher accuracy by": f"{better} {name}"} | {
-            by: fixed(sign * effects.spearman(means(groups, *column), means(groups, *accuracy)), 2)
-            for by, (groups, *accuracy) in accuracies.items()})
-    return table(rows)
-
-
-def falls(study: Study) -> str:
-    """Spearman correlations over settings: of the fall in the share, and of block 4's variance ratio.
-
-    The fall of changed settings is on validation tasks, of settings of section 5 on test tasks.
-    """
-    on_test = {NEAREST: (tested, "nearest_mean", 0), ADDS: GAIN}
-    on_validation = {NEAREST: (at, "meta", "ncc_accuracy", design.CHANGED_AT), ADDS: CHANGED_GAIN}
-    rows = []
-
-    def correlate(groups: Sequence[list[Run]], kind: str, one: str, column: tuple, others: dict[str, tuple]) -> None:
-        for other, other_column in others.items() if groups else ():
+    for names, kind, (one, column, other, other_column) in (
+            (design.SECOND_ORDER, "settings in second order", ratio),
+            (first_order, "settings in first order", ratio),
+            (design.LOOPS, "settings of section 5 trained with an inner loop", ratio),
+            (design.IMAGES, "kinds of images (section 5)", ratio), (design.IMAGES, "kinds of images (section 5)", fall),
+            (images, "kinds of images, and few photographs", fall)):
+        if groups := study.groups(names):
             correlation = effects.spearman(means(groups, *column), means(groups, *other_column))
             rows.append({"": f"{len(groups)} {kind}", "of": one, "and": other,
                          "Spearman correlation": fixed(correlation, 2)})
-
-    for names, kind, fall, others in (
-            (design.ONE_STEP, "settings in second order, one inner step", CHANGED_FALL, on_validation),
-            (itertools.chain(*design.FIRST_ORDER.values()), "settings in first order", CHANGED_FALL, on_validation),
-            (design.LOOPS, "settings of section 5 trained with an inner loop", FALL, on_test),
-            (design.IMAGES, "kinds of images (section 5)", FALL, {"test accuracy": (own_accuracy,)})):
-        groups = study.groups(names)
-        with_fall = [runs for runs in groups if means([runs], *fall)[0] > 0.01]
-        correlate(groups, kind, "the fall", fall, others)
-        correlate(with_fall, "of these, with a fall above 0.01", "the fall", fall, others)
-        correlate(groups, kind, "block 4's variance ratio", VARIANCE_4, {f"{ADDS}, at the end": GAIN_AT_END})
     return table(rows)
 
 
@@ -316,7 +286,7 @@ def length(study: Study) -> str:
 def changes(study: Study) -> str:
     """The paper's recipe, and the same with settings changed: a row per setting."""
     step = design.CHANGED_AT
-    columns = SEEDS | PARTS | {
+    columns = SEEDS | {
         f"relative within trace, {when}": (at, model, "relative_within", step) for model, when in MODELS.items()} | {
         "nearest support mean before adaptation, %": (at, "meta", "ncc_accuracy", step),
         "classifier, adapted, %": (at, "finetuned", "accuracy", step),
@@ -372,7 +342,7 @@ TABLES: dict[str, Callable[[Study], str]] = dict(
     contrast=contrast, accuracies=accuracies, collapse=collapse, accuracy=accuracy, layers=layers, original=original,
     cells=cells, learners=learners, separation=separation, photographs=photographs, difficulty=difficulty,
     ranking=ranking, similarity=similarity, blocks=blocks, pace=pace, steps=steps, equal=equal,
-    gradients=gradients, adaptation=adaptation, changes=changes, falls=falls, length=length,
+    gradients=gradients, adaptation=adaptation, changes=changes, correlations=correlations, length=length,
     controls=controls, runs=runs)
 
 PAGES = "README.md", "study/README.md", "study/TABLES.md", "study/ORIGINAL.md"

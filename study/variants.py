@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 import files
-from files import Parser, reading
+from files import Parser, UserError, reading
 
 
 def omniglot(root: Path) -> None:
@@ -47,7 +47,9 @@ def photographs(root: Path) -> None:
                 if split != "train" or len(list(folder.iterdir())) < 20:
                     shutil.copy(root / "images" / row["filename"], folder)
     paths, generator = sorted((root / "images").iterdir()), random.Random(0)
-    for path in generator.sample(paths, 1623):  # as many as Omniglot's classes
+    if len(paths) < 1623:
+        raise UserError(f"{root / 'images'} has {len(paths):,} images, and the crops need 1,623, as Omniglot's classes")
+    for path in generator.sample(paths, 1623):
         folder = made(root / "folders-crops" / path.stem)
         photograph = Image.open(path).convert("RGB")
         for i in range(20):

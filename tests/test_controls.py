@@ -18,9 +18,7 @@ from study.logs import read_run
 
 FLAGS = ("--synthetic --device cpu --task_num 3 --epoch 1 --k_qry 2 --n_way 3 --update_step 1 --update_step_test 2 "
          "--eval_tasks 2 --test_tasks 2 --nc_every 1").split()
-PARTS = controls.BY_PARTS, f"{controls.BY_PARTS}, untrained"
 SIMILARITY = "similarity, final", "similarity, untrained"
-LINEAR = f"{controls.LINEAR}, final", f"{controls.LINEAR}, untrained"
 EQUAL = "similarity at equal steps, final", "similarity at equal steps, untrained"
 GRADIENTS = "gradients, final", "gradients, untrained"
 read = partial(read_json, name="controls.json")
@@ -130,8 +128,8 @@ def test_controls(tmp_path):
     controls.main([str(run), "--tasks", "4"])
     found = read(run)
     assert list(found) == ["final", "untrained", "classifier at zero", "classifier at random", "pixels", "queries 1",
-                           "queries 5", "queries 19", "5-shot", *LINEAR, *PARTS, *SIMILARITY, *GRADIENTS,
-                           controls.NOT_TRANSDUCTIVE, *BY_BLOCKS, *EQUAL]
+                           "queries 5", "queries 19", "5-shot", *SIMILARITY, *GRADIENTS, controls.NOT_TRANSDUCTIVE,
+                           *BY_BLOCKS, *EQUAL]
     args, images, tasks = tasks_of(run)
     final = predict.load(run, "last").net
     torch.manual_seed(args.seed)
@@ -159,29 +157,19 @@ def test_controls(tmp_path):
     ratio = spectrum.sum() ** 2 / spectrum.square().sum()
     assert found["pixels"]["effective_dimension"]["meta"] == pytest.approx(ratio.item(), 1e-4)
 
-    # the first inner step, by parts and by layer
-    head, body = (lambda name: "linear" in name), (lambda name: "linear" not in name)
-    for name, similar, net in zip(PARTS, SIMILARITY, nets.values()):
-        right, moved, steps = [], [], []
-        for x, y, x_qry, y_qry in zip(*tasks):
-            parts = [net.weights, *(one_step(net, args.update_lr, changes)(x, y)[-1] for changes in (head, body, bool))]
-            logits = [oracle.forward(net.config, weights, x_qry)[0] for weights in parts]
-            right.append([(one.argmax(1) == y_qry).double().mean() for one in logits])
-            start, end = (torch.cat([weights[key].flatten() for key in filter(body, weights)])
-                          for weights in (parts[0], parts[-1]))
-            steps.append([((parts[-1][key] - weight).norm() / weight.norm()).item()
-                          for key, weight in parts[0].items() if weight.dim() > 1])
-            moved.append((end - start).norm() / start.norm())
-        rows = net.weights[net.classifier] - net.weights[net.classifier].mean(0)
-        assert found[name]["rows"] == pytest.approx([rows.norm().item()], 1e-4)
-        assert found[name]["body"] == pytest.approx([torch.stack(moved).mean().item()], 1e-3)
-        assert found[name]["accuracy"] == pytest.approx(torch.tensor(right).mean(0).tolist(), abs=1e-5)
-        assert found[similar]["step"] == pytest.approx(torch.tensor(steps).mean(0).tolist(), 1e-3)
+    # the inner step, by layer
+    for name, net in zip(SIMILARITY, nets.values()):
+        steps = []
+        for x, y, *_ in zip(*tasks):
+            before, after = one_step(net, args.update_lr)(x, y)
+            steps.append([((after[key] - weight).norm() / weight.norm()).item()
+                          for key, weight in before.items() if weight.dim() > 1])
+        assert found[name]["step"] == pytest.approx(torch.tensor(steps).mean(0).tolist(), 1e-3)
         norms = [weight.norm().item() for weight in net.weights.values() if weight.dim() > 1]
-        assert found[similar]["norm"] == pytest.approx(norms, 1e-4)
+        assert found[name]["norm"] == pytest.approx(norms, 1e-4)
         alike, accuracy, _ = kept(net, tasks, one_step(net, args.update_lr))
-        assert found[similar]["cka"] == pytest.approx(alike, 1e-4, abs=1e-5)
-        assert found[similar]["accuracy"] == pytest.approx([accuracy], abs=1e-5)
+        assert found[name]["cka"] == pytest.approx(alike, 1e-4, abs=1e-5)
+        assert found[name]["accuracy"] == pytest.approx([accuracy], abs=1e-5)
     assert found[SIMILARITY[0]]["cka"] != found[SIMILARITY[1]]["cka"] and max(found[SIMILARITY[1]]["cka"]) < 1
     for name, adapted in BY_BLOCKS.items():
         loop = one_step(final, args.update_lr, lambda weight: int(weight.split("_")[0]) in adapted)
@@ -215,16 +203,6 @@ def test_controls(tmp_path):
     assert shares("queries 5") == pytest.approx([share(query, tasks.y_qry[:, five])], 1e-4)
     assert found["queries 1"]["meta"]["within"]["mean"] == [None] * 5 and found["queries 1"]["accuracy"][-1] >= 0
     _, _, five_shot = tasks_of(run, k_spt=5)
-    for name, net in zip(LINEAR, nets.values()):
-        support, query = (net(x, features=True)[1][2].double() for x in (five_shot.x_spt, five_shot.x_qry))
-        right = []
-        for x, y, x_qry, y_qry in zip(support, five_shot.y_spt, query, five_shot.y_qry):
-            x, x_qry, one_hot = x - x.mean(0), x_qry - x.mean(0), torch.eye(3).double()[y] - 1 / 3
-            penalty = controls.RIDGE * x.square().sum(1).mean() * torch.eye(x.shape[1])
-            right.append(((x_qry @ torch.linalg.inv(x.T @ x + penalty) @ x.T @ one_hot).argmax(1) == y_qry).double())
-        assert found[name]["ridge"][2] == pytest.approx(torch.stack(right).mean().item(), abs=1e-5)
-        means = support.unflatten(1, (3, 5)).mean(2)
-        assert found[name]["nearest_mean"][2] == pytest.approx(nearest(query, means), abs=1e-5)
     traces, one = found["5-shot"]["inner"], read_run(run)
     for x, y, samples, name in ((five_shot.x_qry, five_shot.y_qry, "query", "within"),
                                 (five_shot.x_spt, five_shot.y_spt, "support", "support_within")):
@@ -268,12 +246,12 @@ def test_no_more_tasks_go_together_than_asked_for(tmp_path, monkeypatch, largest
     omniglot_train.main([*FLAGS, "--adapt_blocks", "4", "5", "--out", str(run)])
     monkeypatch.setattr(controls, "dimension", lambda *_: torch.zeros(1))  # of all test classes together
     for chunk, most in ((0, 3), (2, 2)):
-        for kind in (controls.BY_PARTS, *kinds):
+        for kind in ("similarity, final", *kinds):
             largest.append(0)
             controls.main([str(run), "--tasks", "5", "--only", kind, "--task_chunk", str(chunk)])
             assert largest[-1] == most, kind
         one = read(run)
-        found.append([*one[controls.BY_PARTS]["body"], *(one[kind]["meta"]["nc1_null"]["mean"][0] for kind in kinds)])
+        found.append([*one["similarity, final"]["step"], *(one[kind]["meta"]["nc1_null"]["mean"][0] for kind in kinds)])
     assert found[1] == pytest.approx(found[0], 1e-3)
 
 
