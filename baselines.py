@@ -67,8 +67,8 @@ def inner_rates(net: Learner, learner: str, lr: float, head_lr: float | None = N
         ValueError: an unknown learner, a block that `net` doesn't have, or nothing to adapt.
     """
     if not set(blocks or ()) <= set(range(1, len(net.blocks) + 1)):
-        raise ValueError(f"adapt_blocks {' '.join(map(str, blocks))}: the blocks are 1 to {len(net.blocks)}, which is "
-                         "the last layer")
+        raise ValueError(f"adapt_blocks {' '.join(map(str, blocks))}: the blocks are 1 to {len(net.blocks)} "
+                         f"({len(net.blocks)}: the last layer)")
     head = dict.fromkeys(net.head, lr if head_lr is None else head_lr)
     body = {name: lr for name in net.adaptable if name not in head}
     chosen = {name: rate for name, rate in (body | head).items() if blocks is None or net.block(name) in blocks}

@@ -63,7 +63,9 @@ def load_weights(run: Path, name: str, net: Learner) -> tuple[int, float]:
     """
     path = run / f"{name}.pt"
     names = sorted(file.stem for file in run.glob("*.pt") if file.stem.startswith(("best", "last", "weights")))
-    remedy = f"the weights here are {', '.join(names) or 'none'}; continue an unfinished run: --resume {quoted(run)}"
+    remedy = f"the weights here are {', '.join(names) or 'none'}"
+    if not (run / "result.json").exists():
+        remedy += f"; the run is not finished, continue it: --resume {quoted(run)}"
     saved = read(path, remedy)
     with reading(path, remedy, UNUSABLE):
         net.load_state_dict({name: weight for name, weight in saved["weights"].items()

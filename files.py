@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import secrets
 import shlex
 import sys
@@ -116,7 +117,7 @@ def reading(path: Path | str, remedy: str = "", wrong: str = "can't be read") ->
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = re.sub(r":\n\s*", ": ", str(error)).partition("\n")[0] or type(error).__name__
         line = f"{path} {wrong} ({reason})"
         if isinstance(error, OSError) and error.strerror:
             line = f"can't read {path}: {error.strerror}"

@@ -112,7 +112,7 @@ class Meta:
     share of the tasks. Give rates, learner, clip and keep_norms here: later changes of these have no effect.
 
     Raises:
-        ValueError: an unknown learner or block, or a weight that doesn't require a gradient.
+        ValueError: an unknown learner or block, a weight that requires no gradient, a last layer that is not linear.
     """
 
     net: Learner  # on the device and in the dtype of training; its last layer is linear, with one output per class
@@ -137,6 +137,8 @@ class Meta:
     def __post_init__(self) -> None:
         if not all(weight.requires_grad for weight in self.net.parameters()):
             raise ValueError("Meta trains all weights; the last layer's can be kept with freeze_head")
+        if self.net.config[-1][0] != "linear":
+            raise ValueError(f"the last layer is {self.net.config[-1][0]} and must be linear")
         self.step = 0
         self.rates = inner_rates(self.net, self.learner, self.update_lr, self.head_lr, self.adapt_blocks)
         self.outer = GuardedAdam(self.net.parameters(), self.meta_lr, self.cosine_steps, self.clip, self.skip_nonfinite,
@@ -181,14 +183,14 @@ class Meta:
         step = tree_map(devices.gather, cat(steps))
         total = devices.all_reduce([sum(parts) for parts in zip(*gradients)])
         if self.freeze_head and not baseline:  # Adam leaves a weight whose gradient is always 0 as it is
-            total = [g * (name not in self.net.head) for name, g in zip(self.net.weights, total)]
+            total = [g * (name not in self.net.head) for name, g in zip(self.net.weights, total, strict=True)]
         self.outer.step([gradient / len(step.losses) for gradient in total], step.losses)
         self.step += 1
         return step
 
     def finetune(self, tasks: Tasks, measured: Tasks | None = None, null_seed: int = 0,
                  nontransductive: Sequence[int] = (), every_query: bool = True) -> Adapted:
-        """Test-time adaptation from theta, which stays as it is.
+        """Test-time adaptation from theta, which stays as it is; refuses tasks of another n_way than the net's.
 
         Args:
             measured: the same tasks, of any query sets, on which the metrics are measured, after `update_step` inner
@@ -198,6 +200,8 @@ class Meta:
                 support set only.
             every_query: for all queries, or only the first of each class; each needs its own support-set pass.
         """
+        if (classes := int(tasks.y_spt.max()) + 1) != self.net.shapes[-1][0]:
+            raise ValueError(f"tasks have {classes} classes, and the network has {self.net.shapes[-1][0]} outputs")
         steps = max(self.update_step_test, self.update_step if measured else 0)
         inner = self._together(tasks.x_spt)
         given, results = (tasks, measured, permuted_labels(measured, null_seed)), []

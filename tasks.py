@@ -4,11 +4,21 @@ A task picks `n_way` classes and, of each, `k_spt` support and `k_qry` query ima
 2016). One random permutation is cut into support and query, so they are disjoint by construction. Labels are
 0..n_way-1: which class gets which label is drawn for every task.
 
-    args = omniglot_train.arguments(["--recipe", "paper"])
+A training loop of your own:
+
+    torch.manual_seed(0)
+    args = omniglot_train.arguments(["--recipe", "paper", "--synthetic"])
     dataset, net = omniglot_train.dataset(args), omniglot_train.network(args)
-    images = with_rotations(dataset.load("train"))
-    sampler = Sampler(images, dataset, torch.device("cpu"), seed=0, n_way=5, k_spt=1, k_qry=1, turns=4)
-    step = Meta(net, update_lr=2.0, update_step=1)(sampler(32))      # a meta-step of 32 tasks, in a loop of your own
+    train, val = (Sampler(with_rotations(dataset.load(split)), dataset, torch.device("cpu"), seed=0, n_way=5, k_spt=1,
+                          k_qry=1, nc_qry=15, turns=4) for split in ("train", "val"))
+    maml = Meta(net, update_lr=2.0, update_step=1, update_step_test=3, nc_every=100)
+    for _ in range(1_000):
+        index = train.draw(32)
+        step = maml(train.gather(index), measured=train.gather(index, measured=True) if maml.measures_next else None)
+        if step.metrics:
+            print(maml.step, step.metrics["meta"]["relative_within"].mean(0))  # by layer, with 15 queries per class
+    print(maml.finetune(val(100)).accuracy.mean(0))  # after 0, 1, 2 and 3 inner steps
+    torch.save(net.state_dict(), "weights.pt")
 """
 
 import math
@@ -135,7 +145,7 @@ class Sampler:
             smaller set is a subset of the larger.
         counts: images of each class; None: all have as many.
     Raises:
-        ValueError: images are not uint8; too few classes, or too few images per class.
+        ValueError: images are not uint8; too few classes, or too few images per class; `turns` or `counts` don't fit.
     """
 
     def __init__(self, images: Tensor, dataset: Dataset, device: torch.device, seed: int, n_way: int, k_spt: int,
@@ -148,6 +158,9 @@ class Sampler:
         least = per_class if counts is None else min(counts)
         if images.dtype != torch.uint8:
             raise ValueError(f"images are {images.dtype} and must be uint8 in 0..255, which is scaled to 0..1 later")
+        if len(images) % turns or counts is not None and len(counts) != classes:
+            raise ValueError(f"{len(images)} classes with rotations are not {turns} rotations of "
+                             f"{classes if counts is None else len(counts)} classes")
         if n_way > classes:
             raise ValueError(f"{n_way}-way tasks need {n_way} classes, here are {classes}")
         if self.k > least:

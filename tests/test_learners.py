@@ -118,6 +118,10 @@ def test_networks_that_are_refused(net):
     without = Learner([("flatten", []), ("linear", [5, 784]), ("linear", [5, 5])], imgc=1, imgsz=28)
     with pytest.raises(ValueError, match="maml: there are no weights that its inner loop adapts; .* or adapt"):
         Meta(without, adapt_blocks=[1])
+    with pytest.raises(ValueError, match="the last layer is relu and must be linear"):
+        Meta(Learner([("flatten", []), ("linear", [5, 784]), ("relu", [True])], imgc=1, imgsz=28))
+    with pytest.raises(ValueError, match="tasks have 4 classes, and the network has 5 outputs"):
+        Meta(Learner([("flatten", []), ("linear", [5, 784])], imgc=1, imgsz=28)).finetune(make_tasks(n_way=4))
 
 
 def test_prototypical_network(net):

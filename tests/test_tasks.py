@@ -1,9 +1,14 @@
 """Sampled tasks, of images whose pixels say which class and image they are: a task can be read back."""
 
+import textwrap
+from pathlib import Path
+
 import pytest
 import torch
 
+import omniglot_train
 import tasks as module
+from meta import Meta
 from tasks import Tasks, with_rotations
 from training import held_out_tasks
 
@@ -81,12 +86,22 @@ def test_normalisation_and_nothing_else_changes():
 @pytest.mark.parametrize("options, text", [
     ({"images": encoded().float()}, "images are torch.float32 and must be uint8"),
     ({"n_way": 13}, "13-way tasks need 13 classes, here are 12"),
+    ({"turns": 5}, "12 classes with rotations are not 5 rotations of 2 classes"),
+    ({"counts": [7] * 11}, "12 classes with rotations are not 1 rotations of 11 classes"),
     ({"turns": 4}, "5-way tasks need 5 classes, here are 3"),
     ({"k_spt": 3, "k_qry": 5}, "support and query images need 8 per class, and one class has 7"),
     ({"counts": [7, 4] * 6}, "support and query images need 5 per class, and one class has 4")])
 def test_what_a_sampler_refuses(options, text):
     with pytest.raises(ValueError, match=text):
         sampler(**options)
+
+
+def test_the_loop_of_the_docstring(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = [line for line in module.__doc__.split("\n") if line.startswith("    ")]
+    names = vars(module) | {"omniglot_train": omniglot_train, "Meta": Meta}
+    exec(textwrap.dedent("\n".join(lines)).replace("range(1_000)", "range(2)").replace("val(100)", "val(4)"), names)
+    assert capsys.readouterr().out.count("tensor([") == 2 and Path("weights.pt").exists()
 
 
 def test_classes_of_unequal_size():
