@@ -190,7 +190,7 @@ def test_without_posix_and_without_removing_open_files(tmp_path, monkeypatch):
     (omniglot_train, "--learner classifier --freeze_head", "--learner classifier trains without an inner loop"),
     (omniglot_train, "--synthetic --epoch 1 --adapt_blocks 1 4 --head_lr 1", "--head_lr: the inner loop does not ad"),
     (omniglot_train, "--learner boil --freeze_head --head_std 0", "--freeze_head: with --head_std 0 the last lay"),
-    (omniglot_train, "--adapt_blocks 6", "--adapt_blocks 6: the blocks are 1 to 5, which is the last layer"),
+    (omniglot_train, "--adapt_blocks 6", "--adapt_blocks 6: the blocks are 1 to 5 (5: the last layer)"),
     (omniglot_train, "--learner anil --adapt_blocks 5", "--adapt_blocks: --learner anil has its own inner loop"),
     (omniglot_train, "--epochs 3", "unrecognized arguments: --epochs"),
     (omniglot_train, "--learner classifier --task_chunk 1", "--learner classifier: batch norm is over all images"),
