@@ -110,7 +110,7 @@ def changes(study: Study) -> Figure:
     kinds = {"second order": (SECOND_ORDER, figures.PALETTE[0]),
              "first order": (itertools.chain(*FIRST_ORDER.values()), figures.PALETTE[1])}
     legend = [figures.key(kind, colour, marker="o", linestyle="") for kind, (_, colour) in kinds.items()]
-    figure, ((axes,),) = figures.frame(1, 1, 2.6, legend)
+    figure, ((axes,),) = figures.frame(1, 1, 3.1, legend)
     for names, colour in kinds.values():
         groups = study.groups(names)
         ratios, gains = (np.array(tables.means(groups, *column)) for column in (tables.VARIANCE_4, tables.GAIN))
