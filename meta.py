@@ -50,12 +50,12 @@ class Adapted(NamedTuple):
 
 def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapping[str, float], steps: int,
           second_order: bool = False) -> list[Weights]:
-    """The inner loop: K steps of SGD on each task's own loss, for all tasks at once. Nothing passed in changes.
+    """The inner loop: K steps of SGD on each task's mean cross-entropy, all tasks at once. Nothing passed in changes.
 
     Args:
         weights: where to start; one set for all tasks, or each with a leading task axis [T, ...].
         x, y: support sets, [T, N, c, h, w] and [T, N].
-        lr: of SGD on a support set's mean cross-entropy (the paper's alpha), or one per adapted weight.
+        lr: the paper's alpha, or one per adapted weight: numbers, or parameters of `net` (Meta-SGD, Li et al. 2017).
         second_order: keep the graph, so that the last weights can be differentiated with respect to the first.
     Returns:
         `steps` + 1 sets of weights, each [T, ...]: the start, and after each step.
@@ -68,7 +68,7 @@ def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapp
             weights = trajectory[-1] if second_order else leaves(trajectory[-1])
             loss = cross_entropy(net(x, weights), y).sum()  # tasks share nothing: each gets its own gradient
             gradients = torch.autograd.grad(loss, [weights[name] for name in lr], create_graph=second_order)
-            trajectory.append(weights | {name: weights[name].add(g, alpha=-lr[name]) for name, g in zip(lr, gradients)})
+            trajectory.append(weights | {name: weights[name] - lr[name] * g for name, g in zip(lr, gradients)})
     return trajectory
 
 
@@ -89,7 +89,7 @@ def meta_gradient(net: Learner, tasks: Tasks, lr: float | Mapping[str, float], s
     loop. `lr` and `steps` are those of `adapt`; `first_order` takes the inner gradients as constants.
 
     Returns:
-        A gradient per weight of theta, losses [T], accuracies [T], the inner loop's weights (detached).
+        A gradient per parameter of `net`, losses [T], accuracies [T], the inner loop's weights (detached).
     """
     trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, lr, steps, not first_order)
     last = trajectory[-1]
@@ -98,8 +98,8 @@ def meta_gradient(net: Learner, tasks: Tasks, lr: float | Mapping[str, float], s
         gradient = [g.sum(0) for g in outer]
     else:
         outer = [torch.empty_like(w).copy_(g) for w, g in zip(last.values(), outer)]  # in their layout: faster
-        gradient = list(torch.autograd.grad(list(last.values()), list(net.weights.values()), outer))
-    return gradient, losses, correct, tree_map(Tensor.detach, trajectory)
+        gradient = torch.autograd.grad(list(last.values()), list(net.parameters()), outer, materialize_grads=True)
+    return list(gradient), losses, correct, tree_map(Tensor.detach, trajectory)
 
 
 @dataclass(eq=False, repr=False)

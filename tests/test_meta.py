@@ -15,7 +15,7 @@ import nc_metrics
 import omniglot_train
 from baselines import BASELINES
 from learner import Learner
-from meta import Meta, adapt
+from meta import Meta, adapt, meta_gradient
 from tasks import Tasks, tree_map
 
 N_WAY = 3
@@ -104,6 +104,15 @@ def test_second_order_gradient_is_the_finite_difference_of_the_adapted_loss():
             ends.append(oracle.meta_loss(net.config, theta, tasks, lr, steps).item())
         along = sum((g * direction[name]).sum() for name, g in gradient.items()).item()
         assert along / size == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=1e-6 * norm)
+
+
+def test_inner_rates_can_be_trained():
+    net, tasks = small_net(), make_tasks(n_tasks=2, k_spt=2)
+    net.rates = torch.nn.ParameterList(torch.full((), 0.2, dtype=torch.float64) for _ in net.adaptable)
+    gradient, *_ = meta_gradient(net, tasks, dict(zip(net.adaptable, net.rates)), 2)
+    ends = [meta_gradient(net, tasks, 0.2 + h, 2)[1].sum().item() for h in (1e-5, -1e-5)]  # all rates together
+    places = [i for i, (name, _) in enumerate(net.named_parameters()) if name.startswith("rates")]
+    assert sum(gradient[i].item() for i in places) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6)
 
 
 @both_orders
