@@ -77,51 +77,24 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
     device, dataset = select_device(args.device), script.dataset(args)
     check(args, dataset, script.network)
     check_classes(folder, args, dataset)
-    most = min(dataset.counts()["test"]) - args.k_spt  # queries per class
     keep_memory()
     set_arithmetic(args.precision, args.deterministic)
     final = predict.load(folder, "last" if (folder / "last.pt").exists() else "best", args.device).net
-    torch.manual_seed(args.seed)  # of all networks below, which are drawn in this order
-    untrained = script.network(args).to(device)
-    check_network(folder, untrained)  # the controls draw theirs from this version's layers
-    pixels = Learner([("flatten", []), ("linear", [args.n_way, math.prod(untrained.input_shape)])],
-                     args.imgc, args.imgsz).to(device)  # its classifier is not used
-    redrawn = with_classifier(final, script.network(args))
-    usual = args.k_spt, min(CONTROL_QUERIES, most)  # support and query images per class
-    sizes = {f"queries {queries}": (args.k_spt, queries) for queries in (1, 5, 19) if queries <= most}
-    if args.k_spt != CONTROL_SHOTS < most + args.k_spt:
-        sizes["5-shot"] = CONTROL_SHOTS, min(CONTROL_QUERIES, most + args.k_spt - CONTROL_SHOTS)
-    wanted = {
-        "final": (final, Meta.finetune),  # the run's last weights, or its best where those are absent
-        "untrained": (untrained, Meta.finetune),  # a fresh network of the run's seed
-        # the first inner step moves nothing but the classifier (Kao, Chiu, Chen 2022, arXiv:2106.15367)
-        "classifier at zero": (with_classifier(final, None), Meta.finetune),
-        "classifier at random": (redrawn, Meta.finetune),  # a newly drawn classifier, as training starts with
-        "pixels": (pixels, not_adapted),  # the input itself
-        **dict.fromkeys(sizes, (final, Meta.finetune)),  # other numbers of queries and support images
-        "similarity, final": (final, similarity),
-        "similarity, untrained": (untrained, similarity),
-        "gradients, final": (final, gradients),
-        "gradients, untrained": (untrained, gradients),
-        NOT_TRANSDUCTIVE: (final, not_transductive)}
-    if len(final.blocks) == len(STEP_SIZES) + 1:  # the study's networks
-        wanted |= {"similarity of blocks 1-2, final": (final, partial(similarity, blocks=(1, 2))),
-                   "similarity of blocks 3-5, final": (final, partial(similarity, blocks=(3, 4, 5))),
-                   "similarity at equal steps, final": (final, partial(similarity, sizes=STEP_SIZES)),
-                   "similarity at equal steps, untrained": (untrained, partial(similarity, sizes=STEP_SIZES))}
+    check_network(folder, script.network(args))  # the controls draw theirs from this version's layers
+    per_class = min(dataset.counts()["test"])
+    wanted = controls_of(args, script, final, per_class)
     if not wanted.keys() >= set(only or ()):
         raise UserError(f"--only {' '.join(only)}: the controls are {', '.join(map(quoted, wanted))}")
-    wanted = {name: wanted[name] for name in only or wanted}
     data = Data(copy.copy(args), dataset, device)
     images = data.load("test")
-    upright = images[::data.turns("test"), :most + args.k_spt]
+    upright = images[::data.turns("test"), :per_class]
     dimension_of = functools.cache(lambda net: dimension(net, upright, dataset))
-    for name, (net, function) in wanted.items():
-        data.args.k_spt, data.args.k_qry_test = sizes.get(name, usual)
+    for name in only or wanted:
+        net, function, (data.args.k_spt, data.args.k_qry_test) = wanted[name]
         data.args.nc_qry = data.args.k_qry_test  # or more are drawn than a class may have
-        one_layer = {"learner": "maml", "adapt_blocks": None}  # no body for BOIL, and one block
-        own = argparse.Namespace(**vars(args) | one_layer) if net is pixels else args
-        parts = in_batches(meta_of(net, own), data, images, function)
+        loop = {"learner": "maml", "adapt_blocks": None} if name == "pixels" else {}  # no body for BOIL, and one block
+        maml = meta_of(net, argparse.Namespace(**vars(args) | loop))
+        parts = in_batches(maml, data, images, function)
         results = cat(list(progress(parts, name, math.ceil(args.test_tasks / args.task_num), "batches")))
         metrics = results.pop("metrics", None)
         means = {key: nc_metrics.mean_and_se(values) for key, values in results.items()}
@@ -135,6 +108,39 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
         else:
             say(f"{name}: {control}")
         yield name, control
+
+
+def controls_of(args: argparse.Namespace, script: ModuleType, final: Learner, per_class: int) -> dict[str, tuple]:
+    """Name -> (network, function, (support, query images per class)); a class has at least `per_class` images."""
+    torch.manual_seed(args.seed)  # of all networks below, which are drawn in this order
+    device = next(final.parameters()).device
+    untrained = script.network(args).to(device)
+    pixels = Learner([("flatten", []), ("linear", [args.n_way, math.prod(untrained.input_shape)])],
+                     args.imgc, args.imgsz).to(device)  # its classifier is not used
+    redrawn = with_classifier(final, script.network(args))
+    usual = args.k_spt, min(CONTROL_QUERIES, per_class - args.k_spt)
+    sizes = {f"queries {queries}": (args.k_spt, queries) for queries in (1, 5, 19) if args.k_spt + queries <= per_class}
+    if args.k_spt != CONTROL_SHOTS < per_class:
+        sizes["5-shot"] = CONTROL_SHOTS, min(CONTROL_QUERIES, per_class - CONTROL_SHOTS)
+    controls = {
+        "final": (final, Meta.finetune),  # the run's last weights, or its best where those are absent
+        "untrained": (untrained, Meta.finetune),  # a fresh network of the run's seed
+        # the first inner step moves nothing but the classifier (Kao, Chiu, Chen 2022, arXiv:2106.15367)
+        "classifier at zero": (with_classifier(final, None), Meta.finetune),
+        "classifier at random": (redrawn, Meta.finetune),  # a newly drawn classifier, as training starts with
+        "pixels": (pixels, not_adapted),  # the input itself
+        **dict.fromkeys(sizes, (final, Meta.finetune)),  # other numbers of queries and support images
+        "similarity, final": (final, similarity),
+        "similarity, untrained": (untrained, similarity),
+        "gradients, final": (final, gradients),
+        "gradients, untrained": (untrained, gradients),
+        NOT_TRANSDUCTIVE: (final, not_transductive)}
+    if len(final.blocks) == len(STEP_SIZES) + 1:  # the study's networks
+        controls |= {"similarity of blocks 1-2, final": (final, partial(similarity, blocks=(1, 2))),
+                     "similarity of blocks 3-5, final": (final, partial(similarity, blocks=(3, 4, 5))),
+                     "similarity at equal steps, final": (final, partial(similarity, sizes=STEP_SIZES)),
+                     "similarity at equal steps, untrained": (untrained, partial(similarity, sizes=STEP_SIZES))}
+    return {name: (*control, sizes.get(name, usual)) for name, control in controls.items()}
 
 
 def with_classifier(net: Learner, other: Learner | None) -> Learner:
