@@ -109,7 +109,7 @@ class Meta:
     `step` counts meta-steps, and `updates`, on the device, those that changed the weights. If a loss, a gradient,
     Adam's state or a new weight is not finite, the update is skipped, and all later ones too unless `skip_nonfinite` is
     set: nothing is raised, so compare `updates` with `step`. Of several processes (device.py), each takes an equal
-    share of the tasks. Give rates, learner, clip and keep_norms here: later changes of these have no effect.
+    share of the tasks. Later changes of update_lr, meta_lr, learner, clip and the like have no effect.
 
     Raises:
         ValueError: an unknown learner or block, a weight that requires no gradient, a last layer that is not linear.

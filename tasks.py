@@ -6,6 +6,10 @@ A task picks `n_way` classes and, of each, `k_spt` support and `k_qry` query ima
 
 A training loop of your own:
 
+    import torch, omniglot_train
+    from meta import Meta
+    from tasks import Sampler, with_rotations
+
     torch.manual_seed(0)
     args = omniglot_train.arguments(["--recipe", "paper", "--synthetic"])
     dataset, net = omniglot_train.dataset(args), omniglot_train.network(args)

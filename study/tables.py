@@ -137,7 +137,8 @@ learners = partial(compared, names=(*LEARNERS, "random-labels"), references=REFE
                    columns=metrics_of() | {"dimension": (in_control, "final", "effective_dimension", "meta")} | {
     f"{name}, adapted": column for name, column in metrics_of("finetuned").items()} | {
     f"{trace} trace": (measured, "meta", trace) for trace in ("between", "within")} | TRACES | {
-    "NC3: self-duality, adapted": (measured, "finetuned", "self_duality")} | {
+    "NC3: self-duality, adapted": (measured, "finetuned", "self_duality"),
+    "NC4: mismatch with the nearest support mean, adapted": (measured, "finetuned", "ncc_mismatch")} | {
     f"{name}, %": (tested, *place) for name, place in RULES.items()} | {
     f"{name}, %, not transductive": (tested, *place, False) for name, place in RULES.items()})
 

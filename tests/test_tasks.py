@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import omniglot_train
 import tasks as module
-from meta import Meta
 from tasks import Tasks, with_rotations
 from training import held_out_tasks
 
@@ -99,8 +97,7 @@ def test_what_a_sampler_refuses(options, text):
 def test_the_loop_of_the_docstring(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = [line for line in module.__doc__.split("\n") if line.startswith("    ")]
-    names = vars(module) | {"omniglot_train": omniglot_train, "Meta": Meta}
-    exec(textwrap.dedent("\n".join(lines)).replace("range(1_000)", "range(2)").replace("val(100)", "val(4)"), names)
+    exec(textwrap.dedent("\n".join(lines)).replace("range(1_000)", "range(2)").replace("val(100)", "val(4)"), {})
     assert capsys.readouterr().out.count("tensor([") == 2 and Path("weights.pt").exists()
 
 
