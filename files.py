@@ -46,6 +46,7 @@ def run(main: Callable[[], None]) -> None:
 
     A character that is missing in a stream's encoding is printed as "?".
     """
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

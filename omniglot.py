@@ -158,7 +158,7 @@ def _download(root: Path, missing: list[str]) -> None:
     """Fetch the zip files of missing parts: under a temporary name, then checked, then renamed."""
     from torchvision.datasets.utils import download_url  # as slow to import as torch, and needed once
 
-    timeout = socket.getdefaulttimeout()
+    timeout, is_new = socket.getdefaulttimeout(), not root.exists()
     socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none and would wait forever
     try:
         for part in missing:
@@ -175,3 +175,5 @@ def _download(root: Path, missing: list[str]) -> None:
                         f"({str(error) or type(error).__name__}); {_where(root, missing)}") from error
     finally:
         socket.setdefaulttimeout(timeout)
+        if is_new and root.exists() and not any(root.iterdir()):  # perhaps a mistyped --root
+            root.rmdir()

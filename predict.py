@@ -80,6 +80,7 @@ class Model:
     args: argparse.Namespace  # the run's settings
     dataset: Dataset  # its mean and deviation normalise the images; its own images are not read
 
+    @torch.inference_mode(False)  # the inner loop needs gradients
     @torch.no_grad()
     def adapt(self, support_images: Iterable[Picture], support_labels: Iterable[Hashable]
               ) -> tuple[dict[str, Tensor], list[Hashable], Tensor, Tensor]:
@@ -115,7 +116,7 @@ class Model:
             raise UserError(f"there are {x.shape[1]} support images and {len(labels)} labels; give one label per image")
         if len(labels) < self.args.n_way:
             warnings.warn(f"{len(labels)} support images, in training {self.args.n_way} or more: batch norm's "
-                          "statistics of so few mean little; give more per class", stacklevel=3)
+                          "statistics of so few mean little; give more per class", stacklevel=4)
         y = torch.tensor([[classes[label] for label in labels]], device=x.device)
         theta = dict(self.net.weights)
         for name in self.net.head:  # a row per class; nearest means need none
@@ -125,6 +126,7 @@ class Model:
         *_, weights = adapt(self.net, theta, x, y, rates, 0 if by_mean else self.args.update_step_test)
         return weights, list(classes), x, y
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def predict(self, support_images: Iterable[Picture], support_labels: Iterable[Hashable],
                 query_images: Iterable[Picture], transductive: bool = False) -> list[Hashable]:
@@ -145,7 +147,7 @@ class Model:
         total = x_qry.shape[1]
         if transductive and 0 < total < len(names):
             warnings.warn(f"{total} queries of {len(names)} classes are normalised together: their "
-                          "statistics mean little; leave transductive out", stacklevel=3)
+                          "statistics mean little; leave transductive out", stacklevel=4)
         for queries, in chunks(total if transductive else QUERIES_PER_PASS, total, x_qry[0]) if total else ():
             tasks = Tasks(x_spt, y_spt, queries[None], y_spt)  # the last, the queries' labels, is not used
             logits, similarity, _ = scores(self.net, tasks, weights, transductive)

@@ -347,7 +347,7 @@ def say(text: str) -> None:
         (tqdm.write if sys.stderr.isatty() else print)(text)
         sys.stdout.flush()
     except OSError as error:
-        if error.errno not in (errno.EIO, errno.EPIPE):  # the terminal is closed, or a pipe's reader has ended
+        if error.errno not in (errno.EIO, errno.EPIPE, errno.ENOSPC):  # a closed terminal, a pipe's end, a full disk
             raise
 
 

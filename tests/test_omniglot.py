@@ -104,6 +104,9 @@ def test_what_is_there_and_what_is_missing_are_named_and_the_zips_lead_out(tmp_p
     make(tmp_path)
     with refused(*words, "put images_", "images_evaluation.zip from", "--synthetic"):
         [load(omniglot, tmp_path, split, 28) for split in omniglot.SPLITS]
+    with refused("absent"):
+        load(omniglot, tmp_path / "mistyped", "train", 28)
+    assert not (tmp_path / "mistyped").exists()
     write_zips(tmp_path, small_omniglot)  # as advised
     assert [len(load(omniglot, tmp_path, split, 28)) for split in omniglot.SPLITS] == list(omniglot.SPLITS.values())
 

@@ -331,9 +331,9 @@ def test_an_error_is_one_line_and_status_2(script, monkeypatch, capsys):
 
 @pytest.mark.parametrize("number, kind", [
     (errno.EIO, contextlib.nullcontext()), (errno.EPIPE, contextlib.nullcontext()),
-    (errno.ENOSPC, pytest.raises(OSError, match="full"))])
+    (errno.ENOSPC, contextlib.nullcontext()), (errno.EBADF, pytest.raises(OSError, match="full"))])
 def test_a_closed_terminal_or_pipe_is_no_error(number, kind, monkeypatch):
-    """A run that stops then still writes its checkpoint."""
+    """A run that stops then still writes its checkpoint; one whose output's disk is full goes on."""
     monkeypatch.setattr("builtins.print", Mock(side_effect=OSError(number, "full")))
     with kind:
         record.say("stopped at step 1")
@@ -346,6 +346,12 @@ def test_a_pipe_whose_reader_has_ended_is_no_error():
                           stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_closed_streams_are_no_error():
+    program = "import os, sys; os.close(1); os.close(2); os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
+    code = "import files, record; files.run(lambda: (record.say('a'), files.note('b'), exit(3)))"
+    assert subprocess.run([sys.executable, "-c", program, code], cwd=PROJECT).returncode == 3
 
 
 @pytest.mark.parametrize("change, flags, line", [
