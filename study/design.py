@@ -170,7 +170,7 @@ FIRST_ORDER = {
         "frozen-head", "zero-head", "small-step", "small-head", "slow-head", "fast-head"))),
     "1 x 1": ("first-order-small-images", *(name for name in _named("small-images") if name.endswith("first-order")),
               "first-order-other-network")}
-# settings in second order, those above and a few
+# settings in second order: the changed ones and four more
 SECOND_ORDER = (*itertools.chain(*CHANGES.values()), "contrast-anil", "contrast-boil", "blocks-4-5",
                 "small-body-step-10000")
 IMAGES = tuple(name for name in itertools.chain(*DIFFICULTY.values()) if name != "photographs-20-images")
