@@ -136,8 +136,9 @@ def _missing(root: Path) -> str:
         return (f"{root} has {len(CLASSES & labels)} of miniImageNet's {len(CLASSES)} classes (missing: "
                 f"{', '.join(sorted(CLASSES - labels)[:10]) or 'none'}; not of it: "
                 f"{', '.join(map(short, sorted(labels - CLASSES)[:10])) or 'none'})")
-    there = folders.own_images(root) or f"; it has {', '.join(map(short, sorted(os.listdir(root))[:10])) or 'nothing'}"
-    return f"{root} has no CSV files, no folders train/, val/ and test/ and no caches{there}"
+    there = ", ".join(map(short, sorted(os.listdir(root))[:10])) or "nothing"
+    return (f"{root} has no CSV files, no folders train/, val/ and test/ and no caches{folders.own_images(root)}; it "
+            f"has {there}")
 
 
 def _where(root: Path) -> str:
@@ -285,6 +286,8 @@ def _from_pickle(path: Path, split: str) -> dict[str, list[ImageFile]]:
                 content = _Unpickler(file, encoding="latin1").load()  # of text from Python 2
         except MemoryError as error:  # a damaged file may give sizes that fit into no memory
             raise ValueError("it doesn't fit into memory") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not a dict")
         if content.keys() >= {"image_data", "class_dict"}:
             pixels = content["image_data"]
             labelled = [(label, index) for label, indices in content["class_dict"].items() for index in indices]

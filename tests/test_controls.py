@@ -168,13 +168,13 @@ def test_controls(tmp_path):
         norms = [weight.norm().item() for weight in net.weights.values() if weight.dim() > 1]
         assert found[name]["norm"] == pytest.approx(norms, 1e-4)
         alike, accuracy, _ = kept(net, tasks, one_step(net, args.update_lr))
-        assert found[name]["cka"] == pytest.approx(alike, 1e-4, abs=1e-5)
+        assert found[name]["cka"] == pytest.approx(alike, 1e-4, abs=2e-6)
         assert found[name]["accuracy"] == pytest.approx([accuracy], abs=1e-5)
     assert found[SIMILARITY[0]]["cka"] != found[SIMILARITY[1]]["cka"] and max(found[SIMILARITY[1]]["cka"]) < 1
     for name, adapted in BY_BLOCKS.items():
         loop = one_step(final, args.update_lr, lambda weight: int(weight.split("_")[0]) in adapted)
         alike, accuracy, _ = kept(final, tasks, loop)
-        assert found[name]["cka"] == pytest.approx(alike, 1e-4, abs=1e-5)
+        assert found[name]["cka"] == pytest.approx(alike, 1e-4, abs=2e-6)
         assert found[name]["accuracy"] == pytest.approx([accuracy], abs=1e-5)
     assert found[name]["cka"][0] == pytest.approx(1) != found["similarity, final"]["cka"][0]
 

@@ -333,7 +333,7 @@ def test_an_error_is_one_line_and_status_2(script, monkeypatch, capsys):
     (errno.EIO, contextlib.nullcontext()), (errno.EPIPE, contextlib.nullcontext()),
     (errno.ENOSPC, contextlib.nullcontext()), (errno.EBADF, pytest.raises(OSError, match="full"))])
 def test_a_closed_terminal_or_pipe_is_no_error(number, kind, monkeypatch):
-    """A run that stops then still writes its checkpoint; one whose output's disk is full goes on."""
+    """A run that stops then still writes its checkpoint; one whose output's disk is full continues."""
     monkeypatch.setattr("builtins.print", Mock(side_effect=OSError(number, "full")))
     with kind:
         record.say("stopped at step 1")
