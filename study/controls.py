@@ -80,9 +80,11 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
     keep_memory()
     set_arithmetic(args.precision, args.deterministic)
     final = predict.load(folder, "last" if (folder / "last.pt").exists() else "best", args.device).net
-    check_network(folder, script.network(args))  # the controls draw theirs from this version's layers
+    torch.manual_seed(args.seed)  # of this and all networks of `controls_of`, which are drawn in this order
+    untrained = script.network(args).to(device)
+    check_network(folder, untrained)  # the controls draw theirs from this version's layers
     per_class = min(dataset.counts()["test"])
-    wanted = controls_of(args, script, final, per_class)
+    wanted = controls_of(args, script, final, untrained, per_class)
     if not wanted.keys() >= set(only or ()):
         raise UserError(f"--only {' '.join(only)}: the controls are {', '.join(map(quoted, wanted))}")
     data = Data(copy.copy(args), dataset, device)
@@ -110,13 +112,11 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
         yield name, control
 
 
-def controls_of(args: argparse.Namespace, script: ModuleType, final: Learner, per_class: int) -> dict[str, tuple]:
+def controls_of(args: argparse.Namespace, script: ModuleType, final: Learner, untrained: Learner,
+                per_class: int) -> dict[str, tuple]:
     """Name -> (network, function, (support, query images per class)); a class has at least `per_class` images."""
-    torch.manual_seed(args.seed)  # of all networks below, which are drawn in this order
-    device = next(final.parameters()).device
-    untrained = script.network(args).to(device)
     pixels = Learner([("flatten", []), ("linear", [args.n_way, math.prod(untrained.input_shape)])],
-                     args.imgc, args.imgsz).to(device)  # its classifier is not used
+                     args.imgc, args.imgsz).to(args.device)  # its classifier is not used
     redrawn = with_classifier(final, script.network(args))
     usual = args.k_spt, min(CONTROL_QUERIES, per_class - args.k_spt)
     sizes = {f"queries {queries}": (args.k_spt, queries) for queries in (1, 5, 19) if args.k_spt + queries <= per_class}

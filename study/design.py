@@ -3,7 +3,7 @@
 import itertools
 from typing import NamedTuple
 
-from study.logs import Run, describe
+from study.logs import BASELINES, Run, describe
 
 
 class Setting(NamedTuple):
@@ -156,7 +156,7 @@ DIFFICULTY = {  # one inner loop and network on images whose classes are hard or
 SMALL_PHOTOGRAPHS = (*_named("photographs-"), "omniglot-photographs-loop", "omniglot-as-photographs",
                      "omniglot-100-as-photographs", *_named("omniglot-in-"), *_named("crops"))
 # those of them that train with an inner loop
-LOOPS = tuple(name for name in SMALL_PHOTOGRAPHS if not name.endswith(("protonet", "classifier")))
+LOOPS = tuple(name for name in SMALL_PHOTOGRAPHS if not name.endswith(BASELINES))
 CHANGED_AT = 5_000  # the meta-step at which changed settings are compared
 CHANGES = {  # in second order, by what the classifier takes from the last map; FIRST_ORDER likewise
     "mean of 2 x 2": ("contrast-maml", "frozen-head", "contrast-zero-head", "small-step", "small-head", "slow-head",

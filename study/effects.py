@@ -15,7 +15,7 @@ import numpy as np
 
 from files import reading
 from study.design import CONTROL_QUERIES, CONTROL_SHOTS
-from study.logs import Run
+from study.logs import BASELINES, Run
 
 HIDDEN = -2  # the classifier's input; a layer is a name, or an index into the run's layers
 
@@ -191,7 +191,7 @@ def own_accuracy(run: Run, transductive: bool = True, interval: bool = False) ->
 
     With `interval` half of its 95% interval over tasks instead.
     """
-    if run.settings["learner"] in ("protonet", "classifier"):
+    if run.settings["learner"] in BASELINES:
         return tested(run, "nearest_mean_ci95" if interval else "nearest_mean", 0, transductive)
     return tested(run, "ci95" if interval else "accuracy", -1, transductive)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from files import UserError, listed, note, one_line, reading
 
 HOME = Path(__file__).resolve().parent.parent
+BASELINES = "protonet", "classifier"  # learners that train without an inner loop and classify by the nearest mean
 
 # Settings that do not change the experiment: runs that differ in these alone are seeds of one setting.
 NOT_COMPARED = {"seed", "out", "root", "data", "cache", "device", "deterministic", "task_chunk", "cuda_graph",
@@ -217,7 +218,7 @@ def describe(run: Run) -> str:
     words = [f"{settings['n_way']}-way {settings['k_spt']}-shot"]
     if settings["learner"] != "maml":
         words.append(str(settings["learner"]))
-    if settings["learner"] not in ("protonet", "classifier"):  # these train without an inner loop
+    if settings["learner"] not in BASELINES:
         words.append("first order" if settings["first_order"] else "second order")
     if settings.get("net") == "original":
         words.append("original network")

@@ -21,7 +21,7 @@ from files import Parser, atomic
 from study import design, effects
 from study.design import DIFFICULTY, LEARNERS, LONG, MAIN, METRICS, MODELS, OTHER_LOOPS, label
 from study.effects import HIDDEN, at, end, growth, in_control, measured, own_accuracy, tested
-from study.logs import HOME, Run, Study
+from study.logs import BASELINES, HOME, Run, Study
 from study.markdown import Cell, Columns, fixed, over, row, table, with_tables
 
 NAMED_LAYERS = {-5: "block 1", -4: "block 2", -3: "block 3", -2: "block 4", -1: "logits"}
@@ -218,7 +218,7 @@ def means(groups: Sequence[list[Run]], value: Callable[..., float], *arguments) 
 
 def as_used(run: Run, value: Callable[..., float], metric: str) -> float:
     """A value of the features that the run's learner classifies by: adapted, or a baseline's as they are."""
-    return value(run, "meta" if run.settings["learner"] in ("protonet", "classifier") else "finetuned", metric)
+    return value(run, "meta" if run.settings["learner"] in BASELINES else "finetuned", metric)
 
 
 def ranking(study: Study) -> str:
