@@ -49,16 +49,8 @@ CHECK_EVERY = 10  # on CUDA, steps between two checks for signals and failed upd
 
 def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argparse.Namespace], Learner]) -> None:
     """Train, validate and test with these settings; with --resume continue a run, with --test test it again."""
-    trains_classifier = args.learner == "classifier" and args.test is None  # takes all tasks of a step together
-    graph = args.device.startswith("cuda") and args.cuda_graph is not False and args.test is None
-    again = f"start again with a lower --task_num (now {args.task_num}): --from_args {quoted(args.resume or '')}"
-    remedies = {"give --no-cuda_graph (a graph keeps the memory of a step)": graph,
-                f"lower --task_chunk (now {args.task_chunk or 'not given'})":
-                not trains_classifier and args.task_chunk != 1,
-                again: args.resume,  # it keeps its --task_num and --device
-                f"lower --task_num (now {args.task_num})": not args.resume and not args.test and args.task_num > 1,
-                f"take another --device than {args.device}": not args.resume}
-    with devices.memory_runs_out(", or ".join(remedy for remedy, helps in remedies.items() if helps)):
+    trains_classifier = args.learner == "classifier" and args.test is None
+    with devices.memory_runs_out(_memory_remedies(args, trains_classifier)):
         device = devices.select_device(args.device)
         check(args, dataset, network)
         with devices.processes(device):
@@ -82,6 +74,19 @@ def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
                     if not (run / "result.json").exists():
                         say(f"note: {run} is not finished")
                 record.write_test(run, _test(maml, data, run, Signals()), args)
+
+
+def _memory_remedies(args: argparse.Namespace, trains_classifier: bool) -> str:
+    """What to do if memory runs out: those flags that this run can lower."""
+    graph = args.device.startswith("cuda") and args.cuda_graph is not False and args.test is None
+    again = f"start again with a lower --task_num (now {args.task_num}): --from_args {quoted(args.resume or '')}"
+    remedies = {"give --no-cuda_graph (a graph keeps the memory of a step)": graph,
+                f"lower --task_chunk (now {args.task_chunk or 'not given'})":
+                not trains_classifier and args.task_chunk != 1,  # it takes all tasks of a step together
+                again: args.resume,  # it keeps its --task_num and --device
+                f"lower --task_num (now {args.task_num})": not args.resume and not args.test and args.task_num > 1,
+                f"take another --device than {args.device}": not args.resume}
+    return ", or ".join(remedy for remedy, helps in remedies.items() if helps)
 
 
 def _train(maml: Meta, data: "Data") -> None:
