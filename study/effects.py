@@ -204,13 +204,18 @@ def noise_share(run: Run) -> float:
 
 @functools.cache
 def random_etf_errors(n_way: int) -> np.ndarray:
-    """Mean ETF error of n_way random Gaussian directions in d dimensions, for d = 1 .. 64: [64]."""
-    samples = np.random.default_rng(0).standard_normal((max(50_000 // n_way**2, 100), n_way, 64))
-    centred = samples - samples.mean(1, keepdims=True)
-    grams = np.cumsum(centred[:, :, None, :] * centred[:, None, :, :], -1)  # [draws, C, C, d]
-    grams = grams / np.sqrt((grams**2).sum((1, 2), keepdims=True))
-    simplex = (np.eye(n_way) - 1 / n_way) / math.sqrt(n_way - 1)
-    return np.sqrt(((grams - simplex[..., None]) ** 2).sum((1, 2))).mean(0)
+    """Mean ETF error of n_way random Gaussian directions in d dimensions, for d = 1 .. 64: [64].
+
+    In the n_way - 1 coordinates of centred rows a simplex has the unit matrix as its Gram matrix. A Gram matrix G of
+    norm 1 has the squared distance 2 - 2 tr(G) / sqrt(n_way - 1) from it.
+    """
+    generator, gram, errors = np.random.default_rng(0), 0, []
+    for _ in range(64):
+        x = generator.standard_normal((2_500_000 // n_way**2, n_way - 1))  # one more dimension of every draw
+        gram = gram + x[:, :, None] * x[:, None]
+        cosine = np.trace(gram, axis1=1, axis2=2) / np.sqrt((n_way - 1) * (gram**2).sum((1, 2)))
+        errors.append(np.sqrt(np.maximum(2 - 2 * cosine, 0)).mean())
+    return np.array(errors)
 
 
 def matching_dimension(run: Run) -> float:
