@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import unicodedata
@@ -48,7 +49,7 @@ Splits = dict[str, dict[str, list[ImageFile]]]  # split -> class -> images
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The image files of each class of each split. A split without classes is refused, and a class in two splits."""
+    """The image files of each class of each split. Splits that share a class or an image, or have none, are refused."""
 
     name: str  # of the cache files
     layout: str  # where and how the images were found, in words
@@ -66,10 +67,14 @@ class ImageSet:
                    "a task needs at least 2 images per class, and these classes have one",
                    "add images, or remove the class")
         for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
-            listed([short(label) for label in self.splits.get(one, ()) if label in self.splits.get(other, ())],
-                   f"classes are in both {one} and {other} ({self.layout}), which must not share any",
+            classes, others = self.splits.get(one, {}), self.splits.get(other, {})
+            what = f"are in both {one} and {other} ({self.layout}), which must not share any"
+            listed([short(label) for label in classes if label in others], f"classes {what}",
                    "remove each from one of them, or put all images of a class into one folder, and have the classes "
                    "split with --data FOLDER")
+            paths = {file.path for file in itertools.chain(*others.values())}
+            listed([file.name for file in itertools.chain(*classes.values()) if file.path in paths],
+                   f"images {what}", "remove each from one of them")
 
     @property
     def summary(self) -> str:

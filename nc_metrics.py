@@ -439,7 +439,7 @@ def measure_features(features: Array, labels: Array, *, classifier_weight: Array
             values["ncc_mismatch"] = ncc_mismatch(_rows("logits", logits, len(x), n_way), x, index, n_way, means)
     undefined = {name for name, value in values.items() if not value.isfinite()}
     _require(undefined <= {"cdnv_unbiased"}, f"{', '.join(sorted(undefined))}: division by zero. Class means are equal "
-             "to each other or to the mean of all, or the classifier is zero, or values are too large to square")
+             "to each other or to the mean of all, or the classifier is zero, or squares overflow or underflow")
     if undefined:
         warnings.warn("cdnv_unbiased is nan: two class means are no farther apart than by chance", stacklevel=3)
     return {name: value.item() for name, value in values.items()}

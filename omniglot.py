@@ -77,8 +77,10 @@ def find(root: str | Path, cache: str | Path | None = None, split: str = "shuffl
     expected = sum(SPLITS.values())
     if len(characters) != expected:
         counts = ", ".join(_described(path, count) for path, count in chosen.items())
-        raise UserError(f"{root} holds {len(characters):,} characters ({counts}) where Omniglot has {expected:,}; "
-                        f"{_where(root)}")
+        absent = EVALUATION - {name.split("/")[1] for name in characters}
+        without = f", without {', '.join(sorted(absent))}" if 0 < len(absent) < len(EVALUATION) else ""
+        raise UserError(f"{root} holds {len(characters):,} characters ({counts}{without}) where Omniglot has "
+                        f"{expected:,}; {_where(root)}")
     listed([f"{len(files)} of {name}" for name, files in sorted(characters.items()) if len(files) != DRAWINGS],
            f"{root} holds other numbers of drawings than Omniglot's {DRAWINGS}", _where(root))
     names = split_names(characters, split)
@@ -140,12 +142,10 @@ def _drawings(path: Path) -> dict[str, list[ImageFile]]:
 
 
 def _described(path: Path, count: int) -> str:
-    """How many characters a folder or zip file has; if none, which files it has instead."""
-    if count:
-        return f"{count:,} in {path.name}"
-    others = Counter(file.suffix for file in path.rglob("*") if file.is_file())
-    files = ", ".join(f"{count:,} {suffix}" for suffix, count in others.items())
-    return f"none in {path.name}" + (f", whose files are {files}" if files else "")
+    """How many characters a folder or zip file has, and which files in it are no PNG files."""
+    others = Counter(file.suffix for file in path.rglob("*") if file.is_file() and file.suffix.lower() != ".png")
+    files = " and ".join(f"{number:,} {suffix}" for suffix, number in others.items())
+    return f"{f'{count:,}' if count else 'none'} in {path.name}" + (f" with {files} files" if files else "")
 
 
 def _where(root: Path, parts: Iterable[str] = PARTS) -> str:

@@ -225,6 +225,8 @@ FAULTS = {  # what is wrong: how to make it so, the words that the line must hol
     "ImageNet's names that fit by number and by rank": (
         lambda root: rename_images(root, lambda wnid, i: (
             f"{wnid}_{2 * i + 1}.JPEG", f"{wnid}{(1, 3)[i % 2]:08}.jpg")), ["by its number", "by its rank", "rename"]),
+    "in two splits": (lambda root: edit(root, "v00.png", "p00.png"),
+                      ["images are in both train and val", "p00.png; remove each"]),
     "twice": (lambda root: edit(root, "p10.png", " p00.png"),
               ["train.csv, 1 of 12 images", "line 3: 'p00.png' is there twice"]),
 }
