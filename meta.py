@@ -58,7 +58,7 @@ def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapp
         lr: the paper's alpha, or one per adapted weight: numbers, or parameters of `net` (Meta-SGD, Li et al. 2017).
         second_order: keep the graph, so that the last weights can be differentiated with respect to the first.
     Returns:
-        `steps` + 1 sets of weights, each [T, ...]: the start, and after each step.
+        `steps` + 1 sets of weights, each [T, ...]: the start, which is no copy of `weights`, and after each step.
     """
     lr = lr if isinstance(lr, Mapping) else dict.fromkeys(net.adaptable, lr)
     with torch.enable_grad():

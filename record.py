@@ -25,7 +25,7 @@ import device as devices
 import nc_metrics
 from files import UserError, atomic, locked, program, quoted, reading, remove_stale, same_place, writing
 from learner import Learner
-from tasks import Dataset
+from tasks import Dataset, tree_map
 
 WRITTEN = ("args.json", "*.pt", "result.png", "result.json", "timing.json")  # files that are written whole
 PER_TASK = ("within", "between", "nc1", "cdnv", "directional_cdnv", "ncc_accuracy")  # what log.jsonl keeps per task
@@ -178,7 +178,10 @@ def check_classes(run: Path, args: argparse.Namespace, dataset: Dataset) -> None
         recorded = read_args(run)
         here = all(same_place(getattr(args, flag), recorded["settings"].get(flag)) for flag in ("root", "data"))
         then = recorded.get("data", {}).get("splits", {}).get("train", {}).get("classes_digest")
-    if not then or "train" in dataset.counts() and dataset.digest("train") == then:
+        name = recorded.get("data", {}).get("name")
+    if not then:  # an own Dataset without a digest, synthetic images, or an older run
+        return say(f"note: {run} was trained on {name}") if name != dataset.name() else None
+    if "train" in dataset.counts() and dataset.digest("train") == then:
         return
     if here and "train" in dataset.counts():
         raise UserError(f"{run} was trained on other classes than the training classes here now ({dataset.found()}), "
@@ -315,6 +318,7 @@ def summary(metrics: dict) -> dict:
     "per_task" holds each task's values at the classifier's input, the last layer but one or the only one, for intervals
     over tasks.
     """
+    metrics = tree_map(Tensor.cpu, metrics)  # one wait for a GPU per tensor, not one per number
     models = {model: {} for model in metrics}
     for model, entries in metrics.items():
         for name, values in entries.items():

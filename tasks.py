@@ -14,7 +14,7 @@ A training loop of your own:
     args = omniglot_train.arguments(["--recipe", "paper", "--synthetic"])
     dataset, net = omniglot_train.dataset(args), omniglot_train.network(args)
     train, val = (Sampler(with_rotations(dataset.load(split)), dataset, torch.device("cpu"), seed=0, n_way=5, k_spt=1,
-                          k_qry=1, nc_qry=15, turns=4) for split in ("train", "val"))
+                          k_qry=1, nc_qry=15, turns=4, counts=dataset.counts()[split]) for split in ("train", "val"))
     maml = Meta(net, update_lr=2.0, update_step=1, update_step_test=3, nc_every=100)
     for _ in range(1_000):
         index = train.draw(32)

@@ -32,10 +32,10 @@ def encode(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> byt
     return data.getvalue()
 
 
-def sampler(images: torch.Tensor) -> Sampler:
+def sampler(images: torch.Tensor, **options) -> Sampler:
     """Of 5-way 1-shot tasks with 3 queries per class; its generator is on the images' device if that is a GPU."""
     dataset = Dataset(str, 1, (0.0,), (1.0,), dict, None)
-    return Sampler(images, dataset, images.device, 1, 5, 1, 3, on_device=images.is_cuda)
+    return Sampler(images, dataset, images.device, 1, 5, 1, 3, on_device=images.is_cuda, **options)
 
 
 def load(module: ModuleType, root: Path, split: str, imgsz: int, cache: Path | None = None) -> torch.Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from data_files import sampler
 
+import miniimagenet_train
 import omniglot_train
 import synthetic
 from device import GraphedStep
@@ -20,20 +21,17 @@ from tasks import Sampler, Tasks, with_rotations
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 HERE = Path(__file__).parent
+MINI = ["--epoch", "64"]  # tasks: 16 steps
 TINY = ("--synthetic --task_num 4 --k_qry 3 --update_step 2 --update_step_test 3 --eval_every 8 --eval_tasks 4 "
         "--test_tasks 4 --nc_every 5 --epoch 16").split()
-
-
-def maml_on(device: str, first_order: bool = False, dtype: torch.dtype = torch.float32, nc_every: int = 0) -> Meta:
-    torch.manual_seed(0)
-    net = omniglot_train.network(omniglot_train.arguments([]))
-    return Meta(net.to(device, dtype), update_step=2, first_order=first_order, nc_every=nc_every)
 
 
 def steps_of(device: str, **options) -> tuple[Meta, Sampler, Callable]:
     """MAML, its sampler, and a meta-step of two tasks."""
     images = with_rotations(synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0))
-    maml, sample = maml_on(device, **options), sampler(images.to(device))
+    torch.manual_seed(0)
+    net = omniglot_train.network(omniglot_train.arguments([])).to(device)
+    maml, sample = Meta(net, update_step=2, **options), sampler(images.to(device))
     return maml, sample, lambda every_step=False: maml(sample(2), every_step)
 
 
@@ -54,22 +52,27 @@ def test_graph_and_eager_take_the_same_steps(first_order):
     assert len(set(graph)) == 9  # each replay draws tasks of its own
 
 
-def test_gradient_is_the_cpus():
-    gradients = []
-    images = synthetic.generate(synthetic.CHARACTERS, 0, 8, 6, 28, seed=0)
-    tasks = sampler(images)(4)
+@pytest.mark.parametrize("task_chunk", [0, 1])
+@pytest.mark.parametrize("recipe", ["original", "paper"])
+@pytest.mark.parametrize("script, kind", [(omniglot_train, synthetic.CHARACTERS),
+                                          (miniimagenet_train, synthetic.PHOTOS)])
+def test_gradient_is_the_cpus(script, kind, recipe, task_chunk):
+    args, gradients = script.arguments(["--recipe", recipe]), []
+    tasks = sampler(synthetic.generate(kind, 0, 8, 6, args.imgsz, seed=0))(2)
     tasks = tasks._replace(x_spt=tasks.x_spt.double(), x_qry=tasks.x_qry.double())
     for device in ("cpu", "cuda"):
-        maml = maml_on(device, dtype=torch.float64)
+        torch.manual_seed(0)
+        maml = Meta(script.network(args).to(device, torch.float64), update_step=2, task_chunk=task_chunk)
         maml(Tasks(*(field.to(device) for field in tasks)))
         gradients.append(torch.cat([w.grad.flatten().cpu() for w in maml.net.parameters()]))
     assert (gradients[0] - gradients[1]).norm() < 1e-9 * gradients[0].norm()
 
 
-def train(out: Path, *flags: str, launcher: tuple[str, ...] = (), steps: int = 16) -> str:
+def train(out: Path, *flags: str, launcher: tuple[str, ...] = (), steps: int = 16,
+          script: str = "omniglot_train") -> str:
     """A run, or its rest, in a process of its own, because cuBLAS reads its settings once; the log."""
     own = ["--resume", str(out)] if out.exists() else [*TINY, "--out", str(out)]
-    command = [sys.executable, *launcher, str(HERE.parent / "omniglot_train.py"), *own, *flags]
+    command = [sys.executable, *launcher, str(HERE.parent / f"{script}.py"), *own, *flags]
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -82,14 +85,17 @@ def train(out: Path, *flags: str, launcher: tuple[str, ...] = (), steps: int = 1
 @pytest.mark.parametrize("flags", [[], ["--no-cuda_graph"], ["--precision", "tf32"], ["--task_chunk", "2"],
                                    ["--clip", "10"], ["--freeze_head"], ["--lr_schedule", "cosine"], ["--keep_norms"],
                                    ["--learner", "anil"], ["--learner", "boil"], ["--k_spt", "5"],
-                                   ["--learner", "protonet"], ["--learner", "classifier"]])
+                                   ["--learner", "protonet"], ["--learner", "classifier"],
+                                   ["--recipe", "paper"]])
 def test_script(flags, tmp_path):
     train(tmp_path / "run", "--device", "cuda", "--cuda_graph", *flags)
 
 
-@pytest.mark.parametrize("flags", [[], ["--first_order", "--net", "original", "--clip", "10"]])
-def test_graph_changes_no_byte_of_the_log(flags, tmp_path):
-    logs = {train(tmp_path / f"run{graph}", "--device", "cuda", "--deterministic", *flags, graph)
+@pytest.mark.parametrize("script, flags", [
+    ("omniglot_train", []), ("omniglot_train", ["--first_order", "--net", "original", "--clip", "10"]),
+    ("miniimagenet_train", MINI), ("miniimagenet_train", [*MINI, "--task_chunk", "1"])])
+def test_graph_changes_no_byte_of_the_log(script, flags, tmp_path):
+    logs = {train(tmp_path / f"run{graph}", "--device", "cuda", "--deterministic", *flags, graph, script=script)
             for graph in ("--cuda_graph", "--no-cuda_graph")}
     assert len(logs) == 1
 

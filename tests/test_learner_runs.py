@@ -1,5 +1,6 @@
 """Runs of every learner and recipe: stopped and resumed, measured or not, they end with the same bits."""
 
+import json
 import os
 import shutil
 import sys
@@ -107,7 +108,7 @@ def test_weights_that_are_kept_and_tested(tmp_path):
     assert "weights-4.pt: No such file" in refused("--test", str(run), "--test_weights", "weights-4")
 
 
-def test_testing_on_other_images_needs_only_their_test_split(tmp_path):
+def test_testing_on_other_images_needs_only_their_test_split(tmp_path, capsys):
     """Fewer classes and images than the run was trained with."""
     write_classes(tmp_path / "many", 12)
     for split, classes in (("train", 1), ("val", 1), ("test", 2)):
@@ -124,6 +125,11 @@ def test_testing_on_other_images_needs_only_their_test_split(tmp_path):
     shutil.copytree(tmp_path / "many/class 0", tmp_path / "many/aardvark")  # the shuffle of the names is another now
     for said in (refused("--test", run), refusal(controls.main, run)):
         assert "was trained on other classes than the training classes here now" in said
+    recorded = read_json(run, "args.json")
+    recorded["data"] |= {"name": "my arrays", "splits": {}}  # as of a Dataset without a digest
+    (run / "args.json").write_text(json.dumps(recorded))
+    omniglot_train.main(["--test", str(run)])
+    assert f"note: {run} was trained on my arrays" in capsys.readouterr().out
 
 
 @pytest.mark.slow
