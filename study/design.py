@@ -133,6 +133,8 @@ SETTINGS = {setting.name: setting for setting in (
          f"{_SHORT} --epoch 60000 --adapt_blocks 4 5"),
         ("5w5s", "5-way 5-shot", 1, f"{_LONG} --k_spt 5 --epoch 35000"),
         ("20w1s", "20-way 1-shot", 1, f"{_TWENTY_WAY} --epoch 24000"))),
+    *(Setting(f"long-{name.lower()}", f"paper's recipe, 5-way 1-shot, {name}",
+              f"{_SHORT} --epoch 40000 --learner {name.lower()}", 1) for name in ("ANIL", "classifier")),
 )}
 SETTINGS |= {f"first-order-{name}": Setting(f"first-order-{name}", f"{SETTINGS[name].label}, first order",
                                             f"{SETTINGS[name].flags} --first_order")
@@ -148,6 +150,7 @@ MAIN = ("omniglot-5w1s", "omniglot-5w5s", "omniglot-5w1s-first-order-original")
 PHOTOGRAPHS = (_IN_LAYOUT, f"{_IN_LAYOUT}-first-order-original")
 CELLS = ("omniglot-5w1s", "omniglot-5w1s-first-order", "omniglot-5w1s-original", "omniglot-5w1s-first-order-original")
 LEARNERS, LONG = _named("contrast-"), _named("paper-")
+LONG_LEARNERS = (*(f"paper-omniglot-5w1s{kind}" for kind in ("", "-first-order", "-blocks-4-5")), *_named("long-"))
 DIFFICULTY = {  # one inner loop and network on images whose classes are hard or easy to tell apart
     "photographs": ("photographs-maml", "photographs-20-images", "crops"),
     "characters": ("omniglot-in-noise", "omniglot-in-less-noise", "omniglot-in-little-noise",

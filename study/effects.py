@@ -9,7 +9,7 @@ Numbers are for held-out tasks at the classifier's input unless stated otherwise
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -194,6 +194,16 @@ def own_accuracy(run: Run, transductive: bool = True, interval: bool = False) ->
     if run.settings["learner"] in BASELINES:
         return tested(run, "nearest_mean_ci95" if interval else "nearest_mean", 0, transductive)
     return tested(run, "ci95" if interval else "accuracy", -1, transductive)
+
+
+def as_used(run: Run, value: Callable, metric: str, *arguments):
+    """value(run, model, metric, *arguments) of the features that the run's learner classifies by.
+
+    Those of a learner without an inner loop are not adapted. "accuracy" is that of the learner's own rule.
+    """
+    if run.settings["learner"] in BASELINES:
+        return value(run, "meta", "ncc_accuracy" if metric == "accuracy" else metric, *arguments)
+    return value(run, "finetuned", metric, *arguments)
 
 
 def noise_share(run: Run) -> float:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from files import UserError
 from study import effects, figures, tables
-from study.design import DIFFICULTY, FIRST_ORDER, LEARNERS, LONG, MAIN, SECOND_ORDER, label
+from study.design import DIFFICULTY, FIRST_ORDER, LEARNERS, LONG_LEARNERS, MAIN, SECOND_ORDER, label
 from study.logs import Run, Study
 
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
@@ -143,18 +143,23 @@ def similarity(study: Study) -> Figure:
 
 
 def length(study: Study) -> Figure:
-    """The paper's recipe to its end: collapse on training and held-out classes, and accuracy."""
-    groups = study.groups(LONG)
+    """The paper's recipe to its end, by learner: collapse on training and held-out classes, and accuracy."""
+    groups = study.groups(LONG_LEARNERS)
     legend = figures.keys(groups, figures.key("training classes"), figures.key("held-out classes", linestyle=":"))
     figure, (panels,) = figures.frame(1, 3, 2.6, legend)
-    titles = "relative within trace, adapted", figures.LABELS["nc1"], "accuracy, adapted, %"
+    titles = "relative within trace", figures.LABELS["nc1"], "accuracy, %"
     for axes, metric, title in zip(panels, ("relative_within", "nc1", "accuracy"), titles):
-        figures.curves(axes, groups, [(figures.of_metric(split, "finetuned", metric), style)
+        figures.curves(axes, groups, [(functools.partial(curve_as_used, split=split, metric=metric), style)
                                       for split, style in figures.SPLITS.items()])
         axes.set_title(title)
         figures.fit(axes, metric in figures.LOGARITHMIC)
     figures.zoom_on_accuracy(panels[2])
     return figure
+
+
+def curve_as_used(run: Run, split: str, metric: str) -> tuple:
+    """A logged metric of the features that the run's learner classifies by."""
+    return effects.as_used(run, lambda run, *names: figures.of_metric(split, *names)(run), metric)
 
 
 def all_figures(study: Study) -> dict[str, Figure]:
@@ -163,7 +168,7 @@ def all_figures(study: Study) -> dict[str, Figure]:
              "res/metrics.png": (MAIN, lambda study: figures.metrics(study.groups(MAIN))),
              "res/learners.png": (LEARNERS, learners), "res/changes.png": (SECOND_ORDER, changes),
              "res/difficulty.png": (DIFFICULTY["photographs"], difficulty),
-             "res/similarity.png": (LEARNERS, similarity), "res/length.png": (LONG, length)}
+             "res/similarity.png": (LEARNERS, similarity), "res/length.png": (LONG_LEARNERS, length)}
     drawn = {path: draw(study) for path, (names, draw) in every.items() if study.groups(names)}
     if not drawn:
         raise UserError(f"no run of the study in {study.folder}; run python -m study.run, and then with --collect")

@@ -20,8 +20,8 @@ import files
 from files import Parser, atomic
 from study import design, effects
 from study.design import DIFFICULTY, LEARNERS, LONG, MAIN, METRICS, MODELS, OTHER_LOOPS, label
-from study.effects import HIDDEN, at, end, growth, in_control, measured, own_accuracy, tested
-from study.logs import BASELINES, HOME, Run, Study
+from study.effects import HIDDEN, as_used, at, end, growth, in_control, measured, own_accuracy, tested
+from study.logs import HOME, Run, Study
 from study.markdown import Cell, Columns, fixed, over, row, table, with_tables
 
 NAMED_LAYERS = {-5: "block 1", -4: "block 2", -3: "block 3", -2: "block 4", -1: "logits"}
@@ -216,11 +216,6 @@ def means(groups: Sequence[list[Run]], value: Callable[..., float], *arguments) 
     return [np.mean([value(run, *arguments) for run in runs]) for runs in groups]
 
 
-def as_used(run: Run, value: Callable[..., float], metric: str) -> float:
-    """A value of the features that the run's learner classifies by: adapted, or a baseline's as they are."""
-    return value(run, "meta" if run.settings["learner"] in BASELINES else "finetuned", metric)
-
-
 def ranking(study: Study) -> str:
     """Spearman correlation of each metric with the accuracy of the nearest support mean of the same features."""
     learners, photographs = study.groups(LEARNERS), study.groups(design.SMALL_PHOTOGRAPHS)
@@ -271,16 +266,16 @@ adaptation = partial(compared, names=design.OTHER_CLASSIFIERS, transposed=True, 
 
 
 def length(study: Study) -> str:
-    """The long runs at a few meta-steps, adapted: held-out tasks, and the share and accuracy on training tasks too."""
+    """The long runs at a few meta-steps: held-out tasks, and the share and accuracy on training tasks too."""
     rows = []
-    for runs in study.groups(LONG):
+    for runs in study.groups((*LONG, *design.LONG_LEARNERS)):
         last = min(run.last_step for run in runs)
         for step in (*(step for step in (1_000, 6_000, 20_000, 40_000, 60_000) if step < last), last):
             rows.append(row(runs, NAME | {"meta-step": f"{step:,}"} | {
-                name: (at, "finetuned", metric, step) for metric, name in METRICS.items()} | {
-                "accuracy, %": (at, "finetuned", "accuracy", step),
-                "relative within trace, training tasks": (at, "finetuned", "relative_within", step, HIDDEN, "train"),
-                "accuracy, training tasks, %": (at, "finetuned", "accuracy", step, HIDDEN, "train")}))
+                name: (as_used, at, metric, step) for metric, name in METRICS.items()} | {
+                "accuracy, %": (as_used, at, "accuracy", step),
+                "relative within trace, training tasks": (as_used, at, "relative_within", step, HIDDEN, "train"),
+                "accuracy, training tasks, %": (as_used, at, "accuracy", step, HIDDEN, "train")}))
     return table(rows)
 
 
