@@ -264,4 +264,4 @@ def test_a_meta_step_stays_on_the_device(script, recipe, options, monkeypatch):
     with OnDeviceOnly() as mode, NoHostNumbers():
         index = sample.draw(4)
         maml(sample.gather(index), classes=index[0][..., 0])
-    assert mode.operations > 500
+    assert mode.operations > (500 if options.get("learner") == "classifier" else 1000)

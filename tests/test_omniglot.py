@@ -111,6 +111,14 @@ def test_what_is_there_and_what_is_missing_are_named_and_the_zips_lead_out(tmp_p
     assert [len(load(omniglot, tmp_path, split, 28)) for split in omniglot.SPLITS] == list(omniglot.SPLITS.values())
 
 
+def test_an_absent_alphabet_is_named(tmp_path, small_omniglot, monkeypatch):
+    monkeypatch.setattr(omniglot, "EVALUATION", {"Angelic", "Tibetan"})
+    write_folders(tmp_path, small_omniglot)
+    shutil.rmtree(tmp_path / "images_background/Greek/character01")
+    with refused("5 characters (3 in images_background, 2 in images_evaluation, without Tibetan)"):
+        omniglot.find(tmp_path)
+
+
 @pytest.mark.parametrize("split", ["", "train"])
 def test_other_images_start_no_download(tmp_path, small_omniglot, split):
     write_classes(tmp_path / split, 3)
