@@ -172,15 +172,18 @@ def other_images(run: Path, args: argparse.Namespace) -> str:
 def check_classes(run: Path, args: argparse.Namespace, dataset: Dataset) -> None:
     """Raise a UserError if the run's own folder of images has other training classes than the run was trained on.
 
-    Classes that it was trained on could be test classes now. Of another folder's classes this is not known: a note.
+    Classes that it was trained on could be test classes now. Of another folder's classes this is not known: a note. Of
+    a run that did not record its classes, only the data's name is compared.
     """
     with reading(args_file(run), wrong="is not what a run writes"):
         recorded = read_args(run)
         here = all(same_place(getattr(args, flag), recorded["settings"].get(flag)) for flag in ("root", "data"))
-        then = recorded.get("data", {}).get("splits", {}).get("train", {}).get("classes_digest")
-        name = recorded.get("data", {}).get("name")
+        about = recorded.get("data", {})
+        name, then = about.get("name"), about.get("splits", {}).get("train", {}).get("classes_digest")
     if not then:  # an own Dataset without a digest, synthetic images, or an older run
-        return say(f"note: {run} was trained on {name}") if name != dataset.name() else None
+        if name != dataset.name():
+            say(f"note: {run} was trained on {name}")
+        return
     if "train" in dataset.counts() and dataset.digest("train") == then:
         return
     if here and "train" in dataset.counts():

@@ -135,7 +135,8 @@ def controls_of(args: argparse.Namespace, script: ModuleType, final: Learner, un
         "gradients, final": (final, gradients),
         "gradients, untrained": (untrained, gradients),
         NOT_TRANSDUCTIVE: (final, not_transductive)}
-    if len(final.blocks) == len(kernel_norms(final.per_task(final.weights, 1))[0]) == len(STEP_SIZES) + 1:
+    kernels = [weight for weight in final.weights.values() if weight.dim() > 1]
+    if len(final.blocks) == len(kernels) == len(STEP_SIZES) + 1:  # one per block, as in the study's networks
         controls |= {"similarity of blocks 1-2, final": (final, partial(similarity, blocks=(1, 2))),
                      "similarity of blocks 3-5, final": (final, partial(similarity, blocks=(3, 4, 5))),
                      "similarity at equal steps, final": (final, partial(similarity, sizes=STEP_SIZES)),
