@@ -56,7 +56,7 @@ def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapp
         weights: where to start; one set for all tasks, or each with a leading task axis [T, ...].
         x, y: support sets, [T, N, c, h, w] and [T, N].
         lr: the paper's alpha, or one per adapted weight: numbers, or parameters of `net` (Meta-SGD, Li et al. 2017).
-        second_order: keep the graph, so that the last weights can be differentiated with respect to the first.
+        second_order: differentiate the inner gradients too; else they are constants in the returned weights' graph.
     Returns:
         `steps` + 1 sets of weights, each [T, ...]: the start, which is no copy of `weights`, and after each step.
     """
@@ -65,10 +65,11 @@ def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapp
         x = net.patches(x)
         trajectory = [net.per_task(weights, len(x))]
         for _ in range(steps):
-            weights = trajectory[-1] if second_order else leaves(trajectory[-1])
+            last = trajectory[-1]
+            weights = last if second_order else leaves(last)
             loss = cross_entropy(net(x, weights), y).sum()  # tasks share nothing: each gets its own gradient
             gradients = torch.autograd.grad(loss, [weights[name] for name in lr], create_graph=second_order)
-            trajectory.append(weights | {name: weights[name] - lr[name] * g for name, g in zip(lr, gradients)})
+            trajectory.append(last | {name: last[name] - lr[name] * g for name, g in zip(lr, gradients)})
     return trajectory
 
 
@@ -94,11 +95,9 @@ def meta_gradient(net: Learner, tasks: Tasks, lr: float | Mapping[str, float], s
     trajectory = adapt(net, net.weights, tasks.x_spt, tasks.y_spt, lr, steps, not first_order)
     last = trajectory[-1]
     losses, correct, outer = chunked(partial(query_pass, net), query_chunk, len(tasks.y_qry), last, tasks)
-    if first_order:  # the last weights are theta minus constants
-        gradient = [g.sum(0) for g in outer]
-    else:
-        outer = [torch.empty_like(w).copy_(g) for w, g in zip(last.values(), outer)]  # in their layout: faster
-        gradient = torch.autograd.grad(list(last.values()), list(net.parameters()), outer, materialize_grads=True)
+    if not first_order:  # in the weights' layout: faster
+        outer = [torch.empty_like(w).copy_(g) for w, g in zip(last.values(), outer)]
+    gradient = torch.autograd.grad(list(last.values()), list(net.parameters()), outer, materialize_grads=True)
     return list(gradient), losses, correct, tree_map(Tensor.detach, trajectory)
 
 
@@ -183,7 +182,8 @@ class Meta:
         step = tree_map(devices.gather, cat(steps))
         total = devices.all_reduce([sum(parts) for parts in zip(*gradients)])
         if self.freeze_head and not baseline:  # Adam leaves a weight whose gradient is always 0 as it is
-            total = [g * (name not in self.net.head) for name, g in zip(self.net.weights, total, strict=True)]
+            for name, g in zip(self.net.weights, total):  # those of trained inner rates come after them
+                g *= name not in self.net.head
         self.outer.step([gradient / len(step.losses) for gradient in total], step.losses)
         self.step += 1
         return step
@@ -215,13 +215,11 @@ class Meta:
 
     def adapt(self, tasks: Tasks, steps: int) -> list[Weights]:
         """The inner loop from theta, without its graph: K+1 sets of weights, as `adapt`."""
-        return adapt(self.net, self.net.weights, tasks.x_spt, tasks.y_spt, self.rates, steps)
+        theta = tree_map(Tensor.detach, dict(self.net.weights))
+        return adapt(self.net, theta, tasks.x_spt, tasks.y_spt, self.rates, steps)
 
     def _together(self, x: Tensor) -> int:
-        """The largest number of tasks with images x [T, N, c, h, w] that go through the network together.
-
-        On a GPU all; on a CPU several small tasks, and large ones one at a time (benchmarks/README.md).
-        """
+        """How many tasks with images x [T, N, c, h, w] go together: all on a GPU, by their size on a CPU."""
         values = x.shape[1] * max(map(math.prod, self.net.shapes))
         fitting = TOGETHER // values if values <= SMALL else 1
         return min(fitting if x.device.type == "cpu" else NO_LIMIT, self.task_chunk or NO_LIMIT)

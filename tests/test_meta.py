@@ -106,13 +106,20 @@ def test_second_order_gradient_is_the_finite_difference_of_the_adapted_loss():
         assert along / size == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=1e-6 * norm)
 
 
-def test_inner_rates_can_be_trained():
+@pytest.mark.parametrize("first_order, steps", [(False, 2), (True, 1)])  # of one step both orders are exact
+def test_inner_rates_can_be_trained(first_order, steps):
     net, tasks = small_net(), make_tasks(n_tasks=2, k_spt=2)
     net.rates = torch.nn.ParameterList(torch.full((), 0.2, dtype=torch.float64) for _ in net.adaptable)
-    gradient, *_ = meta_gradient(net, tasks, dict(zip(net.adaptable, net.rates)), 2)
-    ends = [meta_gradient(net, tasks, 0.2 + h, 2)[1].sum().item() for h in (1e-5, -1e-5)]  # all rates together
+    rates = dict(zip(net.adaptable, net.rates))
+    gradient, *_ = meta_gradient(net, tasks, rates, steps, first_order)
+    ends = [meta_gradient(net, tasks, 0.2 + h, steps)[1].sum().item() for h in (1e-5, -1e-5)]  # all rates together
     places = [i for i, (name, _) in enumerate(net.named_parameters()) if name.startswith("rates")]
     assert sum(gradient[i].item() for i in places) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6)
+    maml = Meta(net, first_order=first_order, update_step=steps, freeze_head=True)
+    maml.rates, before = rates, copies(net.state_dict())
+    maml(tasks)
+    changed = {name for old, (name, new) in zip(before, net.state_dict().items()) if not equal(old, new)}
+    assert changed >= {"rates.0", "weights.0_conv2d_weight"} and not changed & {f"weights.{name}" for name in net.head}
 
 
 @both_orders
