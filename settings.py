@@ -12,7 +12,7 @@ import device as devices
 from baselines import BASELINES, inner_rates
 from files import Parser, UserError, quoted, reading, same_place
 from learner import Learner
-from record import args_file, read_args
+from record import args_file, read_args, say
 from tasks import Dataset
 
 MODES = ("resume", "test", "from_args")  # flags that name the run whose settings hold; not settings themselves
@@ -47,7 +47,17 @@ def parse_args(usage: str, defaults: dict, paper: dict, argv: Sequence[str] | No
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other; give one")
     if modes:
-        return _settings_of_run(modes[0], flags, parser, defaults["synthetic_tasks"], paper)
+        args = _settings_of_run(modes[0], flags, parser, defaults["synthetic_tasks"], paper)
+    else:
+        args = _settings_of_new_run(flags, parser, defaults, paper)
+    if "root" in flags and "resume" not in flags and (args.synthetic or args.data is not None):
+        raise UserError(f"--root {args.root}: the images are generated, or those of --data; leave --root out, or name "
+                        "other images with --data FOLDER")
+    return args
+
+
+def _settings_of_new_run(flags: dict, parser: argparse.ArgumentParser, defaults: dict,
+                         paper: dict) -> argparse.Namespace:
     if flags.get("recipe") == "paper":
         n_way, k_spt = flags.get("n_way", defaults["n_way"]), flags.get("k_spt", defaults["k_spt"])
         if (n_way, k_spt) not in paper:
@@ -215,9 +225,6 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser, sy
             tasks = synthetic_tasks, {name: parser.get_default(name) for name in synthetic_tasks}
             then, now = tasks if was_synthetic else reversed(tasks)
             settings |= {name: value for name, value in now.items() if settings[name] == then[name]}
-        if "root" in flags and (flags.get("synthetic", was_synthetic) or flags.get("data", settings["data"])):
-            raise UserError(f"--root {flags['root']}: the run's images are generated, or those of --data; leave --root "
-                            "out, or name other images with --data FOLDER")
     if mode == "from_args":
         then = settings["n_way"], settings["k_spt"]
         now = flags.get("n_way", then[0]), flags.get("k_spt", then[1])
@@ -309,6 +316,8 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
             largest = torch.finfo(torch.float32).max / (11 if name == "meta_lr" else 1)  # Adam takes up to 10 times it
             if not 0 <= value <= largest or bound == "above" and value == 0:
                 raise UserError(f"--{name} {value}: must be a number {bound} 0, at most {largest:.1e}")
+    if args.device == "cpu" and (args.cuda_graph or args.precision == "tf32"):
+        say("note: --cuda_graph and --precision tf32 change nothing on a CPU")
     for name in ("data", "data_name"):
         if args.synthetic and (value := getattr(args, name)) is not None:
             raise UserError(f"--{name} {value}: with --synthetic the images are generated; leave --{name} out, "

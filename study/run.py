@@ -50,12 +50,11 @@ class Job(NamedTuple):
 
     def command(self, roots: dict[str, str]) -> list[str]:
         """`roots` are the folders of the data that the settings look for in omniglot/ and in miniimagenet/."""
-        root = ["--root", roots[ROOTS[self.script]]]
-        if (self.folder / "args.json").exists():
-            return [self.script, "--resume", str(self.folder), *root]
         top, _, inner = (self.data or "").partition("/")
-        data = ["--data", os.path.join(roots[f"{top}/"], inner)] if inner else []  # overrides the setting's
-        return [self.script, *self.flags, *data, "--out", str(self.folder), *root]
+        place = ["--data", os.path.join(roots[f"{top}/"], inner)] if inner else ["--root", roots[ROOTS[self.script]]]
+        if (self.folder / "args.json").exists():
+            return [self.script, "--resume", str(self.folder), *place]
+        return [self.script, *self.flags, *place, "--out", str(self.folder)]  # --data overrides the setting's
 
 
 def jobs_of(names: Sequence[str], seeds: Sequence[int] | None) -> list[Job]:

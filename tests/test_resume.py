@@ -180,13 +180,14 @@ def test_a_longer_run_is_the_longer_run(whole, tmp_path, monkeypatch, capsys):
     assert not kill.differences(kill.state(run), before)
 
 
-def test_resuming_takes_the_runs_own_flags_and_where_it_happens(stopped, whole, tmp_path):
+def test_resuming_takes_the_runs_own_flags_and_where_it_happens(stopped, whole, tmp_path, capsys):
     """A half-written line of the log is cut off; minutes add up."""
     saved = checkpoint.read(stopped / "checkpoint.pt", "")
     checkpoint.write(stopped / "checkpoint.pt", saved | {"minutes": 60.0})
     with (stopped / "log.jsonl").open("a") as log:
         log.write('{"kind": "train", "step": 5, "lo')
     resume(stopped, *TINY, "--save_every", "3", "--cuda_graph", "--root", "x", "--cache", str(tmp_path / "cache"))
+    assert "note: --cuda_graph and --precision tf32 change nothing on a CPU\n" in capsys.readouterr().out
     same(stopped, whole)
     assert read_json(stopped, "timing.json")["training_minutes"] >= 60
 
