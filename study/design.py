@@ -92,6 +92,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("small-body-step-10000", "MAML, inner rate 0.2, the classifier's 2",
             f"{_CONTRAST} --update_lr 0.2 --head_lr 2"),
     Setting("kept-norms", "MAML, kernels of constant norm", f"{_CONTRAST} --keep_norms", 3),
+    Setting("anil-small-step", "ANIL, 1 inner step at rate 0.4", f"{_CONTRAST} --learner anil --update_lr 0.4"),
     Setting("small-step", "1 inner step at rate 0.4", f"{_ONE_CHANGE} --update_lr 0.4"),
     Setting("frozen-head", "classifier kept as drawn", f"{_ONE_CHANGE} --freeze_head"),
     Setting("small-head", "classifier from N(0, 0.18²)", _SMALL_HEAD),

@@ -133,8 +133,9 @@ def metrics_of(model: str = "meta", kind: str = "final") -> Columns:
 
 
 # Raw pixels, the untrained network and every learner, before adaptation if nothing else is said.
-learners = partial(compared, names=(*LEARNERS, "random-labels"), references=REFERENCES, transposed=True,
-                   columns=metrics_of() | {"dimension": (in_control, "final", "effective_dimension", "meta")} | {
+learners = partial(compared, names=(*LEARNERS, "anil-small-step", "random-labels"), references=REFERENCES,
+                   transposed=True, columns=metrics_of() | {
+    "dimension": (in_control, "final", "effective_dimension", "meta")} | {
     f"{name}, adapted": column for name, column in metrics_of("finetuned").items()} | {
     f"{trace} trace": (measured, "meta", trace) for trace in ("between", "within")} | TRACES | {
     "NC3: self-duality, adapted": (measured, "finetuned", "self_duality"),
