@@ -108,12 +108,14 @@ def run_all(jobs: Sequence[Job], at_once: int, roots: dict[str, str]) -> None:
         raise UserError(f"failed: {', '.join(job.folder.name for job in failed)}; {failed[0].folder}.txt says why")
 
 
-def other_flags(job: Job, settings: dict) -> list[str]:
-    """The names of the job's flags that a run's settings, from its args.json, do not agree with."""
+def other_settings(job: Job, settings: dict) -> list[str]:
+    """The names of a run's settings, from its args.json, that are not the job's; newer flags are not compared."""
     script = importlib.import_module(Path(job.script).stem)  # not earlier: it imports torch
-    given = {flag[2:].removeprefix("no-") for flag in job.flags} - (NOT_COMPARED - {"seed"})
-    return [name for name, value in vars(script.arguments(job.flags)).items()
-            if name in given and settings.get(name) != value]
+    wanted = vars(script.arguments(job.flags))
+    if wanted["nc_qry"] is None:
+        del wanted["nc_qry"]  # the run sets it, by its data
+    return sorted(name for name in settings.keys() & wanted.keys() - (NOT_COMPARED - {"seed"})
+                  if settings[name] != wanted[name])
 
 
 def contents(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
@@ -132,7 +134,7 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
             continue
         with reading(job.folder, "let it train again", "is damaged"):
             arguments = json.loads((job.folder / "args.json").read_bytes())
-            if different := other_flags(job, arguments["settings"]):
+            if different := other_settings(job, arguments["settings"]):
                 raise UserError(f"{job.folder} has another {', '.join(different)} than the study; rename it")
             arguments["settings"] |= {"root": ROOTS[job.script], "data": job.data, "cache": None, "out": None}
             log = (job.folder / "log.jsonl").read_bytes()

@@ -293,14 +293,15 @@ def test_collected_files_name_no_place_and_no_time(place, capsys):
     folder, results = (place / parent / f"{SETTING}-seed1" for parent in ("runs/study", "res"))
     settings = {"seed": 1, "epoch": 6000, "task_num": 8}
 
-    def collect(arguments: dict) -> None:
-        (folder / "args.json").write_text(json.dumps(arguments))
-        run.main([SETTING, "--seeds", "1", "--collect"])
+    def collect(arguments: dict, name: str = SETTING) -> None:
+        (folder.with_name(f"{name}-seed1") / "args.json").write_text(json.dumps(arguments))
+        run.main([name, "--seeds", "1", "--collect"])
 
     (folder / "best.pt").write_text("weights")
-    for tested in ("last", "best"):  # the best weights where they were tested
-        collect({"settings": settings | {"test_weights": tested}})
-        assert (results / "best.pt").exists() == (tested == "best")
+    shutil.copytree(folder, folder.with_name("small-step-seed1"))
+    for name, tested in ((SETTING, "best"), ("small-step", "last")):  # the best weights where they were tested
+        collect({"settings": {"test_weights": tested}}, name)
+        assert (results.with_name(f"{name}-seed1") / "best.pt").exists() == (tested == "best")
     (results / "controls.json").write_text("{}")
     collect({"settings": settings})
     assert (results / "controls.json").exists()
@@ -333,13 +334,13 @@ def test_every_command_is_one_that_its_script_takes(name):
         load_weights(path.parent, args.test_weights, net)
 
 
-def test_flags_that_a_run_does_not_have():
+def test_settings_of_a_run_that_are_not_the_jobs():
     settings = {"update_lr": 2.0, "adapt_blocks": [4, 5], "spatial_mean": False, "freeze_head": True, "seed": 1}
     flags = "--update_lr 2 --adapt_blocks 4 5 --no-spatial_mean --freeze_head --seed 1 --nc_every 9".split()
     job = run.Job(Path("run"), "omniglot_train.py", flags)
-    assert run.other_flags(job, settings | {"nc_every": 5}) == []
-    others = {"update_lr": 0.4, "adapt_blocks": None, "spatial_mean": True, "freeze_head": False, "seed": 2}
-    assert set(run.other_flags(job, others)) == set(others)
+    assert run.other_settings(job, settings | {"nc_every": 5, "nc_qry": 15}) == []
+    others = {"update_lr": 0.4, "adapt_blocks": None, "spatial_mean": True, "freeze_head": False, "seed": 2, "clip": 1}
+    assert run.other_settings(job, others) == sorted(others)
 
 
 @pytest.mark.parametrize("arguments, words", [("omniglot", "no setting 'omniglot'"), ("--jobs 0", "at least 1")])
