@@ -154,9 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=CASES, help="one case, not all")
     parser.add_argument("--repeats", type=int, default=7, help="measured rounds; 7 if not given")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="of the results; speed.json or speed-CASE.json here")
     args = parser.parse_args(argv)
-    args.json = args.json or HERE / (f"speed-{args.only}.json" if args.only else "speed.json")
+    path = HERE / (f"speed-{args.only}.json" if args.only else "speed.json")
     if args.repeats < 1:
         parser.error("--repeats must be at least 1")
     device = start(args)
@@ -171,10 +170,10 @@ def main(argv: Sequence[str] | None = None) -> None:
               "repeats": args.repeats, "cases": {}}
     for name, case in cases.items():
         report["cases"][name] = measure_in_processes(case, args)
-        with files.atomic(args.json, "w") as file:
+        with files.atomic(path, "w") as file:
             file.write(json.dumps(report, indent=1) + "\n")
         print(f"\n{table(report)}", flush=True)
-    print(f"\nwrote {args.json}")
+    print(f"\nwrote {path}")
 
 
 if __name__ == "__main__":
