@@ -193,9 +193,8 @@ TASKS = {"train": "training tasks", "heldout": "held-out tasks"}
 MODELS = {"meta": "before adaptation", "finetuned": "adapted"}
 METRICS = {"relative_within": "relative within trace", "nc1": "tr(S_W S_B⁺)/C", "cdnv_unbiased": "CDNV, unbiased",
            "directional_cdnv": "directional CDNV", "etf_error": "ETF error"}
-# In percent, MAML / first-order MAML: Finn, Abbeel, Levine 2017; first order on Omniglot: Nichol et al. 2018.
-PUBLISHED = {("Omniglot", 5, 1): "98.7 ± 0.4 / 98.3 ± 0.5", ("Omniglot", 5, 5): "99.9 ± 0.1 / 99.2 ± 0.2",
-             ("Omniglot", 20, 1): "95.8 ± 0.3 / 89.4 ± 0.5"}
+# On Omniglot, in percent, by ways and shots: MAML / first-order MAML (Finn, Abbeel, Levine 2017; Nichol et al. 2018).
+PUBLISHED = {(5, 1): "98.7 ± 0.4 / 98.3 ± 0.5", (5, 5): "99.9 ± 0.1 / 99.2 ± 0.2", (20, 1): "95.8 ± 0.3 / 89.4 ± 0.5"}
 
 
 def label(run: Run) -> str:

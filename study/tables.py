@@ -294,14 +294,6 @@ def changes(study: Study) -> str:
                   for size, names in kinds.items() for runs in study.groups(names)])
 
 
-def published(runs: list[Run]) -> str:
-    """MAML's published accuracy on the runs' tasks; "" for other data, other learners and labels at random."""
-    run, settings = runs[0], runs[0].settings
-    if settings["learner"] != "maml" or settings["random_labels"]:
-        return ""
-    return design.PUBLISHED.get((run.data, settings["n_way"], settings["k_spt"]), "")
-
-
 def minutes(runs: list[Run]) -> str:
     times = {round(run.file("timing.json")["training_minutes"]) for run in runs}
     return " to ".join(map(str, sorted({min(times), max(times)})))
@@ -333,7 +325,7 @@ runs = partial(compared, names=design.SETTINGS, head=NAME, columns=RUNS)
 # Fewer of these columns: the recipes' own runs, for README.md.
 accuracies = partial(compared, names=(*LONG, *MAIN), head=NAME, columns={
     name: column for name, column in RUNS.items() if name not in ("seeds", "± over tasks", "minutes", "machine")
-} | {"published": published})
+} | {"published": lambda runs: design.PUBLISHED[runs[0].settings["n_way"], runs[0].settings["k_spt"]]})
 
 TABLES: dict[str, Callable[[Study], str]] = dict(
     contrast=contrast, accuracies=accuracies, collapse=collapse, accuracy=accuracy, layers=layers, original=original,

@@ -201,15 +201,6 @@ def test_the_error_of_the_unbiased_cdnv_is_that_of_cdnv_times_its_slope(tmp_path
     assert found == pytest.approx(se * (above - below) / 2e-6, rel=1e-5) and found.min() > 0
 
 
-@pytest.mark.parametrize("options, expected", [
-    ({}, "98.7 ± 0.4 / 98.3 ± 0.5"), ({"first_order": True, "k_spt": 5}, "99.9 ± 0.1 / 99.2 ± 0.2"),
-    ({"learner": "anil"}, ""), ({"random_labels": True}, ""), ({"name": "my photographs"}, "")])
-def test_published_is_maml_with_true_labels(options, expected, tmp_path):
-    nc_logs.write_run(tmp_path / "paper-omniglot-5w1s-seed1", **options)
-    (row,) = rows_of_table(tables.accuracies(Study(tmp_path)))
-    assert row["published"] == expected
-
-
 # ---- the program that trains the runs, with a stand-in for the training scripts
 
 # A run with the seed 2 waits to be stopped until it is resumed; seed 3 fails.
