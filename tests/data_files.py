@@ -23,7 +23,7 @@ from files import UserError
 from learner import Learner
 from tasks import Dataset, Sampler
 
-ALPHABETS = {"images_background": ("Greek", "Latin"), "images_evaluation": ("Angelic",)}
+ALPHABETS = {"images_background": ("Greek",), "images_evaluation": ("Angelic", "Tibetan")}
 
 
 def encode(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
