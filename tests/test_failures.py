@@ -110,13 +110,14 @@ def break_tasks(monkeypatch, step: int, task: int) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     run = tmp_path / "new"
     with monkeypatch.context() as patch:
-        break_tasks(patch, 5, 1)
+        break_tasks(patch, 4, 1)  # it measures, so that its row would be logged
         said = refused(*TINY, "--out", str(run))
-    assert said.startswith("step 5: a loss, the gradient or the update is not finite. Lower")
+    assert said.startswith("step 4: a loss, the gradient or the update is not finite. Lower")
     for flag in ("--update_lr (0.4)", "--meta_lr (0.001)", "--skip_nonfinite", f"_args {run}/args.json"):
         assert flag in said
     assert "--clip" not in said  # what isn't finite stays so
-    assert max(row["step"] for row in log_rows(run)) == 4  # nothing of the step that failed
+    assert max(row["step"] for row in log_rows(run)) == 3  # nothing of the step that failed
+    assert checkpoint.read(run / "checkpoint.pt", "")["step"] == 4
 
 
 @pytest.mark.slow
@@ -128,9 +129,3 @@ def test_skipping_continues_and_counts(tmp_path, monkeypatch, capsys):
     assert read_json(run)["skipped_updates"] == 1
     saved = checkpoint.read(run / "checkpoint.pt", "")
     assert (saved["step"], saved["updates"]) == (8, 7)
-
-
-def test_a_learning_rate_that_is_too_high(tmp_path):
-    said = refused(*TINY, "--update_lr", "1e38", "--out", str(tmp_path / "run"))
-    assert said.startswith("step 0: ") and "is not finite" in said and "--update_lr (1e+38)" in said
-    assert said in refused("--resume", str(tmp_path / "run"))  # again and again
