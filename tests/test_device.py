@@ -103,12 +103,13 @@ def test_out_of_memory_is_one_line(error):
 # ---- several processes
 
 
-def test_only_tensors_on_the_cpu_are_sent(monkeypatch):
+def test_only_tensors_on_the_cpu_are_sent_and_lists_come_back_in_order(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(Tensor, "cpu", lambda values: -values)  # tells which tensors were copied
-    monkeypatch.setattr(dist, "all_gather_object", lambda lists, own: lists.__setitem__(slice(None), [own, own]))
-    one, _ = devices.gather_lists([(torch.ones(3), {"meta": {"nc1": torch.ones(3)}}, None)])
-    assert one[0].tolist() == one[1]["meta"]["nc1"].tolist() == [-1] * 3 and one[2] is None
+    monkeypatch.setattr(dist, "all_gather_object", lambda lists, own: lists.__setitem__(slice(None), [own, [1]]))
+    zero, *others = devices.gather_lists([(torch.ones(3), {"meta": {"nc1": torch.ones(3)}}, None), 2])
+    assert zero[0].tolist() == zero[1]["meta"]["nc1"].tolist() == [-1] * 3 and zero[2] is None
+    assert others == [1, 2]  # each second item is the other process's
 
 
 @pytest.mark.parametrize("device, error, calls", [
