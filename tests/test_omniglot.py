@@ -34,8 +34,9 @@ PLACES = {  # where people have it: how it is written, words of the line that sa
                             write_folders(root / "omniglot/processed", entries)), "raw/images_background.zip and"),
     "folders in themselves": (lambda root, entries: write_folders(root, {
         f"{name.split('/')[0]}/{name}": data for name, data in entries.items()}), "evaluation/images_ev"),
-    "half unpacked, next to the zips": (lambda root, entries: (write_zips(root, entries), write_folders(
-        root, dict(list(entries.items())[:7]))), "images_background.zip and images_evaluation.zip"),
+    "half unpacked, next to whole folders": (lambda root, entries: (
+        write_folders(root / "omniglot", entries), write_folders(root, dict(list(entries.items())[:7]))),
+        "from omniglot/images_background and omniglot/images_evaluation"),
     "upper case, and files that a notebook made": (lambda root, entries: write_folders(
         root, {name.replace(".png", ".PNG"): data for name, data in entries.items()} | {
             "images_background/Greek/.ipynb_checkpoints/0001_01-checkpoint.png": b""}), "from images_background and"),
