@@ -97,7 +97,7 @@ MISSING = {  # what is wrong: how to make it so, the words that the line must ho
     "a part": (lambda root: shutil.rmtree(root / "images_evaluation"),
                ["images_evaluation of Omniglot: absent", "images_background is there", "can't be downloaded"]),
     "PNG files": (lambda root: [path.rename(path.with_suffix(".jpg")) for path in root.rglob("images_eval*/**/*.png")],
-                  ["none in images_evaluation with 16 .jpg files"]),
+                  ["none in images_evaluation with 16 .jpg files)"]),
 }
 
 
