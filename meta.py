@@ -182,8 +182,8 @@ class Meta:
         step = tree_map(devices.gather, cat(steps))
         total = devices.all_reduce([sum(parts) for parts in zip(*gradients)])
         if self.freeze_head and not baseline:  # Adam leaves a weight whose gradient is always 0 as it is
-            for name, g in zip(self.net.weights, total):  # those of trained inner rates come after them
-                g *= name not in self.net.head
+            for (name, _), g in zip(self.net.named_parameters(), total):
+                g *= name.removeprefix("weights.") not in self.net.head
         self.outer.step([gradient / len(step.losses) for gradient in total], step.losses)
         self.step += 1
         return step

@@ -44,6 +44,7 @@ SCRIPTS = {"omniglot_train": (omniglot_train, omniglot.RESAMPLE),
 QUERIES_PER_PASS = 64  # unless all are normalised together
 
 
+@torch.inference_mode(False)  # its weights could not be adapted
 def load(run: str | os.PathLike, weights: str | None = None, device: str = "cpu") -> "Model":
     """Load the model that a run trained, from its folder and with the network that it recorded.
 

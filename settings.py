@@ -53,6 +53,9 @@ def parse_args(usage: str, defaults: dict, paper: dict, argv: Sequence[str] | No
     if "root" in flags and "resume" not in flags and (args.synthetic or args.data is not None):
         raise UserError(f"--root {args.root}: the images are generated, or those of --data; leave --root out, or name "
                         "other images with --data FOLDER")
+    for name in ("cuda_graph", "precision"):
+        if flags.get(name) in (True, "tf32") and args.device.startswith("cpu"):
+            say(f"note: --{name} has no effect on a CPU")
     return args
 
 
@@ -316,8 +319,6 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
             largest = torch.finfo(torch.float32).max / (11 if name == "meta_lr" else 1)  # Adam takes up to 10 times it
             if not 0 <= value <= largest or bound == "above" and value == 0:
                 raise UserError(f"--{name} {value}: must be a number {bound} 0, at most {largest:.1e}")
-    if args.device == "cpu" and (args.cuda_graph or args.precision == "tf32"):
-        say("note: --cuda_graph and --precision tf32 change nothing on a CPU")
     for name in ("data", "data_name"):
         if args.synthetic and (value := getattr(args, name)) is not None:
             raise UserError(f"--{name} {value}: with --synthetic the images are generated; leave --{name} out, "

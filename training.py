@@ -98,7 +98,7 @@ def _train(maml: Meta, data: "Data") -> None:
             return say(f"{out} is complete; {longer}--test {quoted(out)} tests it again")
         run = _Run(maml, data, out)
         flags = ", ".join(f"{name}={value}" for name, value in recorded_settings(args).items())
-        kept = [net.weights[name] for name in net.head] if args.freeze_head else []
+        kept = [net.weights[name] for name in net.head] if args.freeze_head or args.learner in BASELINES else []
         parameters = sum(map(Tensor.numel, net.parameters())) - sum(map(Tensor.numel, kept))
         say(f"{flags}\n{net}\nTotal trainable parameters: {parameters}\nData: {data.dataset.described()}. {run.steps} "
             f"meta-steps of {args.task_num} tasks on {args.device}, to {out}")

@@ -139,6 +139,14 @@ def test_small_spread_and_close_means_keep_their_digits():
         np.testing.assert_allclose(values[key], expected[key], rtol=1e-8, err_msg=key)
 
 
+def test_the_nearest_mean_is_the_same_far_from_the_origin():
+    labels = random_labels((), 5, 15)
+    h = (random_features(labels, 5, 40, spread=3) * 64).round() / 64   # exact with the offset too
+    means = torch.stack([h[labels == c][0] for c in range(5)])
+    near, far = (nc.ncc_accuracy(h + offset, labels, means + offset).item() for offset in (0, 2.0**40))
+    assert near == far and 0.2 < near < 0.9
+
+
 @pytest.mark.parametrize("directions", [1, 2, 3])
 def test_nc1_of_means_that_span_fewer_directions_is_that_of_pinv(directions):
     labels = random_labels((), 5, 6)

@@ -71,6 +71,7 @@ def test_each_query_is_answered_with_the_support_set_alone(runs, learner):
     x = as_input(IMAGES, inverted=learner != "classifier")
     assert labels == [NAMES[i] for i in answers(model, x[:4], x[4:], learner).argmax(1)]
     with torch.inference_mode():
+        assert labels == predict.load(runs / learner).predict(SUPPORT, LABELS, QUERIES)
         assert labels == [model.predict(SUPPORT, LABELS, [image])[0] for image in QUERIES]
     assert model.predict(SUPPORT, LABELS, []) == []
 
