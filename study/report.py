@@ -146,6 +146,8 @@ def length(study: Study) -> Figure:
     """The paper's recipe to its end, by learner: collapse on training and held-out classes, and accuracy."""
     groups = study.groups(LONG_LEARNERS)
     legend = figures.keys(groups, figures.key("training classes"), figures.key("held-out classes", linestyle=":"))
+    for line in legend[1:]:  # the first has the recipe and the tasks of all
+        line.set_label(line.get_label().removeprefix("paper's recipe, 5-way 1-shot, "))
     figure, (panels,) = figures.frame(1, 3, 2.6, legend)
     titles = "relative within trace", figures.LABELS["nc1"], "accuracy, %"
     for axes, metric, title in zip(panels, ("relative_within", "nc1", "accuracy"), titles):

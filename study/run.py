@@ -1,5 +1,6 @@
 """Trains the study's runs: skips finished ones, resumes stopped ones.
 
+    python -m study.variants                     first: makes the data sets of section 5 from the two that you have
     python -m study.run --jobs 2                 all of them into runs/study, two at a time
     python -m study.run omniglot-5w1s --seeds 1  one setting, one seed
     python -m study.run --collect                copy finished runs to res/
@@ -8,6 +9,7 @@ After --collect, `python -m study.controls res/RUN` measures a run's controls, `
 and `python -m study.tables` rewrites the tables.
 """
 
+import argparse
 import gzip
 import importlib
 import json
@@ -153,12 +155,14 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="python -m study.run", description="Train the study's runs: skip finished, resume stopped.")
+    parser = Parser(prog="python -m study.run", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="SETTING", help="settings in study/design.py; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the study's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     parser.add_argument("--omniglot", default=ROOTS["omniglot_train.py"], metavar="ROOT", help="folder of its data")
-    parser.add_argument("--photographs", default=ROOTS["miniimagenet_train.py"], metavar="ROOT", help="the same")
+    parser.add_argument("--photographs", default=ROOTS["miniimagenet_train.py"], metavar="ROOT",
+                        help="folder of Tiny ImageNet in the miniImageNet layout")
     parser.add_argument("--collect", action="store_true", help="copy finished runs to res/, run nothing")
     options = parser.parse_args(arguments)
     if options.jobs < 1:

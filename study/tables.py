@@ -320,7 +320,8 @@ RUNS: Columns = {
 
 
 # What was trained, how long it took, what it reached.
-runs = partial(compared, names=design.SETTINGS, head=NAME, columns=RUNS)
+runs = partial(compared, names=design.SETTINGS, head=NAME, columns={
+    "name": lambda runs: runs[0].path.name.rpartition("-seed")[0]} | RUNS)
 
 # Fewer of these columns: the recipes' own runs, for README.md.
 accuracies = partial(compared, names=(*LONG, *MAIN), head=NAME, columns={
