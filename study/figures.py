@@ -177,7 +177,8 @@ def headline(figure: Figure, groups: Sequence[Group], *words: str) -> None:
 
 def reference(axes: Axes, level: float, name: str) -> None:
     axes.axhline(level, color=GREY, linestyle="-.", linewidth=0.9)
-    axes.text(0.98, level + 0.01, name, transform=axes.get_yaxis_transform(), ha="right", fontsize=8, color=GREY)
+    axes.text(0.98, level - 0.01, name, transform=axes.get_yaxis_transform(), ha="right", va="top", fontsize=8,
+              color=GREY)
 
 
 def common_split(groups: Sequence[Group]) -> str:
@@ -209,7 +210,7 @@ def traces(groups: Sequence[Group], layer: str | None = None) -> Figure:
         step_axis(left, groups)
         curves(right, groups, [(of_metric(split, model, "relative_within", layer), style)
                                for split, style in SPLITS.items()])
-        reference(right, effects.noise_share(run), "pure noise")
+        reference(right, effects.noise_share(run), "permuted labels")
         left.set_title(f"{model} model ({MODELS[model]}): traces of {layer or run.hidden}")
         right.set_title("within / (within + between)")
         for axes in (left, right):
