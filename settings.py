@@ -46,10 +46,8 @@ def parse_args(usage: str, defaults: dict, paper: dict, argv: Sequence[str] | No
     modes = [mode for mode in MODES if mode in flags]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other; give one")
-    if modes:
-        args = _settings_of_run(modes[0], flags, parser, defaults["synthetic_tasks"], paper)
-    else:
-        args = _settings_of_new_run(flags, parser, defaults, paper)
+    args = (_settings_of_run(modes[0], flags, parser, defaults["synthetic_tasks"], paper) if modes
+            else _settings_of_new_run(flags, parser, defaults, paper))
     if "root" in flags and "resume" not in flags and (args.synthetic or args.data is not None):
         raise UserError(f"--root {args.root}: the images are generated, or those of --data; leave --root out, or name "
                         "other images with --data FOLDER")
@@ -61,6 +59,7 @@ def parse_args(usage: str, defaults: dict, paper: dict, argv: Sequence[str] | No
 
 def _settings_of_new_run(flags: dict, parser: argparse.ArgumentParser, defaults: dict,
                          paper: dict) -> argparse.Namespace:
+    """The script's defaults, what --recipe paper and --synthetic set instead, and the flags on the command line."""
     if flags.get("recipe") == "paper":
         n_way, k_spt = flags.get("n_way", defaults["n_way"]), flags.get("k_spt", defaults["k_spt"])
         if (n_way, k_spt) not in paper:

@@ -129,3 +129,9 @@ def test_skipping_continues_and_counts(tmp_path, monkeypatch, capsys):
     assert read_json(run)["skipped_updates"] == 1
     saved = checkpoint.read(run / "checkpoint.pt", "")
     assert (saved["step"], saved["updates"]) == (8, 7)
+
+
+def test_a_learning_rate_that_is_too_high(tmp_path):
+    said = refused(*TINY, "--update_lr", "1e38", "--out", str(tmp_path / "run"))
+    assert said.startswith("step 0: ") and "is not finite" in said and "--update_lr (1e+38)" in said
+    assert said in refused("--resume", str(tmp_path / "run"))  # again and again
