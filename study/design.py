@@ -3,7 +3,7 @@
 import itertools
 from typing import NamedTuple
 
-from study.logs import BASELINES, Run, describe
+from study.logs import Run, describe
 
 
 class Setting(NamedTuple):
@@ -27,8 +27,7 @@ _LONG = "--recipe paper --eval_every 1000 --keep_every 10000 --save_every 5000"
 _SHORT = "--recipe paper --nc_every 100 --eval_every 1000 --save_every 5000"
 _TWENTY_WAY = f"{_LONG} --n_way 20 --nc_every 100 --nc_every_late 300"
 _CONTRAST, _ONE_CHANGE = f"{_SHORT} --epoch 10000", f"{_SHORT} --epoch 5000"
-_SMALL_HEAD = f"{_ONE_CHANGE} --head_std 0.177"
-_SMALL_IMAGES, _OTHER_NETWORK = f"{_SMALL_HEAD} --imgsz 16", f"{_ONE_CHANGE} --net conv_bn_relu"
+_SMALL_HEAD, _OTHER_NETWORK = f"{_ONE_CHANGE} --head_std 0.177", f"{_ONE_CHANGE} --net conv_bn_relu"
 _IN_LAYOUT = "tinyimagenet-in-miniimagenet-layout-5w5s"
 SETTINGS = {setting.name: setting for setting in (
     Setting("omniglot-5w1s", "1-shot, second order", _ORIGINAL, 3),
@@ -56,20 +55,11 @@ SETTINGS = {setting.name: setting for setting in (
           ("classifier", "classifier", "--epoch 40000 --learner classifier"),
           ("omniglot-loop", "MAML, inner loop and classifier as on Omniglot",
            "--epoch 40000 --update_step 1 --update_lr 2 --update_step_test 3 --spatial_mean --head_std 1"),
-          ("large-step", "MAML, 5 inner steps at rate 0.5", "--epoch 28000 --update_lr 0.5"),
-          ("large-body-step", "MAML, 5 inner steps at rate 0.5, the classifier's 0.05",
-           "--epoch 28000 --update_lr 0.5 --head_lr 0.05"),
           ("slow-head", "MAML, the classifier's inner rate 0.005", "--epoch 28000 --head_lr 0.005"),
-          ("equal-rows", "MAML, classifier from N(0, 0.001²)", "--epoch 28000 --head_std 0.001"),
-          ("frozen-head", "MAML, classifier kept as drawn", "--epoch 28000 --freeze_head"),
           ("blocks-4-5", "MAML, inner loop of block 4 and the classifier", "--epoch 40000 --adapt_blocks 4 5"))),
-    Setting("omniglot-photographs-loop", "Omniglot, MAML, inner loop and classifier as on photographs",
-            f"{_CONTRAST} --update_step 5 --update_lr 0.05 --update_step_test 10 --no-spatial_mean --head_std 0.0875"),
     *(Setting(name, label, f"{_SMALL} {flags}", script="miniimagenet_train.py") for name, label, flags in (
         ("photographs-20-images", "photographs of 32 x 32, MAML, 20 per training class", f"{_TWENTY} --epoch 40000"),
         ("crops", "crops of one photograph per class", f"{_CROPS} --epoch 40000"),
-        ("crops-equal-rows", "crops of one photograph per class, classifier from N(0, 0.001²)",
-         f"{_CROPS} --epoch 28000 --head_std 0.001"),
         ("crops-zero-head", "crops of one photograph per class, classifier kept at 0",
          f"{_CROPS} --epoch 28000 --head_std 0 --freeze_head"),
         ("omniglot-as-photographs", "characters of 32 x 32",
@@ -94,39 +84,17 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("kept-norms", "MAML, kernels of constant norm", f"{_CONTRAST} --keep_norms", 3),
     Setting("anil-small-step", "ANIL, 1 inner step at rate 0.4", f"{_CONTRAST} --learner anil --update_lr 0.4"),
     Setting("small-step", "1 inner step at rate 0.4", f"{_ONE_CHANGE} --update_lr 0.4"),
-    Setting("frozen-head", "classifier kept as drawn", f"{_ONE_CHANGE} --freeze_head"),
     Setting("small-head", "classifier from N(0, 0.18²)", _SMALL_HEAD),
     Setting("slow-head", "classifier from N(0, 0.18²), its inner rate 0.5", f"{_SMALL_HEAD} --head_lr 0.5"),
-    Setting("small-head-flat", "classifier from N(0, 0.18²), no spatial mean", f"{_SMALL_HEAD} --no-spatial_mean"),
-    Setting("smaller-head-flat", "classifier from N(0, 0.09²), no spatial mean",
-            f"{_ONE_CHANGE} --head_std 0.0884 --no-spatial_mean"),
-    Setting("other-network", "conv-bn-relu", _OTHER_NETWORK, 3),
-    Setting("other-network-large-head", "conv-bn-relu, classifier from N(0, 1)",
-            f"{_SHORT} --epoch 2000 --net conv_bn_relu --head_std 1"),
-    Setting("other-network-no-scale", "conv-bn-relu, batch norm without scale", f"{_OTHER_NETWORK} --no-bn_scale"),
-    Setting("small-head-with-scale", "classifier from N(0, 0.18²), batch norm with scale", f"{_SMALL_HEAD} --bn_scale"),
-    Setting("small-images", "images of 16 x 16", f"{_ONE_CHANGE} --imgsz 16"),
-    *(Setting(f"small-images-{name}", f"images of 16 x 16, classifier from N(0, 0.18²){change}",
-              f"{_SMALL_IMAGES} {flags}")
-      for name, change, flags in (
-          ("small-head", "", ""),
-          ("frozen-head", ", kept as drawn", "--freeze_head"),
-          ("slow-head", ", its inner rate 0.5", "--head_lr 0.5"),
-          ("slower-head", ", its inner rate 0.125", "--head_lr 0.125"),
-          ("first-order", ", first order", "--first_order"),
-          ("slow-head-first-order", ", its inner rate 0.5, first order", "--head_lr 0.5 --first_order"),
-          ("slower-head-first-order", ", its inner rate 0.125, first order", "--head_lr 0.125 --first_order"))),
-    Setting("first-order-zero-head", "classifier kept at 0, first order",
-            f"{_ONE_CHANGE} --head_std 0 --freeze_head --first_order"),
     Setting("fast-head", "classifier from N(0, 0.18²), its inner rate 8", f"{_SMALL_HEAD} --head_lr 8"),
-    Setting("flat-slow-head", "classifier from N(0, 0.18²), its inner rate 0.5, no spatial mean",
-            f"{_SMALL_HEAD} --no-spatial_mean --head_lr 0.5"),
-    Setting("other-network-xavier", "conv-bn-relu with Xavier convolutions", f"{_OTHER_NETWORK} --conv_init xavier"),
-    Setting("other-network-large-images", "conv-bn-relu, images of 36 x 36", f"{_OTHER_NETWORK} --imgsz 36"),
-    Setting("other-network-larger-head", "conv-bn-relu, images of 36 x 36, classifier from N(0, 0.18²)",
-            f"{_OTHER_NETWORK} --imgsz 36 --head_std 0.177"),
+    Setting("other-network", "conv-bn-relu", _OTHER_NETWORK, 3),
     Setting("other-network-mean", "conv-bn-relu, images of 36 x 36, spatial mean",
             f"{_OTHER_NETWORK} --imgsz 36 --spatial_mean"),
+    Setting("other-network-large-head", "conv-bn-relu, classifier from N(0, 1)",
+            f"{_SHORT} --epoch 2000 --net conv_bn_relu --head_std 1"),
+    Setting("first-order-small-head", "classifier from N(0, 0.18²), first order", f"{_SMALL_HEAD} --first_order"),
+    Setting("first-order-zero-head", "classifier kept at 0, first order",
+            f"{_ONE_CHANGE} --head_std 0 --freeze_head --first_order"),
     *(Setting(f"paper-omniglot-{name}", f"paper's recipe, {label}", flags, seeds) for name, label, seeds, flags in (
         ("5w1s", "5-way 1-shot", 3, _LONG),
         ("5w1s-first-order", "5-way 1-shot, first order", 1, f"{_LONG} --first_order"),
@@ -138,10 +106,6 @@ SETTINGS = {setting.name: setting for setting in (
               f"{_SHORT} --epoch 40000 --learner {name.lower()}", seeds)
       for name, seeds in (("ANIL", 1), ("ProtoNet", 2), ("classifier", 3))),
 )}
-SETTINGS |= {f"first-order-{name}": Setting(f"first-order-{name}", f"{SETTINGS[name].label}, first order",
-                                            f"{SETTINGS[name].flags} --first_order")
-             for name in ("small-head", "slow-head", "frozen-head", "small-step", "fast-head", "small-images",
-                          "other-network")}
 
 
 def _named(prefix: str) -> tuple[str, ...]:
@@ -157,28 +121,12 @@ DIFFICULTY = {  # one inner loop and network on images whose classes are hard or
     "photographs": ("photographs-maml", "photographs-20-images", "crops"),
     "characters": ("omniglot-in-noise", "omniglot-in-less-noise", "omniglot-in-little-noise",
                    "omniglot-100-as-photographs", "omniglot-as-photographs")}
-# photographs of 32 x 32, their inner loop on Omniglot, their whole recipe on other images
-SMALL_PHOTOGRAPHS = (*_named("photographs-"), "omniglot-photographs-loop", "omniglot-as-photographs",
-                     "omniglot-100-as-photographs", *_named("omniglot-in-"), *_named("crops"))
-# those of them that train with an inner loop
-LOOPS = tuple(name for name in SMALL_PHOTOGRAPHS if not name.endswith(BASELINES))
+# photographs of 32 x 32, and their recipe on other images
+SMALL_PHOTOGRAPHS = (*_named("photographs-"), "omniglot-as-photographs", "omniglot-100-as-photographs",
+                     *_named("omniglot-in-"), *_named("crops"))
 CHANGED_AT = 5_000  # the meta-step at which changed settings are compared
-CHANGES = {  # in second order, by what the classifier takes from the last map; FIRST_ORDER likewise
-    "mean of 2 x 2": ("contrast-maml", "frozen-head", "contrast-zero-head", "small-step", "small-head", "slow-head",
-                      "fast-head", "small-head-with-scale", "other-network-mean"),
-    "all of 2 x 2": ("small-head-flat", "flat-slow-head", "smaller-head-flat", "other-network-larger-head",
-                     "other-network-large-images"),
-    "1 x 1": (*(name for name in _named("small-images") if not name.endswith("first-order")),
-              "other-network", "other-network-xavier", "other-network-no-scale", "other-network-large-head")}
-FIRST_ORDER = {
-    "mean of 2 x 2": ("contrast-first-order", *(f"first-order-{name}" for name in (
-        "frozen-head", "zero-head", "small-step", "small-head", "slow-head", "fast-head"))),
-    "1 x 1": ("first-order-small-images", *(name for name in _named("small-images") if name.endswith("first-order")),
-              "first-order-other-network")}
-# settings in second order: the changed ones and four more
-SECOND_ORDER = (*itertools.chain(*CHANGES.values()), "contrast-anil", "contrast-boil", "blocks-4-5",
-                "small-body-step-10000")
-IMAGES = tuple(name for name in itertools.chain(*DIFFICULTY.values()) if name != "photographs-20-images")
+CHANGED = ("contrast-maml", "contrast-zero-head", "small-step", "small-head", "slow-head", "fast-head",
+           *_named("other-network"), "contrast-first-order", *_named("first-order-"))
 # settings whose inner loop is also run from a random classifier and from one at 0
 OTHER_CLASSIFIERS = ("contrast-maml", "contrast-first-order", "paper-omniglot-5w1s", "paper-omniglot-5w5s")
 TWENTY_WAY = ("paper-omniglot-20w1s", "blocks-4-5-20-way")

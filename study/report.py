@@ -1,7 +1,6 @@
 """The figures of README.md and study/*.md: the study in, matplotlib figures out."""
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 
 from files import UserError
 from study import effects, figures, tables
-from study.design import DIFFICULTY, FIRST_ORDER, LEARNERS, LONG_LEARNERS, MAIN, SECOND_ORDER, label
+from study.design import DIFFICULTY, LEARNERS, LONG_LEARNERS, MAIN, label
 from study.logs import Run, Study
 
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
@@ -105,25 +104,6 @@ def difficulty(study: Study) -> Figure:
     return figure
 
 
-def changes(study: Study) -> Figure:
-    """What block 4 adds to block 3 before adaptation against its variance ratio: a point per setting, MAML's ringed."""
-    kinds = {"second order": (SECOND_ORDER, figures.PALETTE[0]),
-             "first order": (itertools.chain(*FIRST_ORDER.values()), figures.PALETTE[1])}
-    legend = [figures.key(kind, colour, marker="o", linestyle="") for kind, (_, colour) in kinds.items()]
-    figure, ((axes,),) = figures.frame(1, 1, 3.1, legend)
-    for names, colour in kinds.values():
-        groups = study.groups(names)
-        ratios, gains = (np.array(tables.means(groups, *column)) for column in (tables.VARIANCE_4, tables.GAIN))
-        axes.scatter(ratios, 100 * gains, s=26, color=colour)
-        maml = [label(run) in ("MAML, second order", "MAML, first order") for run, *_ in groups]
-        axes.scatter(ratios[maml], 100 * gains[maml], s=26, facecolors="none", edgecolors="black")
-    axes.axhline(0, color=figures.GREY, linewidth=0.8)
-    axes.set(xlabel="variance ratio of block 4", ylabel="block 4's gain over block 3, points", xscale="log")
-    axes.set_xticks((2, 5, 10, 20, 50), (2, 5, 10, 20, 50))
-    axes.minorticks_off()
-    return figure
-
-
 def similarity(study: Study) -> Figure:
     """Which layers the inner loop changes, and the norm of the gradient that reaches each block."""
     groups = figures.colours(study.groups(LEARNERS))
@@ -168,7 +148,7 @@ def all_figures(study: Study) -> dict[str, Figure]:
     """Every figure of README.md and study/*.md whose runs are there, by its file."""
     every = {"result.png": (MAIN, result),
              "res/metrics.png": (MAIN, lambda study: figures.metrics(study.groups(MAIN))),
-             "res/learners.png": (LEARNERS, learners), "res/changes.png": (SECOND_ORDER, changes),
+             "res/learners.png": (LEARNERS, learners),
              "res/difficulty.png": (DIFFICULTY["photographs"], difficulty),
              "res/similarity.png": (LEARNERS, similarity), "res/length.png": (LONG_LEARNERS, length)}
     drawn = {path: draw(study) for path, (names, draw) in every.items() if study.groups(names)}

@@ -121,7 +121,6 @@ RULES = {"nearest support mean": ("nearest_mean", 0), "nearest support mean, ada
 STARTS = {"": "final", ", from a random classifier": "classifier at random",
           ", from a zero classifier": "classifier at zero"}  # where the inner loop starts: the control
 OWN_RULE: Columns = {"own rule, not transductive, %": (own_accuracy, False)}
-VARIANCE_4 = in_control, "gradients, final", "variance", 3
 TRACES: Columns = {f"{trace} trace, adapted / before": (effects.adapted_ratio, trace)
                    for trace in ("between", "within")}
 
@@ -160,9 +159,7 @@ separation = partial(compared, names=(*LEARNERS, "paper-omniglot-5w1s"), referen
     "the same, adapted, %": (measured, "finetuned", "ncc_accuracy")})
 
 # `contrast`'s columns for section 5's settings.
-photographs = partial(compared, names=design.SMALL_PHOTOGRAPHS, references=REFERENCES, columns=NARROW | {
-    "gradient, block 4": (in_control, "gradients, final", "gradient", 3),
-    "variance ratio, block 4": VARIANCE_4})
+photographs = partial(compared, names=design.SMALL_PHOTOGRAPHS, references=REFERENCES, columns=NARROW)
 
 # One inner loop on images whose classes are hard or easy to tell apart.
 difficulty = partial(compared, names=tuple(itertools.chain(*DIFFICULTY.values())), columns=SHARES | {
@@ -208,9 +205,6 @@ equal = partial(compared, names=MOVING, references=("untrained",), columns={
     "nearest support mean, %": (measured, "meta", "ncc_accuracy", EQUAL),
     "nearest support mean, adapted, %": (measured, "finetuned", "ncc_accuracy", EQUAL)})
 
-# what block 4 adds to block 3 before adaptation, on validation tasks
-GAIN = minus, (end, "meta", "ncc_accuracy"), (end, "meta", "ncc_accuracy", HIDDEN - 1)
-
 
 def means(groups: Sequence[list[Run]], value: Callable[..., float], *arguments) -> list[float]:
     """Of value(run, *arguments) over the seeds of each group."""
@@ -230,22 +224,13 @@ def ranking(study: Study) -> str:
 
 
 def correlations(study: Study) -> str:
-    """Spearman correlations over settings."""
-    ratio = "block 4's variance ratio", VARIANCE_4, "block 4's nearest support mean minus block 3's", GAIN
-    fall = "fall in the share", FALL, "test accuracy", (own_accuracy,)
-    first_order, images = itertools.chain(*design.FIRST_ORDER.values()), itertools.chain(*DIFFICULTY.values())
-    rows = []
-    for names, kind, (one, column, other, other_column) in (
-            (design.SECOND_ORDER, "settings in second order", ratio),
-            (first_order, "settings in first order", ratio),
-            (design.LOOPS, "settings of section 5 trained with an inner loop", ratio),
-            (design.IMAGES, "kinds of images (section 5)", ratio), (design.IMAGES, "kinds of images (section 5)", fall),
-            (images, "kinds of images, and few photographs", fall)):
-        if groups := study.groups(names):
-            correlation = effects.spearman(means(groups, *column), means(groups, *other_column))
-            rows.append({"": f"{len(groups)} {kind}", "of": one, "and": other,
-                         "Spearman correlation": fixed(correlation, 2)})
-    return table(rows)
+    """Spearman correlation of the fall in the share with test accuracy, over section 5's kinds of images."""
+    images = [*itertools.chain(*DIFFICULTY.values())]
+    points = {"all kinds of images": images,
+              "without few photographs": [name for name in images if name != "photographs-20-images"]}
+    return table([{"": kind, "Spearman correlation": fixed(
+        effects.spearman(means(groups, *FALL), means(groups, own_accuracy)), 2)}
+        for kind, names in points.items() if (groups := study.groups(names))])
 
 
 def controls(study: Study) -> str:
@@ -280,18 +265,14 @@ def length(study: Study) -> str:
     return table(rows)
 
 
-def changes(study: Study) -> str:
-    """The paper's recipe, and the same with settings changed: a row per setting."""
-    step = design.CHANGED_AT
-    columns = SEEDS | {
-        f"relative within trace, {when}": (at, model, "relative_within", step) for model, when in MODELS.items()} | {
-        "nearest support mean before adaptation, %": (at, "meta", "ncc_accuracy", step),
-        "classifier, adapted, %": (at, "finetuned", "accuracy", step),
-        "test: nearest support mean, %": (tested, "nearest_mean", 0),
-        "test: classifier, adapted, %": (tested, "accuracy", -1)}
-    return table([row(runs, NAME | {"the classifier takes": size} | columns)
-                  for kinds in (design.CHANGES, design.FIRST_ORDER)
-                  for size, names in kinds.items() for runs in study.groups(names)])
+# The paper's recipe, and the same with settings changed.
+STEP = design.CHANGED_AT
+changes = partial(compared, names=design.CHANGED, columns={
+    f"relative within trace, {when}": (at, model, "relative_within", STEP) for model, when in MODELS.items()} | {
+    "nearest support mean before adaptation, %": (at, "meta", "ncc_accuracy", STEP),
+    "classifier, adapted, %": (at, "finetuned", "accuracy", STEP),
+    "test: nearest support mean, %": (tested, "nearest_mean", 0),
+    "test: classifier, adapted, %": (tested, "accuracy", -1)})
 
 
 def minutes(runs: list[Run]) -> str:

@@ -67,11 +67,12 @@ def test_the_interval_over_tasks(tmp_path):
     assert effects.share_over_tasks(read_run(nc_logs.write_run(tmp_path, log))) == pytest.approx(expected)
 
 
-def test_what_the_last_block_adds(tmp_path):
-    log = nc_logs.log()
-    log[-1]["meta"]["ncc_accuracy"]["mean"][-3:] = 0.7, 0.4, 0.9
-    value, *arguments = tables.GAIN
-    assert value(read_run(nc_logs.write_run(tmp_path, log)), *arguments) == pytest.approx(0.4 - 0.7)
+def test_how_far_the_inner_loop_lowers_the_share(tmp_path):
+    shares = {"meta": 0.7, "finetuned": 0.4}
+    final = {model: {"relative_within": {"mean": [0.9, share, 0.8]}} for model, share in shares.items()}
+    (nc_logs.write_run(tmp_path) / "controls.json").write_text(json.dumps({"final": final}))
+    value, *arguments = tables.FALL
+    assert value(read_run(tmp_path), *arguments) == pytest.approx(0.7 - 0.4)
 
 
 def test_the_etf_error_of_random_directions_and_the_dimension_that_matches_it(tmp_path):
