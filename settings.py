@@ -46,7 +46,7 @@ def parse_args(usage: str, defaults: dict, paper: dict, argv: Sequence[str] | No
     modes = [mode for mode in MODES if mode in flags]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other; give one")
-    args = (_settings_of_run(modes[0], flags, parser, defaults["synthetic_tasks"], paper) if modes
+    args = (_settings_of_run(modes[0], flags, parser) if modes
             else _settings_of_new_run(flags, parser, defaults, paper))
     if "root" in flags and "resume" not in flags and (args.synthetic or args.data is not None):
         raise UserError(f"--root {args.root}: the images are generated, or those of --data; leave --root out, or name "
@@ -103,8 +103,8 @@ def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
          "classes", choices=["maml", "anil", "boil", *BASELINES])
     flag("epoch", None, "meta-steps in all; miniimagenet_train.py: tasks in all, TASK_NUM per meta-step")
     flag("seed", 222, "of the initial weights and the training tasks")
-    flag("from_args", None, "repeat a run in a new folder; other flags change its settings, and with --recipe paper "
-         "N_WAY and K_SPT also what the recipe sets", metavar="RUN_FOLDER/args.json")
+    flag("from_args", None, "repeat a run in a new folder; other flags change its settings",
+         metavar="RUN_FOLDER/args.json")
     group = parser.add_argument_group("tasks")
     flag("n_way", None, "classes per task")
     flag("k_spt", None, "support images per class (k-shot)")
@@ -199,16 +199,13 @@ def _flags(names: Sequence[str]) -> str:
     return ", ".join(f"--{name}" for name in names)
 
 
-def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser, synthetic_tasks: dict,
-                     paper: dict) -> argparse.Namespace:
+def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The settings that a run's args.json holds, changed by the flags on the command line.
 
-    A repetition of a run with --recipe paper takes the recipe's values for its own --n_way and --k_spt, where the run
-    had the recipe's. Numbers of evaluated tasks change likewise between generated and other images.
+    Where these name other images, what the run's settings say of its own images is left out.
     """
     path = args_file(Path(flags[mode])) if mode == "from_args" else Path(flags[mode]) / "args.json"
     settings = _recorded(path, mode, parser)
-    was_synthetic = settings["synthetic"]
     if flags.get("recipe", settings["recipe"]) != settings["recipe"]:
         raise UserError(f"--recipe can't be set with --{mode}: the run's settings hold; give single flags")
     if mode != "resume":
@@ -216,23 +213,14 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser, sy
             settings["device"] = "cpu"  # a run that was made on a GPU can be repeated and tested anywhere
         if settings["data"] is None:  # --root may hold other images here than where the run was made
             settings["data_name"] = None
-        to_synthetic = flags.get("synthetic", False) and not was_synthetic
+        to_synthetic = flags.get("synthetic", False) and not settings["synthetic"]
         other_folder = not same_place(flags.get("data", settings["data"]), settings["data"])
         if to_synthetic or other_folder:
             other = {"data": None, "data_name": None, "synthetic": False, "split": "shuffled"}
             if other_folder:
                 other |= {"rotations": False, "rotate_heldout": False}
             settings |= {name: value for name, value in other.items() if name in settings}
-        if flags.get("synthetic", settings["synthetic"]) != was_synthetic:
-            tasks = synthetic_tasks, {name: parser.get_default(name) for name in synthetic_tasks}
-            then, now = tasks if was_synthetic else reversed(tasks)
-            settings |= {name: value for name, value in now.items() if settings[name] == then[name]}
     if mode == "from_args":
-        then = settings["n_way"], settings["k_spt"]
-        now = flags.get("n_way", then[0]), flags.get("k_spt", then[1])
-        if settings["recipe"] == "paper" and now in paper:
-            recipe = paper.get(then, {})
-            settings |= {name: value for name, value in paper[now].items() if settings[name] == recipe.get(name)}
         if settings["nc_qry"] == NC_QRY or {"k_spt", "data", "synthetic"} & flags.keys():  # perhaps set by `check`
             settings["nc_qry"] = None
         return argparse.Namespace(**settings | {"out": None} | flags)
