@@ -43,9 +43,9 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("contrast-first-order", "MAML, first order", f"{_CONTRAST} --first_order", 3),
     Setting("contrast-zero-head", "MAML, classifier kept at 0", f"{_CONTRAST} --head_std 0 --freeze_head", 3),
     Setting("contrast-anil", "ANIL", f"{_CONTRAST} --learner anil", 3),
-    Setting("contrast-boil", "BOIL", f"{_CONTRAST} --learner boil", 5),
     Setting("contrast-protonet", "ProtoNet", f"{_CONTRAST} --learner protonet", 3),
     Setting("contrast-classifier", "classifier", f"{_CONTRAST} --learner classifier", 3),
+    Setting("contrast-boil", "BOIL", f"{_CONTRAST} --learner boil", 5),
     *(Setting(f"photographs-{name}", f"photographs of 32 x 32, {label}", f"{_PHOTO_DATA} {_SMALL} {flags}",
               script="miniimagenet_train.py")
       for name, label, flags in (
