@@ -88,6 +88,7 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("slow-head", "classifier from N(0, 0.18²), its inner rate 0.5", f"{_SMALL_HEAD} --head_lr 0.5"),
     Setting("fast-head", "classifier from N(0, 0.18²), its inner rate 8", f"{_SMALL_HEAD} --head_lr 8"),
     Setting("other-network", "conv-bn-relu", _OTHER_NETWORK, 3),
+    Setting("other-network-large-images", "conv-bn-relu, images of 36 x 36", f"{_OTHER_NETWORK} --imgsz 36"),
     Setting("other-network-mean", "conv-bn-relu, images of 36 x 36, spatial mean",
             f"{_OTHER_NETWORK} --imgsz 36 --spatial_mean"),
     Setting("other-network-large-head", "conv-bn-relu, classifier from N(0, 1)",
