@@ -1,6 +1,5 @@
 """The settings that the study trains, and the groups of them that its tables and figures compare."""
 
-import itertools
 from typing import NamedTuple
 
 from study.logs import Run, describe
@@ -88,12 +87,19 @@ SETTINGS = {setting.name: setting for setting in (
     Setting("slow-head", "classifier from N(0, 0.18²), its inner rate 0.5", f"{_SMALL_HEAD} --head_lr 0.5"),
     Setting("fast-head", "classifier from N(0, 0.18²), its inner rate 8", f"{_SMALL_HEAD} --head_lr 8"),
     Setting("other-network", "conv-bn-relu", _OTHER_NETWORK, 3),
+    Setting("other-network-no-scale", "conv-bn-relu, batch norm without scale", f"{_OTHER_NETWORK} --no-bn_scale"),
+    Setting("other-network-xavier", "conv-bn-relu with Xavier convolutions", f"{_OTHER_NETWORK} --conv_init xavier"),
     Setting("other-network-large-images", "conv-bn-relu, images of 36 x 36", f"{_OTHER_NETWORK} --imgsz 36"),
+    Setting("other-network-larger-head", "conv-bn-relu, images of 36 x 36, classifier from N(0, 0.18²)",
+            f"{_OTHER_NETWORK} --imgsz 36 --head_std 0.177"),
     Setting("other-network-mean", "conv-bn-relu, images of 36 x 36, spatial mean",
             f"{_OTHER_NETWORK} --imgsz 36 --spatial_mean"),
     Setting("other-network-large-head", "conv-bn-relu, classifier from N(0, 1)",
             f"{_SHORT} --epoch 2000 --net conv_bn_relu --head_std 1"),
-    Setting("first-order-small-head", "classifier from N(0, 0.18²), first order", f"{_SMALL_HEAD} --first_order"),
+    *(Setting(f"first-order-{name}", f"classifier from N(0, 0.18²){rate}, first order",
+              f"{_SMALL_HEAD} {flag} --first_order")
+      for name, rate, flag in (("small-head", "", ""), ("slow-head", ", its inner rate 0.5", "--head_lr 0.5"),
+                               ("fast-head", ", its inner rate 8", "--head_lr 8"))),
     Setting("first-order-zero-head", "classifier kept at 0, first order",
             f"{_ONE_CHANGE} --head_std 0 --freeze_head --first_order"),
     *(Setting(f"paper-omniglot-{name}", f"paper's recipe, {label}", flags, seeds) for name, label, seeds, flags in (
@@ -128,16 +134,12 @@ SMALL_PHOTOGRAPHS = (*_named("photographs-"), "omniglot-as-photographs", "omnigl
 CHANGED_AT = 5_000  # the meta-step at which changed settings are compared
 CHANGED = ("contrast-maml", "contrast-zero-head", "small-step", "small-head", "slow-head", "fast-head",
            *_named("other-network"), "contrast-first-order", *_named("first-order-"))
-# settings whose inner loop is also run from a random classifier and from one at 0
-OTHER_CLASSIFIERS = ("contrast-maml", "contrast-first-order", "paper-omniglot-5w1s", "paper-omniglot-5w5s")
 TWENTY_WAY = ("paper-omniglot-20w1s", "blocks-4-5-20-way")
-# MAML with different inner loops in training, or other steps
+# MAML with different inner loops in training
 OTHER_LOOPS = ("contrast-maml", "contrast-zero-head", "blocks-4-5", "small-body-step-10000", "small-step", "small-head",
-               "kept-norms", "paper-omniglot-5w1s", "paper-omniglot-5w1s-blocks-4-5")
+               "paper-omniglot-5w1s", "paper-omniglot-5w1s-blocks-4-5")
 CONTROL_QUERIES, CONTROL_SHOTS = 15, 5  # per class in study/controls.py; the shots of its control "5-shot"
 STEP_SIZES = (0.08, 0.03, 0.09, 0.6)  # about MAML's in blocks 1 to 4 (TABLES.md), to which other learners' are scaled
-# settings whose features are compared before and after MAML's inner loop, layer by layer
-SIMILARITY = (*LEARNERS, *OTHER_LOOPS, *itertools.chain(*DIFFICULTY.values()))
 
 TASKS = {"train": "training tasks", "heldout": "held-out tasks"}
 MODELS = {"meta": "before adaptation", "finetuned": "adapted"}

@@ -118,8 +118,6 @@ cells = partial(compared, names=design.CELLS, transposed=True, columns={
 RELATIVE = f"relative {METRICS['nc1']}"  # divided by its value for permuted labels
 RULES = {"nearest support mean": ("nearest_mean", 0), "nearest support mean, adapted": ("nearest_mean", -1),
          "classifier, adapted": ("accuracy", -1)}  # key and inner step in a test's results
-STARTS = {"": "final", ", from a random classifier": "classifier at random",
-          ", from a zero classifier": "classifier at zero"}  # where the inner loop starts: the control
 OWN_RULE: Columns = {"own rule, not transductive, %": (own_accuracy, False)}
 TRACES: Columns = {f"{trace} trace, adapted / before": (effects.adapted_ratio, trace)
                    for trace in ("between", "within")}
@@ -152,7 +150,7 @@ contrast = partial(compared, names=LEARNERS, references=REFERENCES, columns=NARR
 
 # How well blocks 3 and 4 separate a task's classes before adaptation.
 separation = partial(compared, names=(*LEARNERS, "paper-omniglot-5w1s"), references=("untrained",), columns={
-    f"{RELATIVE}, {NAMED_LAYERS[layer]}": (effects.relative, "meta", "nc1", "final", layer)
+    f"{METRICS['nc1']}, {NAMED_LAYERS[layer]}": (measured, "meta", "nc1", "final", layer)
     for layer in (-3, HIDDEN)} | {
     f"nearest support mean, {NAMED_LAYERS[layer]}, %": (measured, "meta", "ncc_accuracy", "final", layer)
     for layer in (-3, HIDDEN)} | {
@@ -166,41 +164,40 @@ difficulty = partial(compared, names=tuple(itertools.chain(*DIFFICULTY.values())
     "fall": FALL} | TRACES | ADAPTED)
 
 # How similar features are before and after the inner loop, layer by layer.
-similarity = partial(compared, names=design.SIMILARITY, columns={
-    name: (in_control, "similarity, final", "cka", layer) for layer, name in NAMED_LAYERS.items()} | {
-    f"{NAMED_LAYERS[layer]}, untrained": (in_control, "similarity, untrained", "cka", layer) for layer in (-3, HIDDEN)})
+similarity = partial(compared, names=(*LEARNERS, "kept-norms", "blocks-4-5", "photographs-maml"),
+                     references=("untrained",), columns={
+    name: (in_control, "similarity, final", "cka", layer) for layer, name in NAMED_LAYERS.items()})
 
-# Similarity and accuracy if this inner loop adapts some blocks; also for MAML trained so, or with smaller steps.
-blocks = partial(compared, names=(*LEARNERS, *OTHER_LOOPS), columns={
-    f"{name}, {adapted}": (in_control, f"similarity{control}, final", *place)
-    for adapted, control in (("all adapted", ""), ("1-2 adapted", " of blocks 1-2"), ("3-5 adapted", " of blocks 3-5"))
-    for name, place in {"block 3": ("cka", -3), "block 4": ("cka", HIDDEN), "accuracy, %": ("accuracy", 0)}.items()
-    if (name, adapted) != ("accuracy, %", "1-2 adapted")})  # near chance: the classifier is not adapted
+# Similarity of block 3 and accuracy if this inner loop adapts some blocks.
+PARTS = {"all": "", "1-2": " of blocks 1-2", "3-5": " of blocks 3-5"}  # adapted blocks: the control's name
+blocks = partial(compared, names=(*LEARNERS, "blocks-4-5"), columns={
+    f"block 3, {part} adapted": (in_control, f"similarity{PARTS[part]}, final", "cka", -3) for part in PARTS} | {
+    f"accuracy, %, {part} adapted": (in_control, f"similarity{PARTS[part]}, final", "accuracy", 0)
+    for part in ("all", "3-5")})  # without the classifier near chance
 
 # How fast MAML with each of these inner loops trains, and what it reaches.
 pace = partial(compared, names=(*OTHER_LOOPS, *design.TWENTY_WAY), columns={
-    f"validation after {step:,}, %": (at, "finetuned", "accuracy", step) for step in (1_000, 2_000, 3_000)} | {
+    "validation after 1,000, %": (at, "finetuned", "accuracy", 1_000),
     "test after": lambda runs: f"{runs[0].last_step:,}", "test, %": (own_accuracy,)} | OWN_RULE)
 
-# How far MAML's inner loop moves the kernels of each block; similarity, also after steps as large as MAML's.
+# How far MAML's inner loop moves the kernels of each block; similarity after steps as large as MAML's.
+EQUAL = "similarity at equal steps, final"
 moved = partial(compared, names=(*LEARNERS, "kept-norms", "blocks-4-5", "paper-omniglot-5w1s"),
                 references=("untrained",))
 steps = partial(moved, columns={
     f"{NAMED_LAYERS[layer]}, step": (in_control, "similarity, final", "step", layer) for layer in range(-5, -1)} | {
-    f"{NAMED_LAYERS[layer]}, CKA{sizes}": (in_control, f"similarity{control}, final", "cka", layer)
-    for sizes, control in (("", ""), (", equal steps", " at equal steps")) for layer in (-3, HIDDEN)})
+    f"{NAMED_LAYERS[layer]}, CKA after equal steps": (in_control, EQUAL, "cka", layer) for layer in (-3, HIDDEN)})
 
 # What makes these steps small: each block's kernel norm, gradient and variance of the convolution.
 gradients = partial(moved, columns={
     f"{NAMED_LAYERS[layer]}, {name}": (in_control, control, key, layer)
     for name, control, key in (("kernel's norm", "similarity, final", "norm"),
                                ("gradient", "gradients, final", "gradient"))
-    for layer in range(-5, -1)} | {
-    f"block {place + 1}, variance ratio": (in_control, "gradients, final", "variance", place) for place in range(4)})
+    for layer in range(-5, -1)} | {"block 4, variance ratio": (in_control, "gradients, final", "variance", 3)})
 
 # What a step of MAML's size in each block does to features.
-EQUAL, MOVING = "similarity at equal steps, final", [name for name in LEARNERS if name != "contrast-zero-head"]
-equal = partial(compared, names=MOVING, references=("untrained",), columns={
+moving = [name for name in LEARNERS if name != "contrast-zero-head"]
+equal = partial(compared, names=moving, references=("untrained",), columns={
     name: (*column, EQUAL) for name, column in SHARES.items()} | {
     "nearest support mean, %": (measured, "meta", "ncc_accuracy", EQUAL),
     "nearest support mean, adapted, %": (measured, "finetuned", "ncc_accuracy", EQUAL)})
@@ -237,17 +234,17 @@ def controls(study: Study) -> str:
     """Other queries, support images and statistics of batch norm, for the long 5-way 1-shot runs, before adaptation."""
     runs = study["paper-omniglot-5w1s"]
     kinds = dict.fromkeys(kind for run in runs for kind in run.controls
-                          if kind.startswith(("final", "queries", "5-shot", "batch")))
-    return table([row(runs, {"control": kind} | SEEDS | metrics_of("meta", kind) | {
+                          if kind.startswith(("final", "queries", "batch")))
+    return table([row(runs, {"control": kind} | SEEDS | {
+        METRICS[metric]: (measured, "meta", metric, kind) for metric in ("relative_within", "cdnv_unbiased")} | {
         f"{name}, %": (in_control, kind, *place) for name, place in RULES.items()}) for kind in kinds])
 
 
-# What the inner loop does to query and support features, and what it does from other classifiers.
-adaptation = partial(compared, names=design.OTHER_CLASSIFIERS, transposed=True, columns={
-    "relative within trace, before adaptation": (measured, "meta", "relative_within")} | {
-    f"adapted{start}": (measured, "finetuned", "relative_within", kind) for start, kind in STARTS.items()} | {
-    f"classifier, adapted{start}, %": (in_control, kind, "accuracy", -1) for start, kind in STARTS.items()} | {
-    f"5-shot, unbiased: {samples} features, {when}": (effects.five_shot_share, samples, inner_step)
+# What MAML's inner loop does from a random classifier, and to query and support features.
+adaptation = partial(compared, names=("contrast-maml",), transposed=True, columns={
+    f"nearest support mean, {when}, from a random classifier, %":
+    (measured, model, "ncc_accuracy", "classifier at random") for model, when in MODELS.items()} | {
+    f"5-shot, unbiased: share of {samples} features, {when}": (effects.five_shot_share, samples, inner_step)
     for samples in ("query", "support") for inner_step, when in ((0, "before adaptation"), (-1, "adapted"))})
 
 
@@ -256,7 +253,7 @@ def length(study: Study) -> str:
     rows = []
     for runs in study.groups((*LONG, *design.LONG_LEARNERS)):
         last = min(run.last_step for run in runs)
-        for step in (*(step for step in (1_000, 6_000, 20_000, 40_000, 60_000) if step < last), last):
+        for step in (*(step for step in (1_000, 10_000, 20_000, 40_000, 60_000) if step < last), last):
             rows.append(row(runs, NAME | {"meta-step": f"{step:,}"} | {
                 name: (as_used, at, metric, step) for metric, name in METRICS.items()} | {
                 "accuracy, %": (as_used, at, "accuracy", step),
