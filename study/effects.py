@@ -157,14 +157,14 @@ def measured(run: Run, model: str, metric: str, kind: str = "final", layer: int 
     return number(means[layer:][0])  # some controls have one layer
 
 
-def relative(run: Run, model: str, metric: str, kind: str = "final", layer: int = HIDDEN) -> float:
+def relative(run: Run, model: str, metric: str) -> float:
     """As `measured`, over the same for permuted labels: 0 is collapse, and 1 if labels mean nothing."""
-    return measured(run, model, metric, kind, layer) / measured(run, model, f"{metric}_null", kind, layer)
+    return measured(run, model, metric) / measured(run, model, f"{metric}_null")
 
 
-def adapted_ratio(run: Run, metric: str, kind: str = "final") -> float:
+def adapted_ratio(run: Run, metric: str) -> float:
     """A metric on the test tasks after the inner loop, as a multiple of that before."""
-    return measured(run, "finetuned", metric, kind) / measured(run, "meta", metric, kind)
+    return measured(run, "finetuned", metric) / measured(run, "meta", metric)
 
 
 def five_shot_share(run: Run, samples: str, inner_step: int) -> float:

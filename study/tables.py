@@ -123,10 +123,10 @@ TRACES: Columns = {f"{trace} trace, adapted / before": (effects.adapted_ratio, t
                    for trace in ("between", "within")}
 
 
-def metrics_of(model: str = "meta", kind: str = "final") -> Columns:
-    """Metrics as this control measured them; "final": of the trained weights."""
-    return {name: (measured, model, metric, kind) for metric, name in METRICS.items()} | {
-        RELATIVE: (effects.relative, model, "nc1", kind)}
+def metrics_of(model: str = "meta") -> Columns:
+    """Metrics of the trained weights on the test tasks."""
+    return {name: (measured, model, metric) for metric, name in METRICS.items()} | {
+        RELATIVE: (effects.relative, model, "nc1")}
 
 
 # Raw pixels, the untrained network and every learner, before adaptation if nothing else is said.
@@ -217,7 +217,7 @@ def ranking(study: Study) -> str:
     return table([{"": f"smaller {name}"} | {
         kind: fixed(-effects.spearman(means(groups, features, value, metric), means(groups, features, *nearest)), 2)
         for kind, (groups, features) in points.items()}
-        for name, (value, _, metric, _) in metrics_of().items()] if learners else [])
+        for name, (value, _, metric) in metrics_of().items()] if learners else [])
 
 
 def correlations(study: Study) -> str:
