@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import device as devices
 import nc_metrics
-from files import UserError, atomic, locked, program, quoted, reading, remove_stale, same_place, writing
+from files import UserError, atomic, locked, program, quoted, reading, remove_stale, writing
 from learner import Learner
 from tasks import Dataset, tree_map
 
@@ -127,7 +127,7 @@ def resumed(out: Path, epoch: int, step: int, steps: int, log_bytes: int) -> Non
     recorded = read_args(out)
     patterns = ["result.json", "timing.json"]  # before args.json: a run with a result is complete
     if step < steps:
-        patterns += ["last.pt", "controls*.json", "test-*.json"]
+        patterns += ["last.pt", "controls.json", "test-*.json"]
     outdated = [path for pattern in patterns for path in sorted(out.glob(pattern))]
     for path in outdated:
         path.unlink(missing_ok=True)
@@ -156,45 +156,17 @@ def write_json(path: Path, value: dict, remedy: str = REMEDY) -> None:
             file.write("\n")
 
 
-def other_images(run: Path, args: argparse.Namespace) -> str:
-    """Suffix of a result file if the images are not the run's own: "-PARENT_FOLDER", or "-NAME" of --data_name.
+def other_test_classes(run: Path, dataset: Dataset) -> bool:
+    """Whether the test classes are not the run's own; it may have been trained on some of them then.
 
-    Omniglot's images are the same in every --root. Another --root has other photographs only if the run's own exists.
+    Those of a run that recorded none are taken as its own.
     """
-    flag = "root" if args.data is None else "data"
-    here, own = getattr(args, flag), read_args(run)["settings"].get(flag)
-    other = not same_place(here, own)
-    if flag == "root":
-        other = other and args.script == "miniimagenet_train" and os.path.isdir(str(own))
-    return "-" + re.sub(r"[^\w.-]", "_", args.data_name or "_".join(Path(here).resolve().parts[-2:])) if other else ""
-
-
-def check_classes(run: Path, args: argparse.Namespace, dataset: Dataset) -> None:
-    """Raise a UserError if the run's own folder of images has other training classes than the run was trained on.
-
-    Classes that it was trained on could be test classes now. Of another folder's classes this is not known: a note. Of
-    a run that did not record its classes, only the data's name is compared.
-    """
+    own = dataset.digest("test")
     with reading(args_file(run), wrong="is not what a run writes"):
-        recorded = read_args(run)
-        here = all(same_place(getattr(args, flag), recorded["settings"].get(flag)) for flag in ("root", "data"))
-        about = recorded.get("data", {})
-        name, then = about.get("name"), about.get("splits", {}).get("train", {}).get("classes_digest")
-    if not then:  # an own Dataset without a digest, synthetic images, or an older run
-        if name != dataset.name():
-            say(f"note: {run} was trained on {name}")
-        return
-    if "train" in dataset.counts() and dataset.digest("train") == then:
-        return
-    if here and "train" in dataset.counts():
-        raise UserError(f"{run} was trained on other classes than the training classes here now ({dataset.found()}), "
-                        "and may know the test classes; restore the images, or name others with --data FOLDER")
-    if args.data and not here:
-        say(f"note: whether {run} was trained on test classes of {args.data} is not known: these images are not "
-            "those of the run")
+        return read_args(run).get("data", {}).get("splits", {}).get("test", {}).get("classes_digest", own) != own
 
 
-def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
+def write_test(run: Path, result: dict, args: argparse.Namespace, dataset: Dataset) -> None:
     """Write the result of a later test to a file named after its settings; remove what a killed test left."""
     name = f"test-{args.test_tasks}tasks-{args.k_qry_test}qry-{args.update_step_test}steps"
     if args.k_spt != read_args(run)["settings"]["k_spt"]:
@@ -203,7 +175,9 @@ def write_test(run: Path, result: dict, args: argparse.Namespace) -> None:
         name += f"-{args.test_weights}"
     if not args.transductive:
         name += "-not-transductive"
-    path = run / f"{name}{other_images(run, args)}.json"
+    if other_test_classes(run, dataset):
+        name += "-" + re.sub(r"[^\w.-]", "_", dataset.name())
+    path = run / f"{name}.json"
     if devices.rank() == 0:
         remove_stale(run, path.name)  # not other names: another test may be writing its own
         write_json(path, result, "free space or fix the permissions there, then test again")

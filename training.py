@@ -70,10 +70,12 @@ def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
                 run = Path(args.test)
                 if devices.rank() == 0:  # it may download them
                     say(f"Data: {dataset.described()}")
-                    record.check_classes(run, args, dataset)
+                    if record.other_test_classes(run, dataset):
+                        say(f"note: these are not the test classes of {run}, which may have been trained on some of "
+                            "them")
                     if not (run / "result.json").exists():
                         say(f"note: {run} is not finished")
-                record.write_test(run, _test(maml, data, run, Signals()), args)
+                record.write_test(run, _test(maml, data, run, Signals()), args, dataset)
 
 
 def _memory_remedies(args: argparse.Namespace, trains_classifier: bool) -> str:

@@ -2,7 +2,6 @@
 
     python -m study.controls res/RUN                                    writes res/RUN/controls.json, control by control
     python -m study.controls res/RUN --root DATA --only final pixels    measures these; the others stay in the file
-    python -m study.controls res/RUN --data FOLDER                      on other images: writes controls-..._FOLDER.json
 
 The tasks are those of the run's test. `measure` lists the controls, and each one's function says what it measures.
 "effective_dimension" is that of the test classes' means at the classifier's input; for it, in every control, one
@@ -32,7 +31,7 @@ from files import Parser, UserError, atomic, listed, progress, quoted, reading
 from learner import BLOCK_STARTS, Learner, Weights, before_and_after
 from measuring import accuracies, accuracy, collapse_metrics, cross_entropy, permuted_labels, scores
 from meta import Meta, adapt
-from record import check_classes, check_network, numbers, other_images, say, summary
+from record import check_network, numbers, other_test_classes, say, summary
 from settings import check
 from study.design import CONTROL_QUERIES, CONTROL_SHOTS, STEP_SIZES
 from tasks import Dataset, Tasks, as_tasks, cat, chunked
@@ -56,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     script, args = predict.settings_of(folder, f"--test_tasks={n_tasks}", *flags)
     if not (folder / "result.json").exists():
         raise UserError(f"{folder} is not finished; continue it with --resume")
-    path, kept = folder / f"controls{other_images(folder, args)}.json", {}
+    path, kept = folder / "controls.json", {}
     if path.exists():
         with reading(path, "remove it, and measure all controls again", "is damaged"):
             kept = dict(json.loads(path.read_bytes()))
@@ -76,7 +75,9 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
     """Each control's name and values: "tasks", metrics of each model, accuracies, "effective_dimension"."""
     device, dataset = select_device(args.device), script.dataset(args)
     check(args, dataset, script.network)
-    check_classes(folder, args, dataset)
+    if other_test_classes(folder, dataset):
+        raise UserError(f"{folder} has other test classes than {dataset.described()}; name its own images with --root "
+                        "or --data")
     keep_memory()
     set_arithmetic(args.precision, args.deterministic)
     final = predict.load(folder, "last" if (folder / "last.pt").exists() else "best", args.device).net

@@ -144,10 +144,10 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
         copies = contents(job.folder, RESULTS) | weights | {
             "log.jsonl.gz": gzip.compress(log, mtime=0), "args.json": (json.dumps(arguments, indent=1) + "\n").encode()}
         folder = results / job.folder.name
-        if contents(folder, weights) != weights:
-            for path in folder.glob("controls*.json"):
-                path.unlink()  # measured with other weights
-                print(f"{path} is of other weights and removed; measure again: python -m study.controls {folder}")
+        controls = folder / "controls.json"
+        if controls.exists() and contents(folder, weights) != weights:
+            controls.unlink()
+            print(f"{controls} is of other weights and removed; measure again: python -m study.controls {folder}")
         for name, content in copies.items():
             with atomic(folder / name) as file:
                 file.write(content)

@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from data_files import read_json, refused, write_classes
+from data_files import read_json, refused
 
 import nc_metrics
 import omniglot_train
@@ -270,9 +270,6 @@ def test_classes_of_fewer_images_than_five_shots_and_the_usual_queries(tmp_path,
     with monkeypatch.context() as patch, refused("--only similarity at equal steps, final: the controls are final"):
         patch.setattr(controls, "STEP_SIZES", (0.1, 0.1))  # of a network with other blocks
         controls.main([*measure, "similarity at equal steps, final"])
-    write_classes(tmp_path / "pictures", 15, count=6)
-    controls.main([*measure, "final", "--data", str(tmp_path / "pictures")])
-    assert (run / f"controls-{tmp_path.name}_pictures.json").exists()
     (run / "controls.json").write_text("{")
     monkeypatch.setattr(controls, "measure", lambda *_: pytest.fail("measured, and it can't be kept"))
     with refused("controls.json is damaged", "; remove it, and measure all controls again"):

@@ -284,23 +284,6 @@ def test_defaults_that_depend_on_other_flags():
     assert parsed("--synthetic --recipe paper", "eval_tasks", "test_tasks") == (50, 100)
 
 
-@pytest.mark.parametrize("script, own, flags, suffix", [
-    (omniglot_train, "--data mine", "--data link", ""),
-    (omniglot_train, "--data mine", "--data faces/v2", "-faces_v2"), (omniglot_train, "", "--data /", "-_"),
-    (omniglot_train, "", "--data mine --data_name a/../../../escaped", "-a_.._.._.._escaped"),
-    (omniglot_train, "", "--root other", ""), (miniimagenet_train, "--root mine", "--root ./mine", ""),
-    (miniimagenet_train, "--root mine --data_name x", "--root a/other", "-a_other"),
-    (miniimagenet_train, "--root moved", "--root other", ""), (miniimagenet_train, "--synthetic", "", "")])
-def test_a_result_on_other_images_has_a_file_of_its_own_in_the_run(script, own, flags, suffix, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("mine").mkdir()
-    Path("link").symlink_to("mine")
-    run = recorded(tmp_path / "run", script, own)
-    record.write_test(run, {}, script.arguments(["--test", "run", *flags.split()]))
-    path, = run.glob("test*")
-    assert path.name.partition("steps")[2] == f"{suffix}.json"
-
-
 # ---- how programs end
 
 
