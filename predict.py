@@ -65,10 +65,9 @@ def load(run: str | os.PathLike, weights: str | None = None, device: str = "cpu"
 
 def settings_of(run: str | os.PathLike, *flags: str) -> tuple[ModuleType, argparse.Namespace]:
     """The script that a run was started with, and the run's settings as for --test, changed by `flags`."""
-    path = Path(run) / "args.json"
-    name = str(settings.read_settings(path, "name the folder of a run").get("script"))
+    name = str(settings.read_settings(Path(run), "name the folder of a run").get("script"))
     if name not in SCRIPTS:
-        raise UserError(f"{path} is of {name!r}, not of {' or '.join(SCRIPTS)}; use the code that made the run")
+        raise UserError(f"{run} is of {name!r}, not of {' or '.join(SCRIPTS)}; use the code that made the run")
     script, _ = SCRIPTS[name]
     return script, script.arguments([f"--test={run}", *flags])
 

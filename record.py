@@ -86,24 +86,17 @@ def _commit() -> str | None:
     return None
 
 
-def check_network(run: Path, net: Learner, new_run: bool = False) -> None:
-    """Raise a UserError that names the first layer that differs, if the run recorded another network.
-
-    Args:
-        run: a run's folder, or its args.json.
-        new_run: only a line is printed, because the new run's flags may change its network.
-    """
-    path = args_file(run)
+def check_network(run: Path, net: Learner) -> None:
+    """Raise a UserError that names the first layer that differs, if the run recorded another network."""
+    path = run / "args.json"
     with reading(path, wrong="is not what a run writes"):
         layers = json.loads(json.dumps(net.config))  # tuples become lists
         recorded = read_args(run).get("layers") or layers
         for i, (then, now) in enumerate(itertools.zip_longest(recorded, layers)):
             if then != now:
                 then, now = (f"{layer[0]}{layer[1]}" if layer else "absent" for layer in (then, now))
-                differs = f"{path}: layer {i} was {then} in the run and is {now} here"
-                if new_run:
-                    return say(f"note: {differs}")
-                raise UserError(f"{differs}; use the code that made the run")
+                raise UserError(f"{path}: layer {i} was {then} in the run and is {now} here; use the code that made "
+                                "the run")
 
 
 def resumed(out: Path, epoch: int, step: int, steps: int, log_bytes: int) -> None:
@@ -138,14 +131,9 @@ def resumed(out: Path, epoch: int, step: int, steps: int, log_bytes: int) -> Non
         write_json(out / "args.json", recorded)
 
 
-def args_file(run: Path) -> Path:
-    """The args.json of a run's folder; any other path is that of the file itself."""
-    return run / "args.json" if os.path.isdir(run) else run
-
-
 def read_args(run: Path) -> dict:
-    """What the args.json of a run's folder holds, or the file itself; "layers" is missing in older ones."""
-    return json.loads(args_file(run).read_bytes())
+    """What the args.json of a run's folder holds; "layers" is missing in older ones."""
+    return json.loads((run / "args.json").read_bytes())
 
 
 def write_json(path: Path, value: dict, remedy: str = REMEDY) -> None:
@@ -162,7 +150,7 @@ def other_test_classes(run: Path, dataset: Dataset) -> bool:
     Those of a run that recorded none are taken as its own.
     """
     own = dataset.digest("test")
-    with reading(args_file(run), wrong="is not what a run writes"):
+    with reading(run / "args.json", wrong="is not what a run writes"):
         return read_args(run).get("data", {}).get("splits", {}).get("test", {}).get("classes_digest", own) != own
 
 

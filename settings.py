@@ -12,7 +12,7 @@ import device as devices
 from baselines import BASELINES, inner_rates
 from files import Parser, UserError, quoted, reading, same_place
 from learner import Learner
-from record import args_file, read_args, say
+from record import read_args, say
 from tasks import Dataset
 
 MODES = ("resume", "test", "from_args")  # flags that name the run whose settings hold; not settings themselves
@@ -104,7 +104,7 @@ def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
     flag("epoch", None, "meta-steps in all; miniimagenet_train.py: tasks in all, TASK_NUM per meta-step")
     flag("seed", 222, "of the initial weights and the training tasks")
     flag("from_args", None, "repeat a run in a new folder; other flags change its settings",
-         metavar="RUN_FOLDER/args.json")
+         metavar="RUN_FOLDER")
     group = parser.add_argument_group("tasks")
     flag("n_way", None, "classes per task")
     flag("k_spt", None, "support images per class (k-shot)")
@@ -204,8 +204,7 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
 
     Where these name other images, what the run's settings say of its own images is left out.
     """
-    path = args_file(Path(flags[mode])) if mode == "from_args" else Path(flags[mode]) / "args.json"
-    settings = _recorded(path, mode, parser)
+    settings = _recorded(Path(flags[mode]), mode, parser)
     if flags.get("recipe", settings["recipe"]) != settings["recipe"]:
         raise UserError(f"--recipe can't be set with --{mode}: the run's settings hold; give single flags")
     if mode != "resume":
@@ -235,18 +234,18 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
     epoch = flags.get("epoch", settings["epoch"])
     if epoch != settings["epoch"] and settings["lr_schedule"] == "cosine":
         raise UserError(f"--epoch {epoch}: the run's cosine ends at {settings['epoch']}; "
-                        f"start another with --from_args {quoted(path)}")
+                        f"start another with --from_args {quoted(flags['resume'])}")
     return argparse.Namespace(**settings | flags | {"out": flags["resume"]})
 
 
-def _recorded(path: Path, mode: str, parser: argparse.ArgumentParser) -> dict:
+def _recorded(run: Path, mode: str, parser: argparse.ArgumentParser) -> dict:
     """The settings in a run's args.json, checked as strictly as a command line is.
 
     A file of an older version lacks newer flags, which take their defaults. A run is resumed only by the version that
     began it, because a new flag's default need not be what the old code did.
     """
-    recorded, defaults = read_settings(path, f"--{mode} takes the folder of a run"), vars(parser.parse_args([]))
-    script, differs = recorded.get("script"), f"{path} is not of this script and version"
+    recorded, defaults = read_settings(run, f"--{mode} takes the folder of a run"), vars(parser.parse_args([]))
+    script, differs = recorded.get("script"), f"{run / 'args.json'} is not of this script and version"
     if script != defaults["script"]:
         raise UserError(f"{differs} (script {script}); use that script, or the code that made the run")
     different = recorded.keys() - defaults.keys()
@@ -257,13 +256,13 @@ def _recorded(path: Path, mode: str, parser: argparse.ArgumentParser) -> dict:
     try:
         return vars(parser.parse_args(_as_flags(recorded, defaults)))
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{run / 'args.json'}: {error}") from error
 
 
-def read_settings(path: Path, takes: str) -> dict:
+def read_settings(run: Path, takes: str) -> dict:
     """What a run's args.json holds under "settings"."""
-    with reading(path, takes, "is not what a run writes"):
-        return dict(read_args(path)["settings"].items())
+    with reading(run / "args.json", takes, "is not what a run writes"):
+        return dict(read_args(run)["settings"].items())
 
 
 def _as_flags(settings: dict, defaults: dict) -> list[str]:

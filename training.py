@@ -58,8 +58,8 @@ def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
             devices.set_arithmetic(args.precision, args.deterministic)
             torch.manual_seed(args.seed)
             net, data = network(args), Data(args, dataset, device)
-            if earlier := args.resume or args.test or args.from_args:
-                record.check_network(Path(earlier), net, new_run=args.from_args is not None)
+            if earlier := args.resume or args.test:
+                record.check_network(Path(earlier), net)
             if trains_classifier:
                 classes = len(dataset.counts()["train"]) * data.turns("train")
                 net.classes = nn.Linear(net.weights[net.classifier].shape[1], classes)
@@ -175,7 +175,7 @@ class _Run:
         self.best: dict | None = None  # what best.pt holds
         self.log: Log | None = None
         self.minutes, self.log_bytes = 0.0, 0  # of the processes before this one
-        path, self.repeat = out / "checkpoint.pt", f"{program(args.script)} --from_args {quoted(out / 'args.json')}"
+        path, self.repeat = out / "checkpoint.pt", f"{program(args.script)} --from_args {quoted(out)}"
         remedy = f"start again: {self.repeat}"
         saved = None if args.resume is None else checkpoint.read(path, f"put it back, or {remedy}")
         train_images, self.held_out = data.load("train"), data.load("val")

@@ -91,7 +91,7 @@ PROGRAMS = {
     "plot": lambda: plot_nc.main(["run", "-o", "figure.png"]),
     "test": lambda: omniglot_train.main(["--test", "run"]),
     "resume": lambda: omniglot_train.main(["--resume", "run", "--epoch", "2"]),
-    "repeat": lambda: omniglot_train.main(["--from_args", "run/args.json"]),
+    "repeat": lambda: omniglot_train.main(["--from_args", "run"]),
 }
 FILES = {  # a file that may be bad: its kind, its name, the program that reads it
     "csv": ("photos", "data/train.csv", "photos"), "photo": ("photos", "data/images/p00.png", "photos"),

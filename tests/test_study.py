@@ -322,7 +322,7 @@ def test_every_command_is_one_that_its_script_takes(name):
         then = json.loads(path.read_bytes())
         now = then | {"settings": recorded_settings(args) | {"nc_qry": then["settings"]["nc_qry"]}}
         assert not differing(*(Run(path.parent, arguments, {}) for arguments in (then, now)))
-        check_network(path, net)  # of runs that recorded it
+        check_network(path.parent, net)  # of runs that recorded it
         load_weights(path.parent, args.test_weights, net)
 
 
