@@ -55,7 +55,7 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
                         "folders with --data FOLDER")
     top = _around_classes(Path(root))
     if top != Path(root):
-        _note_loose(Path(root))
+        _note_left_out(Path(root), _loose(Path(root)))
     if all((top / f"{split}.csv").exists() for split in NAMES):
         note(f"note: with --data the CSV files in {top} are not read; miniimagenet_train.py reads them with --root "
              f"{quoted(top)}")
@@ -73,7 +73,7 @@ def find(root: str | Path, resample: Image.Resampling, cache: str | Path | None 
     classes = class_folders(top)
     if len(classes) < 3:
         where = f"in {top / 'test'}" if tests_only else "there, at least 3 classes"
-        raise UserError(f"{top} holds {len(classes)} class folders ({_loose(top):,} images outside class folders); "
+        raise UserError(f"{top} holds {len(classes)} class folders ({len(_loose(top)):,} images outside them); "
                         f"put the images of each class ({', '.join(EXTENSIONS)}) into its own folder {where}")
     names = sorted(classes)
     random.Random(SPLIT_SEED).shuffle(names)
@@ -119,7 +119,7 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     Images that would be left out, because of their format or because they lie deeper, are refused. Those directly in
     `folder`, folders without images, and other files are left out with a note; those of NO_IMAGES without one.
     """
-    found, others, deeper, without, strange = [], [], [], [], []
+    found, others, deeper, left_out = [], [], [], _loose(folder)
     listed([short(entry.name) for entry in images.entries(folder)
             if entry.is_symlink() and not os.path.exists(entry) and not _is_image(entry)],
            f"links in {folder} lead nowhere, and their classes would be left out", "correct or remove them")
@@ -128,10 +128,10 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
         pictures = [images.image_file(file, f"{folder.name}/{entry.name}/{file.name}")
                     for file in files if _is_image(file)]
         found += [(images.normal(entry.name), picture) for picture in pictures]
-        without += [short(entry.name)] if files and not pictures else []
+        left_out += [entry.name] if files and not pictures else []
         others += [f"{entry.name}/{file.name}" for file in files if file.name.lower().endswith(OTHER_EXTENSIONS)]
-        strange += [f"{entry.name}/{file.name}" for file in files if pictures and not _is_image(file)
-                    and not file.name.lower().endswith(NO_IMAGES) and not os.path.isdir(file)]
+        left_out += [f"{entry.name}/{file.name}" for file in files if pictures and not _is_image(file)
+                     and not file.name.lower().endswith(NO_IMAGES) and not os.path.isdir(file)]
         deeper += [Path(inner).relative_to(folder).as_posix() for inner in _deeper(entry)
                    if not pictures or os.path.dirname(pictures[0].path) != inner]
     if deeper and not found:  # such as the characters of several alphabets
@@ -142,14 +142,7 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     listed(others, f"images in {folder} in other formats than {', '.join(FORMATS)}", "convert them, or remove them")
     listed(list(map(short, deeper)), f"folders in the class folders of {folder} have images that would be left out",
            "move these into the class folder itself, or remove them")
-    if without:
-        note(f"note: {len(without):,} folders in {folder} are left out, as no file there has an extension of an image "
-             f"({', '.join(EXTENSIONS)}): {', '.join(without[:10])}")
-    if strange:
-        note(f"note: {len(strange):,} files in the class folders of {folder} are left out, as they have no extension "
-             f"of an image: {', '.join(map(short, strange[:10]))}")
-    if found:
-        _note_loose(folder)
+    _note_left_out(folder, left_out)
     return images.by_class(found)
 
 
@@ -179,14 +172,15 @@ def _files(folder: os.DirEntry) -> list[os.DirEntry]:
     return images.entries(inner) if os.path.isdir(inner) and not any(map(_is_image, files)) else files
 
 
-def _note_loose(folder: Path) -> None:
-    if loose := _loose(folder):
-        note(f"note: {loose:,} images directly in {folder} are left out: they are in no class folder")
+def _note_left_out(folder: Path, names: Sequence[str]) -> None:
+    if names:
+        note(f"note: {len(names):,} files and folders in {folder} are left out, as only images in class folders "
+             f"({', '.join(EXTENSIONS)}) are read: {', '.join(map(short, names[:10]))}")
 
 
-def _loose(folder: Path) -> int:
-    """The number of images directly in the folder."""
-    return sum(_is_image(entry) and not os.path.isdir(entry) for entry in images.entries(folder))
+def _loose(folder: Path) -> list[str]:
+    """Names of the images directly in the folder."""
+    return [entry.name for entry in images.entries(folder) if _is_image(entry) and not os.path.isdir(entry)]
 
 
 def _is_image(file: os.DirEntry) -> bool:

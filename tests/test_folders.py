@@ -32,9 +32,9 @@ def test_classes_are_split_by_their_names_alone(tmp_path, capsys):
         "test": ["class 7", "class 9"]}
     assert image_set.summary.startswith("class folders, split by a shuffle of their names with seed 2015: train 6 "
                                         "classes of 4 ('class 0') to 12 images, val 2 classes of 7 ('class 3') to 8 im")
-    without, loose = capsys.readouterr().err.splitlines()
-    assert without.startswith("note: 1 folders in ") and without.endswith(": 'docs'")
-    assert loose.startswith("note: 1 images directly in ")
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: 2 files and folders in {tmp_path / 'mine'} are left out, as only images in class")
+    assert said.endswith(" are read: 'preview.png', 'docs'\n")
     data = {channels: image_set.load("val", 8, channels) for channels in (1, 3)}
     assert data[1].shape == (2, 8, 1, 8, 8) and data[3].shape == (2, 8, 3, 8, 8) and image_set.counts()["val"] == [7, 8]
     picture = Image.open(tmp_path / "mine/class 4/7.png")
@@ -75,9 +75,9 @@ def test_what_lies_next_to_classes_and_images_is_noted(tmp_path, capsys):
     (tmp_path / "top/train/train 0/empty").mkdir()
     find(tmp_path)
     loose, extra, strange = capsys.readouterr().err.splitlines()
-    assert loose == f"note: 1 images directly in {tmp_path} are left out: they are in no class folder"
+    assert loose.startswith(f"note: 1 files and folders in {tmp_path} are") and loose.endswith(": 'preview.png'")
     assert extra == f"note: 1 folders with images next to them in {tmp_path / 'top'} are left out: 'extra 0'"
-    assert strange.startswith("note: 1 files in the class folders of ") and strange.endswith(": 'train 0/3'")
+    assert strange.startswith("note: 1 files and folders in ") and strange.endswith(": 'train 0/3'")
 
 
 def test_folders_of_runs_among_the_classes_are_not_classes(tmp_path):
@@ -143,7 +143,7 @@ def split_folders(*splits: str):
     (lambda root: write_classes(root / "data", 3) or (root / "splits/a").mkdir(parents=True),
      ["3 class folders lie too deep in ", "such as data/class 0; give --data ", "/mine/data"]),
     (lambda root: write_classes(root.parent, 1) or (root.parent / "class 0").rename(root),
-     ["0 class folders (4 images outside class folders)"]),
+     ["0 class folders (4 images outside them)"]),
     (split_folders("train", "test"), ["has train, test and no val/"]),
     (split_folders("train", "val", "valid", "test"), ["two folders of one split", "valid", "move one away"]),
     (lambda root: split_folders("train")(root) and [(root / split).mkdir() for split in ("val", "test")],
