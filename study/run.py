@@ -5,8 +5,8 @@
     python -m study.run omniglot-5w1s --seeds 1  one setting, one seed
     python -m study.run --collect                copy finished runs to res/
 
-After --collect, `python -m study.controls res/RUN` measures a run's controls, `python plot_nc.py` redraws the figures
-and `python -m study.tables` rewrites the tables.
+The data are in omniglot/ and miniimagenet/, which may be links. After --collect, `python -m study.controls res/RUN`
+measures a run's controls, `python plot_nc.py` redraws the figures and `python -m study.tables` rewrites the tables.
 """
 
 import argparse
@@ -29,7 +29,6 @@ from study.design import SETTINGS
 from study.logs import HOME, NOT_COMPARED
 
 RESULTS = ("result.json", "timing.json")  # a finished run has both
-ROOTS = {"omniglot_train.py": "omniglot/", "miniimagenet_train.py": "miniimagenet/"}  # the scripts' defaults
 RUNS = Path("runs/study")  # the folder of the runs' folders
 POLL_SECONDS = 1.0
 
@@ -45,18 +44,10 @@ class Job(NamedTuple):
     def finished(self) -> bool:
         return all((self.folder / name).exists() for name in RESULTS)
 
-    @property
-    def data(self) -> str | None:
-        """The folder that the setting names with --data."""
-        return dict(zip(self.flags, self.flags[1:])).get("--data")
-
-    def command(self, roots: dict[str, str]) -> list[str]:
-        """`roots` are the folders of the data that the settings look for in omniglot/ and in miniimagenet/."""
-        top, _, inner = (self.data or "").partition("/")
-        place = ["--data", os.path.join(roots[f"{top}/"], inner)] if inner else ["--root", roots[ROOTS[self.script]]]
+    def command(self) -> list[str]:
         if (self.folder / "args.json").exists():
-            return [self.script, "--resume", str(self.folder), *place]
-        return [self.script, *self.flags, *place, "--out", str(self.folder)]  # --data overrides the setting's
+            return [self.script, "--resume", str(self.folder)]
+        return [self.script, *self.flags, "--out", str(self.folder)]
 
 
 def jobs_of(names: Sequence[str], seeds: Sequence[int] | None) -> list[Job]:
@@ -74,7 +65,7 @@ def jobs_of(names: Sequence[str], seeds: Sequence[int] | None) -> list[Job]:
             for seed, setting in sorted(runs, key=lambda run: run[0])]
 
 
-def run_all(jobs: Sequence[Job], at_once: int, roots: dict[str, str]) -> None:
+def run_all(jobs: Sequence[Job], at_once: int) -> None:
     """Run the unfinished jobs, `at_once` at a time; their output goes to FOLDER.txt.
 
     Each has OMP_NUM_THREADS threads, or one. If this process is stopped, it stops them, and each leaves a checkpoint.
@@ -90,7 +81,7 @@ def run_all(jobs: Sequence[Job], at_once: int, roots: dict[str, str]) -> None:
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.pop(0)
-                script, *flags = job.command(roots)
+                script, *flags = job.command()
                 print(f"python {shlex.join([script, *flags])}", flush=True)
                 with open(f"{job.folder}.txt", "ab") as output:
                     process = subprocess.Popen([sys.executable, HOME / script, *flags], stdin=subprocess.DEVNULL,
@@ -128,7 +119,7 @@ def contents(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
 def collect(jobs: Sequence[Job], results: Path) -> None:
     """Copy the log (compressed), settings, results, tested and last weights of finished runs to `results`/NAME-seedS.
 
-    The same run gives the same bytes: the compressed log has no time stamp, args.json no folder of this machine.
+    The same run gives the same bytes: the compressed log has no time stamp, args.json no --out.
     """
     for job in jobs:
         if not job.finished:
@@ -138,7 +129,7 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
             arguments = json.loads((job.folder / "args.json").read_bytes())
             if different := other_settings(job, arguments["settings"]):
                 raise UserError(f"{job.folder} has another {', '.join(different)} than the study; rename it")
-            arguments["settings"] |= {"root": ROOTS[job.script], "data": job.data, "cache": None, "out": None}
+            arguments["settings"]["out"] = None
             log = (job.folder / "log.jsonl").read_bytes()
         weights = contents(job.folder, ["last.pt", f"{arguments['settings'].get('test_weights', 'best')}.pt"])
         copies = contents(job.folder, RESULTS) | weights | {
@@ -160,9 +151,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="SETTING", help="settings in study/design.py; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the study's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
-    parser.add_argument("--omniglot", default=ROOTS["omniglot_train.py"], metavar="ROOT", help="folder of its data")
-    parser.add_argument("--photographs", default=ROOTS["miniimagenet_train.py"], metavar="ROOT",
-                        help="folder of Tiny ImageNet in the miniImageNet layout")
     parser.add_argument("--collect", action="store_true", help="copy finished runs to res/, run nothing")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
@@ -174,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no SIGHUP
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
                 signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the runs are stopped too
-        run_all(jobs, options.jobs, dict(zip(ROOTS.values(), (options.omniglot, options.photographs))))
+        run_all(jobs, options.jobs)
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ resumed = "--resume" in flags
 folder = pathlib.Path(flags.get("--resume") or flags["--out"])
 folder.mkdir(parents=True, exist_ok=True)
 seed = json.loads((folder / "args.json").read_text())["settings"]["seed"] if resumed else int(flags["--seed"])
-settings = {"seed": seed, "epoch": 6000, "task_num": 8, "root": flags["--root"], "out": str(folder)}
+settings = {"seed": seed, "epoch": 6000, "task_num": 8, "out": str(folder)}
 (folder / "args.json").write_text(json.dumps({"settings": settings}))
 def stop(*_):
     (folder / "checkpoint.pt").touch()
@@ -273,14 +273,13 @@ def test_stopped_it_stops_its_runs_and_then_resumes_them(number, status, place, 
 
 
 def test_collected_files_name_no_place_and_no_time(place, capsys):
-    run.main([SETTING, "--seeds", "1", "--omniglot", "/somewhere"])
+    run.main([SETTING, "--seeds", "1"])
     for _ in range(2):
         run.main([SETTING, "--seeds", "1", "2", "--collect"])
         collected = {path.name: path.read_bytes() for path in (place / "res" / f"{SETTING}-seed1").iterdir()}
         assert collected.keys() == {"log.jsonl.gz", "args.json", "result.json", "timing.json", "last.pt"}
         assert gzip.decompress(collected["log.jsonl.gz"]) == b"begun\n" and collected["log.jsonl.gz"][4:8] == bytes(4)
-        assert json.loads(collected["args.json"])["settings"] == {
-            "seed": 1, "epoch": 6000, "task_num": 8, "root": "omniglot/", "data": None, "cache": None, "out": None}
+        assert json.loads(collected["args.json"])["settings"] == {"seed": 1, "epoch": 6000, "task_num": 8, "out": None}
     assert f"{SETTING}-seed2: not finished, left out" in capsys.readouterr().out
     folder, results = (place / parent / f"{SETTING}-seed1" for parent in ("runs/study", "res"))
     settings = {"seed": 1, "epoch": 6000, "task_num": 8}
@@ -309,15 +308,11 @@ def test_collected_files_name_no_place_and_no_time(place, capsys):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_command_is_one_that_its_script_takes(name):
     (job, *_) = run.jobs_of([name], None)
-    script, *flags = job.command({"omniglot/": "data", "miniimagenet/": "data"})
+    script, *flags = job.command()
     module = importlib.import_module(Path(script).stem)
     args = module.arguments(flags)
     net = module.network(args)
     assert args.out == str(job.folder) and args.seed == 1
-    if args.data is None:
-        assert args.root == "data"
-    else:
-        assert Path(args.data).parts[:1] == ("data",) and len(Path(args.data).parts) == 2
     for path in (HOME / "res").glob(f"{name}-seed*/args.json"):  # a seed that is trained today is of the same setting
         then = json.loads(path.read_bytes())
         now = then | {"settings": recorded_settings(args) | {"nc_qry": then["settings"]["nc_qry"]}}
