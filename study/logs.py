@@ -1,7 +1,7 @@
 """Reads what training runs leave: args.json, log.jsonl or log.jsonl.gz, result.json, timing.json, controls.json.
 
-Except in controls.py, and in run.py to collect runs, `study` imports only files.py of the tool, and no torch: a log
-can be analysed where torch is not installed.
+Except in controls.py, `study` imports only files.py of the tool, and no torch: a log can be analysed where torch is
+not installed.
 """
 
 import functools

@@ -11,7 +11,6 @@ measures a run's controls, `python plot_nc.py` redraws the figures and `python -
 
 import argparse
 import gzip
-import importlib
 import json
 import os
 import shlex
@@ -26,7 +25,7 @@ from typing import NamedTuple
 import files
 from files import Parser, UserError, atomic, reading
 from study.design import SETTINGS
-from study.logs import HOME, NOT_COMPARED
+from study.logs import HOME
 
 RESULTS = ("result.json", "timing.json")  # a finished run has both
 RUNS = Path("runs/study")  # the folder of the runs' folders
@@ -101,16 +100,6 @@ def run_all(jobs: Sequence[Job], at_once: int) -> None:
         raise UserError(f"failed: {', '.join(job.folder.name for job in failed)}; {failed[0].folder}.txt says why")
 
 
-def other_settings(job: Job, settings: dict) -> list[str]:
-    """The names of a run's settings, from its args.json, that are not the job's; newer flags are not compared."""
-    script = importlib.import_module(Path(job.script).stem)  # not earlier: it imports torch
-    wanted = vars(script.arguments(job.flags))
-    if wanted["nc_qry"] is None:
-        del wanted["nc_qry"]  # the run sets it, by its data
-    return sorted(name for name in settings.keys() & wanted.keys() - (NOT_COMPARED - {"seed"})
-                  if settings[name] != wanted[name])
-
-
 def contents(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
     """What the files of these names hold, without those that are absent."""
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
@@ -127,8 +116,6 @@ def collect(jobs: Sequence[Job], results: Path) -> None:
             continue
         with reading(job.folder, "let it train again", "is damaged"):
             arguments = json.loads((job.folder / "args.json").read_bytes())
-            if different := other_settings(job, arguments["settings"]):
-                raise UserError(f"{job.folder} has another {', '.join(different)} than the study; rename it")
             arguments["settings"]["out"] = None
             log = (job.folder / "log.jsonl").read_bytes()
         weights = contents(job.folder, ["last.pt", f"{arguments['settings'].get('test_weights', 'best')}.pt"])

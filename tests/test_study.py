@@ -299,8 +299,6 @@ def test_collected_files_name_no_place_and_no_time(place, capsys):
     (folder / "last.pt").write_text("other weights")
     collect({"settings": settings})
     assert not (results / "controls.json").exists()
-    with refused("seed1 has another epoch, seed than the study; rename it"):
-        collect({"settings": settings | {"epoch": 20, "seed": 4}})
     with refused("seed1 is damaged", "; let it train again"):
         collect({})
 
@@ -319,15 +317,6 @@ def test_every_command_is_one_that_its_script_takes(name):
         assert not differing(*(Run(path.parent, arguments, {}) for arguments in (then, now)))
         check_network(path.parent, net)  # of runs that recorded it
         load_weights(path.parent, args.test_weights, net)
-
-
-def test_settings_of_a_run_that_are_not_the_jobs():
-    settings = {"update_lr": 2.0, "adapt_blocks": [4, 5], "spatial_mean": False, "freeze_head": True, "seed": 1}
-    flags = "--update_lr 2 --adapt_blocks 4 5 --no-spatial_mean --freeze_head --seed 1 --nc_every 9".split()
-    job = run.Job(Path("run"), "omniglot_train.py", flags)
-    assert run.other_settings(job, settings | {"nc_every": 5, "nc_qry": 15}) == []
-    others = {"update_lr": 0.4, "adapt_blocks": None, "spatial_mean": True, "freeze_head": False, "seed": 2, "clip": 1}
-    assert run.other_settings(job, others) == sorted(others)
 
 
 @pytest.mark.parametrize("arguments, words", [("omniglot", "no setting 'omniglot'"), ("--jobs 0", "at least 1")])
