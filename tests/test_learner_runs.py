@@ -1,5 +1,6 @@
 """Runs of every learner and recipe: stopped and resumed, measured or not, they end with the same bits."""
 
+import json
 import os
 import shutil
 import sys
@@ -128,6 +129,11 @@ def test_testing_on_other_images_needs_only_their_test_split(tmp_path, capsys):
     omniglot_train.main(["--test", str(run)])
     assert note in capsys.readouterr().out
     assert f"{run} has other test classes than mine (" in refusal(controls.main, run)
+    recorded = read_json(run, "args.json")
+    recorded["data"]["splits"] = {}  # as an older version recorded it: no classes
+    (run / "args.json").write_text(json.dumps(recorded))
+    omniglot_train.main(["--test", str(run)])
+    assert note not in capsys.readouterr().out
 
 
 @pytest.mark.slow
