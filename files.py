@@ -191,10 +191,20 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+class _Lines(tqdm):
+    """A progress bar for a log file: a new line per update. tqdm itself would write one endless line."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if pos == 0:  # by `close`, which adds the line end
+            self.fp.write(f"{self}")
+        elif self.n < self.total:  # `close` writes the last one
+            self.fp.write(f"{self}\n")
+
+
 def progress(items: Iterable | None, what: str, total: int, unit: str, delay: float = 2, **options) -> tqdm:
     """`items` with a bar on a terminal, else a line every ten seconds; nothing in the first `delay` seconds."""
     options |= {"total": total, "delay": delay, "miniters": 1}
     if sys.stderr.isatty():
         return tqdm(items, what, unit=f" {unit}", dynamic_ncols=True, **options)
-    text = f"{what and f'{what}: '}{{n_fmt}}/{{total_fmt}} {unit}{{postfix}}, {{remaining}} left\n"
-    return tqdm(items, mininterval=10, position=0, bar_format=text, **options)
+    text = f"{what and f'{what}: '}{{n_fmt}}/{{total_fmt}} {unit}{{postfix}}, {{remaining}} left"
+    return _Lines(items, mininterval=10, bar_format=text, **options)
