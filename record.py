@@ -154,6 +154,16 @@ def other_test_classes(run: Path, dataset: Dataset) -> bool:
         return read_args(run).get("data", {}).get("splits", {}).get("test", {}).get("classes_digest", own) != own
 
 
+def check_test_classes(run: Path, args: argparse.Namespace, dataset: Dataset) -> None:
+    """Refuse other test classes in the run's own place; of images that the command line names only note them."""
+    if other_test_classes(run, dataset):
+        own = read_args(run)["settings"]
+        differs = f"the test classes here are not those of {run}, which may have been trained on some of them"
+        if (args.root, args.data) == (own["root"], own.get("data")):
+            raise UserError(f"{differs}; restore the images ({dataset.found()}), or name others with --data FOLDER")
+        say(f"note: {differs}")
+
+
 def write_test(run: Path, result: dict, args: argparse.Namespace, dataset: Dataset) -> None:
     """Write the result of a later test to a file named after its settings; remove what a killed test left."""
     name = f"test-{args.test_tasks}tasks-{args.k_qry_test}qry-{args.update_step_test}steps"

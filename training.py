@@ -70,9 +70,7 @@ def train(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
                 run = Path(args.test)
                 if devices.rank() == 0:  # it may download them
                     say(f"Data: {dataset.described()}")
-                    if record.other_test_classes(run, dataset):
-                        say(f"note: these are not the test classes of {run}, which may have been trained on some of "
-                            "them")
+                    record.check_test_classes(run, args, dataset)
                     if not (run / "result.json").exists():
                         say(f"note: {run} is not finished")
                 record.write_test(run, _test(maml, data, run, Signals()), args, dataset)

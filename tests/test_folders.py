@@ -213,9 +213,9 @@ def test_a_folder_test_is_enough_to_test_a_trained_model_on_all_its_classes(tmp_
     omniglot_train.main(again)
     result, = (tmp_path / "run").glob("test-*.json")
     assert read_json(tmp_path / "run", result.name)["test_classes"] == 5
-    assert "note: these are not the test classes of " in capsys.readouterr().out
+    assert "note: the test classes here are not those of " in capsys.readouterr().out
     write_classes(tmp_path / "pictures again", 15)  # other classes become the test split
     omniglot_train.main([*again[:3], str(tmp_path / "pictures again")])
-    assert "note: these are not the test classes of " in capsys.readouterr().out
+    assert "note: the test classes here are not those of " in capsys.readouterr().out
     with refused("own has test and no train/, val/; add what is missing, or put"):
         omniglot_train.main([*TINY, "--data", str(tmp_path / "own"), "--out", str(tmp_path / "other")])
