@@ -103,8 +103,7 @@ def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
          "classes", choices=["maml", "anil", "boil", *BASELINES])
     flag("epoch", None, "meta-steps in all; miniimagenet_train.py: tasks in all, TASK_NUM per meta-step")
     flag("seed", 222, "of the initial weights and the training tasks")
-    flag("from_args", None, "repeat a run in a new folder; other flags change its settings",
-         metavar="RUN_FOLDER")
+    flag("from_args", None, "repeat a run in a new folder; other flags change its settings", metavar="RUN_FOLDER")
     group = parser.add_argument_group("tasks")
     flag("n_way", None, "classes per task")
     flag("k_spt", None, "support images per class (k-shot)")

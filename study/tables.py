@@ -19,7 +19,7 @@ import numpy as np
 import files
 from files import Parser, atomic
 from study import design, effects
-from study.design import DIFFICULTY, LEARNERS, LONG, MAIN, METRICS, MODELS, OTHER_LOOPS, label
+from study.design import CHANGED_AT, DIFFICULTY, LEARNERS, LONG, MAIN, METRICS, MODELS, OTHER_LOOPS, label
 from study.effects import HIDDEN, as_used, at, end, growth, in_control, measured, own_accuracy, tested
 from study.logs import HOME, Run, Study
 from study.markdown import Cell, Columns, fixed, over, row, table, with_tables
@@ -263,11 +263,10 @@ def length(study: Study) -> str:
 
 
 # The paper's recipe, and the same with settings changed.
-STEP = design.CHANGED_AT
 changes = partial(compared, names=design.CHANGED, columns={
-    f"relative within trace, {when}": (at, model, "relative_within", STEP) for model, when in MODELS.items()} | {
-    "nearest support mean before adaptation, %": (at, "meta", "ncc_accuracy", STEP),
-    "classifier, adapted, %": (at, "finetuned", "accuracy", STEP),
+    f"relative within trace, {when}": (at, model, "relative_within", CHANGED_AT) for model, when in MODELS.items()} | {
+    "nearest support mean before adaptation, %": (at, "meta", "ncc_accuracy", CHANGED_AT),
+    "classifier, adapted, %": (at, "finetuned", "accuracy", CHANGED_AT),
     "test: nearest support mean, %": (tested, "nearest_mean", 0),
     "test: classifier, adapted, %": (tested, "accuracy", -1)})
 
