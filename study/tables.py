@@ -223,8 +223,8 @@ def ranking(study: Study) -> str:
 def correlations(study: Study) -> str:
     """Spearman correlation of the fall in the share with test accuracy, over section 5's kinds of images."""
     images = [*itertools.chain(*DIFFICULTY.values())]
-    points = {"all kinds of images": images,
-              "without few photographs": [name for name in images if name != "photographs-20-images"]}
+    points = {"all rows": images,
+              "all but 20 photographs per class": [name for name in images if name != "photographs-20-images"]}
     return table([{"": kind, "Spearman correlation": fixed(
         effects.spearman(means(groups, *FALL), means(groups, own_accuracy)), 2)}
         for kind, names in points.items() if (groups := study.groups(names))])
