@@ -41,8 +41,8 @@ class GuardedAdam:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], losses: Tensor) -> None:
-        """One Adam step; undone on the device, without a sync, if a loss, a gradient, its square or a weight
-        is then not finite."""
+        """One Adam step; undone on the device, without a sync, if a loss, a gradient, Adam's state or a new weight is
+        not finite."""
         for weight, gradient in zip(self.weights, gradients, strict=True):
             weight.grad = gradient.clamp(-self.clip, self.clip) if self.clip else gradient
         changed = self.state()[:-2]  # all but the two counters

@@ -1,6 +1,6 @@
-"""A run's state between two meta-steps, in one file, from which a resumed run continues bit for bit.
+"""A run's state between two meta-steps, in one file. A resumed run continues from it bit for bit.
 
-On CUDA it does with --deterministic; with several processes, with as many as before.
+On CUDA this needs --deterministic, and of several processes as many as before.
 
     {"step": 500,                     meta-steps so far
      "updates": 500,                  Adam's updates, one per meta-step: fewer only with --skip_nonfinite

@@ -67,7 +67,7 @@ def device_name(device: torch.device) -> str:
 
 
 def set_arithmetic(precision: str, deterministic: bool) -> None:
-    """Set CUDA's matrix products to "float32" or "tf32"; if `deterministic`, use only kernels that repeat bit for bit.
+    """Set CUDA's matrix products and convolutions to "float32" or "tf32"; if `deterministic`, only repeatable kernels.
 
     Call it before the first matrix product: cuBLAS reads its setting once.
     """
@@ -227,8 +227,8 @@ class GraphedStep:
             says whether the next one measures.
         step: step(every_step=False) draws tasks and takes one meta-step, all on the current CUDA device.
         generator: the CUDA generator that `step` draws tasks from.
-        required: if the capture fails, all state is restored and a UserError raised. Otherwise a line says so, and all
-            steps run eagerly.
+        required: a failed capture raises a UserError; otherwise a line reports it, and all steps run eagerly. All
+            state is restored in either case.
     """
 
     def __init__(self, maml, step: Callable, generator: torch.Generator, required: bool = True):

@@ -49,7 +49,7 @@ Splits = dict[str, dict[str, list[ImageFile]]]  # split -> class -> images
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The image files of each class of each split. Splits that share a class or an image, or have none, are refused."""
+    """The image files of each class of each split. Splits that are empty, or share a class or an image, are refused."""
 
     name: str  # of the cache files
     layout: str  # where and how the images were found, in words
@@ -92,7 +92,7 @@ class ImageSet:
         return {split: list(map(len, classes.values())) for split, classes in self.splits.items()}
 
     def digest(self, split: str) -> str:
-        """Of the names of a split's classes, in the order of the tensor."""
+        """Digest of the names of a split's classes, in the order of the tensor."""
         return hashlib.sha256("\n".join(self.splits[split]).encode(errors="surrogateescape")).hexdigest()[:16]
 
     def load(self, split: str, imgsz: int, channels: int) -> torch.Tensor:

@@ -127,8 +127,8 @@ class Learner(nn.Module):
     def patches(self, x: Tensor, groups: int = 1) -> Tensor | Patches:
         """The part of `forward` that needs no weights, of images of tasks [T, N, c, h, w]: pass the result as x.
 
-        This is x itself if it needs a gradient, or if the network doesn't start with a convolution, of no more values
-        per patch than it has kernels, and batch norm.
+        It is x itself if x needs a gradient, or unless the network starts with a convolution and batch norm, and the
+        convolution has at least as many kernels as a patch has values.
         """
         match self.config:
             case [("conv2d", [out, channels, kernel, _, stride, padding]), ("bn" | "bn_shift", _), *_]:
@@ -142,7 +142,7 @@ class Learner(nn.Module):
 
         Args:
             x: [N, c, h, w], or [T, N, c, h, w] for T tasks, or their `patches`, made with the same groups.
-            weights: as `self.weights`, or each with a leading task axis [T, ...] (needs x of tasks); theta if None.
+            weights: as `self.weights`, or each with a leading task axis [T, ...] (needs x of T tasks); theta if None.
             features: also return the features of every block, i.e. what enters the next convolution or linear layer,
                 and last the logits: a list of [N, D] or [T, N, D], in the order of `blocks`. D is in memory order
                 (channels last), not the order of torch's flatten.

@@ -36,7 +36,7 @@ def squared_distances(features: Tensor, means: Tensor) -> Tensor:
 
 
 def with_patches(net: Learner, tasks: Tasks) -> Tasks:
-    """The tasks for several sets of weights: their images as `Learner.patches`, which are the same for all of them."""
+    """The tasks with their images as `Learner.patches`, which are made once for several sets of weights."""
     return tasks._replace(x_spt=net.patches(tasks.x_spt), x_qry=net.patches(tasks.x_qry))
 
 

@@ -35,8 +35,8 @@ class Step(NamedTuple):
     """Results of one meta-step, before its update; all on the device."""
 
     losses: Tensor  # [T], mean query cross-entropy of the adapted weights; a baseline's own loss
-    accuracy: Tensor  # of the queries: [T, 1] after the inner loop, or [T, K+1] with every_step; of a baseline [T, 1]
-    metrics: dict | None  # as `measuring.collapse_metrics`, at every nc_every-th step
+    accuracy: Tensor  # of the queries (classifier: all images), [T, 1]; of an inner loop with every_step [T, K+1]
+    metrics: dict | None  # as `measuring.collapse_metrics`, at every nc_every-th step, else None
 
 
 class Adapted(NamedTuple):
@@ -58,7 +58,7 @@ def adapt(net: Learner, weights: Weights, x: Tensor, y: Tensor, lr: float | Mapp
         lr: the paper's alpha, or one per adapted weight: numbers, or parameters of `net` (Meta-SGD, Li et al. 2017).
         second_order: differentiate the inner gradients too; else they are constants in the returned weights' graph.
     Returns:
-        `steps` + 1 sets of weights, each [T, ...]: the start, which is no copy of `weights`, and after each step.
+        `steps` + 1 sets of weights, each [T, ...]: the start, which shares memory with `weights`, and after each step.
     """
     lr = lr if isinstance(lr, Mapping) else dict.fromkeys(net.adaptable, lr)
     with torch.enable_grad():
@@ -121,7 +121,7 @@ class Meta:
     update_step_test: int = 10  # inner steps in `finetune`
     first_order: bool = False  # take the inner gradients as constants
     nc_every: int = 0  # measure at meta-steps 0, nc_every, 2 nc_every, ...; 0: never
-    task_chunk: int = 0  # maximum tasks in memory at once; the same up to rounding; 0: as `_together` says
+    task_chunk: int = 0  # maximum tasks in memory at once; the same up to rounding; 0: all on a GPU, by size on a CPU
     seed: int = 222  # of the permuted labels (the metrics' null)
     nc_every_late: int | None = None  # nc_every from meta-step LATE on; None: the same
     clip: float = 0.0  # each value of the outer gradient is clipped to -clip..clip, as in the paper's code; 0: none
@@ -190,7 +190,7 @@ class Meta:
 
     def finetune(self, tasks: Tasks, measured: Tasks | None = None, null_seed: int = 0,
                  nontransductive: Sequence[int] = (), every_query: bool = True) -> Adapted:
-        """Test-time adaptation from theta, which stays as it is; refuses tasks of another n_way than the net's.
+        """Test-time adaptation from theta, which stays as it is; a ValueError if the tasks' n_way is not the net's.
 
         Args:
             measured: the same tasks, of any query sets, on which the metrics are measured, after `update_step` inner

@@ -84,8 +84,8 @@ def find(root: str | Path, cache: str | Path | None = None) -> ImageSet:
     elif layout == FOLDERS:
         splits = folders.split_classes(parts)
         if tables := _layouts(top)[CSV]:
-            note(f"note: {', '.join(path.name for path in tables.values())} in {top} are not read: the folders say the "
-                 "splits")
+            note(f"note: {', '.join(path.name for path in tables.values())} in {top} are not read: the folders have "
+                 "the splits")
     elif layout == PICKLES:
         splits = {split: _from_pickle(parts[split], split) for split in SPLITS}
     elif splits := _from_wnids(root, cache):

@@ -18,8 +18,8 @@ S_W = 1/N sum (h - mu_c)(h - mu_c)^T, S_B = 1/C sum (mu_c - mu_G)(mu_c - mu_G)^T
   samples. Compare with the same metric of permuted labels (`permuted`). Take the means for NC4 from the support set.
 - What depends on spread is nan for one sample per class. A zero denominator gives nan, e.g. when class means are equal.
   A value within rounding error of zero counts as zero; otherwise a dead layer would report noise.
-- Labels are 0..C-1 in any order, each equally often. A task with other labels (except in the single functions for NC4)
-  or a feature that is not finite gets nan.
+- Labels are 0..C-1 in any order, each equally often; a ValueError if C doesn't divide N. A task with other labels
+  (except in the single functions for NC4) or a feature that is not finite gets nan.
 - Everything is float64. No D x D matrix is formed. Nothing waits for a GPU, except the svd of a C x C matrix in `nc1`.
 """
 

@@ -31,11 +31,11 @@ def main(arguments: Sequence[str] | None = None, home: Path = HOME) -> None:
     parser = Parser(description="Draw neural collapse against meta-steps from training logs.",
                     epilog="With no RUN: redraw result.png and the report's figures from the logs under res/.")
     parser.add_argument("runs", nargs="*", type=home_path, metavar="RUN",
-                        help="run folder or log; several: seeds, settings")
-    parser.add_argument("--figure", choices=figures.ANY, help="of the RUNs (default: traces)")
+                        help="a run's folder or log; several: seeds of a setting, or settings to compare")
+    parser.add_argument("--figure", choices=figures.ANY, help="which figure of the RUNs (default: traces)")
     parser.add_argument("-o", "--output", type=home_path, metavar="FILE",
                         help="PNG, PDF or SVG to write (default: a PNG in the first RUN)")
-    parser.add_argument("--layer", metavar="NAME", help="not of --figure layers (default: the classifier's input)")
+    parser.add_argument("--layer", metavar="NAME", help="not with --figure layers (default: the classifier's input)")
     options = parser.parse_args(arguments)
     if not options.runs and (options.output or options.layer or options.figure):
         raise UserError("name a RUN: without one, all figures are redrawn, and -o, --layer and --figure have no effect")

@@ -84,7 +84,7 @@ class Model:
     @torch.no_grad()
     def adapt(self, support_images: Iterable[Picture], support_labels: Iterable[Hashable]
               ) -> tuple[dict[str, Tensor], list[Hashable], Tensor, Tensor]:
-        """The inner loop of the run's test, from the trained weights; ProtoNet and the classifier take none.
+        """The inner loop of the run's test, from the trained weights; ProtoNet and the classifier have none.
 
         It takes `args.update_step_test` steps, which you may change: fewer can be better with more images per class
         than in training.
@@ -153,8 +153,8 @@ class Model:
             logits, similarity, _ = scores(self.net, tasks, weights, transductive)
             answer = (similarity if self.args.learner in BASELINES else logits)[0]
             if not answer.isfinite().all():
-                raise UserError("the network's answers are not finite: the inner loop diverges on these images, or in "
-                                "training the weights did")
+                raise UserError("the network's answers are not finite: the inner loop diverges on these images, or the "
+                                "weights diverged in training")
             answers += [names[i] for i in answer.argmax(-1).tolist()]
         return answers
 

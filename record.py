@@ -145,9 +145,9 @@ def write_json(path: Path, value: dict, remedy: str = REMEDY) -> None:
 
 
 def other_test_classes(run: Path, dataset: Dataset) -> bool:
-    """Whether the test classes are not the run's own; it may have been trained on some of them then.
+    """Whether the test classes differ from the run's own; if so, it may have been trained on some of them.
 
-    Those of a run that recorded none are taken as its own.
+    False if the run recorded none.
     """
     own = dataset.digest("test")
     with reading(run / "args.json", wrong="is not what a run writes"):
@@ -155,7 +155,7 @@ def other_test_classes(run: Path, dataset: Dataset) -> bool:
 
 
 def check_test_classes(run: Path, args: argparse.Namespace, dataset: Dataset) -> None:
-    """Refuse other test classes in the run's own place; of images that the command line names only note them."""
+    """Refuse other test classes in the run's own folder of images; in one that the command line names, note them."""
     if other_test_classes(run, dataset):
         own = read_args(run)["settings"]
         differs = f"the test classes here are not those of {run}, which may have been trained on some of them"

@@ -118,12 +118,12 @@ def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
          "folders (--test needs only test/); IMGC 1 or 3 makes them greyscale or colour", metavar="FOLDER")
     flag("data_name", None, "name of the data in logs and figures; the data's own if not given")
     if "split" in defaults:
-        flag("split", None, "into training, validation and test: a fixed shuffle of all characters, or the alphabets "
-             "of Vinyals et al. (2016)", choices=["shuffled", "vinyals"])
+        flag("split", None, "how characters are split into training, validation and test: a fixed shuffle, or the "
+             "alphabets of Vinyals et al. (2016)", choices=["shuffled", "vinyals"])
     flag("cache", None, "folder of the decoded images; if not given, ROOT/cache, or FOLDER/.cache with --data FOLDER")
     choice("synthetic", False, "train on generated images, with no data at all, and evaluate on fewer tasks")
-    flag("imgsz", None, "images are resized to this square, pixels")
-    flag("imgc", None, "channels of an image")
+    flag("imgsz", None, "height and width, in pixels, to which images are resized")
+    flag("imgc", None, "channels per image")
     flag("pixels", None, "normalised: by ImageNet's mean and standard deviation (omniglot_train.py: as unit); unit: "
          "0..1; inverted: 1..0", choices=["normalised", "unit", "inverted"])
     if "rotations" in defaults:
@@ -160,19 +160,19 @@ def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
     flag("clip", 0.0, "clip each value of the outer gradient to -CLIP..CLIP; 0: none")
     choice("keep_norms", False, "scale every convolution's kernel back to its initial norm after each meta-step; where "
            "batch norm follows, a kernel's norm only decides how large its inner steps are")
-    choice("skip_nonfinite", False, "skip and count updates that are not finite, or whose loss or gradient is not, "
+    choice("skip_nonfinite", False, "skip and count updates with a loss, gradient or new weight that is not finite, "
            "instead of stopping there")
     group = parser.add_argument_group("measuring, validating, testing")
     flag("nc_every", 100, "meta-steps between two neural-collapse measurements on training tasks; 0: none at all")
     flag("nc_every_late", None, "as --nc_every, from meta-step 7,500 on; NC_EVERY if not given", type=int)
     flag("eval_every", 500, "meta-steps between two validations, with metrics on the same held-out tasks")
-    flag("eval_tasks", 100, f"tasks of a validation, always the same; with --synthetic {fewer['eval_tasks']}")
+    flag("eval_tasks", 100, f"tasks per validation, always the same; with --synthetic {fewer['eval_tasks']}")
     flag("test_tasks", 600, f"tasks of the test at the end; with --synthetic {fewer['test_tasks']}")
     flag("test_weights", "best", "test the weights of the best validation, or the last; with --test also weights-STEP, "
          "of --keep_every")
     choice("transductive", True, "validate, and choose the best weights, with batch norm over the whole query set; "
-           "--no-transductive: over one query and the support set. A test reports both accuracies, the second of one "
-           "query per class, or of all with --no-transductive")
+           "--no-transductive: over the support set and one query. A test reports both accuracies; the one without "
+           "transduction is of one query per class, or of all with --no-transductive")
     flag("test", None, f"test a finished run again, on its own settings; {_flags(MAY_CHANGE['test'])} may be changed",
          metavar="RUN_FOLDER")
     group = parser.add_argument_group("the run's folder")
@@ -188,7 +188,8 @@ def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
          "0: all on a GPU, fewer on a CPU, by their size")
     choice("cuda_graph", None, "on CUDA, capture the training step once and replay it: the same result, faster; if not "
            "given, where it can be captured")
-    flag("precision", "float32", "of matrix products: tf32 (CUDA) is faster and coarser", choices=["float32", "tf32"])
+    flag("precision", "float32", "of CUDA's matrix products and convolutions: tf32 is faster and less precise",
+         choices=["float32", "tf32"])
     choice("deterministic", False, "on CUDA, only kernels that repeat bit for bit, as a CPU always does")
     parser.set_defaults(script=defaults["script"], print_every=defaults["print_every"])
     return parser
@@ -201,7 +202,7 @@ def _flags(names: Sequence[str]) -> str:
 def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The settings that a run's args.json holds, changed by the flags on the command line.
 
-    Where these name other images, what the run's settings say of its own images is left out.
+    Where these name other images, the settings of the run's own images are left out.
     """
     settings = _recorded(Path(flags[mode]), mode, parser)
     if flags.get("recipe", settings["recipe"]) != settings["recipe"]:

@@ -37,7 +37,7 @@ from torch import Tensor
 class Tasks(NamedTuple):
     """T tasks. Images are float, scaled to 0..1 and normalised; labels are int64, 0..n_way-1, each equally often.
 
-    From a `Sampler` one class follows the other; `one_by_one` relies on it where it takes the first query of each.
+    A `Sampler` orders each task class by class; `one_by_one` relies on it to take the first query of each class.
     """
 
     x_spt: Tensor  # [T, n_way * k_spt, c, h, w]
@@ -179,8 +179,8 @@ class Sampler:
     def draw(self, n_tasks: int) -> tuple[Tensor, Tensor]:
         """Indices of the next tasks, for `gather`: class [T, n_way, 1], image [T, n_way, k].
 
-        From the same generator state, a larger k starts with the images of a smaller one, but for equal random numbers
-        (at 600 images per class, in 1 class of 10,000).
+        From the same generator state, a larger k starts with the images of a smaller k, unless two random numbers are
+        equal (at 600 images per class, in 1 class of 10,000).
         """
         rows, per_class = self.images.shape[:2]
         random = {"device": self.generator.device, "generator": self.generator}

@@ -9,7 +9,7 @@ convolution with its batch norm.
 `torch.vmap` over `F.conv2d` is a grouped convolution, which is slow for small maps, and over `F.batch_norm` its double
 backward is wrong (pytorch/functorch#534).
 
-Letters: T tasks, N samples, h w c height, width, channels in, o channels out, k kernel, R = N*h*w rows of a channel.
+Letters: T tasks, N samples, h w c height, width, channels in, o channels out, k kernel, R = N*h*w values per channel.
 """
 
 import functools

@@ -137,7 +137,7 @@ class Data:
         return images
 
     def load(self, split: str) -> Tensor:
-        """uint8 [class, image, c, h, w] on the device, or on the host if it needs over half of the free memory."""
+        """uint8 [class * turns, image, c, h, w] on the device; on the host if it needs over half of the free memory."""
         images = self.read(split)
         if self.args.random_labels and split == "train":
             order = torch.Generator().manual_seed(self.args.seed)

@@ -77,7 +77,7 @@ def check(case: Case, device: torch.device) -> dict[str, float]:
     """Compare all gradients in float64, on a part of the case; stop if one is wrong.
 
     Returns:
-        The relative error of each, from the median of all, number by number.
+        The relative error of each: its distance from the median of all gradients, taken value by value.
     """
     part = case._replace(**{field: min(getattr(case, field), most) for field, most in CHECKED.items()})
     gradients = {}
@@ -115,7 +115,7 @@ def measure(case: Case, args: argparse.Namespace, keep: bool) -> dict:
 
 
 def start(args: argparse.Namespace) -> torch.device:
-    """Set the process up as every implementation finds it; the device."""
+    """Set up the process as every implementation needs it; returns the device."""
     if hasattr(os, "sched_setaffinity"):  # JAX takes as many threads as it sees cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:torch.get_num_threads()])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for all

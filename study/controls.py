@@ -198,7 +198,7 @@ def similarity(maml: Meta, tasks: Tasks, null: tuple[Tensor, Tensor], blocks: Se
 
 
 def gradients(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """What the support set's images and gradient are in each layer before adaptation.
+    """The support loss's gradient, and the variance of the convolutions, layer by layer before adaptation.
 
     "gradient" [T, L]: the norm of the support loss's gradient with respect to the layer's features. "variance" [T, L]:
     `variance_ratio` of each convolution. Batch norm divides its output by the root of the variance, and thus also the
@@ -220,8 +220,8 @@ def gradients(maml: Meta, tasks: Tasks, _null: tuple[Tensor, Tensor]) -> dict[st
 def variance_ratio(h: Tensor, weight: Tensor, kernel: int, stride: int, padding: int | str) -> Tensor:
     """The variance of a convolution's output as a multiple of that of a random kernel of the same norm, [T].
 
-    Summed over channels: tr(W S W^T) / (||W||^2 tr S / p), where S is the covariance of patches of p values. It is near
-    p if all kernels lie along the direction in which patches vary most, and that is the only one.
+    Summed over channels: tr(W S W^T) / (||W||^2 tr S / p), where S is the covariance of patches of p values. It is at
+    most p: where patches vary in one direction alone, and all kernels lie along it.
 
     Args:
         h: images [T, N, h, w, c].

@@ -47,7 +47,7 @@ def number(value: float | None) -> float:
 
 @functools.cache
 def series(run: Run, split: str, model: str, metric: str, layer: int | str = HIDDEN) -> np.ndarray:
-    """A metric of `model` ("meta", "finetuned", "support") against meta-steps: [3, S].
+    """A logged metric of `model` ("meta", "finetuned", "support") at S measurements: [3, S].
 
     The rows are step, mean over tasks and its standard error; nan where undefined. "accuracy" is the adapted
     classifier's for every model and layer. "cdnv_unbiased" is `unbiased_cdnv` of the mean CDNV: that of a single
@@ -158,7 +158,7 @@ def measured(run: Run, model: str, metric: str, kind: str = "final", layer: int 
 
 
 def relative(run: Run, model: str, metric: str) -> float:
-    """As `measured`, over the same for permuted labels: 0 is collapse, and 1 if labels mean nothing."""
+    """`measured`, divided by its value for permuted labels: 0 is collapse, 1 if labels mean nothing."""
     return measured(run, model, metric) / measured(run, model, f"{metric}_null")
 
 
@@ -168,9 +168,9 @@ def adapted_ratio(run: Run, metric: str) -> float:
 
 
 def five_shot_share(run: Run, samples: str, inner_step: int) -> float:
-    """Unbiased relative within trace of "query" or "support" features after `inner_step` steps, of the mean traces.
+    """Unbiased relative within trace of "query" or "support" features after `inner_step` steps in control "5-shot".
 
-    Of the control "5-shot"; nan without it. Unbiased as in `nc_metrics.unbiased_traces`.
+    From the mean traces, as in `nc_metrics.unbiased_traces`; nan without that control.
     """
     images, prefix = (CONTROL_QUERIES, "") if samples == "query" else (CONTROL_SHOTS, "support_")
     within, between = (in_control(run, "5-shot", "inner", f"{prefix}{trace}", "mean", inner_step, HIDDEN)

@@ -99,7 +99,7 @@ class Run:
         return self.file("result.json")
 
     def with_weights_of(self, control: str) -> "Run":
-        """The run with other weights, "untrained" or "pixels": with what the controls measured of these."""
+        """The run with the weights of a control, "untrained" or "pixels", and with what was measured of these."""
         other = Run(self.path, self.arguments, self.rows)
         other.controls = {kind.removesuffix(control) + "final": measured for kind, measured in self.controls.items()
                           if kind.endswith(control)}
