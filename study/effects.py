@@ -98,11 +98,6 @@ def end(run: Run, model: str, metric: str, layer: int | str = HIDDEN, split: str
     return float(late.mean()) if len(late) else math.nan
 
 
-def growth(run: Run, model: str, metric: str) -> float:
-    """The end as a multiple of the untrained network."""
-    return end(run, model, metric) / at(run, model, metric, 0)
-
-
 def within_share(traces: np.ndarray | Sequence) -> np.ndarray:
     """within / (within + between): [2, ...] -> [...]."""
     return traces[0] / (traces[0] + traces[1])
@@ -160,11 +155,6 @@ def measured(run: Run, model: str, metric: str, kind: str = "final", layer: int 
 def relative(run: Run, model: str, metric: str) -> float:
     """`measured`, divided by its value for permuted labels: 0 is collapse, 1 if labels mean nothing."""
     return measured(run, model, metric) / measured(run, model, f"{metric}_null")
-
-
-def adapted_ratio(run: Run, metric: str) -> float:
-    """A metric on the test tasks after the inner loop, as a multiple of that before."""
-    return measured(run, "finetuned", metric) / measured(run, "meta", metric)
 
 
 def five_shot_share(run: Run, samples: str, inner_step: int) -> float:

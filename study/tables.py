@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import sub, truediv
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import files
 from files import Parser, atomic
 from study import design, effects
 from study.design import CHANGED_AT, DIFFICULTY, LEARNERS, LONG, MAIN, METRICS, MODELS, OTHER_LOOPS, label
-from study.effects import HIDDEN, as_used, at, end, growth, in_control, measured, own_accuracy, tested
+from study.effects import HIDDEN, as_used, at, end, in_control, measured, own_accuracy, tested
 from study.logs import HOME, Run, Study
 from study.markdown import Cell, Columns, fixed, over, row, table, with_tables
 
@@ -52,23 +53,23 @@ def from_untrained(metric: str, layer: int = HIDDEN, model: str = "finetuned") -
     return lambda runs: f"{untrained(runs).split(' ±')[0]} → {trained(runs)}"
 
 
-def minus(run: Run, one: tuple, other: tuple) -> float:
-    """The difference of two columns."""
-    one, other = (value(run, *arguments) for value, *arguments in (one, other))
-    return one - other
+def of_two(run: Run, operation: Callable[[float, float], float], one: tuple, other: tuple) -> float:
+    """The difference (`sub`) or ratio (`truediv`) of two columns."""
+    return operation(*(value(run, *arguments) for value, *arguments in (one, other)))
 
 
 def heldout_gap(runs: list[Run]) -> str:
     """Held-out minus training tasks; the interval over seeds, over tasks, and both together."""
     share = end, "finetuned", "relative_within", HIDDEN
-    mean, seeds = effects.over_seeds([minus(run, share, (*share, "train")) for run in runs])
+    mean, seeds = effects.over_seeds([of_two(run, sub, share, (*share, "train")) for run in runs])
     tasks = float(np.mean([effects.share_over_tasks(run) for run in runs]))
     halves = {"seeds": seeds, "tasks": tasks, "both": math.hypot(seeds, tasks)}
     intervals = ", ".join(f"{name} ± {fixed(half, 3)}" for name, half in halves.items() if half > 0)
     return f"{fixed(mean, 3)}; {intervals}"
 
 
-GROWTH: Columns = {f"{trace} trace, adapted, end / untrained": (growth, "finetuned", trace)
+GROWTH: Columns = {f"{trace} trace, adapted, end / untrained":
+                   (of_two, truediv, (end, "finetuned", trace), (at, "finetuned", trace, 0))
                    for trace in ("between", "within")}
 
 collapse = partial(compared, names=MAIN, transposed=True, columns={
@@ -89,13 +90,13 @@ accuracy = partial(compared, names=MAIN, transposed=True, columns={
     "nearest support mean before adaptation, %": (end, "meta", "ncc_accuracy"),
     "nearest support mean, adapted, %": (end, "finetuned", "ncc_accuracy"),
     "classifier, adapted, %": (end, "finetuned", "accuracy"),
-    "difference, points": (minus, (end, "meta", "ncc_accuracy"), (end, "finetuned", "accuracy")),
+    "difference, points": (of_two, sub, (end, "meta", "ncc_accuracy"), (end, "finetuned", "accuracy")),
     "classifier, adapted, training tasks, %": (end, "finetuned", "accuracy", HIDDEN, "train")})
 
 layers = partial(compared, names=MAIN, transposed=True, columns={
     f"adapted, {name}": from_untrained("relative_within", layer) for layer, name in NAMED_LAYERS.items()} | {
     f"adapted minus before, {name}":
-    (minus, (end, "finetuned", "relative_within", layer), (end, "meta", "relative_within", layer))
+    (of_two, sub, (end, "finetuned", "relative_within", layer), (end, "meta", "relative_within", layer))
     for layer, name in NAMED_LAYERS.items()})
 
 # Change of the relative within trace of the logits on training tasks: by label and as the original took it.
@@ -108,7 +109,7 @@ cells = partial(compared, names=design.CELLS, transposed=True, columns={
     "test accuracy, %": (own_accuracy,),
     "relative within trace, adapted": from_untrained("relative_within"),
     "the same minus before adaptation":
-    (minus, (end, "finetuned", "relative_within"), (end, "meta", "relative_within")),
+    (of_two, sub, (end, "finetuned", "relative_within"), (end, "meta", "relative_within")),
 } | GROWTH | {
     "CDNV, unbiased, adapted": from_untrained("cdnv_unbiased"),
     "tr(S_W S_B⁺)/C, adapted": from_untrained("nc1"),
@@ -119,7 +120,8 @@ RELATIVE = f"relative {METRICS['nc1']}"  # divided by its value for permuted lab
 RULES = {"nearest support mean": ("nearest_mean", 0), "nearest support mean, adapted": ("nearest_mean", -1),
          "classifier, adapted": ("accuracy", -1)}  # key and inner step in a test's results
 OWN_RULE: Columns = {"own rule, not transductive, %": (own_accuracy, False)}
-TRACES: Columns = {f"{trace} trace, adapted / before": (effects.adapted_ratio, trace)
+TRACES: Columns = {f"{trace} trace, adapted / before":
+                   (of_two, truediv, (measured, "finetuned", trace), (measured, "meta", trace))
                    for trace in ("between", "within")}
 
 
@@ -143,7 +145,7 @@ learners = partial(compared, names=(*LEARNERS, "anil-small-step", "random-labels
 # Fewer columns of the same settings, for README.md.
 SHARES: Columns = {"share within classes": (measured, "meta", "relative_within"),
                    "share, adapted": (measured, "finetuned", "relative_within")}
-FALL = minus, *SHARES.values()  # how far the inner loop lowers the share
+FALL = of_two, sub, *SHARES.values()  # how far the inner loop lowers the share
 ADAPTED: Columns = {"adapted classifier, %": (tested, "accuracy", -1)}
 NARROW = SHARES | {"nearest support mean, %": (tested, "nearest_mean", 0)} | ADAPTED | OWN_RULE
 contrast = partial(compared, names=LEARNERS, references=REFERENCES, columns=NARROW)

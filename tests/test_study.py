@@ -41,7 +41,8 @@ def test_numbers_of_the_committed_runs_recomputed(setting):
         late_heldout, late_train = ([row for row in part if row["step"] >= 0.9 * heldout[-1]["step"]]
                                     for part in (heldout, train))
         growth = mean(late_heldout, "finetuned", "within", -2) / mean(heldout[:1], "finetuned", "within", -2)
-        assert effects.growth(one, "finetuned", "within") == pytest.approx(growth)
+        value, *arguments = tables.GROWTH["within trace, adapted, end / untrained"]
+        assert value(one, *arguments) == pytest.approx(growth)
         for model in ("meta", "finetuned"):
             assert effects.end(one, model, "nc1", 1) == pytest.approx(mean(late_heldout, model, "nc1", 1))
         share = mean(late_train, "meta", "relative_within", -2)
