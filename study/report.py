@@ -1,4 +1,4 @@
-"""The figures of README.md and study/*.md: the study in, matplotlib figures out."""
+"""The figures of README.md and study/*.md: groups of seeds in, matplotlib figures out."""
 
 import functools
 import math
@@ -11,24 +11,24 @@ from matplotlib.figure import Figure
 from files import UserError
 from study import effects, figures, tables
 from study.design import DIFFICULTY, LEARNERS, LONG_LEARNERS, MAIN, label
+from study.figures import Group
 from study.logs import Run, Study
 
 POINTS = [figures.key(name, figures.GREY, marker="o", linestyle="", **style)
           for name, style in (("before adaptation", {"markerfacecolor": "white"}), ("adapted", {}))]
 
 
-def one_row(columns: int, height: float, **pads: float) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of one row, without a legend below it."""
+def one_row(height: float, **pads: float) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of three panels in one row, without a legend below it."""
     figure = Figure(figsize=(figures.WIDTH, height))
     figure.set_layout_engine("constrained", **pads)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(1, 3)
 
 
-def result(study: Study) -> Figure:
+def result(groups: Sequence[Group]) -> Figure:
     """The original's recipe: the share within classes, the two traces, the share by layer."""
-    groups = study.groups(MAIN)
     run = groups[0][0]
-    figure, (first, second, third) = one_row(3, 3.1, w_pad=0.04, h_pad=0.03)
+    figure, (first, second, third) = one_row(3.1, w_pad=0.04, h_pad=0.03)
     figures.curves(first, groups, [(figures.of_metric("train", model, "relative_within"), style)
                                    for model, style in figures.STYLES.items()])
     figures.curves(second, groups, [(functools.partial(relative_to_start, trace=trace), style)
@@ -61,13 +61,12 @@ def relative_to_start(run: Run, trace: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, values / effects.at(run, "finetuned", "within", 0, split="train")
 
 
-def learners(study: Study) -> Figure:
+def learners(groups: Sequence[Group]) -> Figure:
     """What adaptation does to each learner: share within classes and accuracy, before it and after, and by block."""
-    groups = figures.colours(study.groups(LEARNERS))
-    figure, (share, right, by_block) = one_row(3, 3.0, w_pad=0.04)
-    untrained = tables.references_of(study.groups(LEARNERS))["untrained"]
-    before_and_after(share, right, [*groups, (untrained, figures.GREY, "untrained")])
-    for group, colour, _ in reversed(groups):  # the first on top
+    figure, (share, right, by_block) = one_row(3.0, w_pad=0.04)
+    lines, untrained = figures.colours(groups), tables.references_of(groups)["untrained"]
+    before_and_after(share, right, [*lines, (untrained, figures.GREY, "untrained")])
+    for group, colour, _ in reversed(lines):  # the first on top
         blocks = range(-len(group[0].layers), -1)
         values = [[100 * effects.measured(run, "meta", "ncc_accuracy", layer=i) for i in blocks] for run in group]
         by_block.plot(group[0].layers[:-1], np.mean(values, 0), "o-", color=colour, markersize=3)
@@ -76,7 +75,7 @@ def learners(study: Study) -> Figure:
     return figure
 
 
-def before_and_after(left: Axes, right: Axes, groups: Sequence[tuple[figures.Group, str, str]]) -> None:
+def before_and_after(left: Axes, right: Axes, groups: Sequence[tuple[Group, str, str]]) -> None:
     """Share and test accuracy, as the tables have them; a row per group, with its name.
 
     Open points before adaptation, filled ones after, a line between their means.
@@ -93,21 +92,20 @@ def before_and_after(left: Axes, right: Axes, groups: Sequence[tuple[figures.Gro
     right.set(title="B  Test accuracy, %")
 
 
-def difficulty(study: Study) -> Figure:
+def difficulty(*kinds: Sequence[Group]) -> Figure:
     """Hard and easy tasks: a row per setting, a colour per kind; share and accuracy before and after adaptation."""
-    colour_of = dict(zip(DIFFICULTY, figures.PALETTE))
-    groups = [(group, colour_of[kind], label(group[0]).replace(" of 32 x 32", ""))
-              for kind, names in DIFFICULTY.items() for group in study.groups(names)]
-    legend = [figures.key(kind, colour, linewidth=2.2) for kind, colour in colour_of.items()]
+    groups = [(group, colour, label(group[0]).replace(" of 32 x 32", ""))
+              for kind, colour in zip(kinds, figures.PALETTE) for group in kind]
+    legend = [figures.key(kind, colour, linewidth=2.2) for kind, colour in zip(DIFFICULTY, figures.PALETTE)]
     figure, ((left, right),) = figures.frame(1, 2, 0.5 + 0.27 * max(len(groups), 3), [*legend, *POINTS])
     before_and_after(left, right, groups)
     return figure
 
 
-def similarity(study: Study) -> Figure:
+def similarity(groups: Sequence[Group]) -> Figure:
     """Which layers the inner loop changes, and the norm of the gradient that reaches each block."""
-    groups = figures.colours(study.groups(LEARNERS))
-    lines = [*(("final", *group) for group in groups), ("untrained", groups[0][0], figures.GREY, "untrained")]
+    lines = [*(("final", *group) for group in figures.colours(groups)),
+             ("untrained", groups[0], figures.GREY, "untrained")]
     legend = [figures.key(name, colour, linewidth=2.2) for *_, colour, name in lines]
     figure, ((left, right),) = figures.frame(1, 2, 2.9, legend)
     for kind, group, colour, _ in lines:
@@ -122,9 +120,8 @@ def similarity(study: Study) -> Figure:
     return figure
 
 
-def length(study: Study) -> Figure:
+def length(groups: Sequence[Group]) -> Figure:
     """The paper's recipe to its end, by learner: collapse on training and held-out classes, and accuracy."""
-    groups = study.groups(LONG_LEARNERS)
     legend = figures.keys(groups, figures.key("training classes"), figures.key("held-out classes", linestyle=":"))
     for line in legend[1:]:  # the first has the recipe and the tasks of all
         line.set_label(line.get_label().removeprefix("paper's recipe, 5-way 1-shot, "))
@@ -146,12 +143,10 @@ def curve_as_used(run: Run, split: str, metric: str) -> tuple:
 
 def all_figures(study: Study) -> dict[str, Figure]:
     """Every figure of README.md and study/*.md whose runs are there, by its file."""
-    every = {"result.png": (MAIN, result),
-             "res/metrics.png": (MAIN, lambda study: figures.metrics(study.groups(MAIN))),
-             "res/learners.png": (LEARNERS, learners),
-             "res/difficulty.png": (DIFFICULTY["photographs"], difficulty),
-             "res/similarity.png": (LEARNERS, similarity), "res/length.png": (LONG_LEARNERS, length)}
-    drawn = {path: draw(study) for path, (names, draw) in every.items() if study.groups(names)}
+    every = {"result.png": (result, MAIN), "res/metrics.png": (figures.metrics, MAIN),
+             "res/learners.png": (learners, LEARNERS), "res/difficulty.png": (difficulty, *DIFFICULTY.values()),
+             "res/similarity.png": (similarity, LEARNERS), "res/length.png": (length, LONG_LEARNERS)}
+    drawn = {path: draw(*map(study.groups, names)) for path, (draw, *names) in every.items() if study.groups(names[0])}
     if not drawn:
         raise UserError(f"no run of the study in {study.folder}; run python -m study.run, and then with --collect")
     return drawn

@@ -206,7 +206,7 @@ def test_smoothing_averages_the_measurements_within_a_tenth_of_each_step():
 
 def test_the_figure_of_the_original_s_recipe_shows_what_its_panels_say(tmp_path):
     nc_logs.write_study(tmp_path)
-    share, traces, by_layer = report.result(logs.Study(tmp_path)).axes
+    share, traces, by_layer = report.result(logs.Study(tmp_path).groups(nc_logs.STUDY)).axes
     rows = [row for row in nc_logs.log() if row["classes"] == "train"]
     ratio = rows[-1]["finetuned"]["between"]["mean"][-2] / rows[0]["finetuned"]["within"]["mean"][-2]
     assert any(values[-1] == pytest.approx(ratio, rel=0.1) for _, values in drawn(traces))
@@ -214,7 +214,7 @@ def test_the_figure_of_the_original_s_recipe_shows_what_its_panels_say(tmp_path)
     assert not any("raw pixels" in text.get_text() for text in share.texts)
     assert {len(values) for _, values in drawn(by_layer)} == {5}
     nc_logs.write_controls(tmp_path / "omniglot-5w1s-seed1")
-    share, *_ = report.result(logs.Study(tmp_path)).axes
+    share, *_ = report.result(logs.Study(tmp_path).groups(nc_logs.STUDY)).axes
     assert any("raw pixels" in text.get_text() for text in share.texts)
 
 
