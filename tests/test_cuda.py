@@ -1,7 +1,5 @@
 """On a GPU: replayed and eager steps train the same, and as on a CPU, where test_device.py runs a fake graph."""
 
-import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_files import sampler
+from data_files import log_rows, read_json, sampler
 
 import miniimagenet_train
 import omniglot_train
@@ -73,13 +71,11 @@ def train(out: Path, *flags: str, launcher: tuple[str, ...] = (), steps: int = 1
     """A run, or its rest, in a process of its own, because cuBLAS reads its settings once; the log."""
     own = ["--resume", str(out)] if out.exists() else [*TINY, "--out", str(out)]
     command = [sys.executable, *launcher, str(HERE.parent / f"{script}.py"), *own, *flags]
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads((out / "result.json").read_text())["test"]["tasks"] == 4
-    log = (out / "log.jsonl").read_text()
-    assert max(json.loads(line)["step"] for line in log.splitlines()) == steps
-    return log
+    assert read_json(out)["test"]["tasks"] == 4
+    assert max(row["step"] for row in log_rows(out)) == steps
+    return (out / "log.jsonl").read_text()
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-cuda_graph"], ["--precision", "tf32"], ["--task_chunk", "2"],
