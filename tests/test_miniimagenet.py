@@ -84,6 +84,12 @@ def image_folder(root: Path, place: str = "{split}/{label}") -> None:
         path.unlink()
 
 
+def other_files_of_a_stem(root: Path) -> None:
+    (root / "images" / "p00.txt").write_text("of several, the one with the extension of the CSV file")
+    (root / "images" / "thumbs").mkdir()  # directly in images/ comes first
+    (root / "images" / "thumbs" / "p00.png").write_bytes(b"")
+
+
 def rename_caches(root: Path) -> None:
     cached(root)
     for old, new in (("train", "train_phase_train"), ("val", "val"), ("test", "test")):
@@ -104,6 +110,7 @@ LAYOUTS = {  # and words of the line that says what was found
     "backslashes": (lambda root: edit(root, "([pvt]..[.])", r"images\\\1"), "images/:"),
     "blanks and quotes": (lambda root: edit(root, r"(class\d)\n(.*)\n", "\\1 \u200b\r\n \\2\r\n  \r\n") or edit(
         root, "filename,label", '\ufeff Filename , "label "'), "train 3 classes of 4 images"),
+    "other files of one stem": (other_files_of_a_stem, "images/:"),
     "Train.csv": (lambda root: (root / "train.csv").rename(root / "Train.csv"), "images/:"),
     "validation.csv, one folder down": (lambda root: (root / "val.csv").rename(root / "validation.csv") and
                                         moved(root, "*", "top"), "images/:"),
@@ -115,6 +122,8 @@ LAYOUTS = {  # and words of the line that says what was found
     "ImageFolder with tables without images": (lambda root: into_folders(root, "{split}/{label}"), "train/, val/"),
     "the same in two folders": (lambda root: without_images(root, "processed/{split}/{label}") or
                                 moved(root, "*.csv", "csv"), "folders train/, val/"),
+    "an empty train/": (lambda root: (root / "train").mkdir() or [
+        write_classes(root / split, 2, name=split) for split in ("val", "test")], "images/:"),
     "ImageFolder": (image_folder, "folders train/, val/ and test/: train 3 classes of 4 images"),
     **{f"cache, {form}": (lambda root, form=form: cached(root, form), "pickled caches (*.pkl): train 3 classes")
        for form in ("image_data", "image_data by number", "labels", "catname2label", "list of arrays")},
@@ -146,16 +155,6 @@ def test_tables_in_the_current_folder_with_images_next_to_it(photos, monkeypatch
     assert "with ../images/:" in miniimagenet.find(".").summary
 
 
-def test_two_layouts_in_one_folder(photos):
-    for split in images.SPLITS:
-        write_classes(photos / split, 2, name=split)
-    with refused("two layouts", "train.csv", "folders train/", "move one away"):
-        miniimagenet.find(photos)
-    shutil.rmtree(photos / "train")
-    (photos / "train").mkdir()  # an empty folder is no layout
-    assert reds(photos) == RED
-
-
 @pytest.mark.parametrize("name", ["{}/{}.png", "images/{}/{}.png", "images/{}0000000{}.png", "a/images/{}_{}.png"])
 def test_all_classes_without_csv_files_are_split_as_by_ravi_and_larochelle(tmp_path, name):
     wnids = sorted(itertools.chain(*miniimagenet.WNIDS.values()))
@@ -175,31 +174,19 @@ def test_all_classes_without_csv_files_are_split_as_by_ravi_and_larochelle(tmp_p
         miniimagenet.find(tmp_path)
 
 
-def test_nearly_all_classes_are_named(tmp_path):
-    first, *others = sorted(itertools.chain(*miniimagenet.WNIDS.values()))
-    for label in (*others, "n99999999"):
-        (tmp_path / label).mkdir()
-        (tmp_path / label / "0.png").touch()
-    with refused(f"has 99 of miniImageNet's 100 classes (missing: {first}; not of it: 'n99999999')"):
-        miniimagenet.find(tmp_path)
-
-
-def test_files_that_two_names_fit(photos):
-    (photos / "images" / "p00.txt").write_text("of several, the one with the extension of the CSV file")
-    (photos / "images" / "thumbs").mkdir()  # directly in images/ comes first
-    (photos / "images" / "thumbs" / "p00.png").write_bytes(b"")
-    assert reds(photos) == RED
-    (photos / "images" / "p00.png").rename(photos / "images" / "p00.gif")
-    with refused("train.csv, 1 of 12 images: line 2: 'p00.png' may be p00.gif or p00.txt"):
-        miniimagenet.find(photos)
-
-
 # Faults
 
 FAULTS = {  # what is wrong: how to make it so, the words that the line must hold
     "no root": (shutil.rmtree, ["no folder", "into /", "photos, or train with --synthetic"]),
     "classes alone": (lambda root: image_folder(root, "{label}"),
                       ["no CSV files", "*-train.pkl", "9 folders with images", "--data", "it has 'class1', 'class2'"]),
+    "nearly all classes": (
+        lambda root: shutil.rmtree(root) or [
+            (root / label).mkdir(parents=True) or (root / label / "0.png").touch()
+            for label in (*sorted(miniimagenet.CLASSES)[1:], "n99999999")],
+        ["has 99 of miniImageNet's 100 classes (missing: n01532829; not of it: 'n99999999')"]),
+    "two layouts": (lambda root: [write_classes(root / split, 2, name=split) for split in images.SPLITS],
+                    ["two layouts", "train.csv", "folders train/", "move one away"]),
     "a zip file": (lambda root: (shutil.rmtree(root), root.mkdir(), (root / "a.zip").touch()),
                    ["and no caches; it has 'a.zip'"]),
     "no csv": (lambda root: (root / "train.csv").unlink(), ["val.csv but none for train (needed: train.csv"]),
@@ -225,6 +212,9 @@ FAULTS = {  # what is wrong: how to make it so, the words that the line must hol
     "ImageNet's names that fit by number and by rank": (
         lambda root: rename_images(root, lambda wnid, i: (
             f"{wnid}_{2 * i + 1}.JPEG", f"{wnid}{(1, 3)[i % 2]:08}.jpg")), ["by its number", "by its rank", "rename"]),
+    "files that one name fits": (
+        lambda root: other_files_of_a_stem(root) or (root / "images/p00.png").rename(root / "images/p00.gif"),
+        ["train.csv, 1 of 12 images: line 2: 'p00.png' may be p00.gif or p00.txt"]),
     "in two splits": (lambda root: edit(root, "v00.png", "p00.png"),
                       ["images are in both train and val", "p00.png; remove each"]),
     "twice": (lambda root: edit(root, "p10.png", " p00.png"),
