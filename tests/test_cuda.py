@@ -82,7 +82,7 @@ def train(out: Path, *flags: str, launcher: tuple[str, ...] = (), steps: int = 1
                                    ["--clip", "10"], ["--freeze_head"], ["--lr_schedule", "cosine"], ["--keep_norms"],
                                    ["--learner", "anil"], ["--learner", "boil"], ["--k_spt", "5"],
                                    ["--learner", "protonet"], ["--learner", "classifier"],
-                                   ["--recipe", "paper"]])
+                                   ["--recipe", "paper"], pytest.param(["--device", "cuda:1"], marks=two_gpus)])
 def test_script(flags, tmp_path):
     train(tmp_path / "run", "--device", "cuda", "--cuda_graph", *flags)
 
@@ -100,11 +100,6 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path):
     flags = "--device", "cuda", "--deterministic", "--cuda_graph"
     train(tmp_path / "run", *flags, "--epoch", "8", steps=8)
     assert train(tmp_path / "run", "--epoch", "16") == train(tmp_path / "whole", *flags)
-
-
-@two_gpus
-def test_the_second_gpu(tmp_path):
-    train(tmp_path / "run", "--device", "cuda:1", "--cuda_graph")
 
 
 @two_gpus
