@@ -140,9 +140,9 @@ class FakeGraphs:
 
         class Graph(Mock):
             def replay(self):
-                step = fake.maml.step
-                tree_map(Tensor.copy_, fake.captured, fake.take())
-                fake.maml.step = step  # a replay runs no Python
+                graphed, step = fake.latest, fake.latest.maml.step
+                tree_map(Tensor.copy_, graphed.result, graphed.step())
+                graphed.maml.step = step  # a replay runs no Python
 
         @contextlib.contextmanager
         def graph(_):
@@ -150,19 +150,14 @@ class FakeGraphs:
             yield
             if fake.fails:
                 raise fake.fails
-            fake.captured = fake.latest
 
         for name, value in {"CUDAGraph": Graph, "graph": graph, "Stream": Mock, "current_stream": Mock,
                             "stream": contextlib.nullcontext, "synchronize": Mock()}.items():
             monkeypatch.setattr(torch.cuda, name, value)
 
-    def graphed(self, maml, step, generator, required: bool = True) -> GraphedStep:
-        def recorded(every_step: bool = False):
-            self.latest = step(every_step=every_step)
-            return self.latest
-
-        self.maml, self.take = maml, step
-        return GraphedStep(maml, recorded, generator, required)
+    def graphed(self, *args, **options) -> GraphedStep:
+        self.latest = GraphedStep(*args, **options)
+        return self.latest
 
 
 @pytest.mark.parametrize("in_step, error, reason", [  # the end of a capture raises an error, perhaps after the step's
