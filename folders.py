@@ -119,7 +119,7 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     Images that would be left out, because of their format or because they lie deeper, are refused. Those directly in
     `folder`, folders without images, and other files are left out with a note; those of NO_IMAGES without one.
     """
-    found, others, deeper, left_out = [], [], [], _loose(folder)
+    found, others, deeper, left_out = [], [], [], []
     listed([short(entry.name) for entry in images.entries(folder)
             if entry.is_symlink() and not os.path.exists(entry) and not _is_image(entry)],
            f"links in {folder} lead nowhere, and their classes would be left out", "correct or remove them")
@@ -142,7 +142,7 @@ def class_folders(folder: Path) -> dict[str, list[ImageFile]]:
     listed(others, f"images in {folder} in other formats than {', '.join(FORMATS)}", "convert them, or remove them")
     listed(list(map(short, deeper)), f"folders in the class folders of {folder} have images that would be left out",
            "move these into the class folder itself, or remove them")
-    _note_left_out(folder, left_out)
+    _note_left_out(folder, left_out + _loose(folder))
     return images.by_class(found)
 
 

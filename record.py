@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import device as devices
 import nc_metrics
-from files import UserError, atomic, locked, program, quoted, reading, remove_stale, writing
+from files import UserError, atomic, locked, program, quoted, reading, remove_stale, same_place, writing
 from learner import Learner
 from tasks import Dataset, tree_map
 
@@ -112,7 +112,7 @@ def resumed(out: Path, epoch: int, step: int, steps: int, log_bytes: int) -> Non
     size = os.path.getsize(log) if os.path.exists(log) else 0
     if size < log_bytes:
         raise UserError(f"{log} is missing or cut: {size:,} of the {log_bytes:,} bytes that the checkpoint counts; "
-                        "put it back")
+                        f"put it back, or start again: --from_args {quoted(out)}")
     if step > steps:
         raise UserError(f"--epoch {epoch} ends the run after {steps:,} meta-steps, and it has taken {step:,} already")
     if devices.rank() > 0:
@@ -123,7 +123,8 @@ def resumed(out: Path, epoch: int, step: int, steps: int, log_bytes: int) -> Non
         patterns += ["last.pt", "controls.json", "test-*.json"]
     outdated = [path for pattern in patterns for path in sorted(out.glob(pattern))]
     for path in outdated:
-        path.unlink(missing_ok=True)
+        with writing(path, REMEDY):
+            path.unlink(missing_ok=True)
     if outdated:
         say(f"removed from {out}, as the run continues: {', '.join(path.name for path in outdated)}")
     if recorded["settings"]["epoch"] != epoch:
@@ -159,7 +160,7 @@ def check_test_classes(run: Path, args: argparse.Namespace, dataset: Dataset) ->
     if other_test_classes(run, dataset):
         own = read_args(run)["settings"]
         differs = f"the test classes here are not those of {run}, which may have been trained on some of them"
-        if (args.root, args.data) == (own["root"], own.get("data")):
+        if same_place(args.data or args.root, own.get("data") or own["root"]):
             raise UserError(f"{differs}; restore the images ({dataset.found()}), or name others with --data FOLDER")
         say(f"note: {differs}")
 
@@ -167,14 +168,15 @@ def check_test_classes(run: Path, args: argparse.Namespace, dataset: Dataset) ->
 def write_test(run: Path, result: dict, args: argparse.Namespace, dataset: Dataset) -> None:
     """Write the result of a later test to a file named after its settings; remove what a killed test left."""
     name = f"test-{args.test_tasks}tasks-{args.k_qry_test}qry-{args.update_step_test}steps"
-    if args.k_spt != read_args(run)["settings"]["k_spt"]:
+    own = read_args(run)["settings"]
+    if args.k_spt != own["k_spt"]:
         name += f"-{args.k_spt}shot"
     if args.test_weights != "best":
         name += f"-{args.test_weights}"
     if not args.transductive:
         name += "-not-transductive"
-    if other_test_classes(run, dataset):
-        name += "-" + re.sub(r"[^\w.-]", "_", dataset.name())
+    if args.data and not same_place(args.data, own.get("data")) or other_test_classes(run, dataset):
+        name += "-" + re.sub(r"[^\w.-]", "_", "_".join(Path(args.data or args.root).resolve().parts[-2:]))
     path = run / f"{name}.json"
     if devices.rank() == 0:
         remove_stale(run, path.name)  # not other names: another test may be writing its own

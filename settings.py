@@ -49,8 +49,8 @@ def parse_args(usage: str, defaults: dict, paper: dict, argv: Sequence[str] | No
     args = (_settings_of_run(modes[0], flags, parser) if modes
             else _settings_of_new_run(flags, parser, defaults, paper))
     if "root" in flags and "resume" not in flags and (args.synthetic or args.data is not None):
-        raise UserError(f"--root {args.root}: the images are generated, or those of --data; leave --root out, or name "
-                        "other images with --data FOLDER")
+        raise UserError(f"--root {args.root}: the images are generated, or those of --data; leave --root out, give "
+                        "--no-synthetic, or name other images with --data FOLDER")
     for name in ("cuda_graph", "precision"):
         if flags.get(name) in (True, "tf32") and args.device.startswith("cpu"):
             say(f"note: --{name} has no effect on a CPU")
@@ -220,8 +220,9 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
                 other |= {"rotations": False, "rotate_heldout": False}
             settings |= {name: value for name, value in other.items() if name in settings}
     if mode == "from_args":
-        if settings["nc_qry"] == NC_QRY or {"k_spt", "data", "synthetic"} & flags.keys():  # perhaps set by `check`
-            settings["nc_qry"] = None
+        splits = read_args(Path(flags[mode])).get("data", {}).get("splits", {}).values()
+        if settings["nc_qry"] == min([NC_QRY, *(split["images_per_class"] - settings["k_spt"] for split in splits)]):
+            settings["nc_qry"] = None  # as `check` set it
         return argparse.Namespace(**settings | {"out": None} | flags)
     for name, value in flags.items():
         if name not in MAY_CHANGE[mode] and name != mode and (name == "out" or value != settings[name]):

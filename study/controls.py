@@ -78,6 +78,7 @@ def measure(folder: Path, args: argparse.Namespace, script: ModuleType,
     if other_test_classes(folder, dataset):
         raise UserError(f"{folder} has other test classes than {dataset.described()}; name its own images with --root "
                         "or --data")
+    say(f"Data: {dataset.described()}")  # perhaps other images of the same classes
     keep_memory()
     set_arithmetic(args.precision, args.deterministic)
     final = predict.load(folder, "last" if (folder / "last.pt").exists() else "best", args.device).net

@@ -34,7 +34,7 @@ def test_classes_are_split_by_their_names_alone(tmp_path, capsys):
                                         "classes of 4 ('class 0') to 12 images, val 2 classes of 7 ('class 3') to 8 im")
     said = capsys.readouterr().err
     assert said.startswith(f"note: 2 files and folders in {tmp_path / 'mine'} are left out, as only images in class")
-    assert said.endswith(" are read: 'preview.png', 'docs'\n")
+    assert said.endswith(" are read: 'docs', 'preview.png'\n")
     data = {channels: image_set.load("val", 8, channels) for channels in (1, 3)}
     assert data[1].shape == (2, 8, 1, 8, 8) and data[3].shape == (2, 8, 3, 8, 8) and image_set.counts()["val"] == [7, 8]
     picture = Image.open(tmp_path / "mine/class 4/7.png")

@@ -117,16 +117,21 @@ def test_testing_on_other_images_needs_only_their_test_split(tmp_path, capsys):
     run = train(tmp_path / "run", *own.split(), str(tmp_path / "many"))
     other = ["--test", str(run), "--data", str(tmp_path / "few"), "--k_qry_test", "1"]
     omniglot_train.main([*other, "--task_chunk", "1"])
-    assert read_json(run, "test-6tasks-1qry-1steps-images_in_few.json")["data"] == "images in few"
+    result = f"test-6tasks-1qry-1steps-{tmp_path.name}_few.json"
+    assert read_json(run, result)["data"] == "images in few"
     omniglot_train.main([*other, "--data_name", "a/../other"])
-    assert read_json(run, "test-6tasks-1qry-1steps-a_.._other.json")["data"] == "a/../other"
+    assert read_json(run, result)["data"] == "a/../other"
     known = f"the test classes here are not those of {run}, which may have been trained on some of them"
     assert capsys.readouterr().out.count(f"note: {known}\n") == 2
     omniglot_train.main(["--test", str(run)])
     assert (run / "test-6tasks-2qry-1steps.json").read_text() == (run / "result.json").read_text()
+    shutil.copytree(tmp_path / "many", tmp_path / "new copy")  # of the same class names, perhaps with other images
+    omniglot_train.main(["--test", str(run), "--data", str(tmp_path / "new copy")])
+    assert (run / f"test-6tasks-2qry-1steps-{tmp_path.name}_new_copy.json").exists()
     assert known not in capsys.readouterr().out
     shutil.copytree(tmp_path / "many/class 0", tmp_path / "many/aardvark")  # the shuffle of the names is another now
-    assert refused("--test", run).startswith(f"{known}; restore the images (class folders")
+    for own_images in [], ["--data", f"{tmp_path / 'many'}/"]:
+        assert refused("--test", run, *own_images).startswith(f"{known}; restore the images (class folders")
     assert f"{run} has other test classes than mine (" in refusal(controls.main, run)
     recorded = read_json(run, "args.json")
     recorded["data"]["splits"] = {}  # as an older version recorded it: no classes

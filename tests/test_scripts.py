@@ -238,10 +238,11 @@ def test_help_tells_every_flag_and_default(script, capsys):
 
 
 def recorded(run: Path, script, flags: str, **changes) -> Path:
-    """A run's folder with only args.json: the settings that `flags` give, and `changes`."""
+    """A run's folder with only args.json: the settings that `flags` give, `changes`, and 20 images per class."""
     own = settings.recorded_settings(script.arguments(["--device", "cpu", *flags.split()]))
     run.mkdir(exist_ok=True)
-    (run / "args.json").write_text(json.dumps({"settings": own | changes}))
+    data = {"splits": {"train": {"images_per_class": 30}, "test": {"images_per_class": 20}}}
+    (run / "args.json").write_text(json.dumps({"settings": own | changes, "data": data}))
     return run
 
 
@@ -261,8 +262,9 @@ PAPER = "--recipe paper --adapt_blocks 4 5"
     ("", {"device": "cuda:0"}, "", {"device": "cpu"}),
     ("", {"nc_qry": 15}, "", {"nc_qry": None}),  # filled in by the run, and again for the next
     ("", {"nc_qry": 10}, "", {"nc_qry": 10}),
-    ("", {"nc_qry": 10}, "--k_spt 12", {"nc_qry": None}),  # 10 were left of the run's classes
-    ("", {"nc_qry": 10}, "--data other", {"nc_qry": None}),
+    ("", {"nc_qry": 10}, "--k_spt 2 --data other", {"nc_qry": 10}),
+    ("--k_spt 10", {"nc_qry": 10}, "--k_spt 12", {"nc_qry": None}),  # 10 were left of the run's classes
+    ("--k_spt 10", {"nc_qry": 10}, "--data other", {"nc_qry": None}),
     ("--synthetic", {}, "--synthetic --seed 3", {"eval_tasks": 50, "test_tasks": 100}),
     (PAPER, {}, "--n_way 20", {"n_way": 20, "task_num": 32, "update_step": 1, "adapt_blocks": [4, 5]})])
 def test_what_a_repeated_run_keeps(own, changes, flags, expected, tmp_path, monkeypatch):
