@@ -48,6 +48,7 @@ def parse_args(usage: str, defaults: dict, paper: dict, argv: Sequence[str] | No
         raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other; give one")
     args = (_settings_of_run(modes[0], flags, parser) if modes
             else _settings_of_new_run(flags, parser, defaults, paper))
+    args.adapt_blocks = args.adapt_blocks or None
     if "root" in flags and "resume" not in flags and (args.synthetic or args.data is not None):
         raise UserError(f"--root {args.root}: the images are generated, or those of --data; leave --root out, give "
                         "--no-synthetic, or name other images with --data FOLDER")
@@ -150,7 +151,7 @@ def _parser(usage: str, defaults: dict, paper: dict) -> argparse.ArgumentParser:
          "over the classes, so that its 0.4 is 2.0 here in 5-way")
     flag("head_lr", None, "the same for the last layer alone; UPDATE_LR if not given", type=float)
     flag("adapt_blocks", None, "blocks that MAML's inner loop adapts, 1 the first convolution with its batch norm, the "
-         "highest the last layer; all if not given", type=int, nargs="+", metavar="BLOCK")
+         "highest the last layer; all if none is given", type=int, nargs="*", metavar="BLOCK")
     flag("update_step", None, "inner steps in training")
     flag("update_step_test", None, "inner steps in validation and testing")
     choice("first_order", False, "treat the inner gradients as constants (first-order MAML)")
@@ -311,7 +312,8 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
             raise UserError(f"--{name} {value}: with --synthetic the images are generated; leave --{name} out, "
                             "or give --no-synthetic")
     if args.adapt_blocks is not None and args.learner != "maml":
-        raise UserError(f"--adapt_blocks: --learner {args.learner} has its own inner loop; give --learner maml")
+        raise UserError(f"--adapt_blocks: --learner {args.learner} has its own inner loop; give --learner maml, or "
+                        "--adapt_blocks without a number")
     for name in ("first_order", "freeze_head"):
         if getattr(args, name) and args.learner in BASELINES:
             raise UserError(f"--{name}: --learner {args.learner} trains without an inner loop; give --no-{name}")

@@ -266,6 +266,7 @@ PAPER = "--recipe paper --adapt_blocks 4 5"
     ("--k_spt 10", {"nc_qry": 10}, "--k_spt 12", {"nc_qry": None}),  # 10 were left of the run's classes
     ("--k_spt 10", {"nc_qry": 10}, "--data other", {"nc_qry": None}),
     ("--synthetic", {}, "--synthetic --seed 3", {"eval_tasks": 50, "test_tasks": 100}),
+    (PAPER, {}, "--adapt_blocks --learner anil", {"adapt_blocks": None}),
     (PAPER, {}, "--n_way 20", {"n_way": 20, "task_num": 32, "update_step": 1, "adapt_blocks": [4, 5]})])
 def test_what_a_repeated_run_keeps(own, changes, flags, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
