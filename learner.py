@@ -127,8 +127,8 @@ class Learner(nn.Module):
     def patches(self, x: Tensor, groups: int = 1) -> Tensor | Patches:
         """The part of `forward` that needs no weights, of images of tasks [T, N, c, h, w]: pass the result as x.
 
-        It is x itself if x needs a gradient, or unless the network starts with a convolution and batch norm, and the
-        convolution has at least as many kernels as a patch has values.
+        It is `Patches` if x needs no gradient, and the network starts with batch norm after a convolution that has at
+        least as many kernels as a patch has values; otherwise x itself.
         """
         match self.config:
             case [("conv2d", [out, channels, kernel, _, stride, padding]), ("bn" | "bn_shift", _), *_]:
