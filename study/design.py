@@ -111,7 +111,7 @@ SETTINGS = {setting.name: setting for setting in (
         ("20w1s", "20-way 1-shot", 1, f"{_TWENTY_WAY} --epoch 24000"))),
     *(Setting(f"long-{name.lower()}", f"paper's recipe, 5-way 1-shot, {name}",
               f"{_SHORT} --epoch 40000 --learner {name.lower()}", seeds)
-      for name, seeds in (("ANIL", 1), ("ProtoNet", 2), ("classifier", 3))),
+      for name, seeds in (("ANIL", 1), ("ProtoNet", 3), ("classifier", 3))),
 )}
 
 
