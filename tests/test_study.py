@@ -213,7 +213,8 @@ resumed = "--resume" in flags
 folder = pathlib.Path(flags.get("--resume") or flags["--out"])
 folder.mkdir(parents=True, exist_ok=True)
 seed = json.loads((folder / "args.json").read_text())["settings"]["seed"] if resumed else int(flags["--seed"])
-(folder / "args.json").write_text(json.dumps({"settings": {"seed": seed, "out": str(folder)}}))
+settings = {"seed": seed, "epoch": 6000, "task_num": 8, "out": str(folder)}
+(folder / "args.json").write_text(json.dumps({"settings": settings}))
 def stop(*_):
     (folder / "checkpoint.pt").touch()
     sys.exit(143)
@@ -279,9 +280,10 @@ def test_collected_files_name_no_place_and_no_time(place, capsys):
         collected = {path.name: path.read_bytes() for path in (place / "res" / f"{SETTING}-seed1").iterdir()}
         assert collected.keys() == {"log.jsonl.gz", "args.json", "result.json", "timing.json", "last.pt"}
         assert gzip.decompress(collected["log.jsonl.gz"]) == b"begun\n" and collected["log.jsonl.gz"][4:8] == bytes(4)
-        assert json.loads(collected["args.json"])["settings"] == {"seed": 1, "out": None}
+        assert json.loads(collected["args.json"])["settings"] == {"seed": 1, "epoch": 6000, "task_num": 8, "out": None}
     assert f"{SETTING}-seed2: not finished, left out" in capsys.readouterr().out
     folder, results = (place / parent / f"{SETTING}-seed1" for parent in ("runs/study", "res"))
+    settings = {"seed": 1, "epoch": 6000, "task_num": 8}
 
     def collect(arguments: dict, name: str = SETTING) -> None:
         (folder.with_name(f"{name}-seed1") / "args.json").write_text(json.dumps(arguments))
@@ -293,10 +295,10 @@ def test_collected_files_name_no_place_and_no_time(place, capsys):
         collect({"settings": {"test_weights": tested}}, name)
         assert (results.with_name(f"{name}-seed1") / "best.pt").exists() == (tested == "best")
     (results / "controls.json").write_text("{}")
-    collect({"settings": {"seed": 1}})
+    collect({"settings": settings})
     assert (results / "controls.json").exists()
     (folder / "last.pt").write_text("other weights")
-    collect({"settings": {"seed": 1}})
+    collect({"settings": settings})
     assert not (results / "controls.json").exists()
     with refused("seed1 is damaged", "; let it train again"):
         collect({})
