@@ -221,9 +221,12 @@ def _settings_of_run(mode: str, flags: dict, parser: argparse.ArgumentParser) ->
                 other |= {"rotations": False, "rotate_heldout": False}
             settings |= {name: value for name, value in other.items() if name in settings}
     if mode == "from_args":
-        splits = read_args(Path(flags[mode])).get("data", {}).get("splits", {}).values()
-        if settings["nc_qry"] == min([NC_QRY, *(split["images_per_class"] - settings["k_spt"] for split in splits)]):
-            settings["nc_qry"] = None  # as `check` set it
+        run = Path(flags[mode])
+        with reading(run / "args.json", wrong="is not what a run writes"):
+            splits = read_args(run).get("data", {}).get("splits", {})
+            smallest = [split["images_per_class"] for split in splits.values()]
+        if settings["nc_qry"] == _measured_queries(settings["k_spt"], smallest):  # `check` sets it again
+            settings["nc_qry"] = None
         return argparse.Namespace(**settings | {"out": None} | flags)
     for name, value in flags.items():
         if name not in MAY_CHANGE[mode] and name != mode and (name == "out" or value != settings[name]):
@@ -355,10 +358,15 @@ def check(args: argparse.Namespace, dataset: Dataset, network: Callable[[argpars
                 raise UserError(f"--k_spt {args.k_spt} --{name} {getattr(args, name)}: {dataset.name()} has {images} "
                                 f"images per class in its {split} split; lower their sum to {images}{remedy}")
     if args.nc_qry is None:
-        args.nc_qry = min(NC_QRY, min(images for _, images in sizes.values()) - args.k_spt)
+        args.nc_qry = _measured_queries(args.k_spt, [images for _, images in sizes.values()])
     if args.nc_every and args.nc_qry < 2 and not tests_only:
         raise UserError(f"--nc_qry {args.nc_qry}: within-class spread needs 2 query images per class; "
                         f"change --nc_qry or --k_spt {args.k_spt}, or measure nothing with --nc_every 0")
+
+
+def _measured_queries(k_spt: int, images: Sequence[int]) -> int:
+    """--nc_qry where it is not given, for splits whose smallest class has so many images."""
+    return min([NC_QRY, *(number - k_spt for number in images)])
 
 
 def _check_network(args: argparse.Namespace, network: Callable[[argparse.Namespace], Learner]) -> None:
